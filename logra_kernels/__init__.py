@@ -1,0 +1,1 @@
+"""Custom kernels for LLM-scale data valuation: LoGra influence functions, stores, streaming scores."""
