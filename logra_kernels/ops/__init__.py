@@ -1,0 +1,23 @@
+"""The ops: each checks its arguments once, then calls `torch.ops.logra.<op>`."""
+
+from logra_kernels.ops.covariance_update import covariance_update_
+from logra_kernels.ops.pack_rows import pack_rows, unpack_rows
+from logra_kernels.ops.per_sample_gradients import per_sample_gradients
+from logra_kernels.ops.project import project
+from logra_kernels.ops.projected_gradients import projected_gradients
+from logra_kernels.ops.scores import scores
+from logra_kernels.ops.self_influence import self_influence
+from logra_kernels.ops.topk_scores import TopK, topk_scores
+
+__all__ = [
+    "TopK",
+    "covariance_update_",
+    "pack_rows",
+    "per_sample_gradients",
+    "project",
+    "projected_gradients",
+    "scores",
+    "self_influence",
+    "topk_scores",
+    "unpack_rows",
+]

@@ -1,0 +1,69 @@
+"""Uncentred second moment of rows, accumulated in place."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from logra_kernels import reference
+from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels.ops._library import register
+from logra_kernels.ops._pointers import view
+
+
+def covariance_update_(cov: Tensor, rows: Tensor) -> Tensor:
+    r"""Add the rows' outer products to the lower triangle of a covariance, in place.
+
+    .. math:: C_{ij} \mathrel{+}= \sum_r g_{ri} \, g_{rj} \quad (i \ge j)
+
+    The strict upper triangle is left as it is: mirror it once, when the sum is complete
+    (``cov.tril() + cov.tril(-1).T``).
+
+    Args:
+        cov: ``[K, K]`` float32 or float64, contiguous; also the accumulator's type. float64
+            keeps its digits over millions of rows.
+        rows: ``[R, K]`` float16, bfloat16, float32 or float64: projected gradients, or tokens
+            for a KFAC factor.
+
+    Returns:
+        cov.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes or devices that disagree, a cov that is not contiguous.
+
+    Source: LoGra (Choe et al. 2024), Eq. 3: H = sum of g g^T, its count kept apart.
+    """
+    expect_dtype("cov", cov, torch.float32, torch.float64)
+    expect_dtype("rows", rows, *FLOATS)
+    expect_shape("rows", rows, R=None, K=None)
+    expect_shape("cov", cov, K=rows.shape[1], K_=rows.shape[1])
+    expect_same_device(cov=cov, rows=rows)
+    if not cov.is_contiguous():
+        raise ValueError(f"cov: expected a contiguous tensor, got strides {cov.stride()}")
+    torch.ops.logra.covariance_update_(cov, plain(rows))
+    return cov
+
+
+def _fake(cov: Tensor, rows: Tensor) -> None:
+    return None
+
+
+def _native(c: ModuleType, cov: Tensor, rows: Tensor) -> bool | None:
+    if rows.dtype == torch.float64:
+        return None
+    c.covariance_update(view(cov), view(rows))
+    return True
+
+
+def _reference(cov: Tensor, rows: Tensor) -> None:
+    reference.covariance_update_(cov, rows)
+
+
+register(
+    "covariance_update_(Tensor(a!) cov, Tensor rows) -> ()",
+    module="covariance_update",
+    reference=_reference,
+    fake=_fake,
+    native=_native,
+)

@@ -1,0 +1,61 @@
+"""Projection of activations or output gradients."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from logra_kernels import reference
+from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._pointers import flat_tokens, view
+from logra_kernels.reference._dtype import accumulator
+
+
+def project(x: Tensor, proj: Tensor) -> Tensor:
+    r"""Project every token onto the rows of a projection.
+
+    .. math:: y_t = P x_t
+
+    Args:
+        x: ``[..., I]`` float16, bfloat16, float32 or float64.
+        proj: ``[K, I]`` P, of any of these types, on the same device.
+
+    Returns:
+        ``[..., K]`` float32, accumulated in float32 (float64 if an argument is float64).
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes or devices that disagree.
+
+    Source: LoGra (Choe et al. 2024), Eq. 6: P_i x_t and P_o dy_t.
+    """
+    expect_dtype("x", x, *FLOATS)
+    expect_dtype("proj", proj, *FLOATS)
+    if x.dim() == 0:
+        raise ValueError("x: expected [..., I], got []")
+    expect_shape("proj", proj, K=None, I=x.shape[-1])
+    expect_same_device(x=x, proj=proj)
+    return torch.ops.logra.project(plain(x), plain(proj))
+
+
+def _fake(x: Tensor, proj: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], proj.shape[0]), dtype=accumulator(x, proj))
+
+
+def _native(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor | None:
+    if has_float64((x, proj)):
+        return None
+    out = x.new_empty((*x.shape[:-1], proj.shape[0]), dtype=torch.float32)
+    tokens = flat_tokens(x)  # [M, I], kept alive through the call
+    c.project(view(tokens), view(proj), out.data_ptr())
+    return out
+
+
+register(
+    "project(Tensor x, Tensor proj) -> Tensor",
+    module="project",
+    reference=reference.project,
+    fake=_fake,
+    native=_native,
+)

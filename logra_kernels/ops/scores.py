@@ -1,0 +1,85 @@
+"""Scores of stored rows against preconditioned queries."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from logra_kernels import reference
+from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._pointers import pointer, view
+from logra_kernels.reference._dtype import accumulator
+
+
+def scores(
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, row_bias: Tensor | None = None
+) -> Tensor:
+    r"""Score every stored row against every query.
+
+    .. math:: s_{qr} = \langle u_q, g_r \rangle \, a_r + b_r
+
+    With :math:`u_q = (H + \lambda I)^{-1} g_q` this is influence; with
+    :math:`a_r = 1/\sqrt{\sigma_r}` it is l-RelatIF.
+
+    Args:
+        queries: ``[Q, D]`` float32 (or float64), already preconditioned.
+        rows: ``[R, D]`` float16, bfloat16, float32 or float64; a module's columns of a shard are
+            read in place.
+        row_scale: ``[R]`` float32, a; None for 1.
+        row_bias: ``[R]`` float32, b; None for 0.
+
+    Returns:
+        ``[Q, R]`` float32, accumulated in float32 (float64 if queries or rows are float64).
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes or devices that disagree.
+
+    Source: LoGra (Choe et al. 2024), Eq. 3; RelatIF (Barshan et al. 2020).
+    """
+    queries, rows, row_scale, row_bias = check_scan(queries, rows, row_scale, row_bias)
+    return torch.ops.logra.scores(queries, rows, row_scale, row_bias)
+
+
+def check_scan(
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, row_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    expect_dtype("queries", queries, torch.float32, torch.float64)
+    expect_dtype("rows", rows, *FLOATS)
+    expect_shape("queries", queries, Q=None, D=None)
+    expect_shape("rows", rows, R=None, D=queries.shape[1])
+    for name, values in (("row_scale", row_scale), ("row_bias", row_bias)):
+        if values is not None:
+            wide = (torch.float64,) if torch.float64 in (queries.dtype, rows.dtype) else ()
+            expect_dtype(name, values, torch.float32, *wide)
+            expect_shape(name, values, R=rows.shape[0])
+    expect_same_device(queries=queries, rows=rows, row_scale=row_scale, row_bias=row_bias)
+    row_scale = None if row_scale is None else plain(row_scale)
+    row_bias = None if row_bias is None else plain(row_bias)
+    return plain(queries), plain(rows), row_scale, row_bias
+
+
+def _fake(
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, row_bias: Tensor | None
+) -> Tensor:
+    return queries.new_empty((queries.shape[0], rows.shape[0]), dtype=accumulator(queries, rows))
+
+
+def _native(
+    c: ModuleType, queries: Tensor, rows: Tensor, row_scale: Tensor | None, row_bias: Tensor | None
+) -> Tensor | None:
+    if has_float64((queries, rows)):
+        return None
+    out = queries.new_empty((queries.shape[0], rows.shape[0]))
+    c.scores(view(queries), view(rows), pointer(row_scale), pointer(row_bias), out.data_ptr())
+    return out
+
+
+register(
+    "scores(Tensor queries, Tensor rows, Tensor? row_scale, Tensor? row_bias) -> Tensor",
+    module="scores",
+    reference=reference.scores,
+    fake=_fake,
+    native=_native,
+)

@@ -1,0 +1,63 @@
+"""Self-influence of stored rows."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from logra_kernels import reference
+from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._pointers import view
+from logra_kernels.reference._dtype import accumulator
+
+
+def self_influence(rows: Tensor, factor: Tensor) -> Tensor:
+    r"""Self-influence of one module's rows.
+
+    .. math:: \sigma_r = \lVert W g_r \rVert^2 = g_r^\top (H + \lambda I)^{-1} g_r
+
+    A sum of squares, so that it is never negative.
+
+    Args:
+        rows: ``[R, K]`` float16, bfloat16, float32 or float64: one module's columns of a shard,
+            read in place.
+        factor: ``[M, K]`` float32 (or float64) W with W^T W = (H + lambda I)^-1, for instance the
+            inverse of H + lambda I's Cholesky factor.
+
+    Returns:
+        ``[R]`` float32, accumulated in float32 (float64 if an argument is float64).
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes or devices that disagree.
+
+    Source: RelatIF (Barshan et al. 2020), the denominator of l-RelatIF.
+    """
+    expect_dtype("rows", rows, *FLOATS)
+    expect_dtype("factor", factor, torch.float32, torch.float64)
+    expect_shape("rows", rows, R=None, K=None)
+    expect_shape("factor", factor, M=None, K=rows.shape[1])
+    expect_same_device(rows=rows, factor=factor)
+    return torch.ops.logra.self_influence(plain(rows), plain(factor))
+
+
+def _fake(rows: Tensor, factor: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], dtype=accumulator(rows, factor))
+
+
+def _native(c: ModuleType, rows: Tensor, factor: Tensor) -> Tensor | None:
+    if has_float64((rows, factor)):
+        return None
+    out = factor.new_empty(rows.shape[0])
+    c.self_influence(view(rows), view(factor), out.data_ptr())
+    return out
+
+
+register(
+    "self_influence(Tensor rows, Tensor factor) -> Tensor",
+    module="self_influence",
+    reference=reference.self_influence,
+    fake=_fake,
+    native=_native,
+)

@@ -1,0 +1,140 @@
+"""Most and least influential rows of a stream, in memory that does not grow with it."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logra_kernels import reference
+from logra_kernels._checks import expect_dtype, expect_same_device, expect_shape
+from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._pointers import pointer, view
+from logra_kernels.ops.scores import check_scan
+from logra_kernels.reference._dtype import accumulator
+
+
+class TopK(NamedTuple):
+    """Each query's best and worst rows, each `[Q, k]`, the most extreme first.
+
+    Places that no row has filled yet hold id -1, and -inf at the top, +inf at the bottom.
+    """
+
+    top_scores: Tensor
+    top_ids: Tensor
+    bottom_scores: Tensor
+    bottom_ids: Tensor
+
+
+def topk_scores(
+    queries: Tensor,
+    rows: Tensor,
+    k: int,
+    row_scale: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    state: TopK | tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    row_offset: int = 0,
+) -> TopK:
+    r"""Fold a block of rows into each query's k highest and k lowest scores.
+
+    .. math:: \operatorname{top}_k \{ (s_{qr}, r) \}, \quad
+        s_{qr} = \langle u_q, g_r \rangle \, a_r + b_r
+
+    Ties go to the lower row id, so that the result does not depend on how the rows are cut into
+    blocks. A NaN score is never selected.
+
+    Args:
+        queries: ``[Q, D]`` float32 (or float64), already preconditioned.
+        rows: ``[R, D]`` float16, bfloat16, float32 or float64.
+        k: rows to keep at each end, at least 1; it may exceed R.
+        row_scale: ``[R]`` float32, a; None for 1.
+        row_bias: ``[R]`` float32, b; None for 0.
+        state: the result of the blocks before, with the same Q and k; None to begin.
+        row_offset: the id of the first row, at least 0.
+
+    Returns:
+        `TopK`; scores are float32 (float64 if queries or rows are), ids int64.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: k or row_offset out of range; shapes or devices that disagree.
+
+    Source: LoGra (Choe et al. 2024), Eq. 3.
+    """
+    queries, rows, row_scale, row_bias = check_scan(queries, rows, row_scale, row_bias)
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    if row_offset < 0:
+        raise ValueError(f"row_offset: expected at least 0, got {row_offset}")
+    parts = None
+    if state is not None:
+        if len(state) != 4:
+            raise ValueError(f"state: expected the four tensors of a TopK, got {len(state)}")
+        for name, part in zip(TopK._fields, state, strict=True):
+            wanted = torch.int64 if name.endswith("ids") else accumulator(queries, rows)
+            expect_dtype(f"state.{name}", part, wanted)
+            expect_shape(f"state.{name}", part, Q=queries.shape[0], k=k)
+            expect_same_device(queries=queries, **{f"state.{name}": part})
+        parts = list(state)
+    return TopK(
+        *torch.ops.logra.topk_scores(queries, rows, k, row_scale, row_bias, parts, row_offset)
+    )
+
+
+def _fake(
+    queries: Tensor,
+    rows: Tensor,
+    k: int,
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+    state: list[Tensor] | None,
+    row_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, dtype = (queries.shape[0], k), accumulator(queries, rows)
+    return (
+        queries.new_empty(shape, dtype=dtype),
+        queries.new_empty(shape, dtype=torch.int64),
+        queries.new_empty(shape, dtype=dtype),
+        queries.new_empty(shape, dtype=torch.int64),
+    )
+
+
+def _native(
+    c: ModuleType,
+    queries: Tensor,
+    rows: Tensor,
+    k: int,
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+    state: list[Tensor] | None,
+    row_offset: int,
+) -> tuple[Tensor, ...] | None:
+    if has_float64((queries, rows)):
+        return None
+    if state is None:
+        shape = (queries.shape[0], k)
+        best, worst = queries.new_full(shape, -torch.inf), queries.new_full(shape, torch.inf)
+        ids = queries.new_full(shape, -1, dtype=torch.int64)
+        merged = (best, ids, worst, ids.clone())
+    else:
+        merged = tuple(part.clone(memory_format=torch.contiguous_format) for part in state)  # type: ignore[assignment]
+    c.topk_scores(
+        view(queries),
+        view(rows),
+        k,
+        pointer(row_scale),
+        pointer(row_bias),
+        row_offset,
+        *(pointer(part) for part in merged),
+    )
+    return merged
+
+
+register(
+    "topk_scores(Tensor queries, Tensor rows, int k, Tensor? row_scale, Tensor? row_bias, "
+    "Tensor[]? state, int row_offset) -> (Tensor, Tensor, Tensor, Tensor)",
+    module="topk_scores",
+    reference=reference.topk_scores,
+    fake=_fake,
+    native=_native,
+)
