@@ -1,0 +1,121 @@
+"""Random projections: reproducible, scaled so that inner products survive, exact in bfloat16."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from logra_kernels import projection
+from logra_kernels.projection import (
+    ModuleProjection,
+    build_projections,
+    identity_projections,
+    projection_digest,
+)
+
+FEATURES = {"a": (96, 40), "b.c": (17, 130)}
+# a change of these changes what every store on disk means
+GOLDEN = {
+    "normal": "cc20d5881d43d7f29f1c04ed18c2c3275ea35dc9bc1cda22a7a96739fed6acde",
+    "rademacher": "a08440b689edaa2e55dbff7ee26c6e13c1d659bb765b0faae5c8aa941707a9b9",
+}
+
+
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+def test_same_in_every_process(kind):
+    assert projection_digest(build_projections(FEATURES, (8, 16), kind, seed=3)) == GOLDEN[kind]
+
+
+def test_same_in_a_fresh_process():
+    program = (
+        "from logra_kernels.projection import *;"
+        f"print(projection_digest(build_projections({FEATURES!r}, (8, 16), 'normal', seed=3)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == GOLDEN["normal"]
+
+
+def test_depends_on_seed_name_and_side_alone():
+    one = build_projections(FEATURES, 8, seed=0)
+    alone = build_projections({"b.c": (17, 130)}, 8, seed=0)
+    assert torch.equal(one["b.c"].proj_in, alone["b.c"].proj_in)
+    other_seed = build_projections(FEATURES, 8, seed=1)
+    assert not torch.equal(one["a"].proj_in, other_seed["a"].proj_in)
+    square = build_projections({"a": (20, 20), "b": (20, 20)}, 8)
+    assert not torch.equal(square["a"].proj_in, square["a"].proj_out)
+    assert not torch.equal(square["a"].proj_in, square["b"].proj_in)
+
+
+def test_random_is_normal():
+    random, normal = (build_projections(FEATURES, 8, kind) for kind in ("random", "normal"))
+    assert projection_digest(random) == projection_digest(normal)
+
+
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+def test_inner_products_survive_on_average(kind):
+    """E⟨Pa, Pb⟩ = ⟨a, b⟩: the mean over 400 seeds lies within four standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 50, dtype=torch.float64, generator=generator)
+    products = []
+    for seed in range(400):
+        proj = build_projections({"m": (50, 1)}, 10, kind, seed)["m"].proj_in.double()
+        products.append((proj @ a) @ (proj @ b))
+    products = torch.stack(products)
+    error = (products.mean() - a @ b).abs()
+    assert error <= 4 * products.std() / 400**0.5
+    assert products.std() > 0
+
+
+def test_normal_has_unit_variance_and_is_exact_in_bfloat16():
+    proj = build_projections({"m": (4000, 1)}, 64)["m"].proj_in
+    assert torch.equal(proj, proj.bfloat16().float())
+    # 256,000 draws: the standard error of the variance is sqrt(2 / 256000) = 0.28 %
+    assert abs(proj.double().var() * 64 - 1) < 4 * 0.0028
+    assert abs(proj.double().mean()) < 4 / (8 * 256_000**0.5)
+
+
+def test_rademacher_is_two_valued_and_balanced():
+    proj = build_projections({"m": (4001, 1)}, 7, "rademacher")["m"].proj_in
+    assert proj.unique().tolist() == pytest.approx([-(7**-0.5), 7**-0.5], rel=1e-7)
+    # 28,007 fair coins: four standard errors
+    assert abs(proj.sign().mean()) < 4 / 28_007**0.5
+
+
+def test_long_streams_do_not_depend_on_the_block(monkeypatch):
+    """Words are drawn in blocks, to bound the memory; 8 x 130 elements take 17 blocks of 64."""
+    whole = projection_digest(build_projections(FEATURES, 8))
+    monkeypatch.setattr(projection, "_BLOCK_WORDS", 64)
+    assert projection_digest(build_projections(FEATURES, 8)) == whole
+
+
+def test_rank_that_reaches_the_width_is_the_identity():
+    made = build_projections(FEATURES, (40, 16))
+    assert made["a"].proj_out is None
+    assert (made["a"].ko, made["a"].ki) == (40, 16)
+    assert (made["b.c"].ko, made["b.c"].ki) == (40, 16)
+    whole = identity_projections(FEATURES)["a"]
+    assert whole == ModuleProjection(96, 40)
+    assert (whole.ko, whole.ki) == (40, 96)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 4, "init": "pca"}, "init: 'pca' needs the kfac statistic"),
+        ({"rank": 4, "init": "xavier"}, "init: expected one of random, normal, rademacher"),
+        ({"rank": 0}, "rank: expected an integer >= 1 or (rank_out, rank_in), got 0"),
+        ({"rank": (1, 2, 3)}, "got (1, 2, 3)"),
+        ({"rank": 2.5}, "rank: expected an integer >= 1"),
+        ({"rank": True}, "rank: expected an integer >= 1"),
+        ({"rank": "64"}, "rank: expected an integer >= 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_projections(FEATURES, **arguments)
