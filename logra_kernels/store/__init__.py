@@ -1,0 +1,35 @@
+"""The store: rows of projected gradients on disk, format version 1 (FORMAT.md).
+
+It imports numpy and file-format libraries only, so that a store can be read without torch.
+"""
+
+from logra_kernels.store.errors import (
+    DuplicateIdError,
+    StoreError,
+    StoreExistsError,
+    StoreFormatError,
+    StoreLockedError,
+    StoreMismatchError,
+    StoreWriteError,
+)
+from logra_kernels.store.manifest import Module
+from logra_kernels.store.reader import Shard, Store
+from logra_kernels.store.self_influence import SelfInfluenceCache
+from logra_kernels.store.verify import verify_store
+from logra_kernels.store.writer import StoreWriter
+
+__all__ = [
+    "DuplicateIdError",
+    "Module",
+    "SelfInfluenceCache",
+    "Shard",
+    "Store",
+    "StoreError",
+    "StoreExistsError",
+    "StoreFormatError",
+    "StoreLockedError",
+    "StoreMismatchError",
+    "StoreWriteError",
+    "StoreWriter",
+    "verify_store",
+]

@@ -1,0 +1,224 @@
+"""Files of a store: npy headers, checksums, writes that survive a kill, the lock."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logra_kernels.store.errors import StoreFormatError, StoreLockedError, StoreWriteError
+
+DATA_OFFSET_BYTES = 4096  # where the data of every .npy file starts: one page, so maps are aligned
+TEMPORARY_SUFFIX = ".tmp"
+_READ_BYTES = 1 << 22
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
+    """The first 4096 bytes of an .npy file (format 1.0), for a C-ordered array of `dtype`."""
+    body = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {tuple(shape)!r}, }}".encode()
+    head = b"\x93NUMPY\x01\x00" + (DATA_OFFSET_BYTES - 10).to_bytes(2, "little")
+    return head + body.ljust(DATA_OFFSET_BYTES - 11) + b"\n"
+
+
+def npy_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """The size of that file."""
+    size = np.dtype(dtype).itemsize
+    for extent in shape:
+        size *= extent
+    return DATA_OFFSET_BYTES + size
+
+
+def powers_of_two(values: np.ndarray) -> np.ndarray:
+    """[n] bool: which float32 values are positive, finite powers of two."""
+    fraction, _ = np.frexp(values)
+    return np.isfinite(values) & (fraction == 0.5)
+
+
+def crc32_text(crc: int) -> str:
+    """A CRC-32 as it stands in a manifest: eight hexadecimal digits."""
+    return f"{crc:08x}"
+
+
+def crc32_of_file(path: Path, start: int = 0, progress: Callable[[int], None] | None = None) -> str:
+    """CRC-32 (zlib's) of a file's bytes from `start` on; `progress` gets the bytes of each read."""
+    crc = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        while piece := file.read(_READ_BYTES):
+            crc = zlib.crc32(piece, crc)
+            if progress is not None:
+                progress(len(piece))
+    return crc32_text(crc)
+
+
+def sha256_of_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file in hexadecimal; `progress` gets the bytes of each read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+            if progress is not None:
+                progress(len(piece))
+    return digest.hexdigest()
+
+
+def write_all(descriptor: int, data: Any) -> None:
+    """Write every byte of a buffer; one call of os.write may take only a part of it."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's names survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+def write_temporary(path: Path, *pieces: Any) -> Path:
+    """Write the pieces to the file's temporary name and to the disk; leave nothing on failure."""
+    place = temporary(path)
+    try:
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for piece in pieces:
+                write_all(descriptor, piece)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        remove(place)
+        raise
+    return place
+
+
+def replace_file(path: Path, *pieces: Any) -> None:
+    """Give `path` new content atomically. The folder is left for the caller to sync."""
+    place = write_temporary(path, *pieces)
+    try:
+        os.replace(place, path)
+    except BaseException:
+        remove(place)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file that may be gone already, or may refuse: it is only rubbish."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def write_error(error: OSError, doing: str) -> StoreWriteError:
+    """The operating system's refusal as one sentence."""
+    if error.errno == errno.ENOSPC:
+        why = "the disk is full"
+    elif error.errno == errno.EDQUOT:
+        why = "the disk quota is used up"
+    elif error.errno == errno.EFBIG:
+        why = "the file would be larger than the system allows (ulimit -f)"
+    else:
+        why = str(error)
+    return StoreWriteError(f"{doing}: {why}")
+
+
+def check_file(folder: Path, name: str, want_bytes: int, header: bytes | None = None) -> None:
+    """Size, and for .npy files the header.
+
+    Raises:
+        StoreFormatError: the file is missing, cut short or grown, or is another array.
+    """
+    path = folder / name
+    try:
+        got_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise StoreFormatError(f"{path}: the manifest lists this file, but it is missing") from None
+    if got_bytes != want_bytes:
+        raise StoreFormatError(f"{path}: expected {want_bytes} bytes, got {got_bytes}")
+    if header is not None:
+        with open(path, "rb") as file:
+            got = file.read(len(header))
+        if got != header:
+            want_text = header[10:].split(b"}")[0].decode() + "}"
+            got_text = repr(got[:120].rstrip())
+            raise StoreFormatError(
+                f"{path}: expected an .npy header with {want_text}, got {got_text}"
+            )
+
+
+class Lock:
+    """An exclusive lock on a store; the system lets go of it when the process dies.
+
+    Raises:
+        StoreLockedError: another process, or another writer of this process, holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Not O_TRUNC: the holder's process id must stay readable until the lock is ours.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            raise StoreLockedError(
+                f"{path.parent}: another writer (process {holder}) has this store open; "
+                "wait until it has finished"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            warnings.warn(
+                f"{path}: this file system has no locks; two writers at once would spoil the store",
+                stacklevel=2,
+            )
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor: int | None = descriptor
+        _held.add(self)
+
+    def release(self) -> None:
+        """Let go; releasing twice is harmless."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+_held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    # A forked data-loader worker shares the lock with its parent, and would keep the store locked
+    # after the parent was killed. Closing the child's copy leaves the parent's lock in place.
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock at `path` inside a with block."""
+    lock = Lock(path)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,394 @@
+"""manifest.json: what a store says about itself. FORMAT.md describes every key."""
+
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
+from logra_kernels.store.files import check_file, crc32_text, npy_bytes, npy_header, replace_file
+
+FORMAT = "logra_kernels.store"
+VERSION = 1
+MANIFEST = "manifest.json"
+LOCK = "lock"
+NPY_DTYPES = {"float16": "<f2", "float32": "<f4"}
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # 2**e is a normal float32
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_CRC32 = re.compile(r"[0-9a-f]{8}\Z")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One watched layer's part of a row: vec(G) of G [ko, ki], row-major."""
+
+    name: str
+    ko: int
+    ki: int
+
+    @property
+    def size(self) -> int:
+        """Columns of a row that belong to the module."""
+        return self.ko * self.ki
+
+
+def shard_names(index: int) -> tuple[str, str, str]:
+    """The files of a shard: rows, row scales, ids."""
+    stem = f"shard-{index:05d}"
+    return f"{stem}.npy", f"{stem}.scale.npy", f"{stem}.ids.arrow"
+
+
+def check_modules(modules: Sequence[Module]) -> list[Module]:
+    """Names are unique and sizes are positive, or the argument `modules` is wrong."""
+    modules = list(modules)
+    if not modules:
+        raise StoreError("modules: expected at least one, got none")
+    seen = set()
+    for module in modules:
+        if not isinstance(module, Module):
+            raise StoreError(f"modules: expected Module(name, ko, ki), got {module!r}")
+        if not isinstance(module.name, str) or not module.name:
+            raise StoreError(f"modules: expected a name, got {module.name!r}")
+        if module.name in seen:
+            raise StoreError(f"modules: the name {module.name!r} is there twice")
+        seen.add(module.name)
+        for axis in ("ko", "ki"):
+            extent = getattr(module, axis)
+            if not _is_count(extent, 1):
+                raise StoreError(
+                    f"modules: {axis} of {module.name!r}: expected a positive integer, "
+                    f"got {extent!r}"
+                )
+    return modules
+
+
+def plain_json(value: Any, name: str) -> Any:
+    """`value` as it will be read back: tuples become lists, keys become strings.
+
+    Raises:
+        StoreError: it cannot be written as JSON (NaN and infinity included).
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StoreError(f"{name}: cannot be written as JSON: {error}") from None
+
+
+def first_difference(stored: Any, given: Any, name: str) -> str | None:
+    """Where two JSON values first differ, as a sentence; None when they are equal."""
+    if isinstance(stored, Mapping) and isinstance(given, Mapping):
+        for key in [*stored, *(key for key in given if key not in stored)]:
+            where = f"{name}.{key}"
+            if key not in given:
+                return f"{where}: the store has {_short(stored[key])}, this run has nothing"
+            if key not in stored:
+                return f"{where}: the store has nothing, this run has {_short(given[key])}"
+            if found := first_difference(stored[key], given[key], where):
+                return found
+        return None
+    if isinstance(stored, list) and isinstance(given, list):
+        if len(stored) != len(given):
+            return f"{name}: the store has {len(stored)} entries, this run has {len(given)}"
+        for index, (left, right) in enumerate(zip(stored, given, strict=True)):
+            if found := first_difference(left, right, f"{name}[{index}]"):
+                return found
+        return None
+    if type(stored) is type(given) and stored == given:
+        return None
+    if isinstance(stored, (int, float)) and isinstance(given, (int, float)) and stored == given:
+        return None
+    return f"{name}: the store has {_short(stored)}, this run has {_short(given)}"
+
+
+def new_manifest(
+    modules: Sequence[Module],
+    dtype: str,
+    projection: Any,
+    projection_tensors: dict[str, Any] | None,
+    fingerprints: Any,
+) -> dict[str, Any]:
+    """The manifest of a store without rows."""
+    entries, offset = [], 0
+    for module in modules:
+        entries.append({"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset})
+        offset += module.size
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "state": "open",
+        "dtype": dtype,
+        "endianness": "little",
+        "modules": entries,
+        "module_exponents": None,
+        "projection": projection,
+        "projection_tensors": projection_tensors,
+        "fingerprints": fingerprints,
+        "rows": 0,
+        "shards": [],
+        "curvature": {},
+    }
+
+
+def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
+    """A run may resume a store only if their rows mean the same.
+
+    Raises:
+        StoreMismatchError: names the first difference.
+    """
+    for key in ("modules", "dtype", "projection", "projection_tensors", "fingerprints"):
+        left, right = stored[key], given[key]
+        if key == "projection_tensors" and left and right:
+            left, right = left["tensors"], right["tensors"]
+        if found := first_difference(left, right, key):
+            raise StoreMismatchError(f"{folder}: cannot resume: {found}")
+
+
+def encode(manifest: Mapping[str, Any]) -> bytes:
+    """The bytes of manifest.json, sealed by a CRC-32 of everything before the seal."""
+    body = {key: value for key, value in manifest.items() if key != "crc32"}
+    text = json.dumps(body, indent=1, ensure_ascii=True, allow_nan=False)
+    sealed = text[:-2].encode()  # without the last line break and brace
+    return sealed + f',\n "crc32": "{crc32_text(zlib.crc32(sealed))}"\n}}\n'.encode()
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Replace manifest.json atomically. The folder is left for the caller to sync."""
+    replace_file(folder / MANIFEST, encode(manifest))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json, checked by itself; the files it lists are not looked at.
+
+    Raises:
+        StoreFormatError: no store, another format, a newer version, or a damaged manifest.
+    """
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise StoreFormatError(f"{folder}: there is no such folder")
+    if not folder.is_dir():
+        raise StoreFormatError(f"{folder}: expected a folder with a store, got a file")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise StoreFormatError(f"{folder}: is no store: there is no {MANIFEST} in it") from None
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StoreFormatError(f"{path}: is not JSON: {error}") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise StoreFormatError(f'{path}: expected the format "{FORMAT}", got {_short(found)}')
+    version = manifest.get("version")
+    if not _is_count(version, 1):
+        raise StoreFormatError(f"{path}: version: expected a positive integer, got {version!r}")
+    if version > VERSION:
+        raise StoreFormatError(
+            f"{path}: this store has format version {version}, and this logra_kernels reads "
+            f"versions up to {VERSION}; install a newer logra_kernels"
+        )
+    sealed, mark, seal = data.rpartition(b',\n "crc32": "')
+    if not mark or seal != f'{crc32_text(zlib.crc32(sealed))}"\n}}\n'.encode():
+        raise StoreFormatError(f"{path}: damaged: its bytes do not agree with its own crc32")
+    try:
+        _check(manifest)
+    except _Wrong as wrong:
+        raise StoreFormatError(f"{path}: {wrong}") from None
+    return manifest
+
+
+def modules_of(manifest: Mapping[str, Any]) -> list[Module]:
+    """The modules of a checked manifest."""
+    return [Module(entry["name"], entry["ko"], entry["ki"]) for entry in manifest["modules"]]
+
+
+def width_of(manifest: Mapping[str, Any]) -> int:
+    """D, the columns of a row."""
+    return sum(entry["ko"] * entry["ki"] for entry in manifest["modules"])
+
+
+def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+    """Every file entry with the .npy header its file must have (None: another kind of file)."""
+    width, dtype = width_of(manifest), NPY_DTYPES[manifest["dtype"]]
+    for shard in manifest["shards"]:
+        yield shard["data"], npy_header(dtype, (shard["rows"], width))
+        if shard["scale"] is not None:
+            yield shard["scale"], npy_header("<f4", (shard["rows"],))
+        yield shard["ids"], None
+    if manifest["projection_tensors"] is not None:
+        yield manifest["projection_tensors"], None
+    for entry in manifest["curvature"].values():
+        yield entry, None
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Every listed file is there with its size and header, or StoreFormatError names it."""
+    for entry, header in listed_files(manifest):
+        check_file(folder, entry["file"], entry["bytes"], header)
+
+
+class _Wrong(Exception):
+    """A key of the manifest is wrong."""
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    _one_of(manifest, "state", ("open", "finalized"))
+    _one_of(manifest, "dtype", tuple(NPY_DTYPES))
+    _one_of(manifest, "endianness", ("little",))
+    for key in ("projection", "fingerprints"):
+        if key not in manifest:
+            raise _Wrong(f"{key}: missing")
+    _check_modules(_list(manifest, "modules"))
+    _check_exponents(manifest)
+    _check_shards(manifest)
+    names = [entry["file"] for entry in _named_shard_files(manifest)]
+    if len(set(names)) != len(names):
+        raise _Wrong("shards: two entries name the same file")
+    if "projection_tensors" not in manifest:
+        raise _Wrong("projection_tensors: missing")
+    if manifest["projection_tensors"] is not None:
+        entry = _object(manifest, "projection_tensors", "projection_tensors")
+        _check_file_entry(entry, "projection_tensors", "projection/", "sha256", _SHA256)
+        _object(entry, "tensors", "projection_tensors.tensors")
+    for name, entry in _object(manifest, "curvature", "curvature").items():
+        where = f"curvature.{name}"
+        if not isinstance(entry, dict):
+            raise _Wrong(f"{where}: expected an object, got {_short(entry)}")
+        _check_file_entry(entry, where, "curvature/", "sha256", _SHA256)
+        _count(entry, "rows", where, 0)
+        if "meta" not in entry:
+            raise _Wrong(f"{where}.meta: missing")
+
+
+def _check_modules(entries: list[Any]) -> None:
+    if not entries:
+        raise _Wrong("modules: expected at least one, got none")
+    offset, names = 0, set()
+    for index, entry in enumerate(entries):
+        where = f"modules[{index}]"
+        if not isinstance(entry, dict):
+            raise _Wrong(f"{where}: expected an object, got {_short(entry)}")
+        name = entry.get("name")
+        if not isinstance(name, str) or not name or name in names:
+            raise _Wrong(f"{where}.name: expected a name of its own, got {_short(name)}")
+        names.add(name)
+        size = _count(entry, "ko", where, 1) * _count(entry, "ki", where, 1)
+        if _count(entry, "offset", where, 0) != offset:
+            raise _Wrong(f"{where}.offset: expected {offset}, got {entry['offset']}")
+        offset += size
+
+
+def _check_exponents(manifest: dict[str, Any]) -> None:
+    if "module_exponents" not in manifest:
+        raise _Wrong("module_exponents: missing")
+    exponents = manifest["module_exponents"]
+    if exponents is None:
+        return
+    count = len(manifest["modules"])
+    if (
+        not isinstance(exponents, list)
+        or len(exponents) != count
+        or not all(_is_count(value, SMALLEST_EXPONENT, LARGEST_EXPONENT) for value in exponents)
+    ):
+        raise _Wrong(
+            f"module_exponents: expected {count} integers from {SMALLEST_EXPONENT} to "
+            f"{LARGEST_EXPONENT}, got {_short(exponents)}"
+        )
+
+
+def _check_shards(manifest: dict[str, Any]) -> None:
+    width, dtype = width_of(manifest), NPY_DTYPES[manifest["dtype"]]
+    first_row = 0
+    for index, shard in enumerate(_list(manifest, "shards")):
+        where = f"shards[{index}]"
+        if not isinstance(shard, dict):
+            raise _Wrong(f"{where}: expected an object, got {_short(shard)}")
+        rows = _count(shard, "rows", where, 1)
+        if _count(shard, "first_row", where, 0) != first_row:
+            raise _Wrong(f"{where}.first_row: expected {first_row}, got {shard['first_row']}")
+        first_row += rows
+        shapes = {"data": (dtype, (rows, width)), "scale": ("<f4", (rows,)), "ids": None}
+        for key, array in shapes.items():
+            if key == "scale" and manifest["dtype"] == "float32":
+                if shard.get(key, "missing") is not None:
+                    raise _Wrong(f"{where}.scale: expected null, for the rows are float32")
+                continue
+            entry = _object(shard, key, f"{where}.{key}")
+            _check_file_entry(entry, f"{where}.{key}", "", "crc32", _CRC32)
+            if array is not None and entry["bytes"] != npy_bytes(*array):
+                raise _Wrong(
+                    f"{where}.{key}.bytes: expected {npy_bytes(*array)}, got {entry['bytes']}"
+                )
+    if _count(manifest, "rows", "", 0) != first_row:
+        raise _Wrong(f"rows: expected {first_row}, got {manifest['rows']}")
+    if first_row and manifest["dtype"] == "float16" and manifest["module_exponents"] is None:
+        raise _Wrong("module_exponents: expected integers, for there are float16 rows, got null")
+
+
+def _named_shard_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for shard in manifest["shards"]:
+        for key in ("data", "scale", "ids"):
+            if shard[key] is not None:
+                yield shard[key]
+
+
+def _check_file_entry(
+    entry: dict[str, Any], where: str, folder: str, checksum: str, pattern: "re.Pattern[str]"
+) -> None:
+    name = entry.get("file")
+    # A manifest from elsewhere must not make us read, or delete, a file outside the store.
+    if (
+        not isinstance(name, str)
+        or not name.startswith(folder)
+        or not _PLAIN_NAME.match(name[len(folder) :])
+    ):
+        raise _Wrong(
+            f"{where}.file: expected a plain file name in {folder or 'the store'}, "
+            f"got {_short(name)}"
+        )
+    _count(entry, "bytes", where, 0)
+    if not isinstance(entry.get(checksum), str) or not pattern.match(entry[checksum]):
+        raise _Wrong(
+            f"{where}.{checksum}: expected hexadecimal digits, got {_short(entry.get(checksum))}"
+        )
+
+
+def _is_count(value: Any, smallest: int, largest: int = 2**62) -> bool:
+    return type(value) is int and smallest <= value <= largest
+
+
+def _count(entry: dict[str, Any], key: str, where: str, smallest: int) -> int:
+    value = entry.get(key)
+    if type(value) is not int or not _is_count(value, smallest):
+        name = f"{where}.{key}" if where else key
+        raise _Wrong(f"{name}: expected an integer of at least {smallest}, got {_short(value)}")
+    return value
+
+
+def _list(entry: dict[str, Any], key: str) -> list[Any]:
+    value = entry.get(key)
+    if not isinstance(value, list):
+        raise _Wrong(f"{key}: expected a list, got {_short(value)}")
+    return value
+
+
+def _object(entry: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = entry.get(key)
+    if not isinstance(value, dict):
+        raise _Wrong(f"{where}: expected an object, got {_short(value)}")
+    return value
+
+
+def _one_of(entry: dict[str, Any], key: str, allowed: tuple[str, ...]) -> None:
+    if entry.get(key) not in allowed:
+        wanted = " or ".join(f'"{value}"' for value in allowed)
+        raise _Wrong(f"{key}: expected {wanted}, got {_short(entry.get(key))}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,261 @@
+"""Reading a store: mapped shards, ids, and what is kept beside them."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from logra_kernels.store.errors import StoreError
+from logra_kernels.store.files import (
+    DATA_OFFSET_BYTES,
+    locked,
+    remove,
+    sync_folder,
+    write_error,
+)
+from logra_kernels.store.ids import read_ids
+from logra_kernels.store.manifest import (
+    LOCK,
+    NPY_DTYPES,
+    Module,
+    check_files,
+    modules_of,
+    plain_json,
+    read_manifest,
+    width_of,
+    write_manifest,
+)
+from logra_kernels.store.self_influence import SelfInfluenceCache
+from logra_kernels.store.tensors import check_name, check_tensors, read_tensors, write_tensors
+from logra_kernels.store.verify import verify_store
+
+
+class Shard:
+    """One file of rows; opened when it is first used."""
+
+    def __init__(self, folder: Path, entry: Mapping[str, Any], dtype: str, width: int) -> None:
+        self.num_rows: int = entry["rows"]
+        self.first_row: int = entry["first_row"]
+        self._folder = folder
+        self._entry = entry
+        self._dtype = NPY_DTYPES[dtype]
+        self._width = width
+
+    @cached_property
+    def rows(self) -> np.memmap:
+        """[r, D], as stored, read in place from the mapped file."""
+        shape = (self.num_rows, self._width)
+        path = self._folder / self._entry["data"]["file"]
+        return np.memmap(path, self._dtype, "r", DATA_OFFSET_BYTES, shape)
+
+    @cached_property
+    def row_scale(self) -> np.ndarray:
+        """[r] float32 powers of two; ones where the rows are float32."""
+        if self._entry["scale"] is None:
+            return np.ones(self.num_rows, np.float32)
+        path = self._folder / self._entry["scale"]["file"]
+        return np.fromfile(path, "<f4", self.num_rows, offset=DATA_OFFSET_BYTES)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The ids file: columns id and metadata (JSON or null)."""
+        return read_ids(self._folder / self._entry["ids"]["file"], self.num_rows)
+
+
+class Store:
+    """A store opened for reading, as it was when it was opened.
+
+    A store that is still being written, or whose writer was killed, shows its committed shards;
+    `finalized` is false then.
+    """
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Store":
+        """Check the manifest, and every file's size and header, and map the shards.
+
+        Raises:
+            StoreFormatError: names the file, what was wanted and what came: no store, another
+                format, a newer version, a missing, cut or foreign file.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        return cls(folder, manifest)
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.modules: list[Module] = modules_of(manifest)
+        self.dim: int = width_of(manifest)
+        self.dtype: str = manifest["dtype"]
+        self.num_rows: int = manifest["rows"]
+        self.finalized: bool = manifest["state"] == "finalized"
+        self.projection: Any = manifest["projection"]
+        self.fingerprints: Any = manifest["fingerprints"]
+        # A store without rows has no exponents yet, and float32 rows need none.
+        exponents = manifest["module_exponents"]
+        self.module_exponents: list[int] = exponents or [0] * len(self.modules)
+        self.shards = [Shard(path, entry, self.dtype, self.dim) for entry in manifest["shards"]]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @cached_property
+    def ids(self) -> pa.LargeStringArray:
+        """[num_rows] strings, in row order."""
+        pieces = [piece for shard in self.shards for piece in shard.table["id"].chunks]
+        return pa.chunked_array(pieces, pa.large_string()).combine_chunks()
+
+    @cached_property
+    def _rows_of_ids(self) -> dict[str, int]:
+        return {text: row for row, text in enumerate(self.ids.to_pylist())}
+
+    def row_of(self, id: str | int) -> int:
+        """The row of an id.
+
+        Raises:
+            StoreError: the store does not have it.
+        """
+        row = self._rows_of_ids.get(str(id))
+        if row is None:
+            raise StoreError(f"id: the store has no {str(id)!r}")
+        return row
+
+    def metadata(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any] | None]:
+        """What was said about each row when it was appended; None where nothing was."""
+        found: list[dict[str, Any] | None] = []
+        for shard, row in map(self._place, rows):
+            text = shard.table["metadata"][row].as_py()
+            found.append(None if text is None else json.loads(text))
+        return found
+
+    def blocks(self, block_rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first_row, rows [r, D], row_scale [r]) with r ≤ block_rows, without a copy.
+
+        A block never crosses a shard, so the last one of a shard may be short.
+        """
+        if block_rows < 1:
+            raise StoreError(f"block_rows: expected at least 1, got {block_rows}")
+        for shard in self.shards:
+            for start in range(0, shard.num_rows, block_rows):
+                block = slice(start, start + block_rows)
+                yield shard.first_row + start, shard.rows[block], shard.row_scale[block]
+
+    def row(self, index: int) -> np.ndarray:
+        """[D] float32: one row, unpacked."""
+        return self.take([index])[0]
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n, D] float32: rows by their index, unpacked.
+
+        row[d] = stored[d] · row_scale · 2**module_exponent(d)
+        """
+        places = [self._place(row) for row in rows]
+        taken = np.empty((len(places), self.dim), np.float32)
+        sizes = [module.size for module in self.modules]
+        exponents = np.repeat(np.array(self.module_exponents, np.int32), sizes)  # [D]
+        for out, (shard, row) in zip(taken, places, strict=True):
+            wide = np.ldexp(shard.rows[row].astype(np.float64), exponents)
+            out[:] = wide * np.float64(shard.row_scale[row])
+        return taken
+
+    def verify(
+        self, checksums: bool = True, progress: Callable[[int, int], None] | None = None
+    ) -> list[str]:
+        """What is wrong with the files, a sentence each; nothing if the store is good."""
+        return verify_store(self.path, checksums, progress)
+
+    def load_tensors(self, name: str = "projection") -> dict[str, np.ndarray]:
+        """The matrices the rows were projected with, as they were given to the writer.
+
+        Raises:
+            StoreError: the store keeps none.
+            StoreFormatError: the file is damaged.
+        """
+        if name != "projection":
+            raise StoreError(f"name: expected 'projection', got {name!r}")
+        entry = self.manifest["projection_tensors"]
+        if entry is None:
+            raise StoreError(f"{self.path}: keeps no projection matrices")
+        return read_tensors(self.path / entry["file"], entry["sha256"])
+
+    @property
+    def curvatures(self) -> dict[str, dict[str, Any]]:
+        """name -> {"sha256", "rows" (of the store when it was saved), "meta", …}."""
+        return dict(self.manifest["curvature"])
+
+    def save_curvature(self, name: str, tensors: Mapping[str, np.ndarray], meta: Any) -> None:
+        """Keep named float32 or float64 arrays and JSON about them (count, kind) in the store.
+
+        An older curvature of the same name is replaced, atomically.
+
+        Raises:
+            StoreError: a wrong name, dtype or meta, or the disk refuses.
+            StoreLockedError: a writer has the store open.
+        """
+        check_name(name, "name")
+        ready = check_tensors(tensors, "tensors")
+        for key, array in ready.items():
+            if array.dtype not in (np.float32, np.float64):
+                raise StoreError(
+                    f"tensors: {key!r}: expected float32 or float64, got {array.dtype}"
+                )
+        meta = plain_json(meta, "meta")
+        try:
+            with locked(self.path / LOCK):
+                manifest = read_manifest(self.path)
+                old = manifest["curvature"].get(name)
+                entry = write_tensors(self.path / "curvature", name, ready)
+                manifest["curvature"][name] = {**entry, "rows": self.num_rows, "meta": meta}
+                write_manifest(self.path, manifest)
+                sync_folder(self.path)
+                others = [other["file"] for other in manifest["curvature"].values()]
+                if old is not None and old["file"] not in others:
+                    remove(self.path / old["file"])
+        except OSError as error:
+            raise write_error(error, f"{self.path}: cannot save the curvature") from error
+        self.manifest["curvature"] = manifest["curvature"]
+
+    def load_curvature(self, name: str) -> tuple[dict[str, np.ndarray], Any]:
+        """The arrays and the JSON that were saved under the name.
+
+        Raises:
+            StoreError: there is none of that name.
+            StoreFormatError: the file is damaged.
+        """
+        entry = self.manifest["curvature"].get(name)
+        if entry is None:
+            known = ", ".join(self.manifest["curvature"]) or "none"
+            raise StoreError(f"name: the store has no curvature {name!r}; it has {known}")
+        return read_tensors(self.path / entry["file"], entry["sha256"]), entry["meta"]
+
+    def self_influence_cache(self, key: str, meta: Any) -> SelfInfluenceCache:
+        """The place for σ of one (curvature, damping), which `key` tells from others.
+
+        Args:
+            key: letters, digits, dash, underscore; at most 64.
+            meta: JSON that the key stands for (curvature checksum, damping, kind).
+
+        Raises:
+            StoreMismatchError: the key is in use for another meta.
+        """
+        check_name(key, "key")
+        rows = [shard.num_rows for shard in self.shards]
+        folder = self.path / "self_influence"
+        return SelfInfluenceCache(folder, key, meta, rows, len(self.modules))
+
+    def _place(self, row: int) -> tuple[Shard, int]:
+        if not 0 <= row < self.num_rows:
+            raise StoreError(f"rows: expected 0 to {self.num_rows - 1}, got {row}")
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        shard = self.shards[index]
+        return shard, int(row) - shard.first_row
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.array([shard.first_row for shard in self.shards])

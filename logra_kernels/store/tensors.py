@@ -1,0 +1,122 @@
+"""Named arrays in safetensors files: projections and curvature."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from logra_kernels.store.errors import StoreError, StoreFormatError
+from logra_kernels.store.files import remove, sha256_of_file, sync_folder, temporary, write_all
+
+_NAMES: dict[np.dtype[Any], str] = {
+    np.dtype("<f8"): "F64",
+    np.dtype("<f4"): "F32",
+    np.dtype("<f2"): "F16",
+    np.dtype("<i8"): "I64",
+    np.dtype("<i4"): "I32",
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
+
+
+def check_name(name: str, argument: str) -> str:
+    """Names that become file names: letters, digits, dash and underscore, at most 64."""
+    if not isinstance(name, str) or not _NAME.match(name):
+        raise StoreError(f"{argument}: expected 1 to 64 letters, digits, '-' or '_', got {name!r}")
+    return name
+
+
+def check_tensors(tensors: Mapping[str, Any], argument: str) -> dict[str, np.ndarray]:
+    """Contiguous little-endian arrays, ready to be written."""
+    ready = {}
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not name or name == "__metadata__":
+            raise StoreError(f"{argument}: expected a name, got {name!r}")
+        if not isinstance(value, np.ndarray):
+            raise StoreError(
+                f"{argument}: {name!r}: expected a numpy array, got {type(value).__name__}"
+            )
+        array = np.asarray(value, value.dtype.newbyteorder("<"), order="C")
+        if array.dtype not in _NAMES:
+            wanted = ", ".join(dtype.name for dtype in _NAMES)
+            raise StoreError(f"{argument}: {name!r}: expected {wanted}, got {value.dtype}")
+        ready[name] = array
+    return ready
+
+
+def fingerprint(array: np.ndarray) -> dict[str, Any]:
+    """dtype, shape and SHA-256 of the little-endian, C-ordered elements."""
+    return {
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "sha256": hashlib.sha256(_bytes(array)).hexdigest(),
+    }
+
+
+def write_tensors(folder: Path, stem: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Write `<stem>-<first 16 digits of its SHA-256>.safetensors` and return its manifest entry.
+
+    The content is in the name, so that a new file never takes an old one's place before the
+    manifest points to it.
+    """
+    header: dict[str, Any] = {}
+    start = 0
+    for name, array in tensors.items():
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, start + array.nbytes],
+        }
+        start += array.nbytes
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8 bytes
+    digest = hashlib.sha256()
+    folder.mkdir(exist_ok=True)
+    place = temporary(folder / stem)
+    try:
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            head = len(text).to_bytes(8, "little") + text
+            pieces = [memoryview(head), *map(_bytes, tensors.values())]
+            for piece in pieces:
+                digest.update(piece)
+                write_all(descriptor, piece)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        name = f"{stem}-{digest.hexdigest()[:16]}.safetensors"
+        os.replace(place, folder / name)
+    except BaseException:
+        remove(place)
+        raise
+    sync_folder(folder)
+    return {
+        "file": f"{folder.name}/{name}",
+        "bytes": 8 + len(text) + start,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file whose checksum is known.
+
+    Raises:
+        StoreFormatError: the file is not the one that was written.
+    """
+    got = sha256_of_file(path)
+    if got != sha256:
+        raise StoreFormatError(f"{path}: damaged: expected sha256 {sha256}, got {got}")
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise StoreFormatError(f"{path}: is not a readable safetensors file: {error}") from None
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data

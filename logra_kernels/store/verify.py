@@ -1,0 +1,171 @@
+"""Looking at every byte of a store, and saying what is wrong."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logra_kernels.store.errors import StoreError
+from logra_kernels.store.files import (
+    DATA_OFFSET_BYTES,
+    check_file,
+    crc32_of_file,
+    powers_of_two,
+    sha256_of_file,
+)
+from logra_kernels.store.ids import read_ids
+from logra_kernels.store.manifest import (
+    NPY_DTYPES,
+    listed_files,
+    modules_of,
+    read_manifest,
+    width_of,
+)
+from logra_kernels.store.self_influence import file_problem, find_files, read_key
+from logra_kernels.store.tensors import read_tensors
+
+_BLOCK_BYTES = 16 << 20
+
+
+def verify_store(
+    path: str | os.PathLike[str],
+    checksums: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """What is wrong with a store, a sentence with the file's name each; empty if it is good.
+
+    Args:
+        path: the store's folder.
+        checksums: read every byte; False looks at sizes and headers only.
+        progress: is called with (bytes looked at, bytes in all).
+    """
+    folder = Path(path)
+    try:
+        manifest = read_manifest(folder)
+    except StoreError as error:
+        return [str(error)]
+    problems, good = [], set()
+    for entry, header in listed_files(manifest):
+        try:
+            check_file(folder, entry["file"], entry["bytes"], header)
+            good.add(entry["file"])
+        except StoreError as error:
+            problems.append(str(error))
+    if not checksums:
+        return problems
+    total = sum(entry["bytes"] for entry, _ in listed_files(manifest))
+    seen = 0
+
+    def count(size: int) -> None:
+        nonlocal seen
+        seen += size
+        if progress is not None:
+            progress(min(seen, total), total)
+
+    for entry, header in listed_files(manifest):
+        if entry["file"] in good:
+            problem = _checksum_problem(folder, entry, header, count)
+            if problem is not None:
+                problems.append(problem)
+                good.discard(entry["file"])
+    for check in (_row_problems, _id_problems, _tensor_problems, _cache_problems):
+        problems += check(folder, manifest, good)
+    return problems
+
+
+def _checksum_problem(
+    folder: Path, entry: Mapping[str, Any], header: bytes | None, count: Callable[[int], None]
+) -> str | None:
+    path = folder / entry["file"]
+    if "crc32" in entry:
+        kind, got = "crc32", crc32_of_file(path, DATA_OFFSET_BYTES if header else 0, count)
+    else:
+        kind, got = "sha256", sha256_of_file(path, count)
+    if got == entry[kind]:
+        return None
+    return f"{path}: damaged: expected {kind} {entry[kind]}, got {got}"
+
+
+def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:
+    """Values that the writer would have refused: they were wrong before the checksum was made."""
+    width, dtype = width_of(manifest), NPY_DTYPES[manifest["dtype"]]
+    block = max(1, _BLOCK_BYTES // (width * np.dtype(dtype).itemsize))
+    for shard in manifest["shards"]:
+        path = folder / shard["data"]["file"]
+        if shard["data"]["file"] in good:
+            rows = np.memmap(path, dtype, "r", DATA_OFFSET_BYTES, (shard["rows"], width))
+            for start in range(0, shard["rows"], block):
+                finite = np.isfinite(rows[start : start + block]).all(axis=1)
+                if not finite.all():
+                    row = shard["first_row"] + start + int(np.flatnonzero(~finite)[0])
+                    yield f"{path}: expected finite values, got others in row {row}"
+                    break
+        if shard["scale"] is not None and shard["scale"]["file"] in good:
+            path = folder / shard["scale"]["file"]
+            scales = np.fromfile(path, "<f4", shard["rows"], offset=DATA_OFFSET_BYTES)
+            bad = np.flatnonzero(~powers_of_two(scales))
+            if len(bad):
+                row = shard["first_row"] + int(bad[0])
+                yield f"{path}: expected powers of two, got {scales[bad[0]]} for row {row}"
+
+
+def _id_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for shard in manifest["shards"]:
+        path = folder / shard["ids"]["file"]
+        if shard["ids"]["file"] not in good:
+            continue
+        try:
+            table = read_ids(path, shard["rows"])
+        except StoreError as error:
+            yield str(error)
+            continue
+        for text in table["id"].to_pylist():
+            if text in seen:
+                yield f"{path}: the id {text!r} is in the store twice"
+            seen.add(text)
+        for row, text in enumerate(table["metadata"].to_pylist()):
+            if text is not None and not _is_object(text):
+                yield f"{path}: the metadata of row {shard['first_row'] + row} is no JSON object"
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _tensor_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:
+    entries = [manifest["projection_tensors"], *manifest["curvature"].values()]
+    for entry in entries:
+        if entry is not None and entry["file"] in good:
+            try:
+                tensors = read_tensors(folder / entry["file"], entry["sha256"])
+            except StoreError as error:
+                yield str(error)
+                continue
+            for name, array in tensors.items():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    path = folder / entry["file"]
+                    yield f"{path}: expected finite values, got others in {name!r}"
+
+
+def _cache_problems(folder: Path, manifest: Mapping[str, Any], _: set[str]) -> Iterator[str]:
+    root = folder / "self_influence"
+    modules = len(modules_of(manifest))
+    rows = [shard["rows"] for shard in manifest["shards"]]
+    for key in sorted(os.listdir(root)) if root.is_dir() else []:
+        try:
+            read_key(root / key)
+        except StoreError as error:
+            yield str(error)
+        for index, files in sorted(find_files(root / key).items()):
+            for name, crc in files:
+                if index >= len(rows):
+                    yield f"{root / key / name}: the store has only {len(rows)} shards"
+                elif problem := file_problem(root / key, name, crc, (rows[index], modules)):
+                    yield problem
