@@ -1,0 +1,232 @@
+"""A causal language model from a local Hugging Face folder: loading, batches, the summed loss."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logra_kernels.corpus import Example
+from logra_kernels.layers import layer_kind
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Values hashed per parameter: a different training run changes any of them.
+SAMPLED_VALUES = 256
+# What a saved config says about the file rather than about the model.
+IRRELEVANT_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+
+
+@dataclass
+class CausalLM:
+    """A model in evaluation mode with its tokenizer, and what tells it from other models."""
+
+    model: nn.Module
+    tokenizer: Any
+    path: str
+    dtype: str
+    fingerprint: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return next(self.model.parameters()).device
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, dtype: str = "float32", device: str = "cpu"
+    ) -> "CausalLM":
+        """Load a model and its tokenizer; nothing is ever downloaded.
+
+        Args:
+            path: a Hugging Face folder, or the name of a model in the local Hugging Face cache.
+            dtype: "float32" or "bfloat16", what the weights are loaded as.
+            device: as torch names it.
+        Raises:
+            ValueError: an unknown dtype, or no such model here.
+            ImportError: transformers is not installed.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        target = _device(device)
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
+        except ImportError as error:
+            raise ImportError(
+                "transformers is not installed: pip install 'logra-kernels[hf]'"
+            ) from error
+        path = os.fspath(path)
+        if not Path(path).is_dir() and (Path(path).exists() or path.count("/") != 1):
+            raise ValueError(f"model: no folder {path}")
+        # transformers' own bar over the weights of a model says nothing here.
+        logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, local_files_only=True, torch_dtype=DTYPES[dtype]
+            )
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"model: {path} is no causal language model folder: {first}"
+            ) from error
+        fingerprint = {
+            "config": _config_hash(model.config.to_dict()),
+            "weights": _weights_hash(model),
+            "tokenizer": _tokenizer_hash(tokenizer),
+        }
+        return cls(model.eval().to(target), tokenizer, path, dtype, fingerprint)
+
+    def linear_modules(
+        self, name_filter: Sequence[str] = (), last_blocks: int | None = None
+    ) -> list[str]:
+        """Names of the linear layers to watch, in the model's order.
+
+        Args:
+            name_filter: keep a name that contains one of these; all if empty.
+            last_blocks: keep the last so many transformer blocks only, told by the first number in
+                a name (`model.layers.29.mlp.up_proj` is of block 29).
+        Raises:
+            ValueError: nothing is left; the message says what there is.
+        """
+        named = [
+            name
+            for name, module in self.model.named_modules()
+            if layer_kind(module) is not None and not isinstance(module, nn.Embedding)
+        ]
+        names = [n for n in named if not name_filter or any(part in n for part in name_filter)]
+        if not names:
+            kinds = sorted({re.sub(r"\d+", "*", name) for name in named})
+            raise ValueError(
+                f"modules: no linear layer's name contains {' or '.join(map(repr, name_filter))};"
+                f" this model has: {', '.join(kinds)}"
+            )
+        if last_blocks is not None:
+            if last_blocks < 1:
+                raise ValueError(f"last_blocks: expected at least 1, got {last_blocks}")
+            numbers = {name: _block(name) for name in names}
+            blocks = sorted({number for number in numbers.values() if number is not None})
+            kept = blocks[-last_blocks:]
+            names = [name for name in names if numbers[name] in kept]
+            if not names:
+                raise ValueError("last_blocks: the watched modules' names hold no block numbers")
+        return names
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Right-padded input_ids, attention_mask and labels, all [N, T] int64, on the device.
+
+        A label is -100 where no loss is borne: padding, and tokens before `loss_start`.
+        """
+        longest = max(len(example.tokens) for example in examples)
+        shape = (len(examples), longest)
+        # The padding token's value is of no account: nothing attends to it.
+        input_ids = torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, -100, dtype=torch.int64)
+        for row, example in enumerate(examples):
+            length = len(example.tokens)
+            input_ids[row, :length] = torch.tensor(example.tokens)
+            mask[row, :length] = 1
+            labels[row, example.loss_start : length] = input_ids[row, example.loss_start : length]
+        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Cross entropy of every token given those before it, summed over tokens and examples.
+
+        In nats, float32, a scalar.
+        """
+        logits = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits  # [N, T, V]
+        return nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1),
+            batch["labels"][:, 1:].flatten(),
+            ignore_index=-100,
+            reduction="sum",
+        )
+
+    @torch.no_grad()
+    def generate(self, prompt: str, max_new_tokens: int) -> str:
+        """The greedy continuation of a prompt, special tokens left out."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.device)
+        end = self.tokenizer.eos_token_id
+        output = self.model.generate(  # type: ignore[operator]
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=end if end is not None else 0,
+        )
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """What each token adds to the text; "".join gives the decoded text.
+
+        A token that ends inside a character adds nothing; the one that completes it adds it.
+        """
+        texts, shown = [], ""
+        for count in range(1, len(tokens) + 1):
+            text = str(
+                self.tokenizer.decode(list(tokens[:count]), clean_up_tokenization_spaces=False)
+            )
+            whole = text.rstrip("�") if count < len(tokens) else text
+            added = whole[len(shown) :] if whole.startswith(shown) else ""
+            texts.append(added)
+            shown += added
+        return texts
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device: cannot use {name!r}: {first}") from error
+    return device
+
+
+def _block(name: str) -> int | None:
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None
+
+
+def _digest(pieces: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def _config_hash(config: dict[str, Any]) -> str:
+    kept = {name: value for name, value in config.items() if name not in IRRELEVANT_CONFIG}
+    return _digest(iter([json.dumps(kept, sort_keys=True, default=str).encode()]))
+
+
+def _weights_hash(model: nn.Module) -> str:
+    """A hash over evenly spaced values of every parameter, as float32."""
+
+    def pieces() -> Iterator[bytes]:
+        for name, parameter in model.named_parameters():
+            flat = parameter.detach().flatten()
+            step = max(1, flat.numel() // SAMPLED_VALUES)
+            yield f"{name} {tuple(parameter.shape)}".encode()
+            yield flat[::step].float().cpu().numpy().tobytes()
+
+    return _digest(pieces())
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Over what turns text into tokens: a fast tokenizer's definition, or the vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return _digest(iter([backend.to_str().encode()]))
+    return _digest(iter([json.dumps(sorted(tokenizer.get_vocab().items())).encode()]))
