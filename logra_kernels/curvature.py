@@ -1,0 +1,662 @@
+"""The raw projected curvature: H = (1/N) sum of g g^T per module, its damping and its inverse.
+
+The sum and the count are kept apart, so that shards and ranks merge by addition. Damping goes in,
+a preconditioner comes out: nothing is remembered from one damping to the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logra_kernels import ops
+from logra_kernels.progress import Progress, track
+from logra_kernels.store import Module, Store
+
+DEFAULT_DAMPING_SCALE = 0.1
+SOLVERS = ("cholesky", "eigh")
+
+# Rows are folded into the covariance this many at a time: a call reads and writes K^2 sums, which
+# 256 rows' K^2 / 2 multiply-adds each outweigh on every machine measured.
+FOLD_ROWS = 256
+FOLD_BYTES = 256 << 20
+# Above this K a float64 covariance costs 8 K^2 > 8 MiB a module, and its update twice the time.
+FLOAT64_LARGEST_K = 1024
+# A covariance is rescaled when a block's largest gradient passes 2**8 times its unit; float32
+# sums then hold 2**100 more before they overflow.
+HEADROOM_EXPONENT = 8
+# Cholesky factors above this are not kept between calls but computed again.
+KEPT_FACTOR_BYTES = 2 << 30
+# Right-hand sides are solved in blocks of one width, so that a query's bits do not depend on how
+# many are asked with it.
+SOLVE_COLUMNS = 16
+MAX_WORKERS = 8
+
+T = TypeVar("T")
+
+
+class RawCurvature:
+    """Per-module covariance of the stored rows: sum of g g^T, [K, K], and the number of rows.
+
+    Args:
+        modules: the row's layout, in the store's order.
+        dtype: float64, float32, or None for float64 up to K = 1024 and float32 above.
+    """
+
+    kind = "raw"
+
+    def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
+        if not modules:
+            raise ValueError("modules: expected at least one, got none")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype: expected float32, float64 or None, got {dtype}")
+        self.modules = list(modules)
+        self.dim = sum(module.size for module in self.modules)
+        self.fold_rows = max(1, min(FOLD_ROWS, FOLD_BYTES // (4 * self.dim)))
+        self._dtypes = [dtype or _default_dtype(module.size) for module in self.modules]
+        # allocated by the first non-zero block: a module without gradients costs nothing
+        self._sums: list[Tensor | None] = [None] * len(self.modules)
+        self._exponents = [0] * len(self.modules)  # gradients are in units of 2**exponent
+        self._folded_rows = 0
+        self._buffer: Tensor | None = None  # [fold_rows, D] float32
+        self._buffered_rows = 0
+        self._version = 0
+        self._checksum: tuple[int, str] | None = None
+        self._eigen: tuple[int, list[tuple[Tensor, Tensor]]] | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of rows seen."""
+        return self._folded_rows + self._buffered_rows
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows [R, D] float32, as the store holds them.
+
+        Rows are folded in blocks counted from the first row, so that the bits do not depend on how
+        they were split into calls.
+        """
+        if rows.dtype != torch.float32:
+            raise TypeError(f"rows: expected float32, got {_name(rows.dtype)}")
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise ValueError(f"rows: expected [R, {self.dim}], got {list(rows.shape)}")
+        rows = rows.detach().cpu()
+        self._check_finite(rows)
+        self._version += 1
+        while rows.shape[0]:
+            if self._buffered_rows == 0 and rows.shape[0] >= self.fold_rows:
+                self._fold(rows[: self.fold_rows])
+                rows = rows[self.fold_rows :]
+                continue
+            if self._buffer is None:
+                self._buffer = torch.empty(self.fold_rows, self.dim)
+            taken = min(self.fold_rows - self._buffered_rows, rows.shape[0])
+            end = self._buffered_rows + taken
+            self._buffer[self._buffered_rows : end] = rows[:taken]
+            rows = rows[taken:]
+            self._buffered_rows = end
+            if end == self.fold_rows:
+                self._fold(self._buffer)
+                self._buffered_rows = 0
+
+    def merge(self, other: RawCurvature) -> RawCurvature:
+        """Add another curvature's sums and count (another shard's or rank's); returns self."""
+        if _layout(other.modules) != _layout(self.modules):
+            raise ValueError(
+                f"other: expected the modules {_layout(self.modules)}, got {_layout(other.modules)}"
+            )
+        for i, dtype in enumerate(self._dtypes):
+            theirs, exponent = other._snapshot(i)
+            if theirs is None:
+                continue
+            mine = self._reserve(i, exponent)
+            unit = 4.0 ** (exponent - self._exponents[i])
+            mine += (theirs.double() * unit).to(dtype)
+        self._folded_rows += other.count
+        self._version += 1
+        return self
+
+    def covariance(self, name: str) -> Tensor:
+        """The sum of g g^T of one module, [K, K] float64, both triangles, in true scale."""
+        index = next((i for i, m in enumerate(self.modules) if m.name == name), None)
+        if index is None:
+            raise KeyError(f"no module '{name}'; there are {[m.name for m in self.modules]}")
+        return self._symmetric(index)
+
+    @property
+    def covariances(self) -> dict[str, Tensor]:
+        """Every module's covariance, {name: [K, K] float64}."""
+        return {module.name: self._symmetric(i) for i, module in enumerate(self.modules)}
+
+    @property
+    def checksum(self) -> str:
+        """A hash of the sums, the count and the layout: equal bits, equal checksum."""
+        if self._checksum is None or self._checksum[0] != self._version:
+            digest = hashlib.blake2b(digest_size=16)
+            digest.update(repr((self.kind, self.count, _layout(self.modules))).encode())
+            for i in range(len(self.modules)):
+                sums, exponent = self._snapshot(i)
+                digest.update(repr((exponent, None if sums is None else sums.dtype)).encode())
+                if sums is not None:
+                    digest.update(sums.numpy().data)
+            self._checksum = (self._version, digest.hexdigest())
+        return self._checksum[1]
+
+    def save(self, store: Store) -> None:
+        """Write the sums into the store as its curvature "raw" (no damping is part of it)."""
+        if _layout(store.modules) != _layout(self.modules):
+            raise ValueError(
+                f"store: expected the modules {_layout(self.modules)}, got {_layout(store.modules)}"
+            )
+        tensors: dict[str, np.ndarray] = {}
+        exponents: dict[str, int] = {}
+        for i, module in enumerate(self.modules):
+            sums, exponent = self._snapshot(i)
+            if sums is None:
+                sums = torch.zeros(module.size, module.size, dtype=self._dtypes[i])
+            tensors[module.name] = sums.numpy()
+            exponents[module.name] = exponent
+        meta = {
+            "kind": self.kind,
+            "count": self.count,
+            "exponents": exponents,
+            "checksum": self.checksum,
+        }
+        store.save_curvature(self.kind, tensors, meta)
+
+    @classmethod
+    def load(cls, store: Store) -> RawCurvature:
+        """The curvature "raw" a store holds.
+
+        Raises:
+            ValueError: the store has none, or its file does not match its checksum.
+        """
+        if cls.kind not in store.curvatures:
+            raise ValueError(
+                f"{store.path}: holds no curvature; compute it from the rows with "
+                "RawCurvature.rebuild(store).save(store), or ask for curvature='none'"
+            )
+        tensors, meta = store.load_curvature(cls.kind)
+        curvature = cls(store.modules)
+        for i, module in enumerate(store.modules):
+            if module.name not in tensors:
+                raise ValueError(f"{store.path}: curvature 'raw' lacks module '{module.name}'")
+            sums = torch.from_numpy(np.array(tensors[module.name]))
+            size = module.size
+            if tuple(sums.shape) != (size, size):
+                raise ValueError(
+                    f"{store.path}: curvature 'raw' of module '{module.name}': "
+                    f"expected [{size}, {size}], got {list(sums.shape)}"
+                )
+            curvature._dtypes[i] = sums.dtype
+            curvature._exponents[i] = int(meta["exponents"][module.name])
+            curvature._sums[i] = sums if bool(sums.any()) else None
+        curvature._folded_rows = int(meta["count"])
+        if curvature.checksum != meta["checksum"]:
+            raise ValueError(
+                f"{store.path}: curvature 'raw' does not match its checksum; rebuild it with "
+                "RawCurvature.rebuild(store).save(store)"
+            )
+        return curvature
+
+    @classmethod
+    def rebuild(
+        cls, store: Store, dtype: torch.dtype | None = None, progress: Progress = None
+    ) -> RawCurvature:
+        """The curvature of a store's rows, block by block; equal bits to one kept while logging."""
+        curvature = cls(store.modules, dtype)
+        done = track(progress, store.num_rows, "curvature")
+        for _, rows, row_scale in store.blocks(curvature.fold_rows):
+            curvature.update(stored_rows(store, rows, row_scale))
+            done(rows.shape[0])
+        return curvature
+
+    def damped(
+        self,
+        damping_scale: float | None = None,
+        damping: float | None = None,
+        solver: str = "cholesky",
+    ) -> Preconditioner:
+        """(H + lambda I)^-1 for one damping.
+
+        lambda = damping_scale * mean eigenvalue of H = damping_scale * trace(H) / K per module, or
+        lambda = damping for every module. With neither, damping_scale is 0.1. Everything is
+        factorised in float64.
+
+        Args:
+            damping_scale: relative damping, >= 0.
+            damping: absolute damping, >= 0; only one of the two.
+            solver: "cholesky" refuses a singular H + lambda I; "eigh" takes its pseudo-inverse
+                (eigenvalues within K eps of zero are dropped) and keeps its eigendecomposition for
+                the next damping.
+
+        A module whose covariance is zero has mean eigenvalue 0 and no inverse: its scores are zero,
+        and a warning names it.
+        """
+        damping_scale, damping = check_damping(damping_scale, damping)
+        if solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got '{solver}'")
+        if self.count == 0:
+            raise ValueError("curvature: expected at least one row, got none")
+        lambdas = []
+        for i, module in enumerate(self.modules):
+            mean = self._trace(i) / module.size
+            lambdas.append(damping if damping is not None else damping_scale * mean)
+        silent = [m.name for i, m in enumerate(self.modules) if self._is_zero(i) and not lambdas[i]]
+        if silent:
+            warnings.warn(
+                f"no gradient ever reached {', '.join(silent)}: "
+                "its curvature is zero, and so are its scores",
+                stacklevel=2,
+            )
+        if solver == "eigh":
+            return _EigenPreconditioner(self, lambdas, self._eigendecompositions())
+        return _CholeskyPreconditioner(self, lambdas)
+
+    def sweep(
+        self, damping_scales: Sequence[float] | None = None, dampings: Sequence[float] | None = None
+    ) -> Iterator[Preconditioner]:
+        """One preconditioner per damping, from one eigendecomposition."""
+        if (damping_scales is None) == (dampings is None):
+            raise ValueError("sweep: expected damping_scales or dampings, one of the two")
+        for value in damping_scales or ():
+            yield self.damped(damping_scale=value, solver="eigh")
+        for value in dampings or ():
+            yield self.damped(damping=value, solver="eigh")
+
+    def _check_finite(self, rows: Tensor) -> None:
+        finite = rows.isfinite()
+        if finite.all():
+            return
+        row, column = (int(v) for v in (~finite).nonzero()[0])
+        raise ValueError(
+            f"rows: row {row} is not finite in module '{module_of(self.modules, column).name}'"
+        )
+
+    def _fold(self, block: Tensor) -> None:
+        for i, columns in enumerate(split_columns(block, self.modules)):
+            self._fold_module(i, columns)
+        self._folded_rows += block.shape[0]
+
+    def _fold_module(self, i: int, columns: Tensor) -> None:
+        exponent = _exponent(columns)
+        if exponent is None:
+            return
+        _add(self._reserve(i, exponent), columns, self._exponents[i])
+
+    def _reserve(self, i: int, exponent: int) -> Tensor:
+        """The sums of module i, in a unit that holds gradients up to 2**exponent."""
+        sums = self._sums[i]
+        if sums is None:
+            size = self.modules[i].size
+            sums = self._sums[i] = torch.zeros(size, size, dtype=self._dtypes[i])
+            self._exponents[i] = exponent
+        elif exponent > self._exponents[i] + HEADROOM_EXPONENT:
+            sums *= 4.0 ** (self._exponents[i] - exponent)
+            self._exponents[i] = exponent
+        return sums
+
+    def _snapshot(self, i: int) -> tuple[Tensor | None, int]:
+        """Module i's lower triangle with the buffered rows in it, and its unit.
+
+        The sums themselves stay as they are: folding a part of a block early would change how
+        later rows are grouped, and so their bits.
+        """
+        if self._buffer is None or not self._buffered_rows:
+            return self._sums[i], self._exponents[i]
+        part = RawCurvature([self.modules[i]], self._dtypes[i])
+        kept = self._sums[i]
+        part._sums, part._exponents = [None if kept is None else kept.clone()], [self._exponents[i]]
+        columns = split_columns(self._buffer[: self._buffered_rows], self.modules)[i]
+        part._fold_module(0, columns)
+        return part._sums[0], part._exponents[0]
+
+    def _symmetric(self, i: int) -> Tensor:
+        size = self.modules[i].size
+        sums, exponent = self._snapshot(i)
+        if sums is None:
+            return torch.zeros(size, size, dtype=torch.float64)
+        lower = sums.double().tril() * 4.0**exponent
+        return lower + lower.tril(-1).T
+
+    def _moment(self, i: int) -> Tensor:
+        """H of module i, [K, K] float64."""
+        return self._symmetric(i) / self.count
+
+    def _trace(self, i: int) -> float:
+        sums, exponent = self._snapshot(i)
+        if sums is None:
+            return 0.0
+        trace = math.fsum(sums.diagonal().tolist()) * 4.0**exponent / self.count
+        if not math.isfinite(trace):
+            raise ValueError(f"module '{self.modules[i].name}': H is not finite; rebuild it")
+        return trace
+
+    def _is_zero(self, i: int) -> bool:
+        if self._sums[i] is not None:
+            return False
+        if self._buffer is None:
+            return True
+        columns = split_columns(self._buffer[: self._buffered_rows], self.modules)[i]
+        return not bool(columns.any())
+
+    def _eigendecompositions(self) -> list[tuple[Tensor, Tensor]]:
+        if self._eigen is None or self._eigen[0] != self._version:
+            pairs = _each(len(self.modules), lambda i: torch.linalg.eigh(self._moment(i)))
+            self._eigen = (self._version, [(pair[0], pair[1]) for pair in pairs])
+        return self._eigen[1]
+
+
+class Preconditioner(ABC):
+    """(H + lambda I)^-1 per module, and the factors whose squares give norms in it."""
+
+    kind: str
+    key: str
+    modules: list[Module]
+    dampings: dict[str, float]
+
+    def precondition(self, rows: Tensor) -> Tensor:
+        """(H + lambda I)^-1 g for rows g [Q, D] float32 or float64, solved in float64; [Q, D]."""
+        if rows.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"rows: expected float32 or float64, got {_name(rows.dtype)}")
+        dim = sum(module.size for module in self.modules)
+        if rows.ndim != 2 or rows.shape[1] != dim:
+            raise ValueError(f"rows: expected [Q, {dim}], got {list(rows.shape)}")
+        blocks = split_columns(rows.detach().double().cpu(), self.modules)
+        solved = _each(len(blocks), lambda i: self._solve_all(i, blocks[i]))
+        return torch.cat(solved, dim=1).to(rows.dtype)
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """W with W^T W = (H + lambda I)^-1, {name: [K, K] float32}."""
+        roots = _each(len(self.modules), self._root)
+        return {m.name: root.float() for m, root in zip(self.modules, roots, strict=True)}
+
+    def scaled_factors(self, kind: str) -> list[tuple[Tensor, int]] | None:
+        """Per module a float32 matrix W and an exponent c with |2**c W g| the norm asked for.
+
+        kind "sigma": |.|^2 = g^T (H + lambda I)^-1 g; kind "theta": |(H + lambda I)^-1 g|. The
+        largest element of W lies in [0.5, 1), whatever the gradients' size. None: the identity.
+        """
+        work = self._root if kind == "sigma" else self._inverse
+        return [_unit_scale(matrix) for matrix in _each(len(self.modules), work)]
+
+    def _solve_all(self, i: int, rows: Tensor) -> Tensor:
+        columns = rows.T  # [K, Q]
+        solved = torch.empty_like(rows)
+        for first in range(0, rows.shape[0], SOLVE_COLUMNS):
+            part = columns[:, first : first + SOLVE_COLUMNS]
+            block = part.new_zeros(part.shape[0], SOLVE_COLUMNS)
+            block[:, : part.shape[1]] = part
+            solved[first : first + SOLVE_COLUMNS] = self._solve(i, block)[:, : part.shape[1]].T
+        return solved
+
+    @abstractmethod
+    def _solve(self, i: int, columns: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _root(self, i: int) -> Tensor: ...
+
+    @abstractmethod
+    def _inverse(self, i: int) -> Tensor: ...
+
+
+class IdentityPreconditioner(Preconditioner):
+    """No curvature: influence becomes the plain dot product of gradients."""
+
+    kind = "none"
+
+    def __init__(self, modules: Sequence[Module]) -> None:
+        self.modules = list(modules)
+        self.dampings = {}
+        self.key = _key("none", _layout(self.modules))
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        return {m.name: torch.eye(m.size) for m in self.modules}
+
+    def scaled_factors(self, kind: str) -> list[tuple[Tensor, int]] | None:
+        return None
+
+    def _solve_all(self, i: int, rows: Tensor) -> Tensor:
+        return rows
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        return columns
+
+    def _root(self, i: int) -> Tensor:
+        return torch.eye(self.modules[i].size, dtype=torch.float64)
+
+    _inverse = _root
+
+
+class _CholeskyPreconditioner(Preconditioner):
+    """H + lambda I = L L^T, so that W = L^-1."""
+
+    def __init__(self, curvature: RawCurvature, lambdas: list[float]) -> None:
+        self.kind = curvature.kind
+        self.modules = curvature.modules
+        self.dampings = {m.name: v for m, v in zip(self.modules, lambdas, strict=True)}
+        self.key = _key(curvature.checksum, "cholesky", [v.hex() for v in lambdas])
+        self._lambdas = lambdas
+        self._zero = [curvature._is_zero(i) for i in range(len(self.modules))]
+        self._precision = _precisions(curvature, lambdas)
+        self._curvature = curvature
+        self._version = curvature._version
+        self._kept: dict[int, Tensor | None] = {}
+        keep = sum(8 * m.size**2 for m in self.modules) <= KEPT_FACTOR_BYTES
+        # also where no factor is kept: a module that cannot be inverted is an error of damped()
+        factors = _each(len(self.modules), self._factorise if keep else self._check)
+        if keep:
+            self._kept = dict(enumerate(factors))
+
+    def _factorise(self, i: int) -> Tensor | None:
+        """L of module i, or None where H and lambda are zero."""
+        if i in self._kept:
+            return self._kept[i]
+        if self._curvature._version != self._version:
+            raise RuntimeError("curvature: rows came in since damped(); ask it for another")
+        damping, name = self._lambdas[i], self.modules[i].name
+        if self._zero[i] and damping == 0:
+            return None
+        matrix = self._curvature._moment(i)
+        if not matrix.isfinite().all():
+            raise ValueError(f"module '{name}': H is not finite; rebuild it from the store")
+        size = matrix.shape[0]
+        matrix.diagonal().add_(damping)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        smallest = float(factor.diagonal().min()) ** 2
+        # a pivot this small is rounding, not curvature
+        floor = size * self._precision[i] * float(matrix.diagonal().max())
+        if int(info) or smallest <= floor:
+            values = torch.linalg.eigvalsh(matrix)
+            rank = int((values > size * self._precision[i] * float(values.max())).sum())
+            raise ValueError(
+                f"module '{name}': H + {damping:g} I has rank {rank} of {size} and cannot be "
+                "inverted; give a larger damping (damping_scale=0.1 is usual), or solver='eigh', "
+                "which takes the pseudo-inverse"
+            )
+        return factor
+
+    def _check(self, i: int) -> None:
+        self._factorise(i)
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        factor = self._factorise(i)
+        if factor is None:
+            return torch.zeros_like(columns)
+        return torch.cholesky_solve(columns, factor)
+
+    def _root(self, i: int) -> Tensor:
+        factor = self._factorise(i)
+        size = self.modules[i].size
+        eye = torch.eye(size, dtype=torch.float64)
+        if factor is None:
+            return torch.zeros_like(eye)
+        return torch.linalg.solve_triangular(factor, eye, upper=False)
+
+    def _inverse(self, i: int) -> Tensor:
+        root = self._root(i)
+        return root.T @ root
+
+
+class _EigenPreconditioner(Preconditioner):
+    """H = Q diag(e) Q^T, so that W = diag((e + lambda)^-1/2) Q^T; zero where e + lambda is."""
+
+    def __init__(
+        self, curvature: RawCurvature, lambdas: list[float], eigen: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        self.kind = curvature.kind
+        self.modules = curvature.modules
+        self.dampings = {m.name: v for m, v in zip(self.modules, lambdas, strict=True)}
+        self.key = _key(curvature.checksum, "eigh", [v.hex() for v in lambdas])
+        self._vectors = [vectors for _, vectors in eigen]  # [K, K], columns
+        self._inverses = []  # [K]
+        precisions = _precisions(curvature, lambdas)
+        for (values, _), damping, precision in zip(eigen, lambdas, precisions, strict=True):
+            damped = values.clamp(min=0) + damping
+            floor = len(values) * precision * float(damped.max())
+            self._inverses.append(torch.where(damped > floor, 1 / damped, 0.0))
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        vectors = self._vectors[i]
+        return vectors @ (self._inverses[i][:, None] * (vectors.T @ columns))
+
+    def _root(self, i: int) -> Tensor:
+        return self._inverses[i].sqrt()[:, None] * self._vectors[i].T
+
+    def _inverse(self, i: int) -> Tensor:
+        return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
+
+
+def check_damping(damping_scale: float | None, damping: float | None) -> tuple[float, float | None]:
+    """(damping_scale, damping) with the default filled in; the scale is unused beside a damping."""
+    if damping_scale is not None and damping is not None:
+        raise ValueError(
+            "damping_scale, damping: expected one of the two, "
+            f"got damping_scale={damping_scale} and damping={damping}"
+        )
+    for name, value in (("damping_scale", damping_scale), ("damping", damping)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    if damping is not None:
+        return 0.0, float(damping)
+    return (DEFAULT_DAMPING_SCALE if damping_scale is None else float(damping_scale)), None
+
+
+def stored_rows(store: Store, rows: np.ndarray, row_scale: np.ndarray) -> Tensor:
+    """A block of a store's rows, [R, D] float32, as the curvature is to see them."""
+    block = share(rows)
+    if block.dtype == torch.float32:
+        return block
+    sizes = [module.size for module in store.modules]
+    return ops.unpack_rows(block, share(row_scale), sizes, store.module_exponents)
+
+
+def share(array: np.ndarray) -> Tensor:
+    """A tensor over an array's memory, also a read-only one.
+
+    torch.from_numpy warns about a read-only map, and nothing here writes into what it reads.
+    """
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    return torch.from_numpy(np.asarray(_Writable(array)))
+
+
+def split_columns(rows: Tensor, modules: Sequence[Module]) -> list[Tensor]:
+    """Views [R, K] of the modules' columns of rows [R, D]."""
+    return list(rows.split([module.size for module in modules], dim=1))
+
+
+def module_of(modules: Sequence[Module], column: int) -> Module:
+    """The module a column of a row belongs to."""
+    for module in modules:
+        if column < module.size:
+            return module
+        column -= module.size
+    raise IndexError(f"column {column} lies behind the last module")
+
+
+class _Writable:
+    """An array's memory under the array interface, without the read-only mark."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array  # keeps the map open
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+
+
+def _each(count: int, work: Callable[[int], T]) -> list[T]:
+    """work(0) .. work(count - 1), in parallel, each on one thread.
+
+    LAPACK's bits depend on how many threads share a matrix, so none is shared.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if min(threads, count) == 1:
+            return [work(i) for i in range(count)]
+        with ThreadPoolExecutor(
+            min(threads, count, MAX_WORKERS), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            return list(pool.map(work, range(count)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _add(sums: Tensor, columns: Tensor, exponent: int) -> None:
+    """sums += columns^T columns in units of 4**exponent, lower triangle."""
+    if exponent:
+        columns = columns * 2.0**-exponent
+    ops.covariance_update_(sums, columns)
+
+
+def _exponent(columns: Tensor) -> int | None:
+    """e with the largest |value| in [2**(e-1), 2**e); None where all are zero."""
+    low, high = torch.aminmax(columns) if columns.numel() else (columns.new_zeros(()),) * 2
+    largest = max(-float(low), float(high))
+    # 2**-e must be a float32, which 2**127 still is
+    return max(math.frexp(largest)[1], -126) if largest else None
+
+
+def _unit_scale(matrix: Tensor) -> tuple[Tensor, int]:
+    largest = float(matrix.abs().max())
+    exponent = math.frexp(largest)[1]
+    return (matrix * 2.0**-exponent).float(), exponent
+
+
+def _precisions(curvature: RawCurvature, lambdas: list[float]) -> list[float]:
+    """Below K times this, relative to the largest, an eigenvalue of H + lambda I is rounding.
+
+    Damping lifts the eigenvalues exactly, in float64; without it they are no better than the sums.
+    """
+    wide = torch.finfo(torch.float64).eps
+    return [
+        wide if damping else torch.finfo(dtype).eps
+        for damping, dtype in zip(lambdas, curvature._dtypes, strict=True)
+    ]
+
+
+def _default_dtype(size: int) -> torch.dtype:
+    return torch.float64 if size <= FLOAT64_LARGEST_K else torch.float32
+
+
+def _layout(modules: Sequence[Module]) -> list[tuple[str, int]]:
+    return [(module.name, module.size) for module in modules]
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
