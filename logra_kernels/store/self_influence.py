@@ -23,7 +23,7 @@ from logra_kernels.store.files import (
     sync_folder,
     write_error,
 )
-from logra_kernels.store.manifest import LOCK, first_difference, plain_json
+from logra_kernels.store.manifest import LOCK, check_seal, first_difference, plain_json, seal
 
 KEY_FILE = "key.json"
 _FILE = re.compile(r"shard-(\d{5,})-([0-9a-f]{8})\.npy\Z")
@@ -94,8 +94,8 @@ class SelfInfluenceCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder / LOCK):
                 if not (self.folder / KEY_FILE).exists():
-                    text = json.dumps({"key": self.key, "meta": self.meta}, indent=1) + "\n"
-                    replace_file(self.folder / KEY_FILE, text.encode())
+                    text = seal({"key": self.key, "meta": self.meta})
+                    replace_file(self.folder / KEY_FILE, text)
                 replace_file(self.folder / name, npy_header("<f4", shape), data)
                 for other, _ in find_files(self.folder).get(index, []):
                     if other != name:
@@ -125,17 +125,17 @@ def read_key(folder: Path) -> dict[str, Any] | None:
     """key.json of a cache folder; None if there is none.
 
     Raises:
-        StoreFormatError: it is not a JSON object.
+        StoreFormatError: it is damaged.
     """
     path = folder / KEY_FILE
     try:
-        stored = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        stored = json.loads(data)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreFormatError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(stored, dict):
-        raise StoreFormatError(f"{path}: expected an object")
+    check_seal(data, path)
     return stored
 
 

@@ -13,6 +13,7 @@ from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
     check_file,
     crc32_of_file,
+    finite,
     powers_of_two,
     sha256_of_file,
 )
@@ -98,9 +99,9 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
         if shard["data"]["file"] in good:
             rows = np.memmap(path, dtype, "r", DATA_OFFSET_BYTES, (shard["rows"], width))
             for start in range(0, shard["rows"], block):
-                finite = np.isfinite(rows[start : start + block]).all(axis=1)
-                if not finite.all():
-                    row = shard["first_row"] + start + int(np.flatnonzero(~finite)[0])
+                good_rows = finite(rows[start : start + block]).all(axis=1)
+                if not good_rows.all():
+                    row = shard["first_row"] + start + int(np.flatnonzero(~good_rows)[0])
                     yield f"{path}: expected finite values, got others in row {row}"
                     break
         if shard["scale"] is not None and shard["scale"]["file"] in good:
@@ -149,7 +150,7 @@ def _tensor_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) 
                 yield str(error)
                 continue
             for name, array in tensors.items():
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                if array.dtype.kind == "f" and not finite(array).all():
                     path = folder / entry["file"]
                     yield f"{path}: expected finite values, got others in {name!r}"
 

@@ -24,6 +24,7 @@ from logra_kernels.store.files import (
     Lock,
     crc32_of_file,
     crc32_text,
+    finite,
     npy_header,
     powers_of_two,
     remove,
@@ -413,9 +414,9 @@ class StoreWriter:
             raise StoreError(f"rows: expected {wanted}, got {rows.dtype} {list(rows.shape)}")
         if len(rows) != len(ids):
             raise StoreError(f"ids: expected {len(rows)}, one per row, got {len(ids)}")
-        finite = np.isfinite(rows)
-        if not finite.all():
-            row, column = np.argwhere(~finite)[0]
+        good = finite(rows)
+        if not good.all():
+            row, column = np.argwhere(~good)[0]
             raise StoreError(
                 f"rows: expected finite values, got {rows[row, column]} in the row of id "
                 f"{ids[row]!r}, module {self._module_at(int(column))!r}"
