@@ -191,13 +191,11 @@ class Capture:
         x = args[0] if args else next(iter(kwargs.values()))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             call = layer.call(x.detach(), self._batch)
-        given = None if output.requires_grad else _require_grad(output)
         # the hook belongs to this value of the output: an in-place ReLU that follows, and another
         # call of the module, have their own
-        (output if given is None else given).register_hook(
-            partial(self._at_output_gradient, layer, call)
-        )
-        return given
+        output = _require_grad(output) if not output.requires_grad else _not_a_view(output)
+        output.register_hook(partial(self._at_output_gradient, layer, call))
+        return output
 
     # backward
 
@@ -331,6 +329,15 @@ class _RequireGrad(torch.autograd.Function):
 def _require_grad(tensor: Tensor) -> Tensor:
     anchor = torch.empty(0, device=tensor.device, requires_grad=True)
     return _RequireGrad.apply(tensor, anchor)
+
+
+def _not_a_view(output: Tensor) -> Tensor:
+    """The same memory, no longer a view to autograd.
+
+    A linear layer's output on tokens is a view of its matrix product. To change a view in place
+    rewrites the history of what it views, and the hook on the view would never be called.
+    """
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def _anchored_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:

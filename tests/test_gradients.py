@@ -61,6 +61,7 @@ def test_mlp(dtype, rank, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rank", "bias"), [(None, True), ((3, 5), True), (2, False)])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_cnn(dtype, rank, bias):
     torch.manual_seed(0)
     model = SmallCnn().to(dtype)

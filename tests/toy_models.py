@@ -73,9 +73,10 @@ def causal_loss(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Summed next-token cross entropy of an HF causal LM; padding is neither seen nor predicted."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    labels = ids.masked_fill(mask == 0, IGNORED)
+    # padding on the left stands before the first token, and does not predict it
+    labels = ids[:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, IGNORED)
     return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORED
+        logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
     )
 
 

@@ -1,0 +1,479 @@
+"""What a capture does to the model (nothing that stays), and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+from toy_models import (
+    Mlp,
+    Recurrent,
+    SmallCnn,
+    causal_loss,
+    make_layers,
+    ragged_batch,
+    tiny_gpt2,
+    tiny_llama,
+)
+
+from logra_kernels.capture import Capture
+
+
+def mlp_batch(count: int = 4) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Mlp(), torch.randn(count, 7)
+
+
+def capture_rows(model, layers, count, loss, mask=None, **options):
+    with Capture(model, layers, count, mask, **options) as capture:
+        loss().backward()
+    return capture.rows()
+
+
+def traces(model: nn.Module) -> dict[str, object]:
+    """Everything about a model that a capture could leave behind."""
+    return {
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for m in model.modules()
+        ],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "backward": torch.autograd.backward,
+        "checkpoint": (CheckpointFunction.__dict__.get("apply"), CheckpointFunction.apply),
+    }
+
+
+def same_traces(one: dict[str, object], other: dict[str, object]) -> bool:
+    grads = zip(one.pop("grad"), other.pop("grad"), strict=True)
+    return one == other and all(
+        a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in grads
+    )
+
+
+@pytest.mark.parametrize("fails_at", [None, "forward", "backward", "body", "never"])
+def test_model_is_left_as_found(fails_at):
+    model, x = mlp_batch()
+    model.second.weight.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    model.second.eval()
+    layers = make_layers(model, rank=3)
+    before = traces(model)
+
+    class Boom(Exception):
+        pass
+
+    def boom(*_: object) -> None:
+        raise Boom
+
+    try:
+        with Capture(model, layers, 4):
+            assert not any(p.requires_grad for p in model.parameters())
+            out = model(x[:2] if fails_at == "forward" else x)
+            if fails_at == "backward":
+                out.register_hook(boom)
+            if fails_at == "body":
+                raise Boom
+            if fails_at != "never":
+                out.square().sum().backward()
+    except (Boom, ValueError, RuntimeError) as error:
+        expected = {"forward": ValueError, "backward": Boom, "body": Boom, "never": RuntimeError}
+        assert type(error) is expected[fails_at]  # noqa: PT017
+    else:
+        assert fails_at is None
+    assert same_traces(before, traces(model))
+
+
+def test_no_weight_gradient_is_computed():
+    model, x = mlp_batch()
+    capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_pass_stops_at_the_lowest_watched_module():
+    """Nothing below it is in the autograd graph, so that nothing there costs a backward pass."""
+    model, x = mlp_batch()
+    layers = make_layers(model, ["head"])
+    below = []
+    with Capture(model, layers, 4):
+        model.second.register_forward_hook(lambda m, a, out: below.append(out.requires_grad))
+        model(x).square().sum().backward()
+    assert below == [False]
+
+
+def test_weight_gradients_on_request():
+    model, x = mlp_batch()
+    layers = make_layers(model, bias=True)
+    loss = lambda: model(x).square().sum()  # noqa: E731
+    rows = capture_rows(model, layers, 4, loss)
+    while_training = capture_rows(model, layers, 4, loss, weight_gradients=True)
+    assert torch.allclose(rows, while_training, rtol=1e-6)
+    want = torch.cat([model.head.weight.grad, model.head.bias.grad[:, None]], dim=1)
+    got = rows.sum(0)[-want.numel() :].reshape(want.shape)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_zero_grad_inside_is_harmless():
+    model, x = mlp_batch()
+    layers = make_layers(model)
+    want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
+    with Capture(model, layers, 4) as capture:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        model.zero_grad(set_to_none=False)
+    assert torch.equal(capture.rows(), want)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_root_module_followed_by_an_inplace_activation(inplace):
+    """All weights frozen: the output that is made to require grad may be changed in place."""
+    torch.manual_seed(0)
+    first = nn.Linear(5, 6)
+    model = nn.Sequential(first, nn.ReLU(inplace=inplace), nn.Linear(6, 3)).requires_grad_(False)
+    x = torch.randn(4, 5)
+    got = capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
+    out = functional.relu(first(x))
+    dy = 2 * (model[2](out) @ model[2].weight) * (out > 0)
+    want = torch.einsum("no,ni->noi", dy, x).flatten(1)
+    assert torch.allclose(got[:, :30], want, rtol=1e-5, atol=1e-6)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weight_gradients", [True, False])
+def test_token_layer_followed_by_an_inplace_activation(bias, weight_gradients):
+    """On tokens a linear layer's output is a view, which an in-place activation rebases."""
+    torch.manual_seed(0)
+    rows = []
+    x = torch.randn(2, 3, 5)
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6, bias), nn.ReLU(inplace), nn.Linear(6, 3)
+        )
+        loss = lambda m=model: m(x).square().sum()  # noqa: E731
+        rows.append(
+            capture_rows(model, make_layers(model), 2, loss, weight_gradients=weight_gradients)
+        )
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_input_that_requires_grad_keeps_its_gradient():
+    model, x = mlp_batch()
+    x.requires_grad_()
+    capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
+    inside = x.grad.clone()
+    x.grad = None
+    model(x).square().sum().backward()
+    assert torch.allclose(inside, x.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_autograd_grad_in_place_of_backward():
+    model, x = mlp_batch()
+    layers = make_layers(model)
+    want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
+    x.requires_grad_()
+    with Capture(model, layers, 4) as capture:
+        torch.autograd.grad(model(x).square().sum(), [x])
+    assert torch.equal(capture.rows(), want)
+
+
+# checkpointing
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_hf_gradient_checkpointing(make, reentrant, rank):
+    model = make()
+    model.train()
+    watched = [n for n, _ in model.named_modules() if re.search(r"mlp\.", n)]
+    layers = make_layers(model, watched, rank=rank)
+    ids, mask = ragged_batch(61, [9, 4, 7, 2], "right")
+    want = capture_rows(model, layers, 4, lambda: causal_loss(model, ids, mask), mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renames it
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    got = capture_rows(model, layers, 4, lambda: causal_loss(model, ids, mask), mask)
+    assert torch.equal(got, want)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Segments(nn.Module):
+    """Two checkpointed segments; the second one calls its linear layer twice."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 6))
+        self.second = nn.Linear(6, 6)
+
+    def twice(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.second(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for segment in (self.first, self.twice):
+            if self.reentrant is None:
+                x = segment(x)
+            else:
+                x = checkpoint(segment, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_checkpointing_by_hand(reentrant, frozen, rank):
+    rows = []
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    for way in (None, reentrant):
+        torch.manual_seed(0)
+        model = Segments(way).requires_grad_(not frozen)
+        layers = make_layers(model, rank=rank, bias=True)
+        rows.append(capture_rows(model, layers, 3, lambda m=model: m(x).square().sum()))
+    assert torch.equal(rows[0], rows[1])
+
+
+# what it refuses
+
+
+def refuse(message: str, kind: type[Exception] = ValueError):
+    return pytest.raises(kind, match=re.escape(message))
+
+
+def test_no_backward():
+    model, x = mlp_batch()
+    with refuse("call loss.backward() once inside the `with`", RuntimeError):  # noqa: SIM117
+        with Capture(model, make_layers(model), 4):
+            model(x)
+
+
+def test_forward_without_gradients():
+    model, x = mlp_batch()
+    with refuse("first ran with gradients turned off", RuntimeError):  # noqa: SIM117
+        with Capture(model, make_layers(model, ["first"]), 4), torch.no_grad():
+            model(x)
+
+
+def test_an_error_of_the_user_is_not_replaced():
+    model, _ = mlp_batch()
+    with pytest.raises(KeyError, match="mine"), Capture(model, make_layers(model), 4):
+        raise KeyError("mine")
+
+
+@pytest.mark.parametrize("again", ["same graph", "new forward"])
+def test_backward_twice(again):
+    model, x = mlp_batch()
+    with refuse("a second backward pass inside one `with`", RuntimeError):  # noqa: SIM117
+        with Capture(model, make_layers(model), 4):
+            loss = model(x).square().sum()
+            loss.backward(retain_graph=True)
+            (loss if again == "same graph" else model(x).square().sum()).backward()
+
+
+def test_backward_twice_by_autograd_grad():
+    model, x = mlp_batch()
+    x.requires_grad_()
+    with refuse("a second backward pass inside one `with`", RuntimeError):  # noqa: SIM117
+        with Capture(model, make_layers(model), 4):
+            loss = model(x).square().sum()
+            torch.autograd.grad(loss, [x], retain_graph=True)
+            torch.autograd.grad(loss, [x])
+
+
+def test_a_backward_pass_that_no_watched_module_sees_does_not_count():
+    model, x = mlp_batch()
+    other = nn.Linear(7, 1)
+    with Capture(model, make_layers(model), 4) as capture:
+        other(x).sum().backward()
+        model(x).square().sum().backward()
+    assert capture.rows().shape[0] == 4
+    assert other.weight.grad is not None
+
+
+def test_unused_modules():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "spare": nn.Linear(3, 2)})
+    layers = make_layers(model)
+    x = torch.randn(4, 3)
+    with refuse("no gradient reached: spare; leave them out by name_filter", RuntimeError):
+        capture_rows(model, layers, 4, lambda: model["used"](x).sum())
+    rows = capture_rows(model, layers, 4, lambda: model["used"](x).sum(), allow_unused=True)
+    assert rows.shape == (4, 12)
+    assert rows[:, :6].abs().min() > 0
+    assert (rows[:, 6:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 5), "mask: expected shape [N, T] = [4, 6] for the tokens of module token, "
+                           "got [4, 5]"),
+        (torch.ones(3, 6), "mask: expected shape [N, T] with N = 4 (one row per data_id), "
+                           "got [3, 6]"),
+        (torch.ones(4), "mask: expected shape [N, T] with N = 4 (one row per data_id), got [4]"),
+        (torch.full((4, 6), 0.5), "mask: expected only 0 and 1, got other values"),
+        (torch.full((4, 6), 2), "mask: expected only 0 and 1, got other values"),
+    ],
+)  # fmt: skip
+def test_masks_that_do_not_fit(mask, message):
+    model, x = Recurrent(), torch.randn(4, 6, 6)
+    with refuse(message):
+        capture_rows(model, make_layers(model), 4, lambda: model(x).sum(), mask)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_mask_types(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(2, 4, 6)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    loss = lambda: model(x).square().sum()  # noqa: E731
+    want = capture_rows(model, make_layers(model), 2, loss, mask)
+    assert torch.equal(capture_rows(model, make_layers(model), 2, loss, mask.to(kind)), want)
+
+
+def test_token_mask_does_not_apply_to_two_dimensional_input():
+    """A head on pooled features, beside layers that see tokens."""
+    model, x = Recurrent(), torch.randn(4, 6, 6)
+    rows = capture_rows(
+        model, make_layers(model), 4, lambda: model(x).square().sum(), torch.ones(4, 6)
+    )
+    assert torch.equal(
+        rows, capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
+    )
+
+
+def test_wrong_number_of_examples():
+    model, x = mlp_batch()
+    with refuse(
+        "module first: expected an input of shape [N, ...], or [N*T, ...] with a mask [N, T] with "
+        "N = 3 (one per data_id), got [4, 7]"
+    ):
+        capture_rows(model, make_layers(model), 3, lambda: model(x).sum())
+
+
+def test_module_that_sees_positions_not_examples():
+    """GPT-2 looks its positions up once for the whole batch."""
+    model = tiny_gpt2()
+    layers = make_layers(model, ["transformer.wpe"])
+    with refuse("module transformer.wpe: expected an input of shape"), Capture(model, layers, 4):
+        model(torch.ones(4, 5, dtype=torch.int64))
+
+
+def test_convolution_refuses_a_token_mask_of_other_size():
+    model, x = SmallCnn(), torch.randn(2, 2, 12, 11)
+    with refuse("mask: expected shape [N, T] = [2, 36] for the tokens of module plain"):
+        capture_rows(model, make_layers(model), 2, lambda: model(x).sum(), torch.ones(2, 5))
+    with refuse("module plain: expected an input of shape [N, C, H, W] with N = 1"):
+        capture_rows(model, make_layers(model), 1, lambda: model(x).sum())
+
+
+def test_input_changed_in_place_after_the_call():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.linear(x)
+            return x
+
+    model, x = Residual(), torch.randn(2, 4)
+    with refuse("module linear: its input was changed in place", RuntimeError):
+        capture_rows(model, make_layers(model), 2, lambda: model(x.clone()).sum())
+    capture_rows(model, make_layers(model, rank=2), 2, lambda: model(x.clone()).sum())
+
+
+# averaged losses
+
+
+def averaged_losses() -> dict[str, object]:
+    y = torch.tensor([0, 1, 2, 1])
+    cross_entropy = functional.cross_entropy
+    return {
+        "mean": lambda out: out.square().mean(),
+        "mean over an axis": lambda out: out.square().sum(1).mean(0),
+        "cross entropy": lambda out: cross_entropy(out, y),
+        "cross entropy, cast and scaled": lambda out: (cross_entropy(out, y) * 1024).double(),
+        "cross entropy and a penalty": lambda out: out.square().sum() + cross_entropy(out, y),
+        "cross entropy, smoothed": lambda out: cross_entropy(out, y, label_smoothing=0.1),
+        "cross entropy over two axes": lambda out: cross_entropy(
+            out[:, :, None, None], y[:, None, None]
+        ),
+        "nll of a sequence": lambda out: cross_entropy(out[None].transpose(1, 2), y[None]),
+        "mse": lambda out: functional.mse_loss(out, torch.zeros_like(out)),
+        "l1": lambda out: functional.l1_loss(out, torch.zeros_like(out)),
+        "huber": lambda out: functional.huber_loss(out, torch.zeros_like(out)),
+        "smooth l1": lambda out: functional.smooth_l1_loss(out, torch.zeros_like(out)),
+        "bce": lambda out: functional.binary_cross_entropy(out.sigmoid(), torch.ones_like(out)),
+        "bce with logits": lambda out: functional.binary_cross_entropy_with_logits(
+            out, torch.ones_like(out)
+        ),
+        "kl": lambda out: functional.kl_div(out.log_softmax(1), out.detach(), reduction="mean"),
+        "accumulated": lambda out: cross_entropy(out, y) / 8,
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize("name", averaged_losses())
+def test_averaged_loss_is_an_error_before_the_pass(name):
+    model, x = mlp_batch()
+    layers = make_layers(model)
+    loss = averaged_losses()[name]
+    with refuse("loss: expected a sum over examples and tokens, got a mean"):
+        capture_rows(model, layers, 4, lambda: loss(model(x)))
+    with pytest.warns(UserWarning, match="expected a sum"):
+        capture_rows(model, layers, 4, lambda: loss(model(x)), averaged_loss="warn")
+    capture_rows(model, layers, 4, lambda: loss(model(x)), averaged_loss="allow")
+
+
+def test_summed_losses_pass():
+    model, x = mlp_batch()
+    y = torch.tensor([0, 1, 2, 1])
+    layers = make_layers(model)
+    for loss in (
+        lambda out: functional.cross_entropy(out, y, reduction="sum"),
+        lambda out: functional.cross_entropy(out, y, reduction="none").sum() * 2.0,
+        lambda out: functional.mse_loss(out, torch.zeros_like(out), reduction="sum"),
+        # features may be averaged: only examples and tokens must not
+        lambda out: out.square().mean(dim=1).sum(),
+    ):
+        capture_rows(model, layers, 4, lambda loss=loss: loss(model(x)))
+
+
+def test_hf_loss_is_an_average():
+    model = tiny_gpt2()
+    layers = make_layers(model, ["transformer.h.0.mlp.c_fc"])
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    with refuse("got a mean (NllLossBackward0 with reduction='mean')"):
+        capture_rows(model, layers, 2, lambda: model(input_ids=ids, labels=ids).loss)
+
+
+def test_unknown_averaged_loss():
+    model, _ = mlp_batch()
+    with refuse("averaged_loss: expected one of raise, warn, allow, got 'ignore'"):
+        Capture(model, make_layers(model), 4, averaged_loss="ignore")
+
+
+def test_token_scores_refuse_what_they_cannot_give():
+    model, x = mlp_batch()
+    layers = make_layers(model)
+    with refuse("token_queries: expected [Q, 212], got [1, 3]"):
+        Capture(model, layers, 4, token_queries=torch.ones(1, 3))
+    with Capture(model, layers, 4) as capture:
+        model(x).sum().backward()
+    with refuse("token scores: give token_queries", RuntimeError):
+        capture.token_scores()
+    mixed, tokens = Recurrent(), torch.randn(4, 6, 6)
+    with refuse("token scores: module token has 6 tokens, another watched module has 1"):
+        capture_rows(
+            mixed, make_layers(mixed), 4, lambda: mixed(tokens).sum(),
+            token_queries=torch.ones(2, 72),
+        )  # fmt: skip

@@ -1,0 +1,138 @@
+"""Which modules are layers, how wide they are, and which ones are refused with a sentence."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from toy_models import make_layers, tiny_gpt2
+
+from logra_kernels.capture import Capture
+from logra_kernels.layers import (
+    Batch,
+    Conv2dLayer,
+    EmbeddingLayer,
+    LinearLayer,
+    count_tokens,
+    layer_kind,
+)
+from logra_kernels.projection import ModuleProjection, build_projections
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (nn.Linear(3, 4), LinearLayer),
+        (nn.Conv2d(3, 4, 2), Conv2dLayer),
+        (nn.Embedding(3, 4), EmbeddingLayer),
+        (nn.Conv1d(3, 4, 2), None),
+        (nn.LayerNorm(3), None),
+        (nn.LSTM(3, 4), None),
+        (nn.Bilinear(3, 4, 5), None),
+    ],
+)
+def test_kinds(module, kind):
+    assert layer_kind(module) is kind
+
+
+def test_hf_conv1d_is_a_transposed_linear():
+    module = tiny_gpt2().transformer.h[0].mlp.c_fc
+    assert layer_kind(module) is LinearLayer
+    layer = LinearLayer("c_fc", module, bias=True)
+    assert (layer.in_features, layer.out_features) == (25, 96)
+
+
+@pytest.mark.parametrize(
+    ("module", "bias", "features"),
+    [
+        (nn.Linear(3, 4), False, (3, 4)),
+        (nn.Linear(3, 4), True, (4, 4)),
+        (nn.Linear(3, 4, bias=False), True, (3, 4)),
+        (nn.Conv2d(6, 4, (2, 3)), True, (37, 4)),
+        (nn.Conv2d(6, 4, (2, 3), groups=2), False, (18, 4)),
+        (nn.Embedding(10, 4), True, (10, 4)),
+    ],
+)
+def test_widths(module, bias, features):
+    layer = layer_kind(module)("m", module, bias)
+    assert (layer.in_features, layer.out_features) == features
+    assert (layer.ki, layer.ko) == features
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}]
+)
+def test_embeddings_that_are_refused(options):
+    message = f"module wte: nn.Embedding with {next(iter(options))} is not supported"
+    with pytest.raises(ValueError, match=message):
+        EmbeddingLayer("wte", nn.Embedding(5, 2, **options))
+
+
+def test_lazy_linear_is_refused():
+    with pytest.raises(ValueError, match="module lazy: its shape is not known yet"):
+        LinearLayer("lazy", nn.LazyLinear(3))
+
+
+def test_projection_of_other_width_is_refused():
+    layer = LinearLayer("m", nn.Linear(3, 4))
+    message = re.escape("projection of m: expected widths (I, O) = (3, 4), got (4, 4)")
+    with pytest.raises(ValueError, match=message):
+        layer.projection = ModuleProjection(4, 4)
+
+
+def test_a_new_projection_replaces_the_old_one():
+    """What a layer keeps of its projection on a device does not outlive it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5))
+    (layer,) = make_layers(model, rank=2)
+    x = torch.randn(3, 6)
+    rows = []
+    for seed in (0, 1, 0):
+        layer.projection = build_projections({"0": (6, 5)}, 2, seed=seed)["0"]
+        with Capture(model, [layer], 3) as capture:
+            model(x).square().sum().backward()
+        rows.append(capture.rows())
+    assert torch.equal(rows[0], rows[2])
+    assert not torch.allclose(rows[0], rows[1])
+
+
+@pytest.mark.parametrize(
+    ("lead", "masked", "want"),
+    [
+        ([4], False, (1, False)),
+        ([4], True, (1, False)),  # pooled: the mask is for other layers
+        ([20], True, (5, True)),  # flattened before the layer
+        ([4, 5], True, (5, True)),
+        ([4, 5], False, (5, True)),
+        ([4, 2, 3], False, (6, True)),
+        ([4, 1], False, (1, True)),
+    ],
+)
+def test_token_counts(lead, masked, want):
+    batch = Batch(4, torch.ones(4, 5, dtype=torch.bool) if masked else None)
+    lead = torch.Size(lead)
+    assert count_tokens("m", lead, torch.Size([*lead, 7]), batch) == want
+
+
+@pytest.mark.parametrize("lead", [[], [3], [20], [1, 5], [5, 4]])
+def test_shapes_without_an_example_axis(lead):
+    with pytest.raises(ValueError, match="leave it out by name_filter or type_filter"):
+        count_tokens("m", torch.Size(lead), torch.Size([*lead, 7]), Batch(4))
+
+
+def test_input_given_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(input=x)
+
+    model, x = ByKeyword(), torch.randn(4, 3)
+    with Capture(model, make_layers(model), 4) as capture:
+        model(x).sum().backward()
+    want = x[:, None, :].expand(4, 2, 3)
+    assert torch.equal(capture.gradients()["linear"], want)
