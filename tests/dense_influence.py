@@ -1,0 +1,146 @@
+"""Influence as its formula says, in dense float64, and small stores to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logra_kernels import ops
+from logra_kernels.store import Module, Store, StoreWriter
+
+MODULES = [Module("layer.0.up", 3, 4), Module("layer.0.down", 5, 5), Module("layer.1.up", 1, 7)]
+SIZES = [module.size for module in MODULES]
+DIM = sum(SIZES)
+
+
+def gradients(count: int, seed: int = 0, modules: Sequence[Module] = tuple(MODULES)) -> Tensor:
+    """Rows [count, D] float32 with correlated columns and magnitudes over four decades."""
+    generator = torch.Generator().manual_seed(seed)
+    dim = sum(module.size for module in modules)
+    mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) / dim**0.5
+    size = 10 ** (4 * torch.rand(count, 1, generator=generator) - 2)
+    return size * torch.randn(count, dim, generator=generator) @ mix
+
+
+def make_store(
+    path: Path,
+    rows: Tensor,
+    dtype: str = "float16",
+    shard_rows: int = 1000,
+    modules: Sequence[Module] = tuple(MODULES),
+    ids: Sequence[object] | None = None,
+    resume: bool = False,
+) -> Store:
+    """A store of rows [N, D]; float16 rows are packed with the exponents of their own sizes."""
+    names = [f"row-{i}" for i in range(len(rows))] if ids is None else list(ids)
+    with StoreWriter.create(
+        path, modules=modules, dtype=dtype, shard_rows=shard_rows, resume=resume
+    ) as writer:
+        if dtype == "float32":
+            writer.append(names, rows.numpy())
+        else:
+            sizes = [module.size for module in modules]
+            if writer.module_exponents is None:
+                largest = [float(part.abs().max()) for part in rows.split(sizes, dim=1)]
+                writer.set_module_exponents([int(np.frexp(v)[1]) if v else 0 for v in largest])
+            packed, scale = ops.pack_rows(rows, sizes, writer.module_exponents)
+            writer.append(names, packed.numpy(), scale.numpy())
+    return Store.open(path)
+
+
+def unpacked(store: Store) -> Tensor:
+    """The rows a store holds, [N, D] float64."""
+    return torch.from_numpy(store.take(range(store.num_rows))).double()
+
+
+@dataclass
+class Dense:
+    """Eq. 3 and its normalisers, from float64 rows [N, D] and queries [Q, D]."""
+
+    queries: Tensor
+    rows: Tensor
+    inverses: list[Tensor]  # per module [K, K]
+    sizes: list[int]
+
+    @property
+    def preconditioned(self) -> Tensor:
+        return self._times_inverse(self.queries)
+
+    @property
+    def dot(self) -> Tensor:
+        return self.preconditioned @ self.rows.T  # [Q, N]
+
+    @property
+    def sigma(self) -> Tensor:
+        return (self._times_inverse(self.rows) * self.rows).sum(1)  # [N]
+
+    @property
+    def query_sigma(self) -> Tensor:
+        return (self.preconditioned * self.queries).sum(1)  # [Q]
+
+    @property
+    def theta(self) -> Tensor:
+        return self._times_inverse(self.rows).norm(dim=1)  # [N]
+
+    def scores(self, mode: str) -> Tensor:
+        return {
+            "dot": lambda: self.dot,
+            "l-relatif": lambda: self.dot / self.sigma.sqrt(),
+            "l2": lambda: self.dot - self.sigma / 2,
+            "theta-relatif": lambda: self.dot / self.theta,
+            "whitened-cosine": lambda: (
+                self.dot / self.sigma.sqrt() / self.query_sigma.sqrt()[:, None]
+            ),
+        }[mode]()
+
+    def allowance(self, mode: str) -> Tensor:
+        """What 1e-5 is relative to: |u||g| over the mode's normaliser, [Q, N].
+
+        A dot product's rounding error is relative to |u||g|, not to a result that may cancel. The
+        row's bias in "l2" adds its own.
+        """
+        size = self.preconditioned.norm(dim=1)[:, None] * self.rows.norm(dim=1)
+        return {
+            "dot": lambda: size,
+            "l-relatif": lambda: size / self.sigma.sqrt(),
+            "l2": lambda: size + self.sigma / 2,
+            "theta-relatif": lambda: size / self.theta,
+            "whitened-cosine": lambda: size / self.sigma.sqrt() / self.query_sigma.sqrt()[:, None],
+        }[mode]()
+
+    def group(self, members: Sequence[int]) -> Dense:
+        """The same with the other modules' gradients set to zero."""
+        keep = torch.cat(
+            [torch.full((size,), float(i in members)) for i, size in enumerate(self.sizes)]
+        )
+        return Dense(self.queries * keep, self.rows * keep, self.inverses, self.sizes)
+
+    def _times_inverse(self, rows: Tensor) -> Tensor:
+        parts = rows.split(self.sizes, dim=1)
+        solved = [part @ inverse for part, inverse in zip(parts, self.inverses, strict=True)]
+        return torch.cat(solved, dim=1)
+
+
+def dense(
+    queries: Tensor,
+    rows: Tensor,
+    sizes: Sequence[int] = tuple(SIZES),
+    damping_scale: float | None = 0.1,
+    damping: float | None = None,
+    curvature_rows: Tensor | None = None,
+) -> Dense:
+    """H from the rows (or others), lambda = damping_scale * trace / K per module, or damping."""
+    queries, rows = queries.double(), rows.double()
+    base = rows if curvature_rows is None else curvature_rows.double()
+    inverses = []
+    for part in base.split(list(sizes), dim=1):
+        moment = part.T @ part / len(part)
+        size = moment.shape[0]
+        damped = damping if damping is not None else damping_scale * moment.trace() / size
+        inverses.append((moment + damped * torch.eye(size)).inverse())
+    return Dense(queries, rows, inverses, list(sizes))

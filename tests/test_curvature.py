@@ -1,0 +1,387 @@
+"""Covariance, damping and the inverse, against dense float64."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from dense_influence import DIM, MODULES, SIZES, gradients, make_store, unpacked
+
+from logra_kernels import curvature as curvature_module
+from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
+from logra_kernels.store import Module
+
+# float32 rows have exact float64 products; what is left is the order of float64 additions
+EXACT = 1e-13
+FLOAT32 = 2.0**-20  # 256 additions at 2**-24 each, of which a few are the largest
+
+
+def curvature_of(rows, modules=MODULES, dtype=None):
+    curvature = RawCurvature(modules, dtype)
+    curvature.update(rows)
+    return curvature
+
+
+def moments(rows, sizes=SIZES):
+    return [part.T @ part for part in rows.double().split(list(sizes), dim=1)]
+
+
+def damped_matrix(rows, i, damping_scale=0.1):
+    moment = moments(rows)[i] / len(rows)
+    size = moment.shape[0]
+    return moment + damping_scale * moment.trace() / size * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, FLOAT32)])
+def test_covariance_is_the_sum_of_outer_products(dtype, tolerance):
+    rows = gradients(600)
+    curvature = curvature_of(rows, dtype=dtype)
+    assert curvature.count == 600
+    for module, want in zip(MODULES, moments(rows), strict=True):
+        got = curvature.covariance(module.name)
+        assert got.dtype == torch.float64
+        assert torch.equal(got, got.T)
+        assert (got - want).abs().max() <= tolerance * want.trace()
+    assert set(curvature.covariances) == {module.name for module in MODULES}
+
+
+def test_accumulator_is_float64_up_to_1024_columns_and_float32_above():
+    curvature = RawCurvature([Module("small", 32, 32), Module("large", 25, 41)])
+    curvature.update(torch.ones(1, 1024 + 1025))
+    store_dtypes = [curvature._snapshot(i)[0].dtype for i in range(2)]
+    assert store_dtypes == [torch.float64, torch.float32]
+
+
+@pytest.mark.parametrize("split", [1, 7, 255, 256, 257, 600])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_bits_do_not_depend_on_how_rows_are_split_into_calls(split, dtype):
+    rows = gradients(600)
+    curvature = RawCurvature(MODULES, dtype)
+    for part in rows.split(split):
+        curvature.update(part)
+    assert curvature.checksum == curvature_of(rows, dtype=dtype).checksum
+
+
+def test_reading_half_way_changes_nothing():
+    rows = gradients(600)
+    curvature = RawCurvature(MODULES)
+    seen = []
+    for part in rows.split(100):
+        curvature.update(part)
+        seen.append(curvature.checksum)
+        curvature.damped()
+        curvature.covariance("layer.0.up")
+    assert curvature.checksum == curvature_of(rows).checksum
+    assert len(set(seen)) == len(seen)
+
+
+def test_buffer_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(curvature_module, "FOLD_BYTES", 4 * DIM * 10)
+    curvature = RawCurvature(MODULES)
+    assert curvature.fold_rows == 10
+    curvature.update(gradients(25))
+    want = moments(gradients(25))[0]
+    assert (curvature.covariance("layer.0.up") - want).abs().max() <= EXACT * want.trace()
+
+
+def test_covariance_is_additive_over_shards():
+    rows = gradients(500)
+    merged = curvature_of(rows[:130]).merge(curvature_of(rows[130:]))
+    whole = curvature_of(rows)
+    assert merged.count == whole.count == 500
+    for module in MODULES:
+        want = whole.covariance(module.name)
+        assert (merged.covariance(module.name) - want).abs().max() <= EXACT * want.trace()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_merge_of_very_different_sizes(order, dtype):
+    parts = [gradients(40) * 1e-18, gradients(40, seed=1) * 1e18][::order]
+    merged = curvature_of(parts[0], dtype=dtype).merge(curvature_of(parts[1], dtype=dtype))
+    want = moments(torch.cat(parts))[1]
+    assert (merged.covariance("layer.0.down") - want).abs().max() <= FLOAT32 * want.trace()
+
+
+def test_merge_refuses_other_modules():
+    with pytest.raises(ValueError, match=r"other: expected the modules .*layer\.0\.up.* got .*'x'"):
+        RawCurvature(MODULES).merge(RawCurvature([Module("x", 2, 2)]))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20, 1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_squares_beyond_float32_survive(size, dtype):
+    """1e20 squared is over float32's range, 1e-20 squared under it."""
+    rows = gradients(50) * size
+    got = curvature_of(rows, dtype=dtype).covariance("layer.0.down")
+    want = moments(rows)[1]
+    assert (got - want).abs().max() <= FLOAT32 * want.trace()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_huge_row_among_small_ones(dtype):
+    rows = gradients(600)
+    rows[300] *= 1e18
+    got = curvature_of(rows, dtype=dtype).covariance("layer.0.down")
+    want = moments(rows)[1]
+    assert (got - want).abs().max() <= FLOAT32 * want.trace()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shard_rows", [1, 64, 1000])
+def test_rebuild_equals_the_incremental_sum_bit_for_bit(tmp_path, dtype, shard_rows):
+    count = 20 if shard_rows == 1 else 600
+    store = make_store(tmp_path / "s", gradients(count), dtype, shard_rows)
+    kept = RawCurvature(MODULES)
+    for part in unpacked(store).float().split(37):
+        kept.update(part)
+    seen = []
+    rebuilt = RawCurvature.rebuild(store, progress=lambda done, total: seen.append((done, total)))
+    assert rebuilt.checksum == kept.checksum
+    assert seen[-1] == (count, count)
+
+
+def test_save_and_load(tmp_path):
+    store = make_store(tmp_path / "s", gradients(300))
+    curvature = RawCurvature.rebuild(store)
+    curvature.save(store)
+    loaded = RawCurvature.load(store)
+    assert loaded.checksum == curvature.checksum
+    assert loaded.count == 300
+    assert torch.equal(
+        loaded.damped().precondition(gradients(2)), curvature.damped().precondition(gradients(2))
+    )
+    more = gradients(10, seed=5)
+    loaded.update(more)
+    curvature.update(more)
+    want = curvature.covariance("layer.0.up")
+    assert (loaded.covariance("layer.0.up") - want).abs().max() <= EXACT * want.trace()
+
+
+def test_load_says_how_to_make_one(tmp_path):
+    store = make_store(tmp_path / "s", gradients(3))
+    with pytest.raises(ValueError, match=r"holds no curvature.*RawCurvature\.rebuild\(store\)"):
+        RawCurvature.load(store)
+
+
+def test_load_refuses_sums_that_do_not_match_their_checksum(tmp_path):
+    store = make_store(tmp_path / "s", gradients(30))
+    curvature = RawCurvature.rebuild(store)
+    curvature.save(store)
+    tensors, meta = store.load_curvature("raw")
+    store.save_curvature("raw", tensors, {**meta, "count": 31})
+    with pytest.raises(ValueError, match="does not match its checksum; rebuild it"):
+        RawCurvature.load(store)
+    tensors["layer.0.up"] = np.zeros((2, 2))
+    store.save_curvature("raw", tensors, meta)
+    with pytest.raises(ValueError, match=r"'layer\.0\.up': expected \[12, 12\], got \[2, 2\]"):
+        RawCurvature.load(store)
+
+
+def test_save_refuses_another_layout(tmp_path):
+    store = make_store(tmp_path / "s", gradients(3))
+    with pytest.raises(ValueError, match=r"store: expected the modules \[\('x', 4\)\], got"):
+        curvature_of(torch.ones(2, 4), [Module("x", 2, 2)]).save(store)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "eigh"])
+@pytest.mark.parametrize("damping_scale", [1e-3, 0.1, 10.0])
+def test_precondition_is_the_damped_inverse(solver, damping_scale):
+    rows, queries = gradients(200), gradients(5, seed=1).double()
+    got = curvature_of(rows).damped(damping_scale, solver=solver).precondition(queries)
+    for i, (part, query) in enumerate(
+        zip(got.split(SIZES, dim=1), queries.split(SIZES, dim=1), strict=True)
+    ):
+        matrix = damped_matrix(rows, i, damping_scale)
+        want = torch.linalg.solve(matrix, query.T).T
+        # a float64 solve loses the condition number, here below 1e6, times 2**-53
+        assert (part - want).abs().max() <= 1e-9 * want.abs().max()
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "eigh"])
+def test_factors_square_to_the_inverse(solver):
+    rows = gradients(200)
+    factors = curvature_of(rows).damped(solver=solver).factors
+    for i, module in enumerate(MODULES):
+        factor = factors[module.name]
+        assert factor.dtype == torch.float32
+        want = torch.linalg.inv(damped_matrix(rows, i))
+        got = factor.double().T @ factor.double()
+        # each element of W is rounded to 2**-24, and a product holds two
+        assert (got - want).abs().max() <= 2**-22 * want.trace()
+
+
+def test_lambda_is_relative_to_the_mean_eigenvalue_per_module():
+    rows = gradients(200)
+    preconditioner = curvature_of(rows).damped(damping_scale=0.5)
+    for module, moment in zip(MODULES, moments(rows), strict=True):
+        want = 0.5 * float(torch.linalg.eigvalsh(moment / 200).mean())
+        assert preconditioner.dampings[module.name] == pytest.approx(want, rel=1e-12)
+    absolute = curvature_of(rows).damped(damping=3.0)
+    assert absolute.dampings == {module.name: 3.0 for module in MODULES}
+
+
+def test_default_damping_is_a_tenth_of_the_mean_eigenvalue():
+    curvature = curvature_of(gradients(50))
+    assert curvature.damped().key == curvature.damped(damping_scale=0.1).key
+
+
+def test_another_damping_gives_another_result_and_another_key():
+    curvature, queries = curvature_of(gradients(200)), gradients(2, seed=1)
+    asked = [{"damping": 1e-3}, {"damping": 10.0}, {"damping_scale": 0.1}, {"damping_scale": 1.0}]
+    made = [curvature.damped(**kwargs) for kwargs in asked]
+    results = [p.precondition(queries) for p in made]
+    again = curvature.damped(damping=1e-3)
+    assert torch.equal(again.precondition(queries), results[0])
+    assert again.key == made[0].key
+    assert len({p.key for p in made}) == 4
+    for i in range(4):
+        for j in range(i):
+            assert not torch.allclose(results[i], results[j], rtol=1e-2)
+
+
+def test_key_depends_on_the_rows_and_on_the_count():
+    rows = gradients(50)
+    keys = {
+        curvature_of(rows).damped(damping=1.0).key,
+        curvature_of(torch.cat([rows, torch.zeros(1, DIM)])).damped(damping=1.0).key,
+        curvature_of(rows.flip(1)).damped(damping=1.0).key,
+        curvature_of(rows).damped(damping=1.0, solver="eigh").key,
+        IdentityPreconditioner(MODULES).key,
+    }
+    assert len(keys) == 5
+
+
+def test_singular_without_damping_names_module_and_rank():
+    curvature = curvature_of(gradients(9))
+    message = r"module 'layer\.0\.up': H \+ 0 I has rank 9 of 12 .*solver='eigh'"
+    with pytest.raises(ValueError, match=message):
+        curvature.damped(damping=0.0)
+
+
+def test_eigh_takes_the_pseudo_inverse():
+    rows, queries = gradients(9), gradients(3, seed=1).double()
+    got = curvature_of(rows).damped(damping=0.0, solver="eigh").precondition(queries)
+    for moment, part, query in zip(
+        moments(rows), got.split(SIZES, dim=1), queries.split(SIZES, dim=1), strict=True
+    ):
+        want = query @ torch.linalg.pinv(moment / 9, rtol=1e-12, hermitian=True)
+        # eigenvalues down to 1e-6 of the largest are kept, and lose that much of 2**-53
+        assert (part - want).abs().max() <= 1e-8 * want.abs().max()
+
+
+def test_sweep_takes_one_eigendecomposition_per_module(monkeypatch):
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(m.shape) or eigh(m))
+    curvature, queries = curvature_of(gradients(100)), gradients(2, seed=1).double()
+    scales = [1e-3, 0.1, 1.0]
+    for scale, preconditioner in zip(scales, curvature.sweep(damping_scales=scales), strict=True):
+        want = curvature.damped(scale).precondition(queries)
+        assert torch.allclose(preconditioner.precondition(queries), want, rtol=1e-9)
+    assert len(calls) == len(MODULES)
+    curvature.update(gradients(1, seed=8))
+    assert next(curvature.sweep(dampings=[0.5])).dampings["layer.0.up"] == 0.5
+    assert len(calls) == 2 * len(MODULES)
+    with pytest.raises(ValueError, match="sweep: expected damping_scales or dampings, one of"):
+        next(curvature.sweep())
+
+
+def test_a_module_without_gradients_scores_zero_and_says_so():
+    rows = gradients(50)
+    rows[:, : SIZES[0]] = 0
+    for solver in ("cholesky", "eigh"):
+        with pytest.warns(UserWarning, match=r"no gradient ever reached layer\.0\.up: "):
+            preconditioner = curvature_of(rows).damped(solver=solver)
+        got = preconditioner.precondition(gradients(2, seed=1))
+        assert not got[:, : SIZES[0]].any()
+        assert got[:, SIZES[0] :].isfinite().all()
+        assert not preconditioner.factors["layer.0.up"].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        absolute = curvature_of(rows).damped(damping=2.0)
+    query = gradients(1, seed=1)
+    assert torch.allclose(absolute.precondition(query)[:, : SIZES[0]], query[:, : SIZES[0]] / 2)
+
+
+def test_bits_are_equal_on_one_and_two_threads_and_for_any_number_of_queries():
+    modules = [Module("a", 15, 15), Module("b", 10, 13)]
+    rows, queries = gradients(700, modules=modules), gradients(40, seed=1, modules=modules)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            preconditioner = curvature_of(rows, modules).damped()
+            results.append((preconditioner.precondition(queries), preconditioner.factors))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    for name in ("a", "b"):
+        assert torch.equal(results[0][1][name], results[1][1][name])
+    for split in (1, 3, 17):
+        parts = [preconditioner.precondition(part) for part in queries.split(split)]
+        assert torch.equal(torch.cat(parts), results[0][0])
+
+
+def test_factors_that_are_not_kept_are_computed_again(monkeypatch):
+    curvature, queries = curvature_of(gradients(100)), gradients(2, seed=1)
+    kept = curvature.damped()
+    monkeypatch.setattr(curvature_module, "KEPT_FACTOR_BYTES", 0)
+    again = curvature.damped()
+    assert torch.equal(kept.precondition(queries), again.precondition(queries))
+    curvature.update(gradients(1, seed=3))
+    with pytest.raises(RuntimeError, match="rows came in since"):
+        again.precondition(queries)
+
+
+def test_none_is_the_identity():
+    identity, queries = IdentityPreconditioner(MODULES), gradients(3)
+    assert torch.equal(identity.precondition(queries), queries)
+    assert torch.equal(identity.factors["layer.1.up"], torch.eye(7))
+    assert identity.dampings == {}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"damping": -1.0}, "damping: expected a finite number >= 0, got -1.0"),
+        ({"damping": float("nan")}, "damping: expected a finite number >= 0, got nan"),
+        ({"damping_scale": float("inf")}, "damping_scale: expected a finite number >= 0, got inf"),
+        (
+            {"damping": 1.0, "damping_scale": 0.1},
+            "expected one of the two, got damping_scale=0.1 and damping=1.0",
+        ),
+        ({"solver": "lu"}, "solver: expected one of cholesky, eigh, got 'lu'"),
+    ],
+)
+def test_bad_damping(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        curvature_of(gradients(5)).damped(**kwargs)
+
+
+def test_bad_rows():
+    curvature = RawCurvature(MODULES)
+    with pytest.raises(TypeError, match="rows: expected float32, got float16"):
+        curvature.update(torch.ones(2, DIM, dtype=torch.float16))
+    with pytest.raises(ValueError, match=rf"rows: expected \[R, {DIM}\], got \[2, 3\]"):
+        curvature.update(torch.ones(2, 3))
+    rows = torch.ones(2, DIM)
+    rows[1, SIZES[0]] = float("nan")
+    with pytest.raises(ValueError, match=r"rows: row 1 is not finite in module 'layer\.0\.down'"):
+        curvature.update(rows)
+    assert curvature.count == 0
+    with pytest.raises(ValueError, match="curvature: expected at least one row, got none"):
+        curvature.damped()
+    with pytest.raises(ValueError, match="modules: expected at least one, got none"):
+        RawCurvature([])
+    with pytest.raises(ValueError, match="dtype: expected float32, float64 or None, got"):
+        RawCurvature(MODULES, torch.float16)
+    with pytest.raises(KeyError, match="no module 'x'"):
+        curvature.covariance("x")
+    with pytest.raises(TypeError, match="rows: expected float32 or float64, got int64"):
+        IdentityPreconditioner(MODULES).precondition(torch.ones(1, DIM, dtype=torch.int64))
+    with pytest.raises(ValueError, match=rf"rows: expected \[Q, {DIM}\], got \[2, 3\]"):
+        IdentityPreconditioner(MODULES).precondition(torch.ones(2, 3))
