@@ -1,0 +1,29 @@
+"""The results of a query as one self-contained HTML page: no script, no request, light and dark.
+
+What a results file holds (JSON, written by `logra query --json`):
+
+    format, version   "logra_kernels.results", 1
+    title, created    text; ISO 8601
+    model             path, dtype, fingerprint
+    store             path, rows, dim, bytes, dtype, modules, projection, corpus
+    curvature         kind, and damping_scale or damping
+    notes             sentences to stand under the heading
+    queries           id, prompt, text, origin, expected, modes
+      modes           mode, top, bottom: passages
+        passage       rank, id, score, text, and optionally title, prompt, tokens
+          tokens      pairs [text, contribution]; the contributions sum to the score
+      expected        what (a page's name), ranks {mode: rank of its first passage}
+"""
+
+from logra_kernels.report.render import MODE_NAMES, render, write_report
+from logra_kernels.report.results import FORMAT, VERSION, read_results, write_results
+
+__all__ = [
+    "FORMAT",
+    "MODE_NAMES",
+    "VERSION",
+    "read_results",
+    "render",
+    "write_report",
+    "write_results",
+]
