@@ -109,7 +109,10 @@ def read_tensors(path: Path, sha256: str) -> dict[str, np.ndarray]:
     Raises:
         StoreFormatError: the file is not the one that was written.
     """
-    got = sha256_of_file(path)
+    try:
+        got = sha256_of_file(path)
+    except OSError as error:
+        raise StoreFormatError(f"{path}: cannot be read: {error.strerror}") from None
     if got != sha256:
         raise StoreFormatError(f"{path}: damaged: expected sha256 {sha256}, got {got}")
     try:

@@ -1,0 +1,72 @@
+"""Small stores whose content follows from the ids, for the store's tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logra_kernels.store import Module, Store, StoreWriter
+from logra_kernels.store.manifest import seal
+
+MODULES = [Module("layers.0.mlp", 2, 3), Module("layers.1.mlp", 1, 4)]
+DIM = 10
+EXPONENTS = [-3, 5]
+
+
+def rows_of(ids: list[int], dtype: str = "float16") -> np.ndarray:
+    """[n, D]: integers that float16 holds exactly, different in each row and column."""
+    grid = np.add.outer(31 * np.asarray(ids, np.int64), 7 * np.arange(DIM)) % 2039 - 1019
+    return grid.astype(dtype)
+
+
+def scales_of(ids: list[int]) -> np.ndarray:
+    """[n] float32 powers of two."""
+    return np.ldexp(np.float32(1), np.asarray(ids, np.int32) % 7 - 3)
+
+
+def unpacked(ids: list[int]) -> np.ndarray:
+    """[n, D] float32: what the packed rows mean, by the formula of FORMAT.md."""
+    factors = np.repeat([2.0**value for value in EXPONENTS], [6, 4])  # [D]
+    wide = rows_of(ids).astype(np.float64) * scales_of(ids).astype(np.float64)[:, None] * factors
+    return wide.astype(np.float32)
+
+
+def writer_of(path: Path, **options: Any) -> StoreWriter:
+    """A float16 store of three rows a shard."""
+    writer = StoreWriter.create(path, **{"modules": MODULES, "shard_rows": 3, **options})
+    if writer.dtype == "float16":
+        writer.set_module_exponents(EXPONENTS)
+    return writer
+
+
+def append(writer: StoreWriter, ids: list[int], **options: Any) -> np.ndarray:
+    """Append the rows that belong to the ids."""
+    scale = scales_of(ids) if writer.dtype == "float16" else None
+    return writer.append(ids, rows_of(ids, writer.dtype), scale, **options)
+
+
+def full_store(path: Path) -> Store:
+    """Eight rows in three shards, with everything that version 1 knows."""
+    projection = {"layers.0.mlp.in": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    with writer_of(
+        path,
+        projection={"kind": "random", "seed": 7, "scaling": [0.5, 1.0]},
+        projection_tensors=projection,
+        fingerprints={"model": {"name": "tiny"}, "data": None},
+    ) as writer:
+        append(writer, list(range(8)), metadata=[{"text": f"passage {row}"} for row in range(8)])
+    store = Store.open(path)
+    store.save_curvature("raw", {"layers.0.mlp": np.eye(6)}, {"count": 8, "kind": "raw"})
+    cache = store.self_influence_cache("raw-01", {"damping_scale": 0.1})
+    for index, shard in enumerate(store.shards):
+        cache.write(index, np.full((shard.num_rows, 2), index + 1, np.float32))
+    return Store.open(path)
+
+
+def edit_manifest(path: Path, change: Any) -> None:
+    """Change manifest.json and seal it again, as a malicious or buggy writer would."""
+    file = path / "manifest.json"
+    manifest = json.loads(file.read_bytes())
+    change(manifest)
+    file.write_bytes(seal(manifest))
