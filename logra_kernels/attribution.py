@@ -264,12 +264,9 @@ class Attributor:
         chosen = {TOTAL: list(range(len(self.modules))), **_find_groups(groups, self.modules)}
         out = {name: torch.empty(self.store.num_rows, dtype=torch.float64) for name in chosen}
         for block in self._blocks("sigma", progress, rows_needed=False):
-            assert block.norms is not None
             for name, members in chosen.items():
-                norm = _combine(block.norms, members).cpu()
-                if block.scale is not None:
-                    norm = norm * block.scale.double().cpu()
-                out[name][block.first_row : block.first_row + len(norm)] = norm.square()
+                sigma = _true_norm(block, members).square().cpu()
+                out[name][block.first_row : block.first_row + len(sigma)] = sigma
         return out if groups else out[TOTAL]
 
     def _preconditioner(
@@ -352,7 +349,7 @@ class Attributor:
                 if self.store.dtype != "float32":  # whose scales are ones
                     scale = share(shard.row_scale[start:end]).to(self.device)
                 first_row = shard.first_row + start
-                block = _Block(first_row, rows, scale, None)
+                block = _Block(first_row, rows, scale, None, norms.units if norms else [])
                 if norms and known is not None:
                     block.norms = share(known[start:end]).to(self.device)
                 elif norms and fresh is not None:
@@ -413,7 +410,9 @@ def influence_between(
     block_rows = _block_rows(4 * rows.shape[1])
     for first_row in range(0, rows.shape[0], block_rows):
         part = rows[first_row : first_row + block_rows]
-        block = _Block(first_row, part, None, norms.compute(part, modules) if norms else None)
+        block = _Block(first_row, part, None, None, [])
+        if norms:
+            block.norms, block.units = norms.compute(part, modules), norms.units
         for sink in sinks:
             sink.add(block, mode)
     ids = [str(i) for i in (range(rows.shape[0]) if row_ids is None else row_ids)]
@@ -425,8 +424,9 @@ def influence_between(
 class _Norms:
     """Per row and module the norm |W g| of the row as it lies in the file, [R, M] float32.
 
-    The row's own scale stays out: a power of two that cancels in a normalised score. A norm, not
-    its square, fits float32 for every float32 gradient.
+    The row's own scale stays out, for it cancels in a normalised score, and a module's norms are in
+    units of 2**units[m], so that they fit float32 whatever the size of the gradients. A norm fits
+    where its square would not.
     """
 
     def __init__(
@@ -439,14 +439,17 @@ class _Norms:
     ) -> None:
         self._preconditioner = preconditioner
         self._kind = kind
-        self._exponents = exponents
         self._device = device
-        self._factors: list[tuple[Tensor, int]] | None = None
+        self._factors: list[Tensor] | None = None
+        # W is divided by 2**unit; the file's module exponent is multiplied in afterwards
+        self._factor_units = preconditioner.units(kind)
+        self.units = [e + u for e, u in zip(exponents, self._factor_units, strict=True)]
         self._memory: dict[int, np.ndarray] = {}
         self._cache = None
         if store is not None:
             meta = {
                 "quantity": {"sigma": "sqrt(sigma)", "theta": "|(H + lambda I)^-1 g|"}[kind],
+                "unit_exponents": self.units,
                 "curvature": preconditioner.kind,
                 "dampings": preconditioner.dampings,
             }
@@ -463,24 +466,23 @@ class _Norms:
     def keep(self, shard: int, norms: np.ndarray) -> None:
         """Commit a shard's norms beside the store, or in memory where that cannot be written."""
         assert self._cache is not None
-        try:
-            self._cache.write(shard, norms)
-            self._missing.remove(shard)
-        except (OSError, StoreError) as error:
-            self._memory[shard] = norms
-            _warn_once(f"self-influence is not kept beside the store: {error}")
+        if not self._memory:  # one refusal is enough
+            try:
+                self._cache.write(shard, norms)
+                self._missing.remove(shard)
+                return
+            except (OSError, StoreError) as error:
+                _warn_once(f"self-influence is not kept beside the store: {error}")
+        self._memory[shard] = norms
 
     def compute(self, rows: Tensor, modules: Sequence[Module]) -> Tensor:
         """[R, M] for rows [R, D] as they lie in the file."""
         if self._factors is None:
             factors = self._preconditioner.scaled_factors(self._kind)
-            # after the first block the factors are all that is needed of the preconditioner
-            self._factors = [(w.to(self._device), c) for w, c in factors] if factors else []
+            self._factors = [factor.to(self._device) for factor in factors or []]
         out = torch.empty(rows.shape[0], len(modules), device=rows.device)
         for i, columns in enumerate(split_columns(rows, modules)):
-            factor, exponent = self._factors[i] if self._factors else (None, 0)
-            norm = _norm(columns, factor)
-            out[:, i] = _scale_exponent(norm, exponent + self._exponents[i])
+            out[:, i] = _norm(columns, self._factors[i] if self._factors else None)
         return out
 
 
@@ -489,7 +491,8 @@ class _Block:
     first_row: int
     rows: Tensor  # [R, D], as in the file
     scale: Tensor | None  # [R], the pack's power of two
-    norms: Tensor | None  # [R, M]
+    norms: Tensor | None  # [R, M], in units of 2**units[m]
+    units: list[int]
 
 
 @dataclass
@@ -520,6 +523,7 @@ class _Sink:
         self.zero_rows: int | None = None
         self._k = k
         self._state: Any = None
+        self._unit = 0  # row scales are 2**unit too large
         self._scores = torch.empty(plan.queries.shape[0], num_rows) if k is None else None
 
     def add(self, block: _Block, mode: str) -> None:
@@ -532,7 +536,7 @@ class _Sink:
             )
             return
         values = ops.scores(self.plan.queries, rows, scale, bias)  # [Q, R]
-        values = _scale_exponent(values, self.plan.exponents[:, None])
+        values = self._true_scale(values)
         self._scores[:, block.first_row : block.first_row + rows.shape[0]] = values.cpu()
 
     def result(
@@ -541,10 +545,9 @@ class _Sink:
         result = InfluenceResult(mode, query_ids, row_ids, dampings, self.zero_rows, self._scores)
         if self._state is not None:
             top, top_rows, bottom, bottom_rows = self._state
-            exponents = self.plan.exponents[:, None]
-            result.top_scores = _scale_exponent(top, exponents).cpu()
+            result.top_scores = self._true_scale(top).cpu()
             result.top_rows = top_rows.cpu()
-            result.bottom_scores = _scale_exponent(bottom, exponents).cpu()
+            result.bottom_scores = self._true_scale(bottom).cpu()
             result.bottom_rows = bottom_rows.cpu()
         return result
 
@@ -552,14 +555,21 @@ class _Sink:
         """row_scale and row_bias of the scan, [R] float32 each."""
         if block.norms is None:
             return block.scale, None
-        norm = _combine(block.norms, self.plan.members)  # [R] float64
-        zero = norm == 0
-        self.zero_rows = (self.zero_rows or 0) + int(zero.sum())
         if mode == "l2":
-            sigma = (norm if block.scale is None else norm * block.scale.double()).square()
-            return block.scale, (-0.5 * sigma).float()
-        # the pack's scale is in the norm's place too, and cancels
-        return torch.where(zero, 0.0, 1 / norm).float(), None
+            norm = _true_norm(block, self.plan.members)  # [R] float64
+            self._count_zeros(norm)
+            return block.scale, (-0.5 * norm.square()).float()
+        # the scale of the pack is in the score and in the norm, and cancels
+        self._unit = max(block.units[i] for i in self.plan.members)
+        norm = _combine(block, self.plan.members, self._unit)
+        self._count_zeros(norm)
+        return torch.where(norm == 0, 0.0, 1 / norm).float(), None
+
+    def _count_zeros(self, norm: Tensor) -> None:
+        self.zero_rows = (self.zero_rows or 0) + int((norm == 0).sum())
+
+    def _true_scale(self, values: Tensor) -> Tensor:
+        return _scale_exponent(values, self.plan.exponents[:, None] - self._unit)
 
 
 class _Ids(Sequence[str]):
@@ -723,12 +733,22 @@ def _squares(columns: Tensor, factor: Tensor | None) -> Tensor:
     return squares[:, 0]
 
 
-def _combine(norms: Tensor, members: Sequence[int]) -> Tensor:
-    """sqrt of the sum of squares over the modules, [R] float64, always in the same order."""
-    total = torch.zeros(norms.shape[0], dtype=torch.float64, device=norms.device)
+def _combine(block: _Block, members: Sequence[int], unit: int) -> Tensor:
+    """The norm over several modules, of the row as in the file, / 2**unit: [R] float64.
+
+    Always added in the same order, so that the bits do not depend on the block.
+    """
+    assert block.norms is not None
+    total = torch.zeros(len(block.norms), dtype=torch.float64, device=block.norms.device)
     for i in members:
-        total += norms[:, i].double().square()
+        total += (block.norms[:, i].double() * 2.0 ** (block.units[i] - unit)).square()
     return total.sqrt()
+
+
+def _true_norm(block: _Block, members: Sequence[int]) -> Tensor:
+    """sqrt(sigma) over several modules, of the row itself: [R] float64."""
+    norm = _combine(block, members, 0)
+    return norm if block.scale is None else norm * block.scale.double()
 
 
 def _scale_exponent(values: Tensor, exponent: Tensor | int) -> Tensor:

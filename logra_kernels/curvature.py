@@ -246,10 +246,8 @@ class RawCurvature:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got '{solver}'")
         if self.count == 0:
             raise ValueError("curvature: expected at least one row, got none")
-        lambdas = []
-        for i, module in enumerate(self.modules):
-            mean = self._trace(i) / module.size
-            lambdas.append(damping if damping is not None else damping_scale * mean)
+        means = [self._trace(i) / module.size for i, module in enumerate(self.modules)]
+        lambdas = [damping_scale * mean if damping is None else damping for mean in means]
         silent = [m.name for i, m in enumerate(self.modules) if self._is_zero(i) and not lambdas[i]]
         if silent:
             warnings.warn(
@@ -258,8 +256,8 @@ class RawCurvature:
                 stacklevel=2,
             )
         if solver == "eigh":
-            return _EigenPreconditioner(self, lambdas, self._eigendecompositions())
-        return _CholeskyPreconditioner(self, lambdas)
+            return _EigenPreconditioner(self, means, lambdas, self._eigendecompositions())
+        return _CholeskyPreconditioner(self, means, lambdas)
 
     def sweep(
         self, damping_scales: Sequence[float] | None = None, dampings: Sequence[float] | None = None
@@ -362,6 +360,7 @@ class Preconditioner(ABC):
     key: str
     modules: list[Module]
     dampings: dict[str, float]
+    _sizes: list[float]  # mean eigenvalue of H + lambda I per module
 
     def precondition(self, rows: Tensor) -> Tensor:
         """(H + lambda I)^-1 g for rows g [Q, D] float32 or float64, solved in float64; [Q, D]."""
@@ -380,14 +379,22 @@ class Preconditioner(ABC):
         roots = _each(len(self.modules), self._root)
         return {m.name: root.float() for m, root in zip(self.modules, roots, strict=True)}
 
-    def scaled_factors(self, kind: str) -> list[tuple[Tensor, int]] | None:
-        """Per module a float32 matrix W and an exponent c with |2**c W g| the norm asked for.
+    def units(self, kind: str) -> list[int]:
+        """Per module the exponent of two that brings the factor of `kind` to about 1.
 
-        kind "sigma": |.|^2 = g^T (H + lambda I)^-1 g; kind "theta": |(H + lambda I)^-1 g|. The
-        largest element of W lies in [0.5, 1), whatever the gradients' size. None: the identity.
+        It follows from lambda and the mean eigenvalue alone, so that it costs no factorisation.
+        """
+        power = {"sigma": -0.5, "theta": -1.0}[kind]
+        return [round(power * math.log2(size)) if size else 0 for size in self._sizes]
+
+    def scaled_factors(self, kind: str) -> list[Tensor] | None:
+        """Per module a float32 W with |2**unit W g| the norm asked for; None for the identity.
+
+        kind "sigma": |.|^2 = g^T (H + lambda I)^-1 g; kind "theta": |(H + lambda I)^-1 g|.
         """
         work = self._root if kind == "sigma" else self._inverse
-        return [_unit_scale(matrix) for matrix in _each(len(self.modules), work)]
+        units = self.units(kind)
+        return _each(len(self.modules), lambda i: (work(i) * 2.0 ** -units[i]).float())
 
     def _solve_all(self, i: int, rows: Tensor) -> Tensor:
         columns = rows.T  # [K, Q]
@@ -418,12 +425,13 @@ class IdentityPreconditioner(Preconditioner):
         self.modules = list(modules)
         self.dampings = {}
         self.key = _key("none", _layout(self.modules))
+        self._sizes = [1.0] * len(self.modules)
 
     @property
     def factors(self) -> dict[str, Tensor]:
         return {m.name: torch.eye(m.size) for m in self.modules}
 
-    def scaled_factors(self, kind: str) -> list[tuple[Tensor, int]] | None:
+    def scaled_factors(self, kind: str) -> list[Tensor] | None:
         return None
 
     def _solve_all(self, i: int, rows: Tensor) -> Tensor:
@@ -441,9 +449,10 @@ class IdentityPreconditioner(Preconditioner):
 class _CholeskyPreconditioner(Preconditioner):
     """H + lambda I = L L^T, so that W = L^-1."""
 
-    def __init__(self, curvature: RawCurvature, lambdas: list[float]) -> None:
+    def __init__(self, curvature: RawCurvature, means: list[float], lambdas: list[float]) -> None:
         self.kind = curvature.kind
         self.modules = curvature.modules
+        self._sizes = [mean + damping for mean, damping in zip(means, lambdas, strict=True)]
         self.dampings = {m.name: v for m, v in zip(self.modules, lambdas, strict=True)}
         self.key = _key(curvature.checksum, "cholesky", [v.hex() for v in lambdas])
         self._lambdas = lambdas
@@ -512,10 +521,15 @@ class _EigenPreconditioner(Preconditioner):
     """H = Q diag(e) Q^T, so that W = diag((e + lambda)^-1/2) Q^T; zero where e + lambda is."""
 
     def __init__(
-        self, curvature: RawCurvature, lambdas: list[float], eigen: list[tuple[Tensor, Tensor]]
+        self,
+        curvature: RawCurvature,
+        means: list[float],
+        lambdas: list[float],
+        eigen: list[tuple[Tensor, Tensor]],
     ) -> None:
         self.kind = curvature.kind
         self.modules = curvature.modules
+        self._sizes = [mean + damping for mean, damping in zip(means, lambdas, strict=True)]
         self.dampings = {m.name: v for m, v in zip(self.modules, lambdas, strict=True)}
         self.key = _key(curvature.checksum, "eigh", [v.hex() for v in lambdas])
         self._vectors = [vectors for _, vectors in eigen]  # [K, K], columns
@@ -626,12 +640,6 @@ def _exponent(columns: Tensor) -> int | None:
     largest = max(-float(low), float(high))
     # 2**-e must be a float32, which 2**127 still is
     return max(math.frexp(largest)[1], -126) if largest else None
-
-
-def _unit_scale(matrix: Tensor) -> tuple[Tensor, int]:
-    largest = float(matrix.abs().max())
-    exponent = math.frexp(largest)[1]
-    return (matrix * 2.0**-exponent).float(), exponent
 
 
 def _precisions(curvature: RawCurvature, lambdas: list[float]) -> list[float]:

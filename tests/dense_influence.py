@@ -46,7 +46,8 @@ def make_store(
         else:
             sizes = [module.size for module in modules]
             if writer.module_exponents is None:
-                largest = [float(part.abs().max()) for part in rows.split(sizes, dim=1)]
+                parts = rows.split(sizes, dim=1)
+                largest = [float(part.abs().max()) if len(part) else 0.0 for part in parts]
                 writer.set_module_exponents([int(np.frexp(v)[1]) if v else 0 for v in largest])
             packed, scale = ops.pack_rows(rows, sizes, writer.module_exponents)
             writer.append(names, packed.numpy(), scale.numpy())
@@ -142,5 +143,5 @@ def dense(
         moment = part.T @ part / len(part)
         size = moment.shape[0]
         damped = damping if damping is not None else damping_scale * moment.trace() / size
-        inverses.append((moment + damped * torch.eye(size)).inverse())
+        inverses.append((moment + damped * torch.eye(size, dtype=torch.float64)).inverse())
     return Dense(queries, rows, inverses, list(sizes))

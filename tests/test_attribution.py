@@ -1,0 +1,486 @@
+"""Scores, top k, self-influence and their cache, through the store."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from dense_influence import DIM, MODULES, SIZES, dense, gradients, make_store, unpacked
+
+from logra_kernels import _native, attribution, ops
+from logra_kernels.attribution import MODES, Attributor, influence_between
+from logra_kernels.curvature import IdentityPreconditioner, RawCurvature, share
+from logra_kernels.store import Store
+
+QUERIES = gradients(4, seed=7)
+NORMALISED = ("l-relatif", "theta-relatif", "whitened-cosine")
+
+
+def assert_same(got, want):
+    """Bit for bit from the kernels; PyTorch's matrix product chooses its order by the shape."""
+    if _native.C is not None:
+        assert torch.equal(got, want)
+    else:
+        assert (got - want).abs().max() <= DIM * 2.0**-24 * want.abs().max()
+
+
+def open_attributor(store, **kwargs):
+    return Attributor(store, RawCurvature.rebuild(store), **kwargs)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path / "store", gradients(150), shard_rows=40)
+
+
+@pytest.fixture
+def sigma_calls(monkeypatch):
+    """Rows that went through ops.self_influence, one entry a call."""
+    calls = []
+    op = ops.self_influence
+    monkeypatch.setattr(
+        ops, "self_influence", lambda rows, factor: calls.append(len(rows)) or op(rows, factor)
+    )
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings(monkeypatch):
+    monkeypatch.setattr(attribution, "_warned", set())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_top_k_is_a_stable_sort_of_the_scores(store, mode):
+    attributor = open_attributor(store, block_rows=16)
+    scores = attributor.scores(QUERIES, mode).scores
+    for k in (1, 10, 150):
+        top = attributor.top_k(QUERIES, k, mode)
+        best = scores.sort(dim=1, descending=True, stable=True)
+        worst = scores.sort(dim=1, stable=True)
+        assert torch.equal(top.top_rows, best.indices[:, :k])
+        assert torch.equal(top.top_scores, best.values[:, :k])
+        assert torch.equal(top.bottom_rows, worst.indices[:, :k])
+        assert torch.equal(top.bottom_scores, worst.values[:, :k])
+
+
+def test_ties_go_to_the_lower_row(tmp_path):
+    rows = gradients(3)[[0, 1, 0, 1, 2, 0]]
+    attributor = open_attributor(make_store(tmp_path / "s", rows, shard_rows=2))
+    top = attributor.top_k(QUERIES, 6, "dot")
+    scores = attributor.scores(QUERIES, "dot").scores
+    for query in range(len(QUERIES)):
+        for order in (top.top_rows[query].tolist(), top.bottom_rows[query].tolist()):
+            for same in ([0, 2, 5], [1, 3]):
+                places = [order.index(row) for row in same]
+                assert places == sorted(places)
+    assert torch.equal(scores[:, 0], scores[:, 2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_bits_do_not_depend_on_threads_shards_blocks_or_the_cache(tmp_path, mode, dtype):
+    rows, before = gradients(300), torch.get_num_threads()
+    results = []
+    try:
+        for number, (shard_rows, block_rows) in enumerate([(300, None), (40, 16), (7, 7)]):
+            store = make_store(tmp_path / f"s{number}", rows, dtype, shard_rows)
+            for threads in (1, 2):  # the second finds the first's self-influence
+                torch.set_num_threads(threads)
+                attributor = open_attributor(store, block_rows=block_rows)
+                top = attributor.top_k(QUERIES, 5, mode)
+                results.append((attributor.scores(QUERIES, mode).scores, top.top_scores))
+    finally:
+        torch.set_num_threads(before)
+    for scores, best in results[1:]:
+        assert_same(scores, results[0][0])
+        assert_same(best, results[0][1])
+
+
+def test_l_relatif_does_not_change_when_a_training_row_is_scaled(tmp_path):
+    rows = gradients(60)
+    curvature = RawCurvature(MODULES)
+    curvature.update(rows)
+    scaled = rows * (2.0 ** torch.arange(-30, 30))[:, None]
+    for dtype in ("float16", "float32"):
+        plain = make_store(tmp_path / f"{dtype}-plain", rows, dtype, shard_rows=25)
+        other = make_store(tmp_path / f"{dtype}-scaled", scaled, dtype, shard_rows=25)
+        for mode in NORMALISED:
+            want = Attributor(plain, curvature).scores(QUERIES, mode).scores
+            got = Attributor(other, curvature).scores(QUERIES, mode).scores
+            # powers of two: only the float16 rounding of subnormals, 2**-11 of |g| each, differs
+            tolerance = 2.0**-10 if dtype == "float16" else 2.0**-20
+            assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+@pytest.mark.parametrize("mode", NORMALISED)
+def test_tiny_and_huge_gradients(tmp_path, dtype, size, mode):
+    """A store whose gradients are all tiny or huge gives the normalised scores of usual ones."""
+    store = make_store(tmp_path / "s", gradients(60) * size, dtype, shard_rows=25)
+    truth = dense(QUERIES * size, unpacked(store))
+    result = open_attributor(store).scores(QUERIES * size, mode)
+    assert ((result.scores - truth.scores(mode)).abs() <= 1e-5 * truth.allowance(mode)).all()
+    assert result.zero_rows == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_tiny_and_huge_gradients_in_one_store(tmp_path, dtype):
+    rows = gradients(60)
+    rows[:20] *= 1e-20
+    rows[20:25] *= 1e16
+    store = make_store(tmp_path / "s", rows, dtype, shard_rows=25)
+    held = unpacked(store)
+    assert (held.abs().amax(dim=1) > 0).all()
+    truth = dense(QUERIES, held)
+    attributor = open_attributor(store)
+    for mode in NORMALISED:
+        scores = attributor.scores(QUERIES, mode).scores
+        assert ((scores - truth.scores(mode)).abs() <= 1e-5 * truth.allowance(mode)).all()
+    sigma = attributor.self_influence()
+    # K float32 additions of squares of float32 sums of K; |W g| itself may cancel: 1e-4 for cond
+    assert torch.allclose(sigma, truth.sigma, rtol=1e-4, atol=0)
+
+
+def test_self_influence_is_computed_once(store, sigma_calls):
+    open_attributor(store).scores(QUERIES, "l-relatif")
+    blocks = 4  # 150 rows in shards of 40
+    assert len(sigma_calls) == blocks * len(MODULES)
+    again = open_attributor(Store.open(store.path))
+    again.scores(QUERIES, "l-relatif")
+    again.top_k(QUERIES, 3, "whitened-cosine")
+    again.scores(QUERIES, "l2")
+    again.self_influence()
+    again.scores(QUERIES, "dot")
+    assert len(sigma_calls) == blocks * len(MODULES)
+    again.scores(QUERIES, "theta-relatif")  # another norm
+    assert len(sigma_calls) == 2 * blocks * len(MODULES)
+
+
+def test_another_damping_is_another_cache_entry_and_another_result(store, sigma_calls):
+    seen = []
+    for kwargs in ({"damping": 1e-3}, {"damping": 10.0}, {"damping_scale": 1.0}):
+        attributor = open_attributor(store, **kwargs)
+        fresh = attributor.scores(QUERIES, "l-relatif").scores
+        truth = dense(QUERIES, unpacked(store), **{"damping_scale": None, **kwargs})
+        want, allowed = truth.scores("l-relatif"), 1e-5 * truth.allowance("l-relatif")
+        assert ((fresh - want).abs() <= allowed).all()
+        calls = len(sigma_calls)
+        assert torch.equal(open_attributor(store, **kwargs).scores(QUERIES).scores, fresh)
+        assert len(sigma_calls) == calls
+        seen.append(fresh)
+    assert len(sigma_calls) == 3 * 4 * len(MODULES)
+    assert not torch.allclose(seen[0], seen[1], rtol=1e-2)
+    assert not torch.allclose(seen[0], seen[2], rtol=1e-2)
+
+
+def test_an_interrupted_pass_keeps_its_shards(store, sigma_calls):
+    def interrupt(done, total):
+        if done > 80:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_attributor(store).top_k(QUERIES, 2, progress=interrupt)
+    assert len(sigma_calls) == 3 * len(MODULES)
+    got = open_attributor(store).scores(QUERIES).scores
+    # the third shard's pass was cut off after its only block, before it was committed
+    assert len(sigma_calls) == (3 + 2) * len(MODULES)
+    truth = dense(QUERIES, unpacked(store))
+    assert ((got - truth.scores("l-relatif")).abs() <= 1e-5 * truth.allowance("l-relatif")).all()
+
+
+def test_appended_shards_extend_the_cache(store, sigma_calls):
+    curvature = RawCurvature.rebuild(store)
+    Attributor(store, curvature).self_influence()
+    calls = len(sigma_calls)
+    more = gradients(30, seed=3)
+    names = [f"more-{i}" for i in range(30)]
+    grown = make_store(store.path, more, shard_rows=40, ids=names, resume=True)
+    with pytest.warns(UserWarning, match="the curvature is of 150 rows, the store has 180"):
+        attributor = Attributor(grown, curvature)
+    sigma = attributor.self_influence()
+    assert len(sigma_calls) == calls + len(MODULES)
+    truth = dense(QUERIES, unpacked(grown), curvature_rows=unpacked(store))
+    assert torch.allclose(sigma, truth.sigma, rtol=1e-4, atol=0)
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(store, sigma_calls):
+    (store.path / "self_influence").symlink_to("nowhere")
+    attributor = open_attributor(store)
+    with pytest.warns(UserWarning, match="self-influence is not kept beside the store: ") as seen:
+        first = attributor.scores(QUERIES).scores
+    assert len(seen) == 1
+    calls = len(sigma_calls)
+    assert torch.equal(attributor.scores(QUERIES).scores, first)
+    assert len(sigma_calls) == calls
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_self_influence(tmp_path, dtype):
+    store = make_store(tmp_path / "s", gradients(90), dtype, shard_rows=40)
+    attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
+    got = attributor.self_influence()
+    assert got.dtype == torch.float64
+    # a sum of K squares of K-term sums, K <= 25: 50 * 2**-24, times |W||g| / |W g|, below 4
+    assert torch.allclose(got, truth.sigma, rtol=200 * 2**-24, atol=0)
+    parts = attributor.self_influence({"up": "up", "down": ["down"]})
+    assert set(parts) == {"total", "up", "down"}
+    assert torch.equal(parts["total"], got)
+    assert torch.allclose(parts["up"] + parts["down"], got, rtol=1e-12)
+    assert torch.allclose(parts["down"], truth.group([1]).sigma, rtol=200 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups(store, mode):
+    attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
+    groups = {"up": ["up"], "down": "down", "first": ["layer.0"]}
+    members = {"up": [0, 2], "down": [1], "first": [0, 1]}
+    result = attributor.scores(QUERIES, mode, groups)
+    top = attributor.top_k(QUERIES, 150, mode, groups)
+    assert torch.equal(result.scores, attributor.scores(QUERIES, mode).scores)
+    for name, modules in members.items():
+        part = truth.group(modules)
+        got = result.groups[name].scores
+        assert ((got - part.scores(mode)).abs() <= 1e-5 * part.allowance(mode)).all()
+        assert torch.equal(
+            top.groups[name].top_scores, got.sort(dim=1, descending=True, stable=True).values
+        )
+    if mode == "dot":
+        total = result.groups["up"].scores + result.groups["down"].scores
+        assert ((total - result.scores).abs() <= 1e-5 * truth.allowance("dot")).all()
+    assert set(result["influence"]) == {"total", "up", "down", "first"}
+    assert torch.equal(result["influence"]["up"], result.groups["up"].scores)
+
+
+def test_groups_may_be_a_list_of_substrings(store):
+    result = open_attributor(store).scores(QUERIES, groups=["layer.0", "up"])
+    assert list(result.groups) == ["layer.0", "up"]
+
+
+@pytest.mark.parametrize("mode", NORMALISED)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_without_gradient_score_zero_and_are_counted(tmp_path, mode, dtype):
+    rows = gradients(50)
+    rows[[3, 44]] = 0
+    rows[7, : SIZES[0]] = 0
+    attributor = open_attributor(make_store(tmp_path / "s", rows, dtype, shard_rows=20))
+    result = attributor.scores(QUERIES, mode, groups={"first": "layer.0.up"})
+    assert result.zero_rows == 2
+    assert result.groups["first"].zero_rows == 3
+    assert not result.scores[:, [3, 44]].any()
+    assert not result.groups["first"].scores[:, 7].any()
+    assert result.scores.isfinite().all()
+    assert attributor.scores(QUERIES, mode).zero_rows == 2  # from the cache
+    assert attributor.scores(QUERIES, "dot").zero_rows is None
+
+
+def test_a_query_without_gradient_scores_zero(store):
+    queries = torch.cat([QUERIES[:1], torch.zeros(1, DIM)])
+    for mode in MODES[:2] + MODES[3:]:
+        scores = open_attributor(store).scores(queries, mode).scores
+        assert scores.isfinite().all()
+        assert not scores[1].any()
+
+
+def test_cosine_is_l_relatif_and_says_so_once(store):
+    attributor = open_attributor(store)
+    with pytest.warns(UserWarning, match="'cosine' is LogIX's name for l-RelatIF"):
+        result = attributor.scores(QUERIES, "cosine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attributor.top_k(QUERIES, 2, "cosine")
+    assert result.mode == "l-relatif"
+    assert torch.equal(result.scores, attributor.scores(QUERIES, "l-relatif").scores)
+
+
+def test_without_curvature_it_is_the_dot_product_of_gradients(store):
+    attributor, rows = Attributor(store, "none"), unpacked(store)
+    want = QUERIES.double() @ rows.T
+    size = QUERIES.double().norm(dim=1)[:, None] * rows.norm(dim=1)
+    dot = attributor.scores(QUERIES, "dot")
+    assert ((dot.scores - want).abs() <= 1e-5 * size).all()
+    assert dot.dampings == {}
+    cosine = attributor.scores(QUERIES, "whitened-cosine").scores
+    assert (cosine - want / size).abs().max() <= 1e-5
+    assert torch.allclose(attributor.self_influence(), rows.square().sum(1), rtol=1e-6)
+    with pytest.raises(ValueError, match="damping: expected none with no curvature, got one"):
+        Attributor(store, "none", damping=1.0)
+
+
+def test_curvature_comes_from_the_store_by_default(store):
+    message = r"holds no curvature; .*RawCurvature\.rebuild\(store\)\.save\(store\)"
+    with pytest.raises(ValueError, match=message):
+        Attributor(store)
+    curvature = RawCurvature.rebuild(store)
+    curvature.save(store)
+    want = Attributor(store, curvature).scores(QUERIES).scores
+    assert torch.equal(Attributor(str(store.path)).scores(QUERIES).scores, want)
+    assert torch.equal(Attributor(store, "raw", damping_scale=0.1).scores(QUERIES).scores, want)
+    ready = curvature.damped()
+    assert torch.equal(Attributor(store, ready).scores(QUERIES).scores, want)
+    with pytest.raises(ValueError, match="damping: expected none with a preconditioner"):
+        Attributor(store, ready, damping=1.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_influence_between_rows_in_memory(tmp_path, mode):
+    rows = gradients(90)
+    store = make_store(tmp_path / "s", rows, "float32")
+    attributor = open_attributor(store)
+    groups = {"up": "up"}
+    want = attributor.scores(QUERIES, mode, groups)
+    names = [f"row-{i}" for i in range(90)]
+    got = influence_between(QUERIES, rows, attributor.preconditioner, mode, groups, row_ids=names)
+    assert torch.equal(got.scores, want.scores)
+    assert torch.equal(got.groups["up"].scores, want.groups["up"].scores)
+    assert got["tgt_ids"] == want["tgt_ids"]
+    assert got.zero_rows == want.zero_rows
+    identity = influence_between(QUERIES, rows, IdentityPreconditioner(MODULES), "dot")
+    assert identity["tgt_ids"] == [str(i) for i in range(90)]
+    with pytest.raises(ValueError, match="row_ids: expected 90, got 1"):
+        influence_between(QUERIES, rows, attributor.preconditioner, row_ids=["a"])
+    bad = rows[:2].clone()
+    bad[1, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"rows: '1' is not finite in module 'layer\.0\.up'"):
+        influence_between(QUERIES, bad, attributor.preconditioner)
+
+
+def test_result_reads_like_logix_and_as_json(store):
+    attributor = open_attributor(store)
+    full = attributor.scores(QUERIES, query_ids=["a", "b", 3, 4])
+    assert dict(full).keys() == {"src_ids", "tgt_ids", "influence"}
+    assert full["src_ids"] == ["a", "b", "3", "4"]
+    assert full["tgt_ids"] == [f"row-{i}" for i in range(150)]
+    assert full["influence"] is full.scores
+    ranked = full.rows(1)
+    assert [entry["score"] for entry in ranked] == sorted(full.scores[1].tolist(), reverse=True)
+    with pytest.raises(AttributeError, match="top_ids: only a top-k result has it"):
+        full.top_ids  # noqa: B018
+    top = attributor.top_k(QUERIES, 2, groups={"up": "up"})
+    assert top["tgt_ids"] == top.top_ids
+    assert top.top_ids[1] == [entry["id"] for entry in ranked[:2]]
+    assert top.bottom_ids[1] == [ranked[-1]["id"], ranked[-2]["id"]]
+    first = top.rows(1)[0]
+    assert (first["rank"], first["id"], first["end"]) == (1, ranked[0]["id"], "top")
+    read = json.loads(top.to_json())
+    assert read["mode"] == "l-relatif"
+    assert read["queries"][1]["rows"] == top.rows(1)
+    assert read["groups"]["up"]["queries"][0]["rows"] == top.groups["up"].rows(0)
+    assert set(read["dampings"]) == {module.name for module in MODULES}
+    with pytest.raises(KeyError):
+        full["scores"]
+
+
+def test_precondition_is_the_preconditioner_s(store):
+    attributor = open_attributor(store)
+    want = dense(QUERIES, unpacked(store)).preconditioned
+    assert torch.allclose(attributor.precondition(QUERIES.double()), want, rtol=1e-9)
+    assert attributor.precondition(QUERIES).dtype == torch.float32
+
+
+def test_progress_counts_every_row(store):
+    seen = []
+    open_attributor(store, block_rows=25).scores(QUERIES, progress=lambda *now: seen.append(now))
+    assert seen[-1] == (150, 150)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_reading_a_map_does_not_warn_or_copy(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(6, dtype=np.float16).reshape(2, 3))
+    array = np.load(tmp_path / "a.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tensor = share(array)
+    assert tensor.data_ptr() == array.ctypes.data
+    assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_the_scan_of_a_top_k_allocates_nothing_the_size_of_the_store(tmp_path, monkeypatch):
+    rows = gradients(400)
+    store = make_store(tmp_path / "s", rows, shard_rows=100)
+    attributor = open_attributor(store, block_rows=10)
+    largest = []
+    op = ops.topk_scores
+
+    def spy(queries, block, *args):
+        out = op(queries, block, *args)
+        largest.append(max(len(block), *(t.shape[1] for t in out)))
+        return out
+
+    monkeypatch.setattr(ops, "topk_scores", spy)
+    attributor.top_k(QUERIES, 3)
+    assert len(largest) == 40
+    assert max(largest) == 10
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        (151, "k: expected at most 150, the rows in the store, got 151"),
+        (0, "k: expected a whole number of at least 1, got 0"),
+        (2.0, "k: expected a whole number of at least 1, got 2.0"),
+    ],
+)
+def test_bad_k(store, k, message):
+    with pytest.raises(ValueError, match=message):
+        open_attributor(store).top_k(QUERIES, k)
+
+
+def test_bad_queries(store):
+    attributor = open_attributor(store)
+    with pytest.raises(ValueError, match=r"mode: expected one of dot, l-relatif, l2, .* got 'l1'"):
+        attributor.scores(QUERIES, "l1")
+    with pytest.raises(TypeError, match="queries: expected float32, got float16"):
+        attributor.scores(QUERIES.half())
+    with pytest.raises(ValueError, match=rf"queries: expected \[Q, {DIM}\], got \[4, 3\]"):
+        attributor.scores(QUERIES[:, :3])
+    with pytest.raises(ValueError, match=rf"queries: expected \[Q, {DIM}\], got \[{DIM}\]"):
+        attributor.scores(QUERIES[0])
+    with pytest.raises(TypeError, match=r"queries: expected a tensor \[Q, D\], got ndarray"):
+        attributor.scores(QUERIES.numpy())
+    bad = QUERIES.clone()
+    bad[2, SIZES[0] + 1] = float("nan")
+    with pytest.raises(ValueError, match=r"queries: 'c' is not finite in module 'layer\.0\.down'"):
+        attributor.top_k(bad, 2, query_ids=list("abcd"))
+    with pytest.raises(ValueError, match="query_ids: expected 4, one per query, got 1"):
+        attributor.scores(QUERIES, query_ids=["a"])
+
+
+def test_no_queries_give_no_scores(store):
+    assert open_attributor(store).scores(QUERIES[:0]).scores.shape == (0, 150)
+
+
+def test_bad_groups(store):
+    attributor = open_attributor(store)
+    with pytest.raises(ValueError, match=r"groups: 'x' \(attn\) matches none of the modules layer"):
+        attributor.scores(QUERIES, groups={"x": "attn"})
+    with pytest.raises(ValueError, match="groups: the name 'total' is taken"):
+        attributor.scores(QUERIES, groups={"total": "up"})
+    with pytest.raises(TypeError, match="groups: expected a list or a mapping of substrings"):
+        attributor.scores(QUERIES, groups="up")
+
+
+def test_bad_attributor(tmp_path, store):
+    empty = make_store(tmp_path / "empty", gradients(0))
+    with pytest.raises(ValueError, match="empty: the store holds no rows; log some first"):
+        Attributor(empty, "none")
+    with pytest.raises(ValueError, match="block_rows: expected at least 1, got 0"):
+        Attributor(store, "none", block_rows=0)
+    with pytest.raises(ValueError, match=r"curvature: expected 'raw', 'none', .* got 'kfac'"):
+        Attributor(store, "kfac")
+    other = RawCurvature(MODULES[:2])
+    with pytest.raises(ValueError, match="curvature: expected the store's modules"):
+        Attributor(store, other)
+    with pytest.raises(ValueError, match="damping: expected a finite number >= 0, got -1"):
+        open_attributor(store, damping=-1)
+
+
+def test_a_singular_curvature_without_damping_is_an_error_of_the_attributor(tmp_path):
+    store = make_store(tmp_path / "s", gradients(4))
+    with pytest.raises(ValueError, match=r"module 'layer\.0\.up': H \+ 0 I has rank 4 of 12"):
+        open_attributor(store, damping=0.0)
+    scores = open_attributor(store, damping=0.0, solver="eigh").scores(QUERIES).scores
+    assert scores.isfinite().all()
