@@ -64,14 +64,17 @@ def verify_store(
         nonlocal seen
         seen += size
         if progress is not None:
-            progress(min(seen, total), total)
+            progress(seen, total)
 
     for entry, header in listed_files(manifest):
-        if entry["file"] in good:
-            problem = _checksum_problem(folder, entry, header, count)
-            if problem is not None:
-                problems.append(problem)
-                good.discard(entry["file"])
+        if entry["file"] not in good:
+            count(entry["bytes"])
+            continue
+        count(len(header or b""))
+        problem = _checksum_problem(folder, entry, header, count)
+        if problem is not None:
+            problems.append(problem)
+            good.discard(entry["file"])
     for check in (_row_problems, _id_problems, _tensor_problems, _cache_problems):
         problems += check(folder, manifest, good)
     return problems
