@@ -37,8 +37,9 @@ def register(
 ) -> None:
     """Define the op of `schema`.
 
-    `native` may return None for arguments it does not take (float64), which the reference then
-    computes. `check_values` sees the arguments before any kernel does, and returns those to use.
+    `native` returns NotImplemented for arguments it does not take (float64), which the reference
+    then computes. `check_values` sees the arguments before any kernel does, and returns those to
+    use.
     """
     name = schema.split("(")[0]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -56,7 +57,7 @@ def register(
     def cpu(*args: Any) -> Any:
         if _native.C is not None:
             result = native(_native.C, *args)
-            if result is not None:
+            if result is not NotImplemented:
                 return result
         return reference(*args)
 

@@ -49,11 +49,11 @@ def _fake(cov: Tensor, rows: Tensor) -> None:
     return None
 
 
-def _native(c: ModuleType, cov: Tensor, rows: Tensor) -> bool | None:
+def _native(c: ModuleType, cov: Tensor, rows: Tensor) -> None:
     if rows.dtype == torch.float64:
-        return None
+        return NotImplemented
     c.covariance_update(view(cov), view(rows))
-    return True
+    return None
 
 
 def _reference(cov: Tensor, rows: Tensor) -> None:

@@ -103,9 +103,9 @@ def _fake_pack(rows: Tensor, sizes: list[int], exponents: list[int]) -> tuple[Te
 
 def _native_pack(
     c: ModuleType, rows: Tensor, sizes: list[int], exponents: list[int]
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     if has_float64((rows,)):
-        return None
+        return NotImplemented
     packed, row_scale = _fake_pack(rows, sizes, exponents)
     c.pack_rows(view(rows), sizes, exponents, pointer(packed), pointer(row_scale))
     return packed, row_scale

@@ -73,9 +73,9 @@ def _native(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     out_dtype: torch.dtype | None,
-) -> Tensor | None:
+) -> Tensor:
     if has_float64((x, dy)):
-        return None
+        return NotImplemented
     out = _fake(x, dy, mask, cu_seqlens, torch.float32)
     mask = None if mask is None else mask.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

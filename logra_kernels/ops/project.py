@@ -43,9 +43,9 @@ def _fake(x: Tensor, proj: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], proj.shape[0]), dtype=accumulator(x, proj))
 
 
-def _native(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor | None:
+def _native(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor:
     if has_float64((x, proj)):
-        return None
+        return NotImplemented
     out = x.new_empty((*x.shape[:-1], proj.shape[0]), dtype=torch.float32)
     tokens = flat_tokens(x)  # [M, I], kept alive through the call
     c.project(view(tokens), view(proj), out.data_ptr())

@@ -99,9 +99,9 @@ def _native(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     out_dtype: torch.dtype | None,
-) -> Tensor | None:
+) -> Tensor:
     if has_float64((x, dy, proj_in, proj_out)):
-        return None
+        return NotImplemented
     out = _fake(x, dy, proj_in, proj_out, mask, cu_seqlens, torch.float32)
     mask = None if mask is None else mask.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

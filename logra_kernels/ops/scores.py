@@ -68,9 +68,9 @@ def _fake(
 
 def _native(
     c: ModuleType, queries: Tensor, rows: Tensor, row_scale: Tensor | None, row_bias: Tensor | None
-) -> Tensor | None:
+) -> Tensor:
     if has_float64((queries, rows)):
-        return None
+        return NotImplemented
     out = queries.new_empty((queries.shape[0], rows.shape[0]))
     c.scores(view(queries), view(rows), pointer(row_scale), pointer(row_bias), out.data_ptr())
     return out

@@ -46,9 +46,9 @@ def _fake(rows: Tensor, factor: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], dtype=accumulator(rows, factor))
 
 
-def _native(c: ModuleType, rows: Tensor, factor: Tensor) -> Tensor | None:
+def _native(c: ModuleType, rows: Tensor, factor: Tensor) -> Tensor:
     if has_float64((rows, factor)):
-        return None
+        return NotImplemented
     out = factor.new_empty(rows.shape[0])
     c.self_influence(view(rows), view(factor), out.data_ptr())
     return out

@@ -108,9 +108,9 @@ def _native(
     row_bias: Tensor | None,
     state: list[Tensor] | None,
     row_offset: int,
-) -> tuple[Tensor, ...] | None:
+) -> tuple[Tensor, ...]:
     if has_float64((queries, rows)):
-        return None
+        return NotImplemented
     if state is None:
         shape = (queries.shape[0], k)
         best, worst = queries.new_full(shape, -torch.inf), queries.new_full(shape, torch.inf)

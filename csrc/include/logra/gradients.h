@@ -1,0 +1,26 @@
+#pragma once
+
+#include "logra/types.h"
+
+namespace logra {
+
+/// out[n, o, i] = sum_t mask[n, t] * dy[n, t, o] * x[n, t, i]
+///
+/// x    tokens of Ki elements, float32, float16 or bfloat16
+/// dy   tokens of Ko elements, likewise
+/// out  [num_examples, Ko, Ki] float32, contiguous, written in full
+///
+/// Accumulates in float32, over the tokens that are kept, in order: so padding does not change a bit.
+/// Throws std::invalid_argument for other types and for segments out of range.
+void per_sample_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, float* out);
+
+/// out[n, o, i] = sum_t mask[n, t] * (proj_out dy[n, t])[o] * (proj_in x[n, t])[i]
+///
+/// proj_in   [Ki, x.dim], or nullptr for the identity (Ki = x.dim)
+/// proj_out  [Ko, dy.dim], or nullptr for the identity
+///
+/// The same bits as project() of both sides and then per_sample_gradients().
+void projected_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, const Matrix* proj_in,
+                         const Matrix* proj_out, float* out);
+
+}  // namespace logra

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "logra/types.h"
+
+namespace logra {
+
+/// out[q, r] = row_scale[r] * sum_d queries[q, d] * rows[r, d] + row_bias[r]
+///
+/// queries    [Q, D] float32, float16 or bfloat16
+/// rows       [R, D] float32, float16 or bfloat16
+/// row_scale  [R] float32, or nullptr for 1
+/// row_bias   [R] float32, or nullptr for 0
+/// out        [Q, R] float32, contiguous, written in full
+///
+/// Accumulates in float32. Throws std::invalid_argument for other types or sizes that disagree.
+void scores(const Matrix& queries, const Matrix& rows, const float* row_scale, const float* row_bias,
+            float* out);
+
+}  // namespace logra

@@ -1,0 +1,82 @@
+#include "logra/covariance_update.h"
+
+#include <algorithm>
+
+#include "checks.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "threads.h"
+
+namespace logra {
+namespace {
+
+// Rows whose panels are multiplied at a time: the more, the less often cov is read and written.
+constexpr std::size_t kRows = 256;
+
+template <class T>
+struct Accumulator;
+template <>
+struct Accumulator<float> {
+  static std::size_t panel(const Kernels& kernels) { return kernels.panel_f32; }
+  static auto outer(const Kernels& kernels) { return kernels.outer_f32; }
+  static auto widen(const Kernels& kernels, Dtype dtype) { return kernels.widen_f32[index(dtype)]; }
+};
+template <>
+struct Accumulator<double> {
+  static std::size_t panel(const Kernels& kernels) { return kernels.panel_f64; }
+  static auto outer(const Kernels& kernels) { return kernels.outer_f64; }
+  static auto widen(const Kernels& kernels, Dtype dtype) { return kernels.widen_f64[index(dtype)]; }
+};
+
+template <class T>
+void update(T* cov, const Matrix& rows) {
+  expect_narrow(rows.dtype, "rows");
+  const std::size_t size = rows.cols;
+  if (rows.rows == 0 || size == 0) return;
+  const Kernels& kernels = active_kernels();
+  const auto outer = Accumulator<T>::outer(kernels);
+  const auto widen = Accumulator<T>::widen(kernels, rows.dtype);
+  const std::size_t panel = Accumulator<T>::panel(kernels), num_panels = ceil_div(size, panel);
+  const std::size_t depth = std::min(kRows, rows.rows);
+  const Scratch<T> buffer(checked_product(checked_product(num_panels, panel), depth));
+  T* panels = buffer.get();  // [num_panels, depth, panel]
+  const double work =
+      static_cast<double>(rows.rows) * static_cast<double>(size) * static_cast<double>(size) / 8.0;
+  const std::size_t pairs = num_panels * (num_panels + 1) / 2, strips = panel / kStrip;
+  const int threads = num_threads(pairs * strips, work);
+  for (std::size_t first = 0; first < rows.rows; first += depth) {
+    const std::size_t count = std::min(depth, rows.rows - first);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+      for (std::size_t r = 0; r < count; ++r) {
+        for (std::size_t p = 0; p < num_panels; ++p) {
+          T* to = panels + (p * depth + r) * panel;
+          const std::size_t cols = std::min(panel, size - p * panel);
+          widen(element(rows.data, rows.dtype, (first + r) * rows.row_stride + p * panel), to, cols);
+          std::fill(to + cols, to + panel, T{0});
+        }
+      }
+      // Pairs of panels (i >= j) in a row, cut into strips so that few panels still share out evenly.
+#pragma omp for schedule(dynamic, 4)
+      for (std::size_t task = 0; task < pairs * strips; ++task) {
+        const std::size_t pair = task / strips, strip = task % strips * kStrip;
+        std::size_t j = 0, before = 0;  // panels of columns before j have `before` pairs
+        while (before + num_panels - j <= pair) before += num_panels - j++;
+        const std::size_t i = j + pair - before, row = i * panel + strip;
+        if (row >= size) continue;
+        const bool diagonal = i == j;
+        outer(panels + i * depth * panel + strip, panels + j * depth * panel, count,
+              cov + row * size + j * panel, size, std::min(kStrip, size - row), diagonal ? strip + 1 : panel,
+              diagonal ? 1 : 0);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void covariance_update(float* cov, const Matrix& rows) { update(cov, rows); }
+void covariance_update(double* cov, const Matrix& rows) { update(cov, rows); }
+
+}  // namespace logra

@@ -1,0 +1,95 @@
+// Included once per instruction set, inside its namespace, after Vec: dot products of rows and queries.
+//
+// Lanes run along D, so that neither operand is transposed, and a scan of few queries and a product of many
+// use the same order of summation: lane by lane over kDimBlock elements, one tree over the lanes, then block
+// after block.
+
+// kRows x kQueries accumulators, kQueries vectors of queries and one of a row must fit the registers.
+template <int kRows, int kQueries, class T>
+static void dots_tile(const T* const* rows, const float* queries, std::size_t query_stride, std::size_t dim,
+                      float* out, std::size_t out_stride, bool add) {
+  Vec sum[kRows][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) sum[r][q] = Vec::zero();
+  }
+  std::size_t d = 0;
+  for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
+    Vec query[kQueries];
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) query[q] = Vec::load(queries + q * query_stride + d);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec row = Vec::load(rows[r] + d);
+#pragma GCC unroll 4
+      for (int q = 0; q < kQueries; ++q) sum[r][q] = fma(row, query[q], sum[r][q]);
+    }
+  }
+  if (d < dim) {
+    const std::size_t left = dim - d;
+    Vec query[kQueries];
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) query[q] = Vec::load_n(queries + q * query_stride + d, left);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec row = Vec::load_n(rows[r] + d, left);
+#pragma GCC unroll 4
+      for (int q = 0; q < kQueries; ++q) sum[r][q] = fma(row, query[q], sum[r][q]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    float total[4];
+    Vec::reduce4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], total);
+    float* to = out + r * out_stride;
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) to[q] = add ? to[q] + total[q] : total[q];
+  }
+}
+
+// kTileRows rows against all queries: the rows stay in L1 while the queries pass.
+template <int kRows, class T>
+static void dots_rows(const T* const* rows, const float* queries, std::size_t query_stride,
+                      std::size_t num_queries, std::size_t dim, const std::uint32_t* dims, float* out,
+                      std::size_t out_stride, bool add) {
+  std::size_t q = 0;
+  for (; q + 4 <= num_queries; q += 4) {
+    const std::size_t length = dims ? dims[q / 4] : dim;
+    if constexpr (Vec::kTileQueries == 4) {
+      dots_tile<kRows, 4>(rows, queries + q * query_stride, query_stride, length, out + q, out_stride, add);
+    } else {
+      dots_tile<kRows, 2>(rows, queries + q * query_stride, query_stride, length, out + q, out_stride, add);
+      dots_tile<kRows, 2>(rows, queries + (q + 2) * query_stride, query_stride, length, out + q + 2,
+                          out_stride, add);
+    }
+  }
+  if (q == num_queries) return;
+  const std::size_t length = dims ? dims[q / 4] : dim;
+  for (; q + 2 <= num_queries; q += 2)
+    dots_tile<kRows, 2>(rows, queries + q * query_stride, query_stride, length, out + q, out_stride, add);
+  if (q < num_queries)
+    dots_tile<kRows, 1>(rows, queries + q * query_stride, query_stride, length, out + q, out_stride, add);
+}
+
+template <class T>
+static void dots(const void* const* rows, std::size_t offset, std::size_t num_rows, const float* queries,
+                 std::size_t query_stride, std::size_t num_queries, std::size_t dim,
+                 const std::uint32_t* dims, float* out, std::size_t out_stride, bool add) {
+  constexpr std::size_t kTile = Vec::kTileRows;
+  const T* tile[kTile];
+  std::size_t r = 0;
+  for (; r + kTile <= num_rows; r += kTile) {
+    for (std::size_t i = 0; i < kTile; ++i) tile[i] = static_cast<const T*>(rows[r + i]) + offset;
+    dots_rows<kTile>(tile, queries, query_stride, num_queries, dim, dims, out + r * out_stride, out_stride,
+                     add);
+  }
+  for (; r + 2 <= num_rows; r += 2) {
+    for (std::size_t i = 0; i < 2; ++i) tile[i] = static_cast<const T*>(rows[r + i]) + offset;
+    dots_rows<2>(tile, queries, query_stride, num_queries, dim, dims, out + r * out_stride, out_stride, add);
+  }
+  if (r < num_rows) {
+    tile[0] = static_cast<const T*>(rows[r]) + offset;
+    dots_rows<1>(tile, queries, query_stride, num_queries, dim, dims, out + r * out_stride, out_stride, add);
+  }
+}

@@ -1,0 +1,88 @@
+// AVX2, FMA and F16C. The only flags of this kind are this file's (CMakeLists.txt); everything in it has
+// internal linkage, so that no other file can be given code compiled with them.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace logra {
+namespace {
+
+struct Vec {
+  static constexpr std::size_t kLanes = 8;
+  // 12 sums + 2 queries + 1 row of 16 registers; 8 loads for 12 FMA
+  static constexpr int kTileRows = 6, kTileQueries = 2;
+  // 4 x 3 sums + 3 + 1 of 16 registers
+  static constexpr int kPanelVecs = 3;
+  __m256 v;
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const Float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static Vec load(const Bfloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
+  template <class T>
+  static Vec load_n(const T* p, std::size_t n) {
+    if (n >= kLanes) return load(p);
+    T lanes[kLanes] = {};
+    __builtin_memcpy(lanes, p, n * sizeof(T));
+    return load(lanes);
+  }
+  static void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+  static void store_n(float* p, Vec a, std::size_t n) {
+    float lanes[kLanes];
+    store(lanes, a);
+    __builtin_memcpy(p, lanes, n * sizeof(float));
+  }
+  static void store_f16(std::uint16_t* p, Vec a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  // Sums of the lanes of a, b, c and d: within 128 bits (0 + 2) + (1 + 3), then the halves.
+  static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+    const __m256d ab_pairs = _mm256_castps_pd(ab), cd_pairs = _mm256_castps_pd(cd);
+    const __m256 sums = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab_pairs, cd_pairs)),
+                                      _mm256_castpd_ps(_mm256_unpackhi_pd(ab_pairs, cd_pairs)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  }
+};
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+
+struct Bits {
+  __m256i v;
+  static Bits zero() { return {_mm256_setzero_si256()}; }
+  static Bits abs(Vec a) {
+    return {_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff))};
+  }
+  static Bits max(Bits a, Bits b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  static void store(std::uint32_t* p, Bits a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+};
+
+struct VecD {
+  static constexpr std::size_t kLanes = 4;
+  static constexpr int kPanelVecs = 3;
+  __m256d v;
+  static VecD broadcast(double x) { return {_mm256_set1_pd(x)}; }
+  static VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static void store(double* p, VecD a) { _mm256_storeu_pd(p, a.v); }
+};
+inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+
+#include "dots-inl.h"
+#include "outer-inl.h"
+#include "pack_rows-inl.h"
+#include "table-inl.h"
+
+}  // namespace
+
+extern const Kernels kAvx2Kernels;
+const Kernels kAvx2Kernels = kTable;
+
+}  // namespace logra

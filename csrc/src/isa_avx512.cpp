@@ -1,0 +1,89 @@
+// AVX-512 F, BW, DQ, VL. The only flags of this kind are this file's (CMakeLists.txt); everything in it has
+// internal linkage, so that no other file can be given code compiled with them.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace logra {
+namespace {
+
+struct Vec {
+  static constexpr std::size_t kLanes = 16;
+  // 24 sums + 4 queries + 1 row of 32 registers; 10 loads for 24 FMA
+  static constexpr int kTileRows = 6, kTileQueries = 4;
+  static constexpr int kPanelVecs = 4;
+  __m512 v;
+
+  static __mmask16 first(std::size_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static Vec load(const Bfloat16* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
+  static Vec load_n(const float* p, std::size_t n) {
+    return n < kLanes ? Vec{_mm512_maskz_loadu_ps(first(n), p)} : load(p);
+  }
+  static Vec load_n(const Float16* p, std::size_t n) {
+    return n < kLanes ? Vec{_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))} : load(p);
+  }
+  static Vec load_n(const Bfloat16* p, std::size_t n) {
+    return n < kLanes ? widen(_mm256_maskz_loadu_epi16(first(n), p)) : load(p);
+  }
+  static void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+  static void store_n(float* p, Vec a, std::size_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+  static void store_f16(std::uint16_t* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Vec widen(__m256i bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  // Sums of the lanes of a, b, c and d: within 128 bits (0 + 2) + (1 + 3), then quarters (0 + 2) + (1 + 3).
+  static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    const __m512d ab_pairs = _mm512_castps_pd(ab), cd_pairs = _mm512_castps_pd(cd);
+    const __m512 sums = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab_pairs, cd_pairs)),
+                                      _mm512_castpd_ps(_mm512_unpackhi_pd(ab_pairs, cd_pairs)));
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+  }
+};
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+
+struct Bits {
+  __m512i v;
+  static Bits zero() { return {_mm512_setzero_si512()}; }
+  static Bits abs(Vec a) {
+    return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
+  }
+  static Bits max(Bits a, Bits b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  static void store(std::uint32_t* p, Bits a) { _mm512_storeu_si512(p, a.v); }
+};
+
+struct VecD {
+  static constexpr std::size_t kLanes = 8;
+  static constexpr int kPanelVecs = 4;
+  __m512d v;
+  static VecD broadcast(double x) { return {_mm512_set1_pd(x)}; }
+  static VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static void store(double* p, VecD a) { _mm512_storeu_pd(p, a.v); }
+};
+inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+
+#include "dots-inl.h"
+#include "outer-inl.h"
+#include "pack_rows-inl.h"
+#include "table-inl.h"
+
+}  // namespace
+
+extern const Kernels kAvx512Kernels;
+const Kernels kAvx512Kernels = kTable;
+
+}  // namespace logra

@@ -1,0 +1,128 @@
+// What any CPU of the architecture runs: four lanes in the compiler's own vector type, which becomes SSE2 on
+// x86-64. No flags; a product and a sum are rounded separately, since not every CPU has FMA.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace logra {
+namespace {
+
+inline float bits_to_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline std::uint32_t float_to_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Exact for every input.
+inline float to_float(Float16 x) {
+  const std::uint32_t sign = (x.bits & 0x8000u) << 16;
+  const std::uint32_t exponent = (x.bits >> 10) & 0x1fu, mantissa = x.bits & 0x3ffu;
+  if (exponent == 0)  // zero or subnormal: mantissa * 2^-24
+    return bits_to_float(sign | float_to_bits(static_cast<float>(mantissa) * 5.9604644775390625e-8f));
+  return bits_to_float(sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (mantissa << 13));
+}
+inline float to_float(Bfloat16 x) { return bits_to_float(static_cast<std::uint32_t>(x.bits) << 16); }
+
+// Rounds to nearest even.
+inline std::uint16_t to_f16(float value) {
+  const std::uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);   // NaN
+  if (size >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 65520 and more round to inf
+  if (size < 0x38800000u) {  // below 2^-14 the spacing is 2^-24: adding 0.5 (spacing 2^-24) rounds there
+    const std::uint32_t rounded = float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000u;
+    return static_cast<std::uint16_t>(sign | rounded);
+  }
+  const std::uint32_t odd = (size >> 13) & 1u;
+  return static_cast<std::uint16_t>(sign | ((size - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+struct Vec {
+  static constexpr std::size_t kLanes = 4;
+  // 8 sums + 2 queries + 1 row + 1 product of 16 registers
+  static constexpr int kTileRows = 4, kTileQueries = 2;
+  static constexpr int kPanelVecs = 2;
+  typedef float Lanes __attribute__((vector_size(16)));
+  Lanes v;
+
+  static Vec zero() { return {Lanes{0, 0, 0, 0}}; }
+  static Vec broadcast(float x) { return {Lanes{x, x, x, x}}; }
+  static Vec load(const float* p) {
+    Vec result;
+    std::memcpy(&result.v, p, sizeof result.v);
+    return result;
+  }
+  template <class T>
+  static Vec load(const T* p) {
+    T x[kLanes];
+    std::memcpy(x, p, sizeof x);
+    return {Lanes{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])}};
+  }
+  // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
+  template <class T>
+  static Vec load_n(const T* p, std::size_t n) {
+    if (n >= kLanes) return load(p);
+    T lanes[kLanes] = {};
+    std::memcpy(lanes, p, n * sizeof(T));
+    return load(lanes);
+  }
+  static void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
+  static void store_n(float* p, Vec a, std::size_t n) { std::memcpy(p, &a.v, n * sizeof(float)); }
+  static void store_f16(std::uint16_t* p, Vec a) {
+    for (std::size_t i = 0; i < kLanes; ++i) p[i] = to_f16(a.v[i]);
+  }
+  static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const Vec all[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) out[i] = (all[i].v[0] + all[i].v[2]) + (all[i].v[1] + all[i].v[3]);
+  }
+};
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+
+struct Bits {
+  typedef std::int32_t Lanes __attribute__((vector_size(16)));
+  Lanes v;
+  static Bits zero() { return {Lanes{0, 0, 0, 0}}; }
+  static Bits abs(Vec a) {
+    Bits result;
+    std::memcpy(&result.v, &a.v, sizeof result.v);
+    return {result.v & 0x7fffffff};
+  }
+  static Bits max(Bits a, Bits b) {
+    const Lanes greater = a.v > b.v;
+    return {(a.v & greater) | (b.v & ~greater)};
+  }
+  static void store(std::uint32_t* p, Bits a) { std::memcpy(p, &a.v, sizeof a.v); }
+};
+
+struct VecD {
+  static constexpr std::size_t kLanes = 2;
+  static constexpr int kPanelVecs = 2;
+  typedef double Lanes __attribute__((vector_size(16)));
+  Lanes v;
+  static VecD broadcast(double x) { return {Lanes{x, x}}; }
+  static VecD load(const double* p) {
+    VecD result;
+    std::memcpy(&result.v, p, sizeof result.v);
+    return result;
+  }
+  static void store(double* p, VecD a) { std::memcpy(p, &a.v, sizeof a.v); }
+};
+inline VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
+
+#include "dots-inl.h"
+#include "outer-inl.h"
+#include "pack_rows-inl.h"
+#include "table-inl.h"
+
+}  // namespace
+
+extern const Kernels kBaselineKernels;
+const Kernels kBaselineKernels = kTable;
+
+}  // namespace logra

@@ -1,0 +1,84 @@
+// NEON, which every AArch64 CPU has. Everything here has internal linkage, as in the other isa_*.cpp.
+#include <arm_neon.h>
+
+#include "kernels.h"
+
+namespace logra {
+namespace {
+
+struct Vec {
+  static constexpr std::size_t kLanes = 4;
+  // 24 sums + 4 queries + 1 row of 32 registers
+  static constexpr int kTileRows = 6, kTileQueries = 4;
+  static constexpr int kPanelVecs = 4;
+  float32x4_t v;
+
+  static Vec zero() { return {vdupq_n_f32(0.0f)}; }
+  static Vec broadcast(float x) { return {vdupq_n_f32(x)}; }
+  // Loads are by bytes: the pointers may be misaligned.
+  static Vec load(const float* p) {
+    return {vreinterpretq_f32_u8(vld1q_u8(reinterpret_cast<const std::uint8_t*>(p)))};
+  }
+  static Vec load(const Float16* p) {
+    return {vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(p))))};
+  }
+  static Vec load(const Bfloat16* p) {
+    const uint16x4_t bits = vreinterpret_u16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(p)));
+    return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
+  }
+  // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
+  template <class T>
+  static Vec load_n(const T* p, std::size_t n) {
+    if (n >= kLanes) return load(p);
+    T lanes[kLanes] = {};
+    __builtin_memcpy(lanes, p, n * sizeof(T));
+    return load(lanes);
+  }
+  static void store(float* p, Vec a) {
+    vst1q_u8(reinterpret_cast<std::uint8_t*>(p), vreinterpretq_u8_f32(a.v));
+  }
+  static void store_n(float* p, Vec a, std::size_t n) {
+    float lanes[kLanes];
+    store(lanes, a);
+    __builtin_memcpy(p, lanes, n * sizeof(float));
+  }
+  static void store_f16(std::uint16_t* p, Vec a) {
+    vst1_u8(reinterpret_cast<std::uint8_t*>(p), vreinterpret_u8_f16(vcvt_f16_f32(a.v)));
+  }
+  // Sums of the lanes of a, b, c and d, each (0 + 1) + (2 + 3).
+  static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    store(out, {vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v))});
+  }
+};
+inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+
+struct Bits {
+  uint32x4_t v;
+  static Bits zero() { return {vdupq_n_u32(0)}; }
+  static Bits abs(Vec a) { return {vandq_u32(vreinterpretq_u32_f32(a.v), vdupq_n_u32(0x7fffffff))}; }
+  static Bits max(Bits a, Bits b) { return {vmaxq_u32(a.v, b.v)}; }
+  static void store(std::uint32_t* p, Bits a) { vst1q_u32(p, a.v); }
+};
+
+struct VecD {
+  static constexpr std::size_t kLanes = 2;
+  static constexpr int kPanelVecs = 4;
+  float64x2_t v;
+  static VecD broadcast(double x) { return {vdupq_n_f64(x)}; }
+  static VecD load(const double* p) { return {vld1q_f64(p)}; }
+  static void store(double* p, VecD a) { vst1q_f64(p, a.v); }
+};
+inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+
+#include "dots-inl.h"
+#include "outer-inl.h"
+#include "pack_rows-inl.h"
+#include "table-inl.h"
+
+}  // namespace
+
+extern const Kernels kNeonKernels;
+const Kernels kNeonKernels = kTable;
+
+}  // namespace logra

@@ -1,0 +1,61 @@
+// Private: the table of kernels that each instruction set fills in. The kernels' bodies are in *-inl.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "logra/types.h"
+
+namespace logra {
+
+struct Float16 {
+  std::uint16_t bits;
+};
+struct Bfloat16 {
+  std::uint16_t bits;
+};
+
+// Elements of D whose products are summed before the sum is added to the result. It is part of the summation
+// order, so it is the same everywhere. 6 rows of 1024 floats stay in a 32 KiB L1 cache.
+constexpr std::size_t kDimBlock = 1024;
+// Rows of an outer() tile. Every panel width is a multiple of it.
+constexpr std::size_t kStrip = 4;
+
+struct Kernels {
+  // out[r * out_stride + q] (= or +=) sum_{d < dim} rows[r][offset + d] * queries[q * query_stride + d]
+  // for dim <= kDimBlock. dims, if not null, gives each group of four queries a dim of its own, because the
+  // rest of those queries is zero. The element of the array is for rows of that Dtype.
+  void (*dots[3])(const void* const* rows, std::size_t offset, std::size_t num_rows, const float* queries,
+                  std::size_t query_stride, std::size_t num_queries, std::size_t dim,
+                  const std::uint32_t* dims, float* out, std::size_t out_stride, bool add);
+
+  // c[r * c_stride + i] += sum_{t < count} a[t * panel + r] * b[t * panel + i], in the order of t, for the
+  // kStrip rows r < num_rows and the columns i < num_cols + r * slope (and < panel). a and b are panels
+  // [count, panel]; b is aligned to a vector; columns past the valid ones hold finite numbers.
+  std::size_t panel_f32;
+  void (*outer_f32)(const float* a, const float* b, std::size_t count, float* c, std::size_t c_stride,
+                    std::size_t num_rows, std::size_t num_cols, std::size_t slope);
+  std::size_t panel_f64;
+  void (*outer_f64)(const double* a, const double* b, std::size_t count, double* c, std::size_t c_stride,
+                    std::size_t num_rows, std::size_t num_cols, std::size_t slope);
+
+  // to[i] = from[i], for i < n.
+  void (*widen_f32[3])(const void* from, float* to, std::size_t n);
+  void (*widen_f64[3])(const void* from, double* to, std::size_t n);
+
+  // The largest bits of |from[i]| as a float32: they order like the values, infinity and then NaN last.
+  std::uint32_t (*largest_bits[3])(const void* from, std::size_t n);
+  // to[i] = float16(from[i] * scale1 * scale2), the products in float32.
+  void (*narrow[3])(const void* from, float scale1, float scale2, std::uint16_t* to, std::size_t n);
+  // to[i] = float32(from[i] * scale), the product in float64.
+  void (*scale_f16)(const std::uint16_t* from, double scale, float* to, std::size_t n);
+};
+
+extern const Kernels kBaselineKernels;
+extern const Kernels kNeonKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+
+const Kernels& active_kernels();
+
+}  // namespace logra

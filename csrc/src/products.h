@@ -1,0 +1,48 @@
+// Private: blocks of rows times all queries, which scores, topk_scores, project, projected_gradients and
+// self_influence share. `queries` may be a projection's or a factor's rows.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "logra/types.h"
+#include "scratch.h"
+
+namespace logra {
+
+// 48 rows of kDimBlock floats (192 KiB) and 64 queries (256 KiB) stay in a 512 KiB L2 cache.
+constexpr std::size_t kRowBlock = 48;
+constexpr std::size_t kQueryBlock = 64;
+
+class Products {
+ public:
+  /// Copies the queries block by block of D (a stride of a power of two would map them all to a few cache
+  /// sets), unless they are few. skip_zeros leaves out a query's trailing zeros within a block; it must not
+  /// be used where a row's NaN has to meet them.
+  Products(const Kernels& kernels, const Matrix& queries, std::size_t num_rows, bool skip_zeros = false);
+
+  std::size_t num_queries() const { return queries_.rows; }
+  std::size_t query_blocks() const { return (queries_.rows + kQueryBlock - 1) / kQueryBlock; }
+
+  /// Floats that one thread needs for rows of this type: run()'s scratch.
+  std::size_t scratch_floats(Dtype rows) const;
+
+  /// out[r * out_stride + q - begin] = <rows[r], queries[q]> for r < num_rows <= kRowBlock, begin <= q < end;
+  /// begin is a multiple of 4.
+  void run(const void* const* rows, Dtype dtype, std::size_t num_rows, std::size_t begin, std::size_t end,
+           float* out, std::size_t out_stride, float* scratch) const;
+
+ private:
+  bool direct(Dtype rows) const;
+
+  const Kernels& kernels_;
+  Matrix queries_;
+  std::size_t num_blocks_;  // of D
+  const float* packed_;     // block b of query q: packed_ + b * block_stride_ + q * query_stride_
+  std::size_t block_stride_;
+  std::size_t query_stride_;
+  Scratch<float> storage_;
+  std::vector<std::uint32_t> dims_;  // [num_blocks_, ceil(Q / 4)], if zeros are skipped
+};
+
+}  // namespace logra

@@ -1,0 +1,13 @@
+// Included last in an instruction set's namespace: its table.
+static constexpr Kernels kTable = {
+    {dots<float>, dots<Float16>, dots<Bfloat16>},
+    Vec::kPanelVecs * Vec::kLanes,
+    outer_f32,
+    VecD::kPanelVecs * VecD::kLanes,
+    outer_f64,
+    {widen_f32<float>, widen_f32<Float16>, widen_f32<Bfloat16>},
+    {widen_f64<float>, widen_f64<Float16>, widen_f64<Bfloat16>},
+    {largest_bits<float>, largest_bits<Float16>, largest_bits<Bfloat16>},
+    {narrow<float>, narrow<Float16>, narrow<Bfloat16>},
+    scale_f16,
+};

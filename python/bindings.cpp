@@ -1,0 +1,165 @@
+// Tensors' addresses <-> the core. No arithmetic here: unpack, release the GIL, call. Sizes, types and
+// devices were checked by logra_kernels.ops; the core checks again what its memory accesses depend on.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "logra/covariance_update.h"
+#include "logra/gradients.h"
+#include "logra/isa.h"
+#include "logra/pack_rows.h"
+#include "logra/project.h"
+#include "logra/scores.h"
+#include "logra/self_influence.h"
+#include "logra/topk_scores.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Address, dtype, shape and strides in elements: logra_kernels/ops/_pointers.py.
+using View = std::tuple<std::uintptr_t, int, std::vector<std::size_t>, std::vector<std::size_t>>;
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void expect_axes(const View& view, std::size_t axes) {
+  if (std::get<2>(view).size() != axes)
+    throw std::invalid_argument("a view with an unexpected number of axes");
+}
+
+logra::Matrix matrix(const View& view) {
+  expect_axes(view, 2);
+  const auto& [address, dtype, shape, strides] = view;
+  return {pointer<const void>(address), static_cast<logra::Dtype>(dtype), shape[0], shape[1], strides[0]};
+}
+
+// [N, T, dim], or packed [T, dim]
+logra::Tokens tokens(const View& view, bool packed) {
+  expect_axes(view, packed ? 2 : 3);
+  const auto& [address, dtype, shape, strides] = view;
+  return {pointer<const void>(address), static_cast<logra::Dtype>(dtype), shape.back(),
+          packed ? 0 : strides[0], packed ? strides[0] : strides[1]};
+}
+
+logra::Examples examples(const View& x, Address mask, Address cu_seqlens, const View& out) {
+  expect_axes(out, 3);
+  return {std::get<2>(out)[0], std::get<2>(x)[cu_seqlens == 0 ? 1 : 0], pointer<const std::uint8_t>(mask),
+          pointer<const std::int64_t>(cu_seqlens)};
+}
+
+void project(const View& x, const View& proj, Address out) {
+  const logra::Matrix tokens_matrix = matrix(x), proj_matrix = matrix(proj);
+  py::gil_scoped_release release;
+  logra::project(tokens_matrix, proj_matrix, pointer<float>(out));
+}
+
+void projected_gradients(const View& x, const View& dy, const std::optional<View>& proj_in,
+                         const std::optional<View>& proj_out, Address mask, Address cu_seqlens,
+                         const View& out) {
+  const bool packed = cu_seqlens != 0;
+  const logra::Tokens x_tokens = tokens(x, packed), dy_tokens = tokens(dy, packed);
+  const logra::Examples which = examples(x, mask, cu_seqlens, out);
+  logra::Matrix in, outer;
+  if (proj_in) in = matrix(*proj_in);
+  if (proj_out) outer = matrix(*proj_out);
+  py::gil_scoped_release release;
+  logra::projected_gradients(which, x_tokens, dy_tokens, proj_in ? &in : nullptr, proj_out ? &outer : nullptr,
+                             pointer<float>(std::get<0>(out)));
+}
+
+void per_sample_gradients(const View& x, const View& dy, Address mask, Address cu_seqlens, const View& out) {
+  projected_gradients(x, dy, std::nullopt, std::nullopt, mask, cu_seqlens, out);
+}
+
+void covariance_update(const View& cov, const View& rows) {
+  const logra::Matrix rows_matrix = matrix(rows);
+  const Address address = std::get<0>(cov);
+  const bool wide = static_cast<logra::Dtype>(std::get<1>(cov)) == logra::Dtype::kFloat64;
+  py::gil_scoped_release release;
+  if (wide)
+    logra::covariance_update(pointer<double>(address), rows_matrix);
+  else
+    logra::covariance_update(pointer<float>(address), rows_matrix);
+}
+
+void scores(const View& queries, const View& rows, Address row_scale, Address row_bias, Address out) {
+  const logra::Matrix query_matrix = matrix(queries), rows_matrix = matrix(rows);
+  py::gil_scoped_release release;
+  logra::scores(query_matrix, rows_matrix, pointer<const float>(row_scale), pointer<const float>(row_bias),
+                pointer<float>(out));
+}
+
+void topk_scores(const View& queries, const View& rows, std::size_t k, Address row_scale, Address row_bias,
+                 std::int64_t row_offset, Address top_scores, Address top_ids, Address bottom_scores,
+                 Address bottom_ids) {
+  const logra::Matrix query_matrix = matrix(queries), rows_matrix = matrix(rows);
+  py::gil_scoped_release release;
+  logra::topk_scores(query_matrix, rows_matrix, pointer<const float>(row_scale),
+                     pointer<const float>(row_bias), k, row_offset,
+                     {pointer<float>(top_scores), pointer<std::int64_t>(top_ids)},
+                     {pointer<float>(bottom_scores), pointer<std::int64_t>(bottom_ids)});
+}
+
+void self_influence(const View& rows, const View& factor, Address out) {
+  const logra::Matrix rows_matrix = matrix(rows), factor_matrix = matrix(factor);
+  py::gil_scoped_release release;
+  logra::self_influence(rows_matrix, factor_matrix, pointer<float>(out));
+}
+
+logra::ModuleColumns modules(const std::vector<std::int64_t>& sizes,
+                             const std::vector<std::int64_t>& exponents) {
+  if (sizes.size() != exponents.size())
+    throw std::invalid_argument("module_exponents: expected as many as module_sizes");
+  return {sizes.size(), sizes.data(), exponents.data()};
+}
+
+void pack_rows(const View& rows, const std::vector<std::int64_t>& sizes,
+               const std::vector<std::int64_t>& exponents, Address packed, Address row_scale) {
+  const logra::Matrix rows_matrix = matrix(rows);
+  py::gil_scoped_release release;
+  logra::pack_rows(rows_matrix, modules(sizes, exponents), pointer<std::uint16_t>(packed),
+                   pointer<float>(row_scale));
+}
+
+void unpack_rows(const View& packed, Address row_scale, const std::vector<std::int64_t>& sizes,
+                 const std::vector<std::int64_t>& exponents, Address rows) {
+  const logra::Matrix packed_matrix = matrix(packed);
+  py::gil_scoped_release release;
+  logra::unpack_rows(packed_matrix, pointer<const float>(row_scale), modules(sizes, exponents),
+                     pointer<float>(rows));
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const logra::Isa isa : logra::available_isas()) names.emplace_back(logra::isa_name(isa));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ kernels of logra_kernels; call them through logra_kernels.ops.";
+  m.def("project", &project);
+  m.def("per_sample_gradients", &per_sample_gradients);
+  m.def("projected_gradients", &projected_gradients);
+  m.def("covariance_update", &covariance_update);
+  m.def("scores", &scores);
+  m.def("topk_scores", &topk_scores);
+  m.def("self_influence", &self_influence);
+  m.def("pack_rows", &pack_rows);
+  m.def("unpack_rows", &unpack_rows);
+  m.def("isa", [] { return std::string(logra::isa_name(logra::active_isa())); });
+  m.def("available_isas", &available_isas);
+  m.def("set_isa", &logra::set_isa);
+  logra::active_isa();  // a wrong LOGRA_ISA fails here, at import
+}
