@@ -1,0 +1,233 @@
+# mypy: allow-untyped-defs
+# a kernel's arguments are Triton's values, which have no Python types
+"""Scores of stored rows against queries (Eq. 3) on a GPU.
+
+The rows are read once, as they are stored. A query of another type than half-precision rows is
+split by the launcher into pieces of the rows' type, so that the tensor cores multiply without
+rounding the query: two float16 pieces (22 bits) after a power-of-two scale per query, or three
+bfloat16 pieces (24 bits). The rows stand on the M axis of the product, whose tile is fixed: the
+order of a row's sum over D depends on neither Q nor R.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logra_kernels.triton._common import (
+    check_floating,
+    check_precision,
+    device_of,
+    dot,
+    last_axis_contiguous,
+    tile,
+)
+
+# the largest element of a scaled query is in [2**14, 2**15): fp16's largest is just under 2**16
+_LARGEST_EXPONENT = 14
+
+
+@triton.jit
+def score_tile(
+    queries,  # [PIECES, Q, D]
+    rows,  # [R, D]
+    query_scale,  # [Q] float32
+    row_scale,  # [R]
+    row_bias,  # [R]
+    q,  # [QUERIES] of this tile
+    r,  # [ROWS] int64, of this tile
+    num_queries,
+    num_rows,
+    dim,
+    piece_stride,
+    query_stride,
+    row_stride,
+    row_scale_stride,
+    row_bias_stride,
+    PIECES: tl.constexpr,
+    QUERY_SCALED: tl.constexpr,
+    ROW_SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """<row, query> * query_scale * row_scale + row_bias, [ROWS, QUERIES] float32."""
+    acc = tl.zeros((ROWS, QUERIES), dtype=tl.float32)
+    row_pointers = rows + r * row_stride
+    query_pointers = queries + q.to(tl.int64) * query_stride
+    for start in range(0, dim, DIM):
+        d = start + tl.arange(0, DIM)
+        row_tile = tl.load(  # [ROWS, DIM]
+            row_pointers[:, None] + d[None, :],
+            mask=(r < num_rows)[:, None] & (d < dim)[None, :],
+            other=0.0,
+        )
+        for piece in tl.static_range(PIECES):
+            query_tile = tl.load(  # [DIM, QUERIES]
+                query_pointers[None, :] + d[:, None] + piece * piece_stride,
+                mask=(d < dim)[:, None] & (q < num_queries)[None, :],
+                other=0.0,
+            )
+            acc = dot(row_tile, query_tile, acc, PRECISION)
+    if QUERY_SCALED:
+        acc *= tl.load(query_scale + q, mask=q < num_queries, other=1.0)[None, :]
+    if ROW_SCALED:
+        scale = tl.load(row_scale + r * row_scale_stride, mask=r < num_rows, other=1.0)
+        acc *= scale.to(tl.float32)[:, None]
+    if BIASED:
+        bias = tl.load(row_bias + r * row_bias_stride, mask=r < num_rows, other=0.0)
+        acc += bias.to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def _scores_kernel(
+    queries,
+    rows,
+    query_scale,
+    row_scale,
+    row_bias,
+    out,  # [Q, R] float32
+    num_queries,
+    num_rows,
+    dim,
+    piece_stride,
+    query_stride,
+    row_stride,
+    row_scale_stride,
+    row_bias_stride,
+    PIECES: tl.constexpr,
+    QUERY_SCALED: tl.constexpr,
+    ROW_SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    # the query tiles of one row tile run next to each other, while its rows are in the L2 cache
+    query_tiles = tl.cdiv(num_queries, QUERIES)
+    q = (tl.program_id(0) % query_tiles) * QUERIES + tl.arange(0, QUERIES)
+    r = (tl.program_id(0) // query_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    acc = score_tile(
+        queries,
+        rows,
+        query_scale,
+        row_scale,
+        row_bias,
+        q,
+        r,
+        num_queries,
+        num_rows,
+        dim,
+        piece_stride,
+        query_stride,
+        row_stride,
+        row_scale_stride,
+        row_bias_stride,
+        PIECES,
+        QUERY_SCALED,
+        ROW_SCALED,
+        BIASED,
+        PRECISION,
+        ROWS,
+        QUERIES,
+        DIM,
+    )
+    tl.store(
+        out + q.to(tl.int64)[None, :] * num_rows + r[:, None],
+        acc,
+        mask=(r < num_rows)[:, None] & (q < num_queries)[None, :],
+    )
+
+
+def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """queries [Q, D] -> pieces [PIECES, Q, D] of the rows' dtype, and the scale [Q] to multiply by.
+
+    Two float16 pieces add up to query / scale within 2**-22 of each element, or within 2**-39 of
+    the query's largest.
+    """
+    if queries.dtype == dtype or queries.shape[1] == 0:
+        return queries.to(dtype)[None], None
+    wide = queries.float()
+    if dtype == torch.float32:
+        return wide[None], None
+    if dtype == torch.bfloat16:
+        first = wide.to(dtype)
+        rest = wide - first.float()
+        second = rest.to(dtype)
+        return torch.stack((first, second, (rest - second.float()).to(dtype))), None
+    largest = wide.abs().amax(dim=1)  # [Q]
+    exponent = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
+    exponent = torch.where(largest.isfinite() & (largest > 0), exponent, 0).clamp(-126, 127)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    wide = wide / scale[:, None]
+    first = wide.to(dtype)
+    return torch.stack((first, (wide - first.float()).to(dtype))), scale
+
+
+def tile_sizes(num_queries: int, dtype: torch.dtype, largest: int) -> dict[str, int]:
+    """Tiles of a program, at most `largest` queries wide, and its pipeline stages."""
+    if dtype == torch.float32:
+        # no tensor cores: a smaller tile keeps the operands in registers
+        largest, dim = min(largest, 32), 16
+    else:
+        # three stages of (64 rows + 2 pieces of 64 queries) x 64 float16: 72 KiB; sm_86 has 99
+        dim = 64
+    return {
+        "ROWS": 64,
+        "QUERIES": tile(num_queries, largest),
+        "DIM": dim,
+        "num_stages": 3,
+    }
+
+
+def scores(
+    queries: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    *,
+    input_precision: str = "ieee",
+) -> Tensor:
+    """queries [Q, D], rows [R, D], row_scale [R], row_bias [R] -> [Q, R] float32.
+
+    input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6".
+    """
+    check_floating(queries=queries, rows=rows, row_scale=row_scale, row_bias=row_bias)
+    check_precision(input_precision)
+    num_queries, num_rows = queries.shape[0], rows.shape[0]
+    out = torch.empty(num_queries, num_rows, device=rows.device, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    rows = last_axis_contiguous(rows)
+    pieces, query_scale = split_queries(last_axis_contiguous(queries), rows.dtype)
+    tiles = tile_sizes(num_queries, rows.dtype, largest=64)
+    programs = triton.cdiv(num_rows, tiles["ROWS"]) * triton.cdiv(num_queries, tiles["QUERIES"])
+    with device_of(rows):
+        _scores_kernel[(programs,)](
+            pieces,
+            rows,
+            query_scale,
+            row_scale,
+            row_bias,
+            out,
+            num_queries,
+            num_rows,
+            rows.shape[1],
+            pieces.stride(0),
+            pieces.stride(1),
+            rows.stride(0),
+            row_scale.stride(0) if row_scale is not None else 0,
+            row_bias.stride(0) if row_bias is not None else 0,
+            PIECES=pieces.shape[0],
+            QUERY_SCALED=query_scale is not None,
+            ROW_SCALED=row_scale is not None,
+            BIASED=row_bias is not None,
+            PRECISION=input_precision,
+            num_warps=4,
+            **tiles,
+        )
+    return out

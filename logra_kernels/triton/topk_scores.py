@@ -1,0 +1,398 @@
+# mypy: allow-untyped-defs
+# a kernel's arguments are Triton's values, which have no Python types
+"""Running top k and bottom k of the scores on a GPU, in memory that does not grow with the rows.
+
+Each program scores a tile of rows and keeps its best k of both ends; passes of a merge kernel
+bring the tiles' lists down to one per query; the last kernel merges it with the running state.
+A candidate is one int64 key: the score's bits in an order-preserving form above, the complement of
+the row's number in its block below. The larger key is the better candidate, no two are equal, so
+neither the tiles nor the order of the merges matter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logra_kernels.triton._common import (
+    check,
+    check_floating,
+    check_precision,
+    device_of,
+    last_axis_contiguous,
+)
+from logra_kernels.triton.scores import score_tile, scores, split_queries, tile_sizes
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_LARGEST_K = 128  # above it the scores of a block of rows are sorted by torch
+_MERGE = 1024  # keys that one program of the merge kernel sorts
+_WORKSPACE_BYTES = 64 << 20
+_SMALLEST_BLOCK = 4096  # rows
+
+_NO_KEY = tl.constexpr(-(2**63))  # padding and NaN: below the key of -inf
+_NO_ORDER = tl.constexpr(-(2**31))
+_NO_ID = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def _ordered(score):
+    """float32 -> int32 in the same order, with 0.0 and -0.0 equal."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _candidates_kernel(
+    queries,
+    rows,
+    query_scale,
+    row_scale,
+    row_bias,
+    keys,  # [2, Q, row tiles, keep] int64
+    keep,
+    num_queries,
+    num_rows,
+    dim,
+    piece_stride,
+    query_stride,
+    row_stride,
+    row_scale_stride,
+    row_bias_stride,
+    PIECES: tl.constexpr,
+    QUERY_SCALED: tl.constexpr,
+    ROW_SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,  # keep < ROWS
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    query_tiles = tl.cdiv(num_queries, QUERIES)
+    row_tiles = tl.cdiv(num_rows, ROWS)
+    row_tile = tl.program_id(0) // query_tiles
+    q = (tl.program_id(0) % query_tiles) * QUERIES + tl.arange(0, QUERIES)
+    r = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    acc = score_tile(
+        queries,
+        rows,
+        query_scale,
+        row_scale,
+        row_bias,
+        q,
+        r,
+        num_queries,
+        num_rows,
+        dim,
+        piece_stride,
+        query_stride,
+        row_stride,
+        row_scale_stride,
+        row_bias_stride,
+        PIECES,
+        QUERY_SCALED,
+        ROW_SCALED,
+        BIASED,
+        PRECISION,
+        ROWS,
+        QUERIES,
+        DIM,
+    )
+    score = tl.trans(acc)  # [QUERIES, ROWS]
+    valid = (score == score) & (r < num_rows)[None, :]
+    lists = keys + (q.to(tl.int64) * row_tiles + row_tile) * keep  # [QUERIES]
+    for side in tl.static_range(2):
+        order = _ordered(score if side == 0 else -score)
+        key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - r)[None, :]
+        key = tl.where(valid, key, _NO_KEY)
+        side_lists = lists + side * tl.cast(num_queries, tl.int64) * row_tiles * keep
+        if SELECT:
+            for i in range(keep):
+                best = tl.max(key, axis=1)
+                tl.store(side_lists + i, best, mask=q < num_queries)
+                key = tl.where(key == best[:, None], _NO_KEY, key)
+        else:
+            column = tl.arange(0, ROWS)
+            tl.store(side_lists[:, None] + column[None, :], key, mask=(q < num_queries)[:, None])
+
+
+@triton.jit
+def _merge_kernel(
+    keys,  # [lists, count] int64
+    merged,  # [lists, groups, keep]
+    count,
+    groups,
+    keep,
+    MERGE: tl.constexpr,
+):
+    """The best `keep`, in order, of each MERGE keys."""
+    index = (tl.program_id(0) % groups) * MERGE + tl.arange(0, MERGE)
+    source = keys + (tl.program_id(0) // groups).to(tl.int64) * count + index
+    key = tl.load(source, mask=index < count, other=_NO_KEY)
+    for i in range(keep):
+        best = tl.max(key, axis=0)
+        tl.store(merged + tl.program_id(0).to(tl.int64) * keep + i, best)
+        key = tl.where(key == best, _NO_KEY, key)
+
+
+@triton.jit
+def _beats(order, row_id, position, other_order, other_id, other_position):
+    tied = order == other_order
+    earlier = (row_id < other_id) | ((row_id == other_id) & (position < other_position))
+    return (order > other_order) | (tied & earlier)
+
+
+@triton.jit
+def _new_entry(key, row_offset):
+    """Order and id of a key."""
+    valid = key != _NO_KEY
+    order = tl.where(valid, (key >> 32).to(tl.int32), _NO_ORDER)
+    # the low half is subtracted first: row_offset + 0x7FFFFFFF would overflow an int32 offset
+    return order, tl.where(valid, (0x7FFFFFFF - (key & 0x7FFFFFFF)) + row_offset, _NO_ID)
+
+
+@triton.jit
+def _old_entry(score, row_id, SIGN: tl.constexpr):
+    valid = (row_id >= 0) & (score == score)
+    return tl.where(valid, _ordered(score * SIGN), _NO_ORDER), tl.where(valid, row_id, _NO_ID)
+
+
+@triton.jit
+def _put(scores, ids, base, rank, score, row_id, k, SIGN: tl.constexpr):
+    valid = row_id != _NO_ID
+    tl.store(scores + base + rank, tl.where(valid, score, -SIGN * float("inf")), mask=rank < k)
+    tl.store(ids + base + rank, tl.where(valid, row_id, -1), mask=rank < k)
+
+
+@triton.jit
+def _state_kernel(
+    keys,  # [Q, k] int64
+    old_scores,  # [Q, old_count]
+    old_ids,
+    scores,  # [Q, k]
+    ids,
+    old_count,
+    old_scores_stride,
+    old_ids_stride,
+    row_offset,
+    k,
+    SIGN: tl.constexpr,  # 1.0 for the top, -1.0 for the bottom
+    NEW: tl.constexpr,
+    OLD: tl.constexpr,  # 0: no state
+):
+    """One query: an entry's place is the number of entries that beat it."""
+    q = tl.program_id(0).to(tl.int64)
+    new = tl.arange(0, NEW)
+    keys += q * k
+    key = tl.load(keys + new, mask=new < k, other=_NO_KEY)
+    new_order, new_id = _new_entry(key, row_offset)
+    bits = new_order ^ ((new_order >> 31) & 0x7FFFFFFF)
+    new_score = bits.to(tl.float32, bitcast=True) * SIGN
+    new_rank = tl.zeros((NEW,), dtype=tl.int32)
+    # state entries come first where all else is equal
+    new_position = new + OLD
+
+    if OLD > 0:
+        old = tl.arange(0, OLD)
+        old_scores += q * old_scores_stride
+        old_ids += q * old_ids_stride
+        old_score = tl.load(old_scores + old, mask=old < old_count, other=0.0)
+        old_order, old_id = _old_entry(
+            old_score, tl.load(old_ids + old, mask=old < old_count, other=-1), SIGN
+        )
+        old_rank = tl.zeros((OLD,), dtype=tl.int32)
+        for j in range(old_count):
+            order, row_id = _old_entry(tl.load(old_scores + j), tl.load(old_ids + j), SIGN)
+            old_rank += _beats(order, row_id, j, old_order, old_id, old).to(tl.int32)
+            new_rank += _beats(order, row_id, j, new_order, new_id, new_position).to(tl.int32)
+
+    for j in range(k):
+        order, row_id = _new_entry(tl.load(keys + j), row_offset)
+        new_rank += _beats(order, row_id, j + OLD, new_order, new_id, new_position).to(tl.int32)
+        if OLD > 0:
+            old_rank += _beats(order, row_id, j + OLD, old_order, old_id, old).to(tl.int32)
+
+    new_rank = tl.where(new < k, new_rank, k)
+    _put(scores, ids, q * k, new_rank, new_score, new_id, k, SIGN)
+    if OLD > 0:
+        old_rank = tl.where(old < old_count, old_rank, k)
+        _put(scores, ids, q * k, old_rank, old_score, old_id, k, SIGN)
+
+
+def topk_scores(
+    queries: Tensor,
+    rows: Tensor,
+    k: int,
+    row_scale: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    state: Sequence[Tensor] | None = None,
+    row_offset: int = 0,
+    *,
+    input_precision: str = "ieee",
+) -> State:
+    """(top_scores, top_ids, bottom_scores, bottom_ids), each [Q, k]; state is what a call returned.
+
+    Row r has the id row_offset + r. The total order is score, then lower id; NaN is never selected;
+    places without a row hold -inf (+inf at the bottom) and id -1.
+    """
+    check_floating(queries=queries, rows=rows, row_scale=row_scale, row_bias=row_bias)
+    num_queries, num_rows = queries.shape[0], rows.shape[0]
+    if state is None:
+        no_scores = torch.empty(num_queries, 0, device=rows.device, dtype=torch.float32)
+        no_ids = torch.empty(num_queries, 0, device=rows.device, dtype=torch.int64)
+        state = (no_scores, no_ids, no_scores, no_ids)
+    check(rows=rows, **{f"state[{i}]": tensor for i, tensor in enumerate(state)})
+    check_precision(input_precision)
+    if num_queries == 0 or k == 0:
+        shape = (num_queries, k)
+        return (
+            state[0].new_empty(shape),
+            state[1].new_empty(shape),
+            state[2].new_empty(shape),
+            state[3].new_empty(shape),
+        )
+    top_scores, top_ids, bottom_scores, bottom_ids = state
+    widest = max(k, *(tensor.shape[1] for tensor in state))
+    rows = last_axis_contiguous(rows)
+    pieces, query_scale = split_queries(last_axis_contiguous(queries), rows.dtype)
+    # of one row: its keys at both ends, or its scores and their sort
+    row_bytes = 16 * num_queries if widest <= _LARGEST_K else 64 * num_queries
+    block = max(_SMALLEST_BLOCK, _WORKSPACE_BYTES // row_bytes)
+    for first in range(0, max(num_rows, 1), block):
+        span = slice(first, min(first + block, num_rows))
+        some = (
+            rows[span],
+            row_scale[span] if row_scale is not None else None,
+            row_bias[span] if row_bias is not None else None,
+        )
+        offset = row_offset + first
+        if widest <= _LARGEST_K:
+            keys = _best_keys(pieces, query_scale, *some, k, input_precision)
+            top_scores, top_ids = _merge_state(keys[0], top_scores, top_ids, k, offset, 1.0)
+            bottom_scores, bottom_ids = _merge_state(
+                keys[1], bottom_scores, bottom_ids, k, offset, -1.0
+            )
+        else:
+            values = scores(queries, *some, input_precision=input_precision)
+            top_scores, top_ids = _sort_state(values, top_scores, top_ids, k, offset, 1.0)
+            bottom_scores, bottom_ids = _sort_state(
+                values, bottom_scores, bottom_ids, k, offset, -1.0
+            )
+    return top_scores, top_ids, bottom_scores, bottom_ids
+
+
+def _best_keys(
+    pieces: Tensor,
+    query_scale: Tensor | None,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+    k: int,
+    input_precision: str,
+) -> Tensor:
+    """Keys of the best k rows of both ends, best first: [2, Q, k] int64."""
+    num_queries, num_rows = pieces.shape[1], rows.shape[0]
+    tiles = tile_sizes(num_queries, rows.dtype, largest=32)
+    row_tiles = triton.cdiv(num_rows, tiles["ROWS"])
+    keep = min(k, tiles["ROWS"])  # of a tile
+    keys = torch.empty(2, num_queries, row_tiles, keep, device=rows.device, dtype=torch.int64)
+    with device_of(rows):
+        if num_rows > 0:
+            _candidates_kernel[(row_tiles * triton.cdiv(num_queries, tiles["QUERIES"]),)](
+                pieces,
+                rows,
+                query_scale,
+                row_scale,
+                row_bias,
+                keys,
+                keep,
+                num_queries,
+                num_rows,
+                rows.shape[1],
+                pieces.stride(0),
+                pieces.stride(1),
+                rows.stride(0),
+                row_scale.stride(0) if row_scale is not None else 0,
+                row_bias.stride(0) if row_bias is not None else 0,
+                PIECES=pieces.shape[0],
+                QUERY_SCALED=query_scale is not None,
+                ROW_SCALED=row_scale is not None,
+                BIASED=row_bias is not None,
+                PRECISION=input_precision,
+                SELECT=keep < tiles["ROWS"],
+                num_warps=8,  # the keys of both ends spill from 4
+                **tiles,
+            )
+        groups = None
+        while groups != 1:  # at least once: the result is k wide and in order
+            count = keys.shape[2] * keys.shape[3]
+            groups = max(1, triton.cdiv(count, _MERGE))
+            merged = torch.empty(2, num_queries, groups, k, device=rows.device, dtype=torch.int64)
+            _merge_kernel[(2 * num_queries * groups,)](
+                keys, merged, count, groups, k, MERGE=_MERGE, num_warps=4
+            )
+            keys = merged
+    return keys[:, :, 0]
+
+
+def _merge_state(
+    keys: Tensor,
+    old_scores: Tensor,
+    old_ids: Tensor,
+    k: int,
+    row_offset: int,
+    sign: float,
+) -> tuple[Tensor, Tensor]:
+    """keys [Q, k] and one end of the state -> that end's scores and ids [Q, k]."""
+    num_queries = keys.shape[0]
+    values = torch.empty(num_queries, k, device=keys.device, dtype=torch.float32)
+    ids = torch.empty(num_queries, k, device=keys.device, dtype=torch.int64)
+    old_count = old_scores.shape[1]
+    old_scores, old_ids = last_axis_contiguous(old_scores), last_axis_contiguous(old_ids)
+    with device_of(keys):
+        _state_kernel[(num_queries,)](
+            keys,
+            old_scores,
+            old_ids,
+            values,
+            ids,
+            old_count,
+            old_scores.stride(0),
+            old_ids.stride(0),
+            row_offset,
+            k,
+            SIGN=sign,
+            NEW=triton.next_power_of_2(k),
+            OLD=triton.next_power_of_2(old_count) if old_count else 0,
+            num_warps=4,
+        )
+    return values, ids
+
+
+def _sort_state(
+    values: Tensor,
+    old_scores: Tensor,
+    old_ids: Tensor,
+    k: int,
+    row_offset: int,
+    sign: float,
+) -> tuple[Tensor, Tensor]:
+    """The same for a k too large for the kernels, from all scores [Q, R] of a block."""
+    ids = torch.arange(row_offset, row_offset + values.shape[1], device=values.device)
+    ids = ids.expand(values.shape)
+    values = torch.cat((old_scores, values), dim=1)
+    ids = torch.cat((old_ids, ids), dim=1)
+    missing = max(0, k - values.shape[1])
+    values = torch.nn.functional.pad(values, (0, missing), value=-sign * torch.inf)
+    ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+    none = values.isnan() | (ids < 0)
+    # two stable sorts: by id with empty places last, then by score
+    order = torch.where(none, torch.iinfo(torch.int64).max, ids).argsort(dim=1, stable=True)
+    score = torch.where(none, -torch.inf, sign * values).gather(1, order)
+    order = order.gather(1, score.argsort(dim=1, descending=True, stable=True)[:, :k])
+    none = none.gather(1, order)
+    values = torch.where(none, -sign * torch.inf, values.gather(1, order))
+    return values, torch.where(none, -1, ids.gather(1, order))
