@@ -1,0 +1,171 @@
+"""SIGKILL at any moment: no committed shard is lost, and what resumes ends as if nothing had been.
+
+The writer is a process of its own that imports the numpy side only, so that it starts in 0.2 s. Its
+rows follow from their ids (store_samples), so every one of them can be checked at the end.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from store_samples import rows_of, scales_of
+
+from logra_kernels.store import Store
+
+# argv: store, number of rows, the number of the system call to die at (0: live).
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from store_samples import append, writer_of
+
+path, rows, deadly_call = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+calls = 0
+
+def deadly(name):
+    real = getattr(os, name)
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == deadly_call:
+            if name == "write":
+                data = memoryview(arguments[1]).cast("B")
+                real(arguments[0], data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    setattr(os, name, call)
+
+for name in ("mkdir", "open", "write", "fsync", "replace", "unlink", "close"):
+    deadly(name)
+writer = writer_of(
+    path,
+    shard_rows=5,
+    resume=True,
+    duplicates="skip",
+    projection={"seed": 1},
+    projection_tensors={"p": np.arange(6.0)},
+)
+print("ready", flush=True)
+start = 0
+while start < rows:
+    stop = min(rows, start + 1 + start % 13)
+    append(writer, list(range(start, stop)), metadata=[{"row": row} for row in range(start, stop)])
+    start = stop
+writer.close()
+assert "torch" not in sys.modules
+"""
+FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(FOLDERS)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory where that is possible: thousands of fsyncs take a minute on a busy disk.
+
+    A killed process loses nothing that it gave to the kernel; a power cut is not tested here.
+    """
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+def start_writer(path: Path, rows: int, deadly_call: int = 0) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", WRITER, str(path), str(rows), str(deadly_call)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def wait_until_ready(child: "subprocess.Popen[str]") -> bool:
+    """Whether the child has opened the store, or died before."""
+    assert child.stdout is not None
+    return child.stdout.readline() == "ready\n"
+
+
+def committed(path: Path) -> list[dict[str, Any]]:
+    """The shards that the manifest lists; [] before there is one."""
+    try:
+        return list(json.loads((path / "manifest.json").read_bytes())["shards"])
+    except FileNotFoundError:
+        return []
+
+
+def check_survivors(path: Path, before: list[dict[str, Any]]) -> None:
+    """What was committed before the kill is there after it, unchanged and whole."""
+    assert committed(path)[: len(before)] == before
+    if (path / "manifest.json").exists():
+        assert Store.open(path).verify() == []
+
+
+def finish_and_check(path: Path, rows: int) -> None:
+    """Resume a last time, without a kill: the store equals one that was never killed."""
+    with start_writer(path, rows) as child:
+        assert wait_until_ready(child)
+        assert child.wait() == 0
+    store = Store.open(path)
+    assert store.finalized
+    assert store.verify() == []
+    ids = list(range(rows))
+    assert store.ids.to_pylist() == [str(value) for value in ids]
+    stored = np.concatenate([shard.rows for shard in store.shards])
+    scales = np.concatenate([shard.row_scale for shard in store.shards])
+    assert stored.tobytes() == rows_of(ids).tobytes()
+    assert scales.tobytes() == scales_of(ids).tobytes()
+    assert store.metadata(ids) == [{"row": row} for row in ids]
+    listed = {
+        entry["file"]
+        for shard in store.manifest["shards"]
+        for entry in (shard["data"], shard["scale"], shard["ids"])
+    }
+    assert set(os.listdir(path)) == {"lock", "manifest.json", "projection", *listed}
+    assert len(os.listdir(path / "projection")) == 1
+
+
+def test_killed_from_outside_at_random_moments(folder: Path) -> None:
+    path, kills, rows = folder / "s", 15, 3000
+    random_ = random.Random(20261122)
+    for _ in range(kills):
+        with start_writer(path, rows) as child:
+            assert wait_until_ready(child)
+            target = len(committed(path)) + random_.randint(0, 12)
+            while len(committed(path)) < target and child.poll() is None:
+                time.sleep(0.001)
+            time.sleep(random_.uniform(0, 0.01))  # a commit takes about 5 ms
+            before = committed(path)
+            child.send_signal(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL, "the writer was done before it was killed"
+        assert len(before) >= target
+        check_survivors(path, before)
+    finish_and_check(path, rows)
+
+
+def test_killed_while_committing(folder: Path) -> None:
+    """Each kill comes right before a chosen system call, or half-way through a write."""
+    path, rows = folder / "s", 400
+    for call in random.Random(3).sample(range(10, 120), 15):
+        before = committed(path)
+        with start_writer(path, rows, call) as child:
+            assert child.wait() == -signal.SIGKILL
+        check_survivors(path, before)
+    assert committed(path)
+    finish_and_check(path, rows)
+
+
+@pytest.mark.parametrize("call", range(1, 23, 2))
+def test_killed_while_creating(folder: Path, call: int) -> None:
+    path = folder / "s"
+    with start_writer(path, 4, call) as child:
+        assert not wait_until_ready(child), "the store was made; the kill came too late"
+        assert child.wait() == -signal.SIGKILL
+    check_survivors(path, [])
+    finish_and_check(path, 4)
