@@ -261,7 +261,7 @@ class Attributor:
 
         float64 holds the square of what float32 gradients can be; the accuracy is float32's.
         """
-        chosen = {TOTAL: list(range(len(self.modules))), **_find_groups(groups, self.modules)}
+        chosen = {TOTAL: list(range(len(self.modules))), **find_groups(groups, self.modules)}
         out = {name: torch.empty(self.store.num_rows, dtype=torch.float64) for name in chosen}
         for block in self._blocks("sigma", progress, rows_needed=False):
             for name, members in chosen.items():
@@ -604,7 +604,7 @@ def _plan(
     _check_rows("queries", queries, modules, names)
     raw = queries.detach().cpu().double()
     solved = preconditioner.precondition(raw)  # [Q, D]
-    chosen = {TOTAL: list(range(len(modules))), **_find_groups(groups, modules)}
+    chosen = {TOTAL: list(range(len(modules))), **find_groups(groups, modules)}
     offsets = np.cumsum([0, *(module.size for module in modules)]).tolist()
     plans = []
     for name, members in chosen.items():
@@ -638,7 +638,7 @@ def _collect(
     return total
 
 
-def _find_groups(groups: Groups, modules: Sequence[Module]) -> dict[str, list[int]]:
+def find_groups(groups: Groups, modules: Sequence[Module]) -> dict[str, list[int]]:
     """{group: module numbers}; a module belongs to a group if its name holds a substring."""
     if groups is None:
         return {}
