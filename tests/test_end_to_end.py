@@ -14,10 +14,11 @@ from dense_influence import (
 )
 from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, tiny_gpt2
 
+import logra_kernels as logra
 from logra_kernels.attribution import MODES, Attributor
-from logra_kernels.capture import Capture
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.store import Module
+from logra_kernels.recorder import projections_described
+from logra_kernels.store import Store
 
 QUERIES = gradients(6, seed=11)
 COUNT = 333
@@ -102,34 +103,66 @@ def test_float16_against_the_gradients_themselves(tmp_path):
     assert ((relatif - truth.scores("l-relatif")).abs() <= allowed).all()
 
 
+def gpt2_batches():
+    """Ragged batches, padded on the right and on the left: 46 examples, then the queries' batch."""
+    logged = [ragged_batch(61, [12, 3, 7, 9, 5], "right", seed) for seed in range(8)]
+    logged.append(ragged_batch(61, [4, 10, 6, 2, 11, 8], "left", 50))
+    return logged, ragged_batch(61, [9, 4, 6], "right", 60)
+
+
+def gpt2_truth(model, layers, batches):
+    """Every example's projected gradients by autograd, [N, D] float64."""
+    losses = [
+        lambda ids=ids[n : n + 1], mask=mask[n : n + 1]: causal_loss(model, ids, mask)
+        for ids, mask in batches
+        for n in range(len(ids))
+    ]
+    return autograd_rows(model, layers, losses)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_tiny_gpt2_from_text_to_influence(tmp_path, dtype):
-    """Ragged masks, hooks, projection, store, curvature, scores; truth is a loop of autograd."""
+    """A run over ragged batches, then its influence on a query batch; truth is autograd's loop."""
     model = tiny_gpt2(torch.float64)
-    layers = make_layers(model, ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_proj"], rank=3)
-    modules = [Module(layer.name, 3, 3) for layer in layers]
-    batches = [ragged_batch(61, [12, 3, 7, 9, 5], side, s) for s in range(8) for side in ("right",)]
-    batches += [ragged_batch(61, [4, 10, 6], "left", 50)]
-    logged, truth = [], []
+    run = logra.init(project="gpt2", root_dir=str(tmp_path), dtype=dtype, seed=5)
+    run.watch(model, name_filter=["mlp"])
+    run.add_lora(rank=3, init="normal")
+    run.setup({"log": "grad", "save": "grad", "statistic": {"grad": logra.Covariance}})
+    batches, asked = gpt2_batches()
+    first = 0
     for ids, mask in batches:
-        with Capture(model, layers, len(ids), mask) as capture:
+        with run(data_id=range(first, first + len(ids)), mask=mask):
             causal_loss(model, ids, mask).backward()
-        logged.append(capture.rows())
-        losses = [
-            lambda i=ids[n : n + 1], m=mask[n : n + 1]: causal_loss(model, i, m)
-            for n in range(len(ids))
-        ]
-        truth.append(autograd_rows(model, layers, losses))
-    rows, truth_rows = torch.cat(logged).float(), torch.cat(truth)
-    train, query = slice(0, 40), slice(40, 43)
-    store = make_store(tmp_path / "s", rows[train], dtype, shard_rows=16, modules=modules)
-    RawCurvature.rebuild(store).save(store)
-    attributor = Attributor(store)
-    sizes = [module.size for module in modules]
+        first += len(ids)
+    run.finalize()
+
+    again = logra.init(project="gpt2", root_dir=str(tmp_path))
+    again.watch(model, name_filter=["mlp"])
+    again.initialize_from_log()
+    ids, mask = asked
+    with again(data_id=["q0", "q1", "q2"], mask=mask):
+        causal_loss(model, ids, mask).backward()
+
+    layers = make_layers(model, [module.name for module in again.modules])
+    projections = projections_described(Store.open(tmp_path / "gpt2").projection)
+    for layer in layers:
+        layer.projection = projections[layer.name]
+    sizes = [module.size for module in again.modules]
+    held = unpacked(Store.open(tmp_path / "gpt2"))
+    train, queries = gpt2_truth(model, layers, batches), gpt2_truth(model, layers, [asked])
+    # fp16 rows lose 2**-11 of their largest elements at the most
+    assert (held - train).norm() <= (2.0**-11 if dtype == "float16" else 2.0**-23) * train.norm()
     for mode in ("dot", "l-relatif"):
-        result = attributor.scores(rows[query], mode)
-        assert_influence(result, dense(rows[query], unpacked(store), sizes), mode)
+        result = again.compute_influence_all(again.get_log(), mode=mode)
+        assert result["src_ids"] == ["q0", "q1", "q2"]
+        assert result["tgt_ids"] == [str(i) for i in range(46)]
+        # the queries are autograd's too: a float32 copy is 2**-24 away
+        assert_influence(result, dense(queries, held, sizes), mode)
         if dtype == "float32":
-            # from the loop's gradients: rows are rounded to 2**-24, which (H + lambda I)^-1, of
+            # from autograd alone: H's rows are rounded to 2**-24, which (H + lambda I)^-1, of
             # condition K / 0.1 = 90 at the most, makes 1e-5
-            assert_influence(result, dense(truth_rows[query], truth_rows[train], sizes), mode)
+            assert_influence(result, dense(queries, train, sizes), mode)
+        top = again.compute_influence_all(again.get_log(), mode=mode, top_k=5)
+        best = result.scores.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(top.top_rows, best.indices[:, :5])
+        assert torch.equal(top.top_scores, best.values[:, :5])
