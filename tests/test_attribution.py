@@ -10,7 +10,7 @@ import pytest
 import torch
 from dense_influence import DIM, MODULES, SIZES, dense, gradients, make_store, unpacked
 
-from logra_kernels import _native, attribution, ops
+from logra_kernels import _native, ops, scan
 from logra_kernels.attribution import MODES, Attributor, influence_between
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature, share
 from logra_kernels.store import Store
@@ -49,7 +49,7 @@ def sigma_calls(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch):
-    monkeypatch.setattr(attribution, "_warned", set())
+    monkeypatch.setattr(scan, "_warned", set())
 
 
 @pytest.mark.parametrize("mode", MODES)

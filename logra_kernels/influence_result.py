@@ -1,0 +1,130 @@
+"""What a query gets: scores of rows, ranked, under this package's names and LogIX's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import pyarrow as pa
+from torch import Tensor
+
+TOTAL = "total"
+
+
+@dataclass
+class InfluenceResult(Mapping[str, Any]):
+    """Scores of stored rows for queries; positive: training more on the row helps the query.
+
+    A full result has `scores [Q, N]`; a top-k result has `top_scores`, `top_rows`,
+    `bottom_scores`, `bottom_rows`, each [Q, k], best (worst) first, ties by the lower row. Groups
+    of modules are results of their own in `groups`. As a mapping it has LogIX's keys `src_ids`
+    (queries), `tgt_ids` (rows) and `influence`.
+    """
+
+    mode: str
+    query_ids: list[str]
+    row_ids: Sequence[str]  # all rows of the store
+    dampings: dict[str, float]  # lambda per module; empty without a curvature
+    zero_rows: int | None  # rows whose normaliser is zero, and so their score; None for "dot"
+    scores: Tensor | None = None  # [Q, N] float32
+    top_scores: Tensor | None = None
+    top_rows: Tensor | None = None  # int64
+    bottom_scores: Tensor | None = None
+    bottom_rows: Tensor | None = None
+    groups: dict[str, InfluenceResult] = field(default_factory=dict)
+
+    @property
+    def top_ids(self) -> list[list[str]]:
+        """The ids of the most influential rows, best first, per query."""
+        return self._ids(self.top_rows, "top_ids")
+
+    @property
+    def bottom_ids(self) -> list[list[str]]:
+        """The ids of the least influential rows, worst first, per query."""
+        return self._ids(self.bottom_rows, "bottom_ids")
+
+    def rows(self, query: int) -> list[dict[str, Any]]:
+        """One query's ranked rows: dicts with rank, row, id, score and (for a top k) end."""
+        if self.scores is not None:
+            order = self.scores[query].sort(descending=True, stable=True).indices
+            return self._ranked(self.scores[query][order], order)
+        ends = (
+            ("top", self.top_scores, self.top_rows),
+            ("bottom", self.bottom_scores, self.bottom_rows),
+        )
+        ranked = []
+        for end, scores, rows in ends:
+            if scores is not None and rows is not None:
+                ranked += self._ranked(scores[query], rows[query], end)
+        return ranked
+
+    def to_json(self) -> str:
+        """Everything in the result, rows ranked, as a JSON text."""
+        return json.dumps(self._plain(), indent=2)
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "src_ids":
+            return self.query_ids
+        if key == "tgt_ids":
+            return list(self.row_ids) if self.scores is not None else self.top_ids
+        if key == "influence":
+            if not self.groups:
+                return self._values()
+            return {TOTAL: self._values(), **{k: g._values() for k, g in self.groups.items()}}
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("src_ids", "tgt_ids", "influence"))
+
+    def __len__(self) -> int:
+        return 3
+
+    def _values(self) -> Tensor:
+        values = self.scores if self.scores is not None else self.top_scores
+        assert values is not None
+        return values
+
+    def _ids(self, rows: Tensor | None, name: str) -> list[list[str]]:
+        if rows is None:
+            raise AttributeError(f"{name}: only a top-k result has it; this one has all scores")
+        return [[self.row_ids[row] for row in line] for line in rows.tolist()]
+
+    def _ranked(self, scores: Tensor, rows: Tensor, end: str | None = None) -> list[dict[str, Any]]:
+        extra = {} if end is None else {"end": end}
+        return [
+            {"rank": rank, "row": row, "id": self.row_ids[row], "score": score, **extra}
+            for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), 1)
+        ]
+
+    def _plain(self) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "dampings": self.dampings,
+            "zero_rows": self.zero_rows,
+            "queries": [
+                {"id": query_id, "rows": self.rows(q)} for q, query_id in enumerate(self.query_ids)
+            ],
+            "groups": {name: group._plain() for name, group in self.groups.items()},
+        }
+
+
+class StoredIds(Sequence[str]):
+    """Stored ids, read when asked for."""
+
+    def __init__(self, ids: pa.Array | pa.ChunkedArray) -> None:
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return self._ids[index].to_pylist()
+        return self._ids[index].as_py()

@@ -1,0 +1,356 @@
+"""The pieces of a scan: queries made ready, norms of rows, and where the scores go."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logra_kernels import ops
+from logra_kernels.curvature import Preconditioner, module_of, split_columns
+from logra_kernels.influence_result import TOTAL, InfluenceResult
+from logra_kernels.store import Module, Store, StoreError
+
+MODES = ("dot", "l-relatif", "l2", "theta-relatif", "whitened-cosine")
+# What each mode divides by: "sigma" is |W g| = sqrt(sigma), "theta" is |(H + lambda I)^-1 g|.
+NORM_OF_MODE = {
+    "dot": None,
+    "l-relatif": "sigma",
+    "l2": "sigma",
+    "theta-relatif": "theta",
+    "whitened-cosine": "sigma",
+}
+
+# Sums of squares outside these have lost bits to float32's range, or are about to.
+SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-90, 2.0**100
+
+Groups = Mapping[str, str | Sequence[str]] | Sequence[str] | None
+
+_warned: set[str] = set()
+
+
+@dataclass
+class Block:
+    first_row: int
+    rows: Tensor  # [R, D], as in the file
+    scale: Tensor | None  # [R], the pack's power of two
+    norms: Tensor | None  # [R, M], in units of 2**units[m]
+    units: list[int]
+
+
+@dataclass
+class Plan:
+    """Queries ready for the scan: inverse and module exponents folded in."""
+
+    name: str
+    members: list[int]  # module numbers
+    columns: slice  # from the group's first to its last column; others inside it are zero
+    queries: Tensor  # [Q, columns] float32, largest element of each in [0.5, 1) (not in "l2")
+    exponents: Tensor  # [Q]: the true query is 2**exponent times that
+
+    def to(self, device: torch.device) -> Plan:
+        return Plan(
+            self.name,
+            self.members,
+            self.columns,
+            self.queries.to(device),
+            self.exponents.to(device),
+        )
+
+
+class Norms:
+    """Per row and module the norm |W g| of the row as it lies in the file, [R, M] float32.
+
+    The row's own scale stays out, for it cancels in a normalised score, and a module's norms are in
+    units of 2**units[m], so that they fit float32 whatever the size of the gradients. A norm fits
+    where its square would not.
+    """
+
+    def __init__(
+        self,
+        preconditioner: Preconditioner,
+        kind: str,
+        exponents: Sequence[int],
+        device: torch.device,
+        store: Store | None = None,
+    ) -> None:
+        self._preconditioner = preconditioner
+        self._kind = kind
+        self._device = device
+        self._factors: list[Tensor] | None = None
+        # W is divided by 2**unit; the file's module exponent is multiplied in afterwards
+        self._factor_units = preconditioner.units(kind)
+        self.units = [e + u for e, u in zip(exponents, self._factor_units, strict=True)]
+        self._memory: dict[int, np.ndarray] = {}
+        self._cache = None
+        if store is not None:
+            meta = {
+                "quantity": {"sigma": "sqrt(sigma)", "theta": "|(H + lambda I)^-1 g|"}[kind],
+                "unit_exponents": self.units,
+                "curvature": preconditioner.kind,
+                "dampings": preconditioner.dampings,
+            }
+            self._cache = store.self_influence_cache(f"{kind}-{preconditioner.key}", meta)
+            self._missing = set(self._cache.missing())
+
+    def load(self, shard: int) -> np.ndarray | None:
+        """The norms [r, M] an earlier pass left for a shard."""
+        assert self._cache is not None
+        if shard in self._missing:
+            return self._memory.get(shard)
+        return self._cache.read(shard)
+
+    def keep(self, shard: int, norms: np.ndarray) -> None:
+        """Commit a shard's norms beside the store, or in memory where that cannot be written."""
+        assert self._cache is not None
+        if not self._memory:  # one refusal is enough
+            try:
+                self._cache.write(shard, norms)
+                self._missing.remove(shard)
+                return
+            except (OSError, StoreError) as error:
+                warn_once(f"self-influence is not kept beside the store: {error}")
+        self._memory[shard] = norms
+
+    def compute(self, rows: Tensor, modules: Sequence[Module]) -> Tensor:
+        """[R, M] for rows [R, D] as they lie in the file."""
+        if self._factors is None:
+            factors = self._preconditioner.scaled_factors(self._kind)
+            self._factors = [factor.to(self._device) for factor in factors or []]
+        out = torch.empty(rows.shape[0], len(modules), device=rows.device)
+        for i, columns in enumerate(split_columns(rows, modules)):
+            out[:, i] = _norm(columns, self._factors[i] if self._factors else None)
+        return out
+
+
+class Sink:
+    """Where one group's scores go: the whole matrix, or a running top k."""
+
+    def __init__(self, plan: Plan, num_rows: int, k: int | None) -> None:
+        self.plan = plan
+        self.zero_rows: int | None = None
+        self._k = k
+        self._state: Any = None
+        self._unit = 0  # row scales are 2**unit too large
+        self._scores = torch.empty(plan.queries.shape[0], num_rows) if k is None else None
+
+    def add(self, block: Block, mode: str) -> None:
+        scale, bias = self._row_scale(block, mode)
+        rows = block.rows[:, self.plan.columns]
+        if self._scores is None:
+            assert self._k is not None
+            self._state = ops.topk_scores(
+                self.plan.queries, rows, self._k, scale, bias, self._state, block.first_row
+            )
+            return
+        values = ops.scores(self.plan.queries, rows, scale, bias)  # [Q, R]
+        values = self._true_scale(values)
+        self._scores[:, block.first_row : block.first_row + rows.shape[0]] = values.cpu()
+
+    def result(
+        self, mode: str, query_ids: list[str], row_ids: Sequence[str], dampings: dict[str, float]
+    ) -> InfluenceResult:
+        result = InfluenceResult(mode, query_ids, row_ids, dampings, self.zero_rows, self._scores)
+        if self._state is not None:
+            top, top_rows, bottom, bottom_rows = self._state
+            result.top_scores = self._true_scale(top).cpu()
+            result.top_rows = top_rows.cpu()
+            result.bottom_scores = self._true_scale(bottom).cpu()
+            result.bottom_rows = bottom_rows.cpu()
+        return result
+
+    def _row_scale(self, block: Block, mode: str) -> tuple[Tensor | None, Tensor | None]:
+        """row_scale and row_bias of the scan, [R] float32 each."""
+        if block.norms is None:
+            return block.scale, None
+        if mode == "l2":
+            norm = true_norm(block, self.plan.members)  # [R] float64
+            self._count_zeros(norm)
+            return block.scale, (-0.5 * norm.square()).float()
+        # the scale of the pack is in the score and in the norm, and cancels
+        self._unit = max(block.units[i] for i in self.plan.members)
+        norm = _combine(block, self.plan.members, self._unit)
+        self._count_zeros(norm)
+        return torch.where(norm == 0, 0.0, 1 / norm).float(), None
+
+    def _count_zeros(self, norm: Tensor) -> None:
+        self.zero_rows = (self.zero_rows or 0) + int((norm == 0).sum())
+
+    def _true_scale(self, values: Tensor) -> Tensor:
+        return _scale_exponent(values, self.plan.exponents[:, None] - self._unit)
+
+
+def plan_queries(
+    queries: Tensor,
+    names: list[str],
+    mode: str,
+    groups: Groups,
+    modules: Sequence[Module],
+    exponents: Sequence[int],
+    preconditioner: Preconditioner,
+) -> list[Plan]:
+    check_rows("queries", queries, modules, names)
+    raw = queries.detach().cpu().double()
+    solved = preconditioner.precondition(raw)  # [Q, D]
+    chosen = {TOTAL: list(range(len(modules))), **find_groups(groups, modules)}
+    offsets = np.cumsum([0, *(module.size for module in modules)]).tolist()
+    plans = []
+    for name, members in chosen.items():
+        columns = slice(offsets[members[0]], offsets[members[-1] + 1])
+        folded = torch.zeros(raw.shape[0], columns.stop - columns.start, dtype=torch.float64)
+        sigma = torch.zeros(raw.shape[0], dtype=torch.float64)  # [Q]
+        for i in members:
+            module = slice(offsets[i], offsets[i + 1])
+            place = slice(module.start - columns.start, module.stop - columns.start)
+            folded[:, place] = solved[:, module] * 2.0 ** exponents[i]
+            sigma += (raw[:, module] * solved[:, module]).sum(dim=1)
+        if mode == "whitened-cosine":
+            folded *= torch.where(sigma > 0, sigma.clamp(min=0).rsqrt(), 0.0)[:, None]
+        unit = torch.zeros(raw.shape[0], dtype=torch.int32)
+        if mode != "l2":  # whose bias is one for all queries
+            unit = torch.frexp(folded.abs().amax(dim=1)).exponent
+            folded = torch.ldexp(folded, -unit[:, None])
+        plans.append(Plan(name, members, columns, folded.float(), unit))
+    return plans
+
+
+def collect(
+    sinks: list[Sink],
+    mode: str,
+    query_ids: list[str],
+    row_ids: Sequence[str],
+    dampings: dict[str, float],
+) -> InfluenceResult:
+    total, *parts = [sink.result(mode, query_ids, row_ids, dampings) for sink in sinks]
+    total.groups = {s.plan.name: part for s, part in zip(sinks[1:], parts, strict=True)}
+    return total
+
+
+def find_groups(groups: Groups, modules: Sequence[Module]) -> dict[str, list[int]]:
+    """{group: module numbers}; a module belongs to a group if its name holds a substring."""
+    if groups is None:
+        return {}
+    if isinstance(groups, str):
+        raise TypeError(f"groups: expected a list or a mapping of substrings, got '{groups}'")
+    named = groups if isinstance(groups, Mapping) else {part: [part] for part in groups}
+    found = {}
+    for name, parts in named.items():
+        if name == TOTAL:
+            raise ValueError(f"groups: the name '{TOTAL}' is taken by the sum over all modules")
+        parts = [parts] if isinstance(parts, str) else list(parts)
+        members = [i for i, m in enumerate(modules) if any(part in m.name for part in parts)]
+        if not members:
+            raise ValueError(
+                f"groups: '{name}' ({', '.join(parts)}) matches none of the modules "
+                f"{', '.join(m.name for m in modules)}"
+            )
+        found[name] = members
+    return found
+
+
+def check_mode(mode: str) -> str:
+    if mode == "cosine":
+        warn_once(
+            "mode 'cosine' is LogIX's name for l-RelatIF: the score is divided by sqrt(sigma) of "
+            "the training row only, and is no cosine; 'whitened-cosine' is one"
+        )
+        return "l-relatif"
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)} or cosine, got {mode!r}")
+    return mode
+
+
+def check_query_ids(query_ids: Sequence[Any] | None, queries: Tensor) -> list[str]:
+    if not isinstance(queries, Tensor):
+        raise TypeError(f"queries: expected a tensor [Q, D], got {type(queries).__name__}")
+    count = queries.shape[0] if queries.ndim else 0
+    names = [str(name) for name in (range(count) if query_ids is None else query_ids)]
+    if len(names) != count:
+        raise ValueError(f"query_ids: expected {count}, one per query, got {len(names)}")
+    return names
+
+
+def check_rows(
+    argument: str, rows: Tensor, modules: Sequence[Module], names: list[str] | None
+) -> None:
+    dim = sum(module.size for module in modules)
+    if rows.dtype not in (torch.float32, torch.float64):
+        got = str(rows.dtype).removeprefix("torch.")
+        raise TypeError(f"{argument}: expected float32, got {got}")
+    if rows.ndim != 2 or rows.shape[1] != dim:
+        letter = "Q" if argument == "queries" else "R"
+        raise ValueError(f"{argument}: expected [{letter}, {dim}], got {list(rows.shape)}")
+    finite = rows.isfinite()
+    if not finite.all():
+        row, column = (int(v) for v in (~finite).nonzero()[0])
+        name = names[row] if names else str(row)
+        raise ValueError(
+            f"{argument}: '{name}' is not finite in module '{module_of(modules, column).name}'"
+        )
+
+
+def _norm(columns: Tensor, factor: Tensor | None) -> Tensor:
+    """|W g| of g = columns [R, K], [R] float32; exact to rounding whatever the size of g."""
+    if factor is not None and not factor.any():
+        return torch.zeros(columns.shape[0], device=columns.device)
+    square = _squares(columns, factor)
+    norm = square.sqrt()
+    odd = (~((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE))).nonzero()[:, 0]
+    if odd.numel():
+        part = columns[odd].float()  # [odd, K]
+        largest = part.abs().amax(dim=1)
+        part, odd, largest = part[largest > 0], odd[largest > 0], largest[largest > 0]
+        unit = torch.frexp(largest).exponent
+        part = _scale_exponent(part, -unit[:, None])
+        norm[odd] = _scale_exponent(_squares(part, factor).sqrt(), unit)
+    return norm
+
+
+def _squares(columns: Tensor, factor: Tensor | None) -> Tensor:
+    if factor is not None:
+        return ops.self_influence(columns, factor)
+    return _sum_columns(columns.float() * columns.float())
+
+
+def _sum_columns(values: Tensor) -> Tensor:
+    """[R, n] -> [R], halves added to halves: a row's additions are the same in any block."""
+    while values.shape[1] > 1:
+        half = (values.shape[1] + 1) // 2
+        upper = values[:, half:]
+        values = values[:, :half].clone()
+        values[:, : upper.shape[1]] += upper
+    return values[:, 0]
+
+
+def _combine(block: Block, members: Sequence[int], unit: int) -> Tensor:
+    """The norm over several modules, of the row as in the file, / 2**unit: [R] float64."""
+    assert block.norms is not None
+    units = torch.tensor([2.0 ** (block.units[i] - unit) for i in members], dtype=torch.float64)
+    norms = block.norms[:, list(members)].double() * units.to(block.norms.device)  # [R, members]
+    return _sum_columns(norms.square()).sqrt()
+
+
+def true_norm(block: Block, members: Sequence[int]) -> Tensor:
+    """sqrt(sigma) over several modules, of the row itself: [R] float64."""
+    norm = _combine(block, members, 0)
+    return norm if block.scale is None else norm * block.scale.double()
+
+
+def _scale_exponent(values: Tensor, exponent: Tensor | int) -> Tensor:
+    """values * 2**exponent in two steps, each of which float32 can hold."""
+    exponent = torch.as_tensor(exponent, device=values.device)
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    for step in (half, exponent - half):
+        values = values * torch.ldexp(torch.ones_like(step, dtype=torch.float32), step)
+    return values
+
+
+def warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
