@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature import IdentityPreconditioner, Preconditioner, RawCurvature, share
+from logra_kernels.curvature import RawCurvature
 from logra_kernels.influence_result import TOTAL, InfluenceResult, StoredIds
+from logra_kernels.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.progress import Progress, track
+from logra_kernels.rows import layout, share
 from logra_kernels.scan import (
     MODES,
     NORM_OF_MODE,
@@ -182,8 +184,8 @@ class Attributor:
                 "curvature: expected 'raw', 'none', a RawCurvature or a Preconditioner, "
                 f"got {curvature!r}"
             )
-        theirs = [(m.name, m.size) for m in curvature.modules]
-        if theirs != [(m.name, m.size) for m in self.modules]:
+        theirs = layout(curvature.modules)
+        if theirs != layout(self.modules):
             raise ValueError(
                 f"curvature: expected the store's modules {[m.name for m in self.modules]}, "
                 f"got {[name for name, _ in theirs]} (names or sizes differ)"

@@ -1,4 +1,4 @@
-"""The raw projected curvature: H = (1/N) sum of g g^T per module, its damping and its inverse.
+"""The raw projected curvature: H = (1/N) sum of g g^T per module, and its damping.
 
 The sum and the count are kept apart, so that shards and ranks merge by addition. Damping goes in,
 a preconditioner comes out: nothing is remembered from one damping to the next.
@@ -9,18 +9,25 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from logra_kernels import ops
+from logra_kernels.preconditioner import (
+    CholeskyPreconditioner,
+    EigenPreconditioner,
+    IdentityPreconditioner,
+    Preconditioner,
+    each_module,
+)
 from logra_kernels.progress import Progress, track
+from logra_kernels.rows import dtype_name, layout, module_of, split_columns, stored_rows
 from logra_kernels.store import Module, Store
+
+__all__ = ["IdentityPreconditioner", "Preconditioner", "RawCurvature", "check_damping"]
 
 DEFAULT_DAMPING_SCALE = 0.1
 SOLVERS = ("cholesky", "eigh")
@@ -34,14 +41,6 @@ FLOAT64_LARGEST_K = 1024
 # A covariance is rescaled when a block's largest gradient passes 2**8 times its unit; float32
 # sums then hold 2**100 more before they overflow.
 HEADROOM_EXPONENT = 8
-# Cholesky factors above this are not kept between calls but computed again.
-KEPT_FACTOR_BYTES = 2 << 30
-# Right-hand sides are solved in blocks of one width, so that a query's bits do not depend on how
-# many are asked with it.
-SOLVE_COLUMNS = 16
-MAX_WORKERS = 8
-
-T = TypeVar("T")
 
 
 class RawCurvature:
@@ -85,7 +84,7 @@ class RawCurvature:
         they were split into calls.
         """
         if rows.dtype != torch.float32:
-            raise TypeError(f"rows: expected float32, got {_name(rows.dtype)}")
+            raise TypeError(f"rows: expected float32, got {dtype_name(rows.dtype)}")
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"rows: expected [R, {self.dim}], got {list(rows.shape)}")
         rows = rows.detach().cpu()
@@ -109,9 +108,9 @@ class RawCurvature:
 
     def merge(self, other: RawCurvature) -> RawCurvature:
         """Add another curvature's sums and count (another shard's or rank's); returns self."""
-        if _layout(other.modules) != _layout(self.modules):
+        if layout(other.modules) != layout(self.modules):
             raise ValueError(
-                f"other: expected the modules {_layout(self.modules)}, got {_layout(other.modules)}"
+                f"other: expected the modules {layout(self.modules)}, got {layout(other.modules)}"
             )
         for i, dtype in enumerate(self._dtypes):
             theirs, exponent = other._snapshot(i)
@@ -141,7 +140,7 @@ class RawCurvature:
         """A hash of the sums, the count and the layout: equal bits, equal checksum."""
         if self._checksum is None or self._checksum[0] != self._version:
             digest = hashlib.blake2b(digest_size=16)
-            digest.update(repr((self.kind, self.count, _layout(self.modules))).encode())
+            digest.update(repr((self.kind, self.count, layout(self.modules))).encode())
             for i in range(len(self.modules)):
                 sums, exponent = self._snapshot(i)
                 digest.update(repr((exponent, None if sums is None else sums.dtype)).encode())
@@ -152,9 +151,9 @@ class RawCurvature:
 
     def save(self, store: Store) -> None:
         """Write the sums into the store as its curvature "raw" (no damping is part of it)."""
-        if _layout(store.modules) != _layout(self.modules):
+        if layout(store.modules) != layout(self.modules):
             raise ValueError(
-                f"store: expected the modules {_layout(self.modules)}, got {_layout(store.modules)}"
+                f"store: expected the modules {layout(self.modules)}, got {layout(store.modules)}"
             )
         tensors: dict[str, np.ndarray] = {}
         exponents: dict[str, int] = {}
@@ -256,8 +255,8 @@ class RawCurvature:
                 stacklevel=2,
             )
         if solver == "eigh":
-            return _EigenPreconditioner(self, means, lambdas, self._eigendecompositions())
-        return _CholeskyPreconditioner(self, means, lambdas)
+            return EigenPreconditioner(self, means, lambdas, self._eigendecompositions())
+        return CholeskyPreconditioner(self, means, lambdas)
 
     def sweep(
         self, damping_scales: Sequence[float] | None = None, dampings: Sequence[float] | None = None
@@ -348,207 +347,9 @@ class RawCurvature:
 
     def _eigendecompositions(self) -> list[tuple[Tensor, Tensor]]:
         if self._eigen is None or self._eigen[0] != self._version:
-            pairs = _each(len(self.modules), lambda i: torch.linalg.eigh(self._moment(i)))
+            pairs = each_module(len(self.modules), lambda i: torch.linalg.eigh(self._moment(i)))
             self._eigen = (self._version, [(pair[0], pair[1]) for pair in pairs])
         return self._eigen[1]
-
-
-class Preconditioner(ABC):
-    """(H + lambda I)^-1 per module, and the factors whose squares give norms in it."""
-
-    kind: str
-    key: str
-    modules: list[Module]
-    dampings: dict[str, float]
-    _sizes: list[float]  # mean eigenvalue of H + lambda I per module
-
-    def precondition(self, rows: Tensor) -> Tensor:
-        """(H + lambda I)^-1 g for rows g [Q, D] float32 or float64, solved in float64; [Q, D]."""
-        if rows.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"rows: expected float32 or float64, got {_name(rows.dtype)}")
-        dim = sum(module.size for module in self.modules)
-        if rows.ndim != 2 or rows.shape[1] != dim:
-            raise ValueError(f"rows: expected [Q, {dim}], got {list(rows.shape)}")
-        blocks = split_columns(rows.detach().double().cpu(), self.modules)
-        solved = _each(len(blocks), lambda i: self._solve_all(i, blocks[i]))
-        return torch.cat(solved, dim=1).to(rows.dtype)
-
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        """W with W^T W = (H + lambda I)^-1, {name: [K, K] float32}."""
-        roots = _each(len(self.modules), self._root)
-        return {m.name: root.float() for m, root in zip(self.modules, roots, strict=True)}
-
-    def units(self, kind: str) -> list[int]:
-        """Per module the exponent of two that brings the factor of `kind` to about 1.
-
-        It follows from lambda and the mean eigenvalue alone, so that it costs no factorisation.
-        """
-        power = {"sigma": -0.5, "theta": -1.0}[kind]
-        return [round(power * math.log2(size)) if size else 0 for size in self._sizes]
-
-    def scaled_factors(self, kind: str) -> list[Tensor] | None:
-        """Per module a float32 W with |2**unit W g| the norm asked for; None for the identity.
-
-        kind "sigma": |.|^2 = g^T (H + lambda I)^-1 g; kind "theta": |(H + lambda I)^-1 g|.
-        """
-        work = self._root if kind == "sigma" else self._inverse
-        units = self.units(kind)
-        return _each(len(self.modules), lambda i: (work(i) * 2.0 ** -units[i]).float())
-
-    def _solve_all(self, i: int, rows: Tensor) -> Tensor:
-        columns = rows.T  # [K, Q]
-        solved = torch.empty_like(rows)
-        for first in range(0, rows.shape[0], SOLVE_COLUMNS):
-            part = columns[:, first : first + SOLVE_COLUMNS]
-            block = part.new_zeros(part.shape[0], SOLVE_COLUMNS)
-            block[:, : part.shape[1]] = part
-            solved[first : first + SOLVE_COLUMNS] = self._solve(i, block)[:, : part.shape[1]].T
-        return solved
-
-    @abstractmethod
-    def _solve(self, i: int, columns: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def _root(self, i: int) -> Tensor: ...
-
-    @abstractmethod
-    def _inverse(self, i: int) -> Tensor: ...
-
-
-class IdentityPreconditioner(Preconditioner):
-    """No curvature: influence becomes the plain dot product of gradients."""
-
-    kind = "none"
-
-    def __init__(self, modules: Sequence[Module]) -> None:
-        self.modules = list(modules)
-        self.dampings = {}
-        self.key = _key("none", _layout(self.modules))
-        self._sizes = [1.0] * len(self.modules)
-
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        return {m.name: torch.eye(m.size) for m in self.modules}
-
-    def scaled_factors(self, kind: str) -> list[Tensor] | None:
-        return None
-
-    def _solve_all(self, i: int, rows: Tensor) -> Tensor:
-        return rows
-
-    def _solve(self, i: int, columns: Tensor) -> Tensor:
-        return columns
-
-    def _root(self, i: int) -> Tensor:
-        return torch.eye(self.modules[i].size, dtype=torch.float64)
-
-    _inverse = _root
-
-
-class _CholeskyPreconditioner(Preconditioner):
-    """H + lambda I = L L^T, so that W = L^-1."""
-
-    def __init__(self, curvature: RawCurvature, means: list[float], lambdas: list[float]) -> None:
-        self.kind = curvature.kind
-        self.modules = curvature.modules
-        self._sizes = [mean + damping for mean, damping in zip(means, lambdas, strict=True)]
-        self.dampings = {m.name: v for m, v in zip(self.modules, lambdas, strict=True)}
-        self.key = _key(curvature.checksum, "cholesky", [v.hex() for v in lambdas])
-        self._lambdas = lambdas
-        self._zero = [curvature._is_zero(i) for i in range(len(self.modules))]
-        self._precision = _precisions(curvature, lambdas)
-        self._curvature = curvature
-        self._version = curvature._version
-        self._kept: dict[int, Tensor | None] = {}
-        keep = sum(8 * m.size**2 for m in self.modules) <= KEPT_FACTOR_BYTES
-        # also where no factor is kept: a module that cannot be inverted is an error of damped()
-        factors = _each(len(self.modules), self._factorise if keep else self._check)
-        if keep:
-            self._kept = dict(enumerate(factors))
-
-    def _factorise(self, i: int) -> Tensor | None:
-        """L of module i, or None where H and lambda are zero."""
-        if i in self._kept:
-            return self._kept[i]
-        if self._curvature._version != self._version:
-            raise RuntimeError("curvature: rows came in since damped(); ask it for another")
-        damping, name = self._lambdas[i], self.modules[i].name
-        if self._zero[i] and damping == 0:
-            return None
-        matrix = self._curvature._moment(i)
-        if not matrix.isfinite().all():
-            raise ValueError(f"module '{name}': H is not finite; rebuild it from the store")
-        size = matrix.shape[0]
-        matrix.diagonal().add_(damping)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        smallest = float(factor.diagonal().min()) ** 2
-        # a pivot this small is rounding, not curvature
-        floor = size * self._precision[i] * float(matrix.diagonal().max())
-        if int(info) or smallest <= floor:
-            values = torch.linalg.eigvalsh(matrix)
-            rank = int((values > size * self._precision[i] * float(values.max())).sum())
-            raise ValueError(
-                f"module '{name}': H + {damping:g} I has rank {rank} of {size} and cannot be "
-                "inverted; give a larger damping (damping_scale=0.1 is usual), or solver='eigh', "
-                "which takes the pseudo-inverse"
-            )
-        return factor
-
-    def _check(self, i: int) -> None:
-        self._factorise(i)
-
-    def _solve(self, i: int, columns: Tensor) -> Tensor:
-        factor = self._factorise(i)
-        if factor is None:
-            return torch.zeros_like(columns)
-        return torch.cholesky_solve(columns, factor)
-
-    def _root(self, i: int) -> Tensor:
-        factor = self._factorise(i)
-        size = self.modules[i].size
-        eye = torch.eye(size, dtype=torch.float64)
-        if factor is None:
-            return torch.zeros_like(eye)
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
-
-    def _inverse(self, i: int) -> Tensor:
-        root = self._root(i)
-        return root.T @ root
-
-
-class _EigenPreconditioner(Preconditioner):
-    """H = Q diag(e) Q^T, so that W = diag((e + lambda)^-1/2) Q^T; zero where e + lambda is."""
-
-    def __init__(
-        self,
-        curvature: RawCurvature,
-        means: list[float],
-        lambdas: list[float],
-        eigen: list[tuple[Tensor, Tensor]],
-    ) -> None:
-        self.kind = curvature.kind
-        self.modules = curvature.modules
-        self._sizes = [mean + damping for mean, damping in zip(means, lambdas, strict=True)]
-        self.dampings = {m.name: v for m, v in zip(self.modules, lambdas, strict=True)}
-        self.key = _key(curvature.checksum, "eigh", [v.hex() for v in lambdas])
-        self._vectors = [vectors for _, vectors in eigen]  # [K, K], columns
-        self._inverses = []  # [K]
-        precisions = _precisions(curvature, lambdas)
-        for (values, _), damping, precision in zip(eigen, lambdas, precisions, strict=True):
-            damped = values.clamp(min=0) + damping
-            floor = len(values) * precision * float(damped.max())
-            self._inverses.append(torch.where(damped > floor, 1 / damped, 0.0))
-
-    def _solve(self, i: int, columns: Tensor) -> Tensor:
-        vectors = self._vectors[i]
-        return vectors @ (self._inverses[i][:, None] * (vectors.T @ columns))
-
-    def _root(self, i: int) -> Tensor:
-        return self._inverses[i].sqrt()[:, None] * self._vectors[i].T
-
-    def _inverse(self, i: int) -> Tensor:
-        return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
 
 
 def check_damping(damping_scale: float | None, damping: float | None) -> tuple[float, float | None]:
@@ -566,67 +367,6 @@ def check_damping(damping_scale: float | None, damping: float | None) -> tuple[f
     return (DEFAULT_DAMPING_SCALE if damping_scale is None else float(damping_scale)), None
 
 
-def stored_rows(store: Store, rows: np.ndarray, row_scale: np.ndarray) -> Tensor:
-    """A block of a store's rows, [R, D] float32, as the curvature is to see them."""
-    block = share(rows)
-    if block.dtype == torch.float32:
-        return block
-    sizes = [module.size for module in store.modules]
-    return ops.unpack_rows(block, share(row_scale), sizes, store.module_exponents)
-
-
-def share(array: np.ndarray) -> Tensor:
-    """A tensor over an array's memory, also a read-only one.
-
-    torch.from_numpy warns about a read-only map, and nothing here writes into what it reads.
-    """
-    if array.flags.writeable:
-        return torch.from_numpy(array)
-    return torch.from_numpy(np.asarray(_Writable(array)))
-
-
-def split_columns(rows: Tensor, modules: Sequence[Module]) -> list[Tensor]:
-    """Views [R, K] of the modules' columns of rows [R, D]."""
-    return list(rows.split([module.size for module in modules], dim=1))
-
-
-def module_of(modules: Sequence[Module], column: int) -> Module:
-    """The module a column of a row belongs to."""
-    for module in modules:
-        if column < module.size:
-            return module
-        column -= module.size
-    raise IndexError(f"column {column} lies behind the last module")
-
-
-class _Writable:
-    """An array's memory under the array interface, without the read-only mark."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array  # keeps the map open
-        interface = dict(array.__array_interface__)
-        interface["data"] = (interface["data"][0], False)
-        self.__array_interface__ = interface
-
-
-def _each(count: int, work: Callable[[int], T]) -> list[T]:
-    """work(0) .. work(count - 1), in parallel, each on one thread.
-
-    LAPACK's bits depend on how many threads share a matrix, so none is shared.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if min(threads, count) == 1:
-            return [work(i) for i in range(count)]
-        with ThreadPoolExecutor(
-            min(threads, count, MAX_WORKERS), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            return list(pool.map(work, range(count)))
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _add(sums: Tensor, columns: Tensor, exponent: int) -> None:
     """sums += columns^T columns in units of 4**exponent, lower triangle."""
     if exponent:
@@ -642,29 +382,5 @@ def _exponent(columns: Tensor) -> int | None:
     return max(math.frexp(largest)[1], -126) if largest else None
 
 
-def _precisions(curvature: RawCurvature, lambdas: list[float]) -> list[float]:
-    """Below K times this, relative to the largest, an eigenvalue of H + lambda I is rounding.
-
-    Damping lifts the eigenvalues exactly, in float64; without it they are no better than the sums.
-    """
-    wide = torch.finfo(torch.float64).eps
-    return [
-        wide if damping else torch.finfo(dtype).eps
-        for damping, dtype in zip(lambdas, curvature._dtypes, strict=True)
-    ]
-
-
 def _default_dtype(size: int) -> torch.dtype:
     return torch.float64 if size <= FLOAT64_LARGEST_K else torch.float32
-
-
-def _layout(modules: Sequence[Module]) -> list[tuple[str, int]]:
-    return [(module.name, module.size) for module in modules]
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

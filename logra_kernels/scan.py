@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from logra_kernels import ops
-from logra_kernels.curvature import Preconditioner, module_of, split_columns
 from logra_kernels.influence_result import TOTAL, InfluenceResult
+from logra_kernels.preconditioner import Preconditioner
+from logra_kernels.rows import dtype_name, module_of, split_columns
 from logra_kernels.store import Module, Store, StoreError
 
 MODES = ("dot", "l-relatif", "l2", "theta-relatif", "whitened-cosine")
@@ -280,8 +281,7 @@ def check_rows(
 ) -> None:
     dim = sum(module.size for module in modules)
     if rows.dtype not in (torch.float32, torch.float64):
-        got = str(rows.dtype).removeprefix("torch.")
-        raise TypeError(f"{argument}: expected float32, got {got}")
+        raise TypeError(f"{argument}: expected float32, got {dtype_name(rows.dtype)}")
     if rows.ndim != 2 or rows.shape[1] != dim:
         letter = "Q" if argument == "queries" else "R"
         raise ValueError(f"{argument}: expected [{letter}, {dim}], got {list(rows.shape)}")

@@ -12,7 +12,8 @@ from dense_influence import DIM, MODULES, SIZES, dense, gradients, make_store, u
 
 from logra_kernels import _native, ops, scan
 from logra_kernels.attribution import MODES, Attributor, influence_between
-from logra_kernels.curvature import IdentityPreconditioner, RawCurvature, share
+from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
+from logra_kernels.rows import share
 from logra_kernels.store import Store
 
 QUERIES = gradients(4, seed=7)

@@ -10,6 +10,7 @@ import torch
 from dense_influence import DIM, MODULES, SIZES, gradients, make_store, unpacked
 
 from logra_kernels import curvature as curvature_module
+from logra_kernels import preconditioner as preconditioner_module
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
 from logra_kernels.store import Module
 
@@ -329,7 +330,7 @@ def test_bits_are_equal_on_one_and_two_threads_and_for_any_number_of_queries():
 def test_factors_that_are_not_kept_are_computed_again(monkeypatch):
     curvature, queries = curvature_of(gradients(100)), gradients(2, seed=1)
     kept = curvature.damped()
-    monkeypatch.setattr(curvature_module, "KEPT_FACTOR_BYTES", 0)
+    monkeypatch.setattr(preconditioner_module, "KEPT_FACTOR_BYTES", 0)
     again = curvature.damped()
     assert torch.equal(kept.precondition(queries), again.precondition(queries))
     curvature.update(gradients(1, seed=3))
