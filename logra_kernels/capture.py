@@ -208,6 +208,8 @@ class Capture:
             gradients = layer.gradients(call, dy)  # [N, Ko, Ki]
             if self._queries is not None:
                 self._add_token_scores(layer, call, dy)
+        # the graph, and this hook with it, lives as long as the user's loss does
+        call.release()
         if layer.name in self._gradients:
             self._gradients[layer.name] = self._gradients[layer.name] + gradients
         else:

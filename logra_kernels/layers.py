@@ -47,6 +47,10 @@ class Call:
     input: Tensor | None = None
     version: int = 0
 
+    def release(self) -> None:
+        """Let go of the activations."""
+        self.projected = self.input = None
+
 
 class Layer:
     """A watched module: its widths, its projection, its tokens.

@@ -86,6 +86,7 @@ class Run(Queries):
         self._described: dict[str, Any] = {}  # the projection, for the store
         self._setup = Setup()
         self._skipped: list[str] = []
+        self._warned_of_batch_norm = False
         self._open: LoggedPass | None = None
 
     # what to log
@@ -199,7 +200,8 @@ class Run(Queries):
         """A context for one forward and one backward pass of the user's code.
 
         The loss must be summed over examples and tokens. An average is an error where it can be
-        seen (a mean, reduction="mean"); a sum divided by a count of tokens cannot be.
+        seen (a mean, reduction="mean"); a sum divided by a count of tokens cannot be, nor can a
+        loss multiplied by a gradient scaler, which scales the rows.
 
         Args:
             data_id: N ids, strings or integers: a list, or a tensor [N]. Every example of the
@@ -212,12 +214,19 @@ class Run(Queries):
 
         Raises: ValueError for ids or a mask that do not fit, before any computation.
         """
-        self._watched("run(data_id=...)")
+        model = self._watched("run(data_id=...)")
+        if not self._warned_of_batch_norm and _mixes_examples(model):
+            self._warned_of_batch_norm = True
+            warnings.warn(
+                "the model has batch normalisation in training mode, which mixes the examples of a "
+                "batch: their gradients are not their own; model.eval() keeps them apart",
+                stacklevel=2,
+            )
         ids = check_ids(data_id)
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
         capture = Capture(
-            self._model_of_layers(),
+            model,
             self._layers,
             len(ids),
             mask,
@@ -264,9 +273,8 @@ class Run(Queries):
             num_examples: N.
             mask: [N, T].
         """
-        self._watched("token_scores")
         return Capture(
-            self._model_of_layers(),
+            self._watched("token_scores"),
             self._layers,
             num_examples,
             mask,
@@ -345,7 +353,7 @@ class Run(Queries):
                 )
             fingerprints = {}
             if self.config.check_weights:
-                fingerprints["weights"] = model_fingerprint(self._model_of_layers())
+                fingerprints["weights"] = model_fingerprint(self._watched("save"))
             self._recorder = Recorder(
                 self.path,
                 self.modules,
@@ -400,10 +408,6 @@ class Run(Queries):
     def _watched(self, caller: str) -> nn.Module:
         if self._model is None:
             raise RuntimeError(f"{caller}: no model is watched; call watch(model, ...) first")
-        return self._model
-
-    def _model_of_layers(self) -> nn.Module:
-        assert self._model is not None
         return self._model
 
     def _refuse_while_logging(self, caller: str) -> None:
@@ -480,6 +484,11 @@ def check_ids(data_id: Any) -> list[str]:
 def _set_projections(layers: Sequence[Layer], projections: Mapping[str, ModuleProjection]) -> None:
     for layer in layers:
         layer.projection = projections[layer.name]
+
+
+def _mixes_examples(model: nn.Module) -> bool:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(m, kinds) and m.training for m in model.modules())
 
 
 def _not_finite(part: Tensor) -> bool:

@@ -120,6 +120,20 @@ def test_weight_gradients_on_request():
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_activations_are_let_go_with_the_pass():
+    """A loss that the user keeps keeps its graph alive, and with it the hooks."""
+    model, x = mlp_batch()
+    layers = make_layers(model, rank=3)
+    seen = []
+    for layer in layers:
+        layer.call = lambda *a, call=layer.call: seen.append(call(*a)) or seen[-1]
+    with Capture(model, layers, 4):
+        loss = model(x).square().sum()
+        assert [call.projected is None for call in seen] == [False] * 3
+        loss.backward()
+    assert [call.projected is None for call in seen] == [True] * 3
+
+
 def test_zero_grad_inside_is_harmless():
     model, x = mlp_batch()
     layers = make_layers(model)

@@ -182,6 +182,22 @@ def test_tokens_flattened_before_the_layer():
     assert torch.equal(rows[0], rows[1])
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_activations_and_gradients_of_any_strides(rank, bias):
+    """A transposed input, and the gradient of a plain sum, which is one number expanded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    layers = make_layers(model, rank=rank, bias=bias)
+    x = torch.randn(3, 6, 7).transpose(1, 2)
+    with Capture(model, layers, 3) as capture:
+        model(x).sum().backward()
+    singles = [lambda n=n: model(x[n : n + 1]).sum() for n in range(3)]
+    want = autograd_rows(model, layers, singles)
+    # sums of 7 tokens and of at most 7 features, twice
+    assert (capture.rows() - want).abs().max() <= 32 * 2**-23 * want.abs().max()
+
+
 def test_more_than_one_token_axis():
     """[N, H, W, I], as vision models have it, is T = H·W; a mask [N, H·W] fits."""
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -488,6 +489,19 @@ def test_saving_after_finalize(tmp_path, model, data):
     run = finished(tmp_path, model, data)
     with refuse('setup({"log": "grad"}) logs queries without saving', RuntimeError):
         log_all(run, model, data)
+
+
+def test_batch_normalisation_in_training_is_warned_of(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    run = make_run(tmp_path, model, rank=None)
+    with pytest.warns(UserWarning, match="mixes the examples of a batch"), run(data_id=[0, 1]):
+        model(torch.randn(2, 3)).square().sum().backward()
+    model.eval()
+    other = make_run(tmp_path, model, rank=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with other(data_id=[0, 1]):
+            model(torch.randn(2, 3)).square().sum().backward()
 
 
 # ids
