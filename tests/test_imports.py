@@ -14,29 +14,32 @@ import logra_kernels
 ROOT = Path(logra_kernels.__file__).parents[1]
 PACKAGE = "logra_kernels"
 
-# A module may import its own tier and lower ones. What is not named here is of tier 3: capture,
-# run, curvature, attribution and what they share.
+# A module may import its own tier and lower ones. A module that is not named here is as high as
+# what it imports, and at least of tier 3: so the rooms of tier 3 do not come to need the tools.
 TIERS = {
     "reference": 0,
     "store": 0,
     "triton": 0,
-    "progress": 0,
     "_checks": 0,
+    "progress": 0,
     "_native": 1,
     "ops": 2,
-    "causal_lm": 4,
+    "projection": 3,
+    "layers": 3,
+    "capture": 3,
+    "statistic": 3,
+    "config": 3,
+    "curvature": 3,
+    "attribution": 3,
+    "run": 3,
     "corpus": 4,
-    "gguf_model": 4,
-    "lm_gradients": 4,
-    "lm_log": 4,
-    "lm_query": 4,
-    "report": 4,
+    "causal_lm": 4,
     "integrations": 4,
-    "demo": 5,
+    "report": 4,
     "cli": 5,
     "__main__": 5,
 }
-OTHERS = 3
+AT_LEAST = 3
 # Rooms that import nothing of the package but themselves, and of the world only this.
 CLOSED = {
     "reference": {"torch"},
@@ -97,10 +100,15 @@ def problems_of(sources: dict[str, tuple[str, bool]]) -> list[str]:
     """Arrows that point back, in {module: (text, is a package)}."""
     found = []
     graph: dict[str, set[str]] = {}
-    for module, (text, is_package) in sources.items():
-        tier, here = TIERS.get(room(module), OTHERS), room(module)
+    imports = {
+        module: list(imports_of(module, text, is_package, set(sources)))
+        for module, (text, is_package) in sources.items()
+    }
+    tiers = tiers_of(imports)
+    for module in sources:
+        here = room(module)
         graph[module] = set()
-        for used in imports_of(module, text, is_package, set(sources)):
+        for used in imports[module]:
             where = f"{module}:{used.line} imports {used.target}"
             top = used.target.split(".")[0]
             if top == PACKAGE:
@@ -109,7 +117,7 @@ def problems_of(sources: dict[str, tuple[str, bool]]) -> list[str]:
                     found.append(f"{where}: only _native does")
                 elif here in CLOSED and there != here:
                     found.append(f"{where}: {here} imports nothing of the package but itself")
-                elif module != PACKAGE and TIERS.get(there, OTHERS) > tier:
+                elif module != PACKAGE and tiers.get(there, 0) > tiers[here]:
                     found.append(f"{where}: the arrow points back")
                 if not used.lazy and used.target in sources and used.target != module:
                     graph[module].add(used.target)
@@ -123,6 +131,18 @@ def problems_of(sources: dict[str, tuple[str, bool]]) -> list[str]:
                 elif top not in REQUIRED | CLOSED.get(here, set()) and not used.lazy:
                     found.append(f"{where} when it is loaded: it may not be installed")
     return found + [f"a circle: {' -> '.join(circle)}" for circle in circles(graph)]
+
+
+def tiers_of(imports: dict[str, list[Import]]) -> dict[str, int]:
+    """Room -> its tier: as written above, or the highest of what the room imports."""
+    tiers = {room(module): TIERS.get(room(module), AT_LEAST) for module in imports}
+    for _ in range(max(TIERS.values())):  # a tier rises at most that often
+        for module, used in imports.items():
+            if room(module) not in TIERS:
+                ours = [one for one in used if one.target.split(".")[0] == PACKAGE]
+                heights = [tiers.get(room(one.target), 0) for one in ours]
+                tiers[room(module)] = max([tiers[room(module)], *heights])
+    return tiers
 
 
 def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
@@ -173,6 +193,7 @@ def test_no_arrow_points_back() -> None:
         ("ops.new", "from logra_kernels import _C", "only _native does"),
         ("ops.new", "import triton", "only the triton package does"),
         ("curvature", "import logra_kernels.cli", "the arrow points back"),
+        ("curvature", "from logra_kernels import tool", "the arrow points back"),
         ("brand_new", "import transformers", "when it is loaded: it may not be installed"),
         ("brand_new", "from bench import bench_scores", "the package stands without them"),
     ],
@@ -180,6 +201,7 @@ def test_no_arrow_points_back() -> None:
 def test_the_walk_finds_what_it_looks_for(module: str, text: str, message: str) -> None:
     names = ["ops.new", "store.new", "capture", "attribution", "_C", "cli", "ops", "store"]
     sources = {f"{PACKAGE}.{name}": ("", False) for name in names}
+    sources[f"{PACKAGE}.tool"] = ("from logra_kernels import cli", False)
     (problem,) = problems_of(sources | {f"{PACKAGE}.{module}": (text, False)})
     assert message in problem
 

@@ -96,8 +96,8 @@ class StoreWriter:
     """Appends rows to a store; finished shards survive a kill at any moment.
 
     Rows are copied, queued and written by a background thread. A shard is committed when it is
-    full, and by `flush` and `close`. An error of the thread is raised by the next call. One thread
-    at a time may call the methods.
+    full, and by `flush` and `close`. An error of the thread ends the writer and is raised by every
+    call from then on. One thread at a time may call the methods.
 
     A `with` block closes the store and marks it finalized; when the block raises, the rows
     appended so far are committed and the store stays open for `resume`.
@@ -509,6 +509,8 @@ class StoreWriter:
                     self._commit()
             except BaseException as error:
                 self._discard()
+                # Nothing more will be written: whoever resumes need not wait for our close.
+                self._lock.release()
                 with self._changed:
                     self._failure = error
                     self._changed.notify_all()
