@@ -51,6 +51,11 @@ class Queries:
         """The layout of a row."""
         return list(self._opened("modules").modules)
 
+    @property
+    def influence(self) -> Queries:
+        """LogIX's run.influence, whose methods are the run's own here."""
+        return self
+
     def get_log(self, copy: bool = False) -> Log:
         """The last batch: (ids, {module: {"grad": [N, Ko, Ki]}}), as computed, before packing."""
         if self._log is None:

@@ -36,6 +36,7 @@ from logra_kernels.recorder import (
 )
 from logra_kernels.statistic import Setup, parse_setup
 from logra_kernels.store import Module, Store
+from logra_kernels.store.manifest import first_difference
 
 _current: Run | None = None
 
@@ -84,6 +85,7 @@ class Run(Queries):
         self._layers: list[Layer] = []
         self._with_bias = False
         self._described: dict[str, Any] = {}  # the projection, for the store
+        self._chose_projection = False
         self._setup = Setup()
         self._skipped: list[str] = []
         self._warned_of_batch_norm = False
@@ -131,6 +133,7 @@ class Run(Queries):
         else:
             self._described = describe_projection(found, bias)
         self._model, self._layers, self._with_bias = model, found, bias
+        self._chose_projection = False
 
     def add_lora(
         self,
@@ -167,6 +170,7 @@ class Run(Queries):
         self._described = describe_projection(
             self._layers, self._with_bias, self.config, projections
         )
+        self._chose_projection = True
 
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
@@ -316,10 +320,10 @@ class Run(Queries):
     def initialize_from_log(self) -> None:
         """Open the store of a finished run: its projection and its curvature.
 
-        The watched modules must be the store's; add_lora is not needed. Without watch, logs alone
-        can be compared.
+        The watched modules must be the store's, and so must the projection if add_lora was called;
+        it need not be. Without watch, logs alone can be compared.
 
-        Raises: ValueError if there is no store, or the modules differ (the first one is named).
+        Raises: ValueError if there is no store, or something differs; the message says what.
         """
         self._refuse_while_logging("initialize_from_log")
         store = Store.open(self.path)
@@ -397,6 +401,12 @@ class Run(Queries):
         self, store: Store, model: nn.Module, layers: Sequence[Layer], bias: bool
     ) -> None:
         _check_same_modules(store, layers, bias)
+        if self._chose_projection:
+            difference = first_difference(store.projection, self._described, "projection")
+            if difference is not None:
+                raise ValueError(
+                    f"add_lora: {difference}; without add_lora the store's projection is taken"
+                )
         _set_projections(layers, projections_described(store.projection))
         self._described = store.projection
         stored = (store.fingerprints or {}).get("weights")

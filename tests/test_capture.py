@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
+from torch.utils.checkpoint import (
+    CheckpointFunction,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from toy_models import (
     Mlp,
     Recurrent,
@@ -253,6 +259,47 @@ def test_checkpointing_by_hand(reentrant, frozen, rank):
         layers = make_layers(model, rank=rank, bias=True)
         rows.append(capture_rows(model, layers, 3, lambda m=model: m(x).square().sum()))
     assert torch.equal(rows[0], rows[1])
+
+
+def test_selective_checkpointing():
+    def policy(context, op, *args, **kwargs):
+        kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model, x = mlp_batch()
+    layers = make_layers(model, rank=3)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
+    got = capture_rows(
+        model, layers, 4,
+        lambda: checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum(),
+    )  # fmt: skip
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_compiled_model(compiled_before):
+    """Dynamo goes round the hooks; they see the same as without it."""
+    model, x = mlp_batch()
+    layers = make_layers(model, rank=3)
+    want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="eager")
+    if compiled_before:
+        fast(x).square().sum().backward()
+    got = capture_rows(model, layers, 4, lambda: fast(x).square().sum())
+    assert torch.allclose(got, want, rtol=1e-6)
+
+
+def test_one_capture_inside_another():
+    one, x = mlp_batch()
+    other = Mlp()
+    layers, more = make_layers(one), make_layers(other)
+    want = capture_rows(one, layers, 4, lambda: one(x).square().sum())
+    with Capture(one, layers, 4) as outer, Capture(other, more, 4) as inner:
+        (one(x).square().sum() + other(x).square().sum()).backward()
+    assert torch.equal(outer.rows(), want)
+    assert inner.rows().shape == want.shape
 
 
 # what it refuses

@@ -674,6 +674,24 @@ def test_model_that_differs_from_the_store(tmp_path, model, data):
         opened(Mlp())
 
 
+def test_add_lora_that_differs_from_the_store(tmp_path, model, data):
+    finished(tmp_path, model, data)
+    for options, message in (
+        ({"rank": 2}, "projection.rank[0]: the store has 3, this run has 2"),
+        ({"rank": 3, "seed": 5}, "projection.seed: the store has 0, this run has 5"),
+        ({"rank": 3, "init": "rademacher"}, 'projection.kind: the store has "normal", this run'),
+    ):
+        run = make_run(tmp_path, model, rank=None)
+        run.add_lora(**options)
+        with refuse(f"add_lora: {message}"):
+            run.initialize_from_log()
+    run = make_run(tmp_path, model, rank=3)
+    run.initialize_from_log()
+    log_queries(run, model, data, slice(1))
+    # LogIX's older spelling
+    assert run.influence.compute_influence_all(run.get_log())["influence"].shape == (1, COUNT)
+
+
 def test_watch_after_initialize_from_log(tmp_path, model, data):
     finished(tmp_path, model, data)
     run = logix.init("toy", root_dir=str(tmp_path))
