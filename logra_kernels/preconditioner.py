@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 # Cholesky factors above this are not kept between calls but computed again.
 KEPT_FACTOR_BYTES = 2 << 30
-# Right-hand sides are solved in blocks of one width, so that a query's bits do not depend on how
-# many are asked with it.
-SOLVE_COLUMNS = 16
 MAX_WORKERS = 8
 
 T = TypeVar("T")
@@ -38,14 +35,18 @@ class Preconditioner(ABC):
     _sizes: list[float]  # mean eigenvalue of H + lambda I per module
 
     def precondition(self, rows: Tensor) -> Tensor:
-        """(H + lambda I)^-1 g for rows g [Q, D] float32 or float64, solved in float64; [Q, D]."""
+        """(H + lambda I)^-1 g for rows g [Q, D] float32 or float64, solved in float64; [Q, D].
+
+        The bits do not depend on the number of threads. They may depend on which rows are asked
+        together, in the last of float64's: LAPACK orders its sums by their number.
+        """
         if rows.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"rows: expected float32 or float64, got {dtype_name(rows.dtype)}")
         dim = sum(module.size for module in self.modules)
         if rows.ndim != 2 or rows.shape[1] != dim:
             raise ValueError(f"rows: expected [Q, {dim}], got {list(rows.shape)}")
         blocks = split_columns(rows.detach().double().cpu(), self.modules)
-        solved = each_module(len(blocks), lambda i: self._solve_all(i, blocks[i]))
+        solved = each_module(len(blocks), lambda i: self._solve(i, blocks[i].T).T)
         return torch.cat(solved, dim=1).to(rows.dtype)
 
     @property
@@ -70,16 +71,6 @@ class Preconditioner(ABC):
         work = self._root if kind == "sigma" else self._inverse
         units = self.units(kind)
         return each_module(len(self.modules), lambda i: (work(i) * 2.0 ** -units[i]).float())
-
-    def _solve_all(self, i: int, rows: Tensor) -> Tensor:
-        columns = rows.T  # [K, Q]
-        solved = torch.empty_like(rows)
-        for first in range(0, rows.shape[0], SOLVE_COLUMNS):
-            part = columns[:, first : first + SOLVE_COLUMNS]
-            block = part.new_zeros(part.shape[0], SOLVE_COLUMNS)
-            block[:, : part.shape[1]] = part
-            solved[first : first + SOLVE_COLUMNS] = self._solve(i, block)[:, : part.shape[1]].T
-        return solved
 
     @abstractmethod
     def _solve(self, i: int, columns: Tensor) -> Tensor: ...
@@ -108,9 +99,6 @@ class IdentityPreconditioner(Preconditioner):
 
     def scaled_factors(self, kind: str) -> list[Tensor] | None:
         return None
-
-    def _solve_all(self, i: int, rows: Tensor) -> Tensor:
-        return rows
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         return columns
