@@ -200,6 +200,8 @@ class Run(Queries):
         save: bool | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         weight_gradients: bool = False,
+        averaged_loss: str | None = None,
+        allow_unused: bool | None = None,
     ) -> LoggedPass:
         """A context for one forward and one backward pass of the user's code.
 
@@ -215,6 +217,7 @@ class Run(Queries):
             save: write this batch or not, whatever setup says.
             metadata: N dictionaries to be kept beside the ids.
             weight_gradients: compute the parameters' gradients too, for logging while training.
+            averaged_loss, allow_unused: the configuration's, unless given here.
 
         Raises: ValueError for ids or a mask that do not fit, before any computation.
         """
@@ -235,8 +238,8 @@ class Run(Queries):
             len(ids),
             mask,
             weight_gradients=weight_gradients,
-            allow_unused=self.config.allow_unused,
-            averaged_loss=self.config.averaged_loss,
+            allow_unused=self.config.allow_unused if allow_unused is None else allow_unused,
+            averaged_loss=averaged_loss or self.config.averaged_loss,
         )
         saved = self._setup.save if save is None else save
         return LoggedPass(self, capture, ids, metadata, Setup(saved, self._setup.covariance))

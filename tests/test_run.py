@@ -573,6 +573,25 @@ def test_too_few_ids_or_metadata(tmp_path, model, data):
         run(data_id=["a", "b"], mask=torch.ones(3, 4))
 
 
+def test_averaged_loss_and_unused_modules(tmp_path, data):
+    model = nn.ModuleDict({"used": nn.Linear(7, 4), "spare": nn.Linear(7, 4)})
+    run = make_run(tmp_path, model, rank=None)
+
+    def step(**options):
+        with run(data_id=[0, 1], **options):
+            nn.functional.cross_entropy(model["used"](data[0][:2]), data[1][:2]).backward()
+
+    with refuse("loss: expected a sum over examples and tokens, got a mean"):
+        step()
+    with refuse("no gradient reached: spare", RuntimeError):
+        step(averaged_loss="allow")
+    step(averaged_loss="allow", allow_unused=True)
+    assert run.get_log()[1]["spare"]["grad"].abs().max() == 0
+    run = make_run(tmp_path, model, rank=None, averaged_loss="warn", allow_unused=True)
+    with pytest.warns(UserWarning, match="got a mean"):
+        step()
+
+
 # gradients that are not finite
 
 
