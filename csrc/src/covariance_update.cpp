@@ -50,11 +50,11 @@ void update(T* cov, const Matrix& rows) {
     {
 #pragma omp for schedule(static)
       for (std::size_t r = 0; r < count; ++r) {
+        const void* row = element(rows.data, rows.dtype, (first + r) * rows.row_stride);
         for (std::size_t p = 0; p < num_panels; ++p) {
           T* to = panels + (p * depth + r) * panel;
           const std::size_t cols = std::min(panel, size - p * panel);
-          widen(element(rows.data, rows.dtype, (first + r) * rows.row_stride + p * panel), to, cols);
-          std::fill(to + cols, to + panel, T{0});
+          widen(&row, p * panel, 1, cols, to, panel, panel);
         }
       }
       // Pairs of panels (i >= j) in a row, cut into strips so that few panels still share out evenly.
@@ -66,7 +66,7 @@ void update(T* cov, const Matrix& rows) {
         const std::size_t i = j + pair - before, row = i * panel + strip;
         if (row >= size) continue;
         const bool diagonal = i == j;
-        outer(panels + i * depth * panel + strip, panels + j * depth * panel, count,
+        outer(panels + i * depth * panel + strip, panel, panels + j * depth * panel, panel, count,
               cov + row * size + j * panel, size, std::min(kStrip, size - row), diagonal ? strip + 1 : panel,
               diagonal ? 1 : 0);
       }

@@ -25,6 +25,8 @@ struct KeptTokens {
   std::vector<std::size_t> bounds;  // [num_examples + 1]
 
   KeptTokens(const Examples& examples, const Tokens& x, const Tokens& dy) : bounds{0} {
+    tokens.reserve(examples.num_tokens * (examples.cu_seqlens != nullptr ? 1 : examples.num_examples));
+    bounds.reserve(examples.num_examples + 1);
     for (std::size_t n = 0; n < examples.num_examples; ++n) {
       std::size_t begin = 0, end = examples.num_tokens, x_start = 0, dy_start = 0, mask_start = 0;
       if (examples.cu_seqlens != nullptr) {
@@ -45,45 +47,42 @@ struct KeptTokens {
 };
 
 /// One side, x or dy: tokens in, panels of projected tokens out. Panel p of a group of tokens holds the
-/// columns p * panel and on: [group, panel] floats.
+/// columns p * panel and on, `width` of them in memory: [group, width] floats.
 class Side {
  public:
   Side(const Kernels& kernels, const Tokens& tokens, const Matrix* proj, std::size_t num_tokens)
       : kernels_(kernels), tokens_(tokens), size_(proj != nullptr ? proj->rows : tokens.dim) {
-    if (proj != nullptr) products_.emplace_back(kernels, *proj, num_tokens);
+    if (proj != nullptr) products_.emplace_back(kernels, *proj, tokens.dtype, num_tokens);
   }
   std::size_t size() const { return size_; }
-  std::size_t num_panels() const { return ceil_div(size_, kernels_.panel_f32); }
-  std::size_t scratch_floats() const {
-    return products_.empty() ? 0 : products_[0].scratch_floats(tokens_.dtype);
-  }
+  std::size_t panel() const { return kernels_.panel_f32; }
+  std::size_t width() const { return std::min(panel(), 16 * ceil_div(size_, 16)); }
+  std::size_t num_panels() const { return ceil_div(size_, panel()); }
+  std::size_t scratch_floats() const { return products_.empty() ? 0 : products_[0].scratch_floats(); }
   /// Operations per token.
   double work() const {
     return static_cast<double>(tokens_.dim) *
            (products_.empty() ? 1.0 : 1.0 + static_cast<double>(size_) / 4.0);
   }
 
-  /// Tokens first + begin to first + end, at rows begin to end of each panel of `group` rows.
+  /// The tokens at offset(begin) to offset(end - 1), into the rows begin to end of panels of `group` rows.
   template <class Offset>
-  void fill(const Kept* first, const Offset& offset, std::size_t begin, std::size_t end, float* panels,
-            std::size_t group, float* scratch) const {
-    const std::size_t panel = kernels_.panel_f32;
+  void fill(const Offset& offset, std::size_t begin, std::size_t end, float* panels, std::size_t group,
+            float* scratch) const {
     const void* pointers[kRowBlock];
-    for (std::size_t t = begin; t < end; ++t)
-      pointers[t - begin] = element(tokens_.data, tokens_.dtype, offset(first[t]));
+    const std::size_t count = end - begin;
+    for (std::size_t t = 0; t < count; ++t)
+      pointers[t] = element(tokens_.data, tokens_.dtype, offset(begin + t));
     for (std::size_t p = 0; p < num_panels(); ++p) {
-      float* to = panels + (p * group + begin) * panel;
-      const std::size_t column = p * panel, count = std::min(panel, size_ - column);
-      if (!products_.empty()) {
-        products_[0].run(pointers, tokens_.dtype, end - begin, column, column + count, to, panel, scratch);
-      } else {
-        for (std::size_t t = 0; t < end - begin; ++t)
-          kernels_.widen_f32[index(tokens_.dtype)](element(pointers[t], tokens_.dtype, column),
-                                                   to + t * panel, count);
+      float* to = panels + (p * group + begin) * width();
+      const std::size_t column = p * panel(), columns = std::min(panel(), size_ - column);
+      if (products_.empty()) {
+        kernels_.widen_f32[index(tokens_.dtype)](pointers, column, count, columns, to, width(), width());
+        continue;
       }
-      // The kernel multiplies whole panels; what lies past the columns is not used, but must be finite.
-      for (std::size_t t = 0; count < panel && t < end - begin; ++t)
-        std::fill(to + t * panel + count, to + (t + 1) * panel, 0.0f);
+      products_[0].run(pointers, count, column, column + columns, to, width(), scratch);
+      for (std::size_t t = 0; columns < width() && t < count; ++t)
+        std::fill(to + t * width() + columns, to + (t + 1) * width(), 0.0f);
     }
   }
 
@@ -122,19 +121,20 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
 
   // Tokens go through in groups whose projections stay in the L2 and L3 caches (2 MiB), first projected by
   // all threads, then multiplied by all: so one long example is shared as well as many short ones are.
-  const std::size_t panels = left.num_panels() + right.num_panels();
-  const std::size_t fitting = (std::size_t{2} << 20) / (panels * panel * sizeof(float));
+  const std::size_t floats =
+      left.num_panels() * left.width() + right.num_panels() * right.width();  // a token
+  const std::size_t fitting = (std::size_t{2} << 20) / (floats * sizeof(float));
   const std::size_t group =
       std::min(total, std::max<std::size_t>(2 * kRowBlock, fitting / kRowBlock * kRowBlock));
   const std::size_t strips = ceil_div(ko, kStrip);
   const double work =
       static_cast<double>(total) * (left.work() + right.work() + static_cast<double>(ko * ki) / 4.0);
   const int threads = num_threads(strips * examples.num_examples + ceil_div(total, kRowBlock), work);
-  const Scratch<float> buffer(checked_product(checked_product(panels, panel), group));
+  const Scratch<float> buffer(checked_product(floats, group));
   const std::size_t scratch_floats = std::max(left.scratch_floats(), right.scratch_floats());
   const Scratch<float> scratch(checked_product(scratch_floats, static_cast<std::size_t>(threads)));
   float* dy_panels = buffer.get();
-  float* x_panels = dy_panels + left.num_panels() * panel * group;
+  float* x_panels = dy_panels + left.num_panels() * left.width() * group;
   std::vector<Range> ranges(examples.num_examples);
 
   std::size_t example = 0;
@@ -155,20 +155,24 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
       for (std::size_t task = 0; task < 2 * blocks; ++task) {
         const std::size_t begin = task / 2 * kRowBlock, end = std::min(begin + kRowBlock, count);
         const Kept* tokens = kept.tokens.data() + first;
+        const auto x_start = [&](std::size_t t) { return tokens[t].x; };
+        const auto dy_start = [&](std::size_t t) { return tokens[t].dy; };
         if (task % 2 == 0)
-          right.fill(tokens, [](const Kept& token) { return token.x; }, begin, end, x_panels, group, own);
+          right.fill(x_start, begin, end, x_panels, group, own);
         else
-          left.fill(tokens, [](const Kept& token) { return token.dy; }, begin, end, dy_panels, group, own);
+          left.fill(dy_start, begin, end, dy_panels, group, own);
       }
 #pragma omp for schedule(static)
       for (std::size_t task = 0; task < tasks; ++task) {
         const Range& range = ranges[task / strips];
         const std::size_t o = task % strips * kStrip;
-        const float* a = dy_panels + (o / panel * group + range.begin) * panel + o % panel;
-        for (std::size_t i = 0; i < ki; i += panel)
-          kernels.outer_f32(a, x_panels + (i / panel * group + range.begin) * panel, range.end - range.begin,
+        const float* a = dy_panels + (o / panel * group + range.begin) * left.width() + o % panel;
+        for (std::size_t i = 0; i < ki; i += panel) {
+          const float* b = x_panels + (i / panel * group + range.begin) * right.width();
+          kernels.outer_f32(a, left.width(), b, right.width(), range.end - range.begin,
                             out + (range.example * ko + o) * ki + i, ki, std::min(kStrip, ko - o),
                             std::min(panel, ki - i), 0);
+        }
       }
     }
   }

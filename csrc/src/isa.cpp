@@ -27,6 +27,16 @@ std::vector<Entry> available() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     entries.push_back({Isa::kAvx512, &kAvx512Kernels});
 #endif
+#if LOGRA_HAVE_AVX512_BF16
+  if (entries.back().isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
+    static const Kernels kernels = [] {
+      Kernels table = kAvx512Kernels;
+      table.dots_bf16 = kAvx512DotsBf16;
+      return table;
+    }();
+    entries.push_back({Isa::kAvx512Bf16, &kernels});
+  }
+#endif
   return entries;
 }
 
@@ -71,6 +81,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "unknown";
 }

@@ -82,7 +82,6 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)
 
 }  // namespace
 
-extern const Kernels kAvx2Kernels;
 const Kernels kAvx2Kernels = kTable;
 
 }  // namespace logra

@@ -83,7 +83,6 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)
 
 }  // namespace
 
-extern const Kernels kAvx512Kernels;
 const Kernels kAvx512Kernels = kTable;
 
 }  // namespace logra

@@ -122,7 +122,6 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
 
 }  // namespace
 
-extern const Kernels kBaselineKernels;
 const Kernels kBaselineKernels = kTable;
 
 }  // namespace logra

@@ -78,7 +78,6 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 
 }  // namespace
 
-extern const Kernels kNeonKernels;
 const Kernels kNeonKernels = kTable;
 
 }  // namespace logra

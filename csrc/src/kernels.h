@@ -21,6 +21,10 @@ constexpr std::size_t kDimBlock = 1024;
 // Rows of an outer() tile. Every panel width is a multiple of it.
 constexpr std::size_t kStrip = 4;
 
+using DotsBf16 = void (*)(const void* const* rows, std::size_t offset, std::size_t num_rows,
+                          const Bfloat16* queries, std::size_t query_stride, std::size_t num_queries,
+                          std::size_t dim, float* out, std::size_t out_stride, bool add);
+
 struct Kernels {
   // out[r * out_stride + q] (= or +=) sum_{d < dim} rows[r][offset + d] * queries[q * query_stride + d]
   // for dim <= kDimBlock. dims, if not null, gives each group of four queries a dim of its own, because the
@@ -29,19 +33,28 @@ struct Kernels {
                   std::size_t query_stride, std::size_t num_queries, std::size_t dim,
                   const std::uint32_t* dims, float* out, std::size_t out_stride, bool add);
 
-  // c[r * c_stride + i] += sum_{t < count} a[t * panel + r] * b[t * panel + i], in the order of t, for the
-  // kStrip rows r < num_rows and the columns i < num_cols + r * slope (and < panel). a and b are panels
-  // [count, panel]; b is aligned to a vector; columns past the valid ones hold finite numbers.
-  std::size_t panel_f32;
-  void (*outer_f32)(const float* a, const float* b, std::size_t count, float* c, std::size_t c_stride,
-                    std::size_t num_rows, std::size_t num_cols, std::size_t slope);
-  std::size_t panel_f64;
-  void (*outer_f64)(const double* a, const double* b, std::size_t count, double* c, std::size_t c_stride,
-                    std::size_t num_rows, std::size_t num_cols, std::size_t slope);
+  // The same for rows in bfloat16 and queries that are exact in it, both strides in elements; nullptr where
+  // the CPU has no such product.
+  DotsBf16 dots_bf16;
 
-  // to[i] = from[i], for i < n.
-  void (*widen_f32[3])(const void* from, float* to, std::size_t n);
-  void (*widen_f64[3])(const void* from, double* to, std::size_t n);
+  // c[r * c_stride + i] += sum_{t < count} a[t * a_stride + r] * b[t * b_stride + i], in the order of t, for
+  // the rows r < num_rows <= kStrip and the columns i < num_cols + r * slope (and < panel). Rows of a can be
+  // read up to kStrip, those of b up to the next multiple of 16 or the panel's width; what lies there must be
+  // finite.
+  std::size_t panel_f32;
+  void (*outer_f32)(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
+                    std::size_t count, float* c, std::size_t c_stride, std::size_t num_rows,
+                    std::size_t num_cols, std::size_t slope);
+  std::size_t panel_f64;
+  void (*outer_f64)(const double* a, std::size_t a_stride, const double* b, std::size_t b_stride,
+                    std::size_t count, double* c, std::size_t c_stride, std::size_t num_rows,
+                    std::size_t num_cols, std::size_t slope);
+
+  // to[r * to_stride + i] = rows[r][offset + i] for i < n, and 0 for n <= i < padded.
+  void (*widen_f32[3])(const void* const* rows, std::size_t offset, std::size_t num_rows, std::size_t n,
+                       float* to, std::size_t to_stride, std::size_t padded);
+  void (*widen_f64[3])(const void* const* rows, std::size_t offset, std::size_t num_rows, std::size_t n,
+                       double* to, std::size_t to_stride, std::size_t padded);
 
   // The largest bits of |from[i]| as a float32: they order like the values, infinity and then NaN last.
   std::uint32_t (*largest_bits[3])(const void* from, std::size_t n);
@@ -55,6 +68,7 @@ extern const Kernels kBaselineKernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const DotsBf16 kAvx512DotsBf16;
 
 const Kernels& active_kernels();
 

@@ -1,21 +1,29 @@
 // Included once per instruction set, inside its namespace, after Vec and VecD: conversions of a row.
 
 template <class T>
-static void widen_f32(const void* from, float* to, std::size_t n) {
-  const T* p = static_cast<const T*>(from);
-  std::size_t i = 0;
-  for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::store(to + i, Vec::load(p + i));
-  if (i < n) Vec::store_n(to + i, Vec::load_n(p + i, n - i), n - i);
+static void widen_f32(const void* const* rows, std::size_t offset, std::size_t num_rows, std::size_t n,
+                      float* to, std::size_t to_stride, std::size_t padded) {
+  for (std::size_t r = 0; r < num_rows; ++r, to += to_stride) {
+    const T* from = static_cast<const T*>(rows[r]) + offset;
+    std::size_t i = 0;
+    for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::store(to + i, Vec::load(from + i));
+    if (i < n) Vec::store_n(to + i, Vec::load_n(from + i, n - i), n - i);
+    for (i = n; i < padded; ++i) to[i] = 0.0f;
+  }
 }
 
 template <class T>
-static void widen_f64(const void* from, double* to, std::size_t n) {
-  const T* p = static_cast<const T*>(from);
+static void widen_f64(const void* const* rows, std::size_t offset, std::size_t num_rows, std::size_t n,
+                      double* to, std::size_t to_stride, std::size_t padded) {
   float wide[Vec::kLanes];
-  for (std::size_t i = 0; i < n; i += Vec::kLanes) {
-    const std::size_t count = n - i < Vec::kLanes ? n - i : Vec::kLanes;
-    Vec::store(wide, Vec::load_n(p + i, count));
-    for (std::size_t j = 0; j < count; ++j) to[i + j] = static_cast<double>(wide[j]);
+  for (std::size_t r = 0; r < num_rows; ++r, to += to_stride) {
+    const T* from = static_cast<const T*>(rows[r]) + offset;
+    for (std::size_t i = 0; i < n; i += Vec::kLanes) {
+      const std::size_t count = n - i < Vec::kLanes ? n - i : Vec::kLanes;
+      Vec::store(wide, Vec::load_n(from + i, count));
+      for (std::size_t j = 0; j < count; ++j) to[i + j] = static_cast<double>(wide[j]);
+    }
+    for (std::size_t i = n; i < padded; ++i) to[i] = 0.0;
   }
 }
 

@@ -1,27 +1,47 @@
 #include "products.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "checks.h"
 #include "threads.h"
 
 namespace logra {
+namespace {
 
-Products::Products(const Kernels& kernels, const Matrix& queries, std::size_t num_rows, bool skip_zeros)
-    : kernels_(kernels), queries_(queries), num_blocks_(ceil_div(queries.cols, kDimBlock)) {
-  const std::size_t count = queries.rows, dim = queries.cols;
-  if (queries.dtype == Dtype::kFloat32 && !skip_zeros && (count <= 4 || num_rows < 16)) {
+/// Whether a kernel of bfloat16 products sees this very value: no digits lost, not subnormal (those it takes
+/// for zero).
+bool exact_bf16(float value, Bfloat16* to) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  to->bits = static_cast<std::uint16_t>(bits >> 16);
+  return (bits & 0xffffu) == 0 && ((bits & 0x7f800000u) != 0 || (bits & 0x7fffffffu) == 0);
+}
+
+}  // namespace
+
+Products::Products(const Kernels& kernels, const Matrix& queries, Dtype rows, std::size_t num_rows,
+                   bool skip_zeros)
+    : kernels_(kernels), queries_(queries), dtype_(rows), num_blocks_(ceil_div(queries.cols, kDimBlock)) {
+  query_stride_ = num_blocks_ > 1 ? kDimBlock : 32 * ceil_div(queries.cols, 32);
+  block_stride_ = checked_product(queries.rows, query_stride_);
+  // Whether rows and queries are multiplied as bfloat16 must not depend on the number of rows: another split
+  // of them would have other bits.
+  if (rows == Dtype::kBfloat16 && kernels.dots_bf16 != nullptr && !skip_zeros && pack_bf16()) return;
+  if (queries.dtype == Dtype::kFloat32 && !skip_zeros && (queries.rows <= 4 || num_rows < 16)) {
     packed_ = static_cast<const float*>(queries.data);
     block_stride_ = kDimBlock;
     query_stride_ = queries.row_stride;
-    return;
+  } else {
+    pack(skip_zeros);
   }
-  query_stride_ = num_blocks_ > 1 ? kDimBlock : 16 * ceil_div(dim, 16);
-  block_stride_ = checked_product(count, query_stride_);
+}
+
+void Products::pack(bool skip_zeros) {
+  const std::size_t count = queries_.rows, dim = queries_.cols, groups = ceil_div(count, 4);
   storage_ = Scratch<float>(checked_product(num_blocks_, block_stride_));
   float* packed = storage_.get();
   packed_ = packed;
-  const std::size_t groups = ceil_div(count, 4);
   if (skip_zeros) dims_.assign(checked_product(num_blocks_, groups), 0);
   const int threads = num_threads(groups, static_cast<double>(count) * static_cast<double>(dim));
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -31,8 +51,8 @@ Products::Products(const Kernels& kernels, const Matrix& queries, std::size_t nu
       std::size_t used = 0;
       for (std::size_t q = 4 * group; q < std::min(count, 4 * group + 4); ++q) {
         float* to = packed + b * block_stride_ + q * query_stride_;
-        const std::size_t offset = q * queries.row_stride + begin;
-        kernels.widen_f32[index(queries.dtype)](element(queries.data, queries.dtype, offset), to, length);
+        const void* query = element(queries_.data, queries_.dtype, q * queries_.row_stride);
+        kernels_.widen_f32[index(queries_.dtype)](&query, begin, 1, length, to, query_stride_, length);
         std::size_t last = skip_zeros ? length : 0;
         while (last > used && to[last - 1] == 0.0f) --last;
         used = std::max(used, last);
@@ -42,44 +62,77 @@ Products::Products(const Kernels& kernels, const Matrix& queries, std::size_t nu
   }
 }
 
-// Few queries do not pay for a copy of the rows: they are converted in registers, once for each tile of
-// queries.
-bool Products::direct(Dtype rows) const { return queries_.rows <= (rows == Dtype::kFloat32 ? 8u : 4u); }
-
-std::size_t Products::scratch_floats(Dtype rows) const {
-  return direct(rows) ? 0 : kRowBlock * std::min(kDimBlock, 16 * ceil_div(queries_.cols, 16));
+bool Products::pack_bf16() {
+  const std::size_t count = queries_.rows, dim = queries_.cols;
+  storage_bf16_ = Scratch<Bfloat16>(checked_product(num_blocks_, block_stride_));
+  Bfloat16* packed = storage_bf16_.get();
+  int exact = 1;
+  const int threads = num_threads(count, static_cast<double>(count) * static_cast<double>(dim));
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(& : exact)
+  for (std::size_t q = 0; q < count; ++q) {
+    float wide[kDimBlock];
+    const void* query = element(queries_.data, queries_.dtype, q * queries_.row_stride);
+    for (std::size_t b = 0; exact != 0 && b < num_blocks_; ++b) {
+      const std::size_t begin = b * kDimBlock, length = std::min(kDimBlock, dim - begin);
+      kernels_.widen_f32[index(queries_.dtype)](&query, begin, 1, length, wide, length, length);
+      Bfloat16* to = packed + b * block_stride_ + q * query_stride_;
+      for (std::size_t d = 0; d < length; ++d) exact &= exact_bf16(wide[d], to + d);
+    }
+  }
+  if (exact == 0) storage_bf16_ = Scratch<Bfloat16>();
+  return exact != 0;
 }
 
-void Products::run(const void* const* rows, Dtype dtype, std::size_t num_rows, std::size_t begin,
-                   std::size_t end, float* out, std::size_t out_stride, float* scratch) const {
-  const std::size_t dim = queries_.cols, count = end - begin;
+// Rows are read where they are, and converted in registers, once for each tile of queries. For many queries
+// that costs as much as one conversion into a copy on CPUs with spare ports (Zen 5), and more on those that
+// convert on their FMA ports.
+bool Products::direct() const {
+  return dtype_ == Dtype::kFloat32 || queries_.rows <= 32 || storage_bf16_.get() != nullptr;
+}
+
+std::size_t Products::scratch_floats() const {
+  return direct() ? 0 : kRowBlock * std::min(kDimBlock, 16 * ceil_div(queries_.cols, 16));
+}
+
+void Products::run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end,
+                   float* out, std::size_t out_stride, float* scratch) const {
+  const std::size_t count = end - begin;
   if (num_blocks_ == 0)
     for (std::size_t r = 0; r < num_rows; ++r) std::fill_n(out + r * out_stride, count, 0.0f);
-  const auto queries = [&](std::size_t b) { return packed_ + b * block_stride_ + begin * query_stride_; };
-  const auto dims = [&](std::size_t b) {
-    return dims_.empty() ? nullptr : dims_.data() + b * ceil_div(queries_.rows, 4) + begin / 4;
-  };
-  if (direct(dtype)) {
-    // Row by row, so that memory is read in long runs.
-    constexpr std::size_t kRows = 6;
-    for (std::size_t r = 0; r < num_rows; r += kRows) {
-      for (std::size_t b = 0; b < num_blocks_; ++b)
-        kernels_.dots[index(dtype)](rows + r, b * kDimBlock, std::min(kRows, num_rows - r), queries(b),
-                                    query_stride_, count, std::min(kDimBlock, dim - b * kDimBlock), dims(b),
-                                    out + r * out_stride, out_stride, b > 0);
+  if (!direct()) return run_widened(rows, num_rows, begin, count, out, out_stride, scratch);
+  // A tile of rows at a time, so that memory is read in long runs.
+  constexpr std::size_t kRows = 6;
+  for (std::size_t r = 0; r < num_rows; r += kRows) {
+    const std::size_t some = std::min(kRows, num_rows - r);
+    for (std::size_t b = 0; b < num_blocks_; ++b) {
+      const std::size_t offset = b * kDimBlock, length = std::min(kDimBlock, queries_.cols - offset);
+      const std::size_t first = b * block_stride_ + begin * query_stride_;
+      if (storage_bf16_.get() != nullptr)
+        kernels_.dots_bf16(rows + r, offset, some, storage_bf16_.get() + first, query_stride_, count, length,
+                           out + r * out_stride, out_stride, b > 0);
+      else
+        kernels_.dots[index(dtype_)](rows + r, offset, some, packed_ + first, query_stride_, count, length,
+                                     dims(b, begin), out + r * out_stride, out_stride, b > 0);
     }
-    return;
   }
-  const std::size_t stride = std::min(kDimBlock, 16 * ceil_div(dim, 16));
+}
+
+void Products::run_widened(const void* const* rows, std::size_t num_rows, std::size_t begin,
+                           std::size_t count, float* out, std::size_t out_stride, float* scratch) const {
+  const std::size_t stride = scratch_floats() / kRowBlock;
   const void* wide[kRowBlock];
   for (std::size_t r = 0; r < num_rows; ++r) wide[r] = scratch + r * stride;
   for (std::size_t b = 0; b < num_blocks_; ++b) {
-    const std::size_t offset = b * kDimBlock, length = std::min(kDimBlock, dim - offset);
-    for (std::size_t r = 0; r < num_rows; ++r)
-      kernels_.widen_f32[index(dtype)](element(rows[r], dtype, offset), scratch + r * stride, length);
-    kernels_.dots[index(Dtype::kFloat32)](wide, 0, num_rows, queries(b), query_stride_, count, length,
-                                          dims(b), out, out_stride, b > 0);
+    const std::size_t offset = b * kDimBlock, length = std::min(kDimBlock, queries_.cols - offset);
+    kernels_.widen_f32[index(dtype_)](rows, offset, num_rows, length, scratch, stride, length);
+    kernels_.dots[index(Dtype::kFloat32)](wide, 0, num_rows,
+                                          packed_ + b * block_stride_ + begin * query_stride_, query_stride_,
+                                          count, length, dims(b, begin), out, out_stride, b > 0);
   }
+}
+
+const std::uint32_t* Products::dims(std::size_t block, std::size_t begin) const {
+  return dims_.empty() ? nullptr : dims_.data() + block * ceil_div(queries_.rows, 4) + begin / 4;
 }
 
 }  // namespace logra

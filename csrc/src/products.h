@@ -19,29 +19,38 @@ class Products {
   /// Copies the queries block by block of D (a stride of a power of two would map them all to a few cache
   /// sets), unless they are few. skip_zeros leaves out a query's trailing zeros within a block; it must not
   /// be used where a row's NaN has to meet them.
-  Products(const Kernels& kernels, const Matrix& queries, std::size_t num_rows, bool skip_zeros = false);
+  Products(const Kernels& kernels, const Matrix& queries, Dtype rows, std::size_t num_rows,
+           bool skip_zeros = false);
 
   std::size_t num_queries() const { return queries_.rows; }
   std::size_t query_blocks() const { return (queries_.rows + kQueryBlock - 1) / kQueryBlock; }
 
-  /// Floats that one thread needs for rows of this type: run()'s scratch.
-  std::size_t scratch_floats(Dtype rows) const;
+  /// Floats that one thread needs: run()'s scratch.
+  std::size_t scratch_floats() const;
 
   /// out[r * out_stride + q - begin] = <rows[r], queries[q]> for r < num_rows <= kRowBlock, begin <= q < end;
   /// begin is a multiple of 4.
-  void run(const void* const* rows, Dtype dtype, std::size_t num_rows, std::size_t begin, std::size_t end,
-           float* out, std::size_t out_stride, float* scratch) const;
+  void run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end, float* out,
+           std::size_t out_stride, float* scratch) const;
 
  private:
-  bool direct(Dtype rows) const;
+  bool direct() const;
+  void pack(bool skip_zeros);
+  bool pack_bf16();  // false if the queries are not exact in bfloat16
+  void run_widened(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
+                   float* out, std::size_t out_stride, float* scratch) const;
+  const std::uint32_t* dims(std::size_t block, std::size_t begin) const;
 
   const Kernels& kernels_;
   Matrix queries_;
-  std::size_t num_blocks_;  // of D
-  const float* packed_;     // block b of query q: packed_ + b * block_stride_ + q * query_stride_
+  Dtype dtype_;                    // of the rows
+  std::size_t num_blocks_;         // of D
+  const float* packed_ = nullptr;  // block b of query q: packed_ + b * block_stride_ + q * query_stride_
   std::size_t block_stride_;
   std::size_t query_stride_;
   Scratch<float> storage_;
+  Scratch<Bfloat16>
+      storage_bf16_;  // in place of storage_, where the products are the CPU's own bfloat16 ones
   std::vector<std::uint32_t> dims_;  // [num_blocks_, ceil(Q / 4)], if zeros are skipped
 };
 

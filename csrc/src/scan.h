@@ -30,7 +30,7 @@ void scan(const Products& products, const Matrix& rows, int threads, bool rows_t
   const std::size_t query_blocks = products.query_blocks();
   const std::size_t outer = rows_together ? 1 : query_blocks, inner = rows_together ? query_blocks : 1;
   const std::size_t tasks = ceil_div(rows.rows, kRowBlock) * outer;
-  const std::size_t scratch_floats = products.scratch_floats(rows.dtype);
+  const std::size_t scratch_floats = products.scratch_floats();
   const std::size_t per_thread = scratch_floats + kRowBlock * kQueryBlock;
   const Scratch<float> scratch(checked_product(per_thread, static_cast<std::size_t>(threads)));
 #pragma omp parallel num_threads(threads)
@@ -48,8 +48,8 @@ void scan(const Products& products, const Matrix& rows, int threads, bool rows_t
       for (std::size_t i = 0; i < inner; ++i) {
         block.first_query = (task % outer + i) * kQueryBlock;
         block.num_queries = std::min(kQueryBlock, products.num_queries() - block.first_query);
-        products.run(pointers, rows.dtype, block.num_rows, block.first_query,
-                     block.first_query + block.num_queries, block.c, kQueryBlock, own);
+        products.run(pointers, block.num_rows, block.first_query, block.first_query + block.num_queries,
+                     block.c, kQueryBlock, own);
         use(block, thread_id());
       }
     }

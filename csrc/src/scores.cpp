@@ -10,7 +10,7 @@ void scores(const Matrix& queries, const Matrix& rows, const float* row_scale, c
   expect_narrow(rows.dtype, "rows");
   expect(queries.cols == rows.cols, "rows: expected as many columns as queries");
   if (queries.rows == 0 || rows.rows == 0) return;
-  const Products products(active_kernels(), queries, rows.rows);
+  const Products products(active_kernels(), queries, rows.dtype, rows.rows);
   const int threads = scan_threads(rows.rows, queries.rows, rows.cols);
   scan(products, rows, threads, false, [&](const ScanBlock& block, std::size_t) {
     for (std::size_t q = 0; q < block.num_queries; ++q) {

@@ -10,7 +10,7 @@ void self_influence(const Matrix& rows, const Matrix& factor, float* out) {
   expect(factor.cols == rows.cols, "factor: expected as many columns as rows");
   std::fill_n(out, rows.rows, 0.0f);
   if (rows.rows == 0 || factor.rows == 0) return;
-  const Products products(active_kernels(), factor, rows.rows, /*skip_zeros=*/true);
+  const Products products(active_kernels(), factor, rows.dtype, rows.rows, /*skip_zeros=*/true);
   const int threads = scan_threads(rows.rows, factor.rows, rows.cols);
   scan(products, rows, threads, /*rows_together=*/true, [&](const ScanBlock& block, std::size_t) {
     for (std::size_t r = 0; r < block.num_rows; ++r) {

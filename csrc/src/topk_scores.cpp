@@ -91,7 +91,7 @@ void topk_scores(const Matrix& queries, const Matrix& rows, const float* row_sca
   expect(queries.cols == rows.cols, "rows: expected as many columns as queries");
   expect(k > 0, "k: expected at least 1, got 0");
   if (queries.rows == 0) return;
-  const Products products(active_kernels(), queries, rows.rows);
+  const Products products(active_kernels(), queries, rows.dtype, rows.rows);
   const int threads = scan_threads(rows.rows, queries.rows, rows.cols);
   const std::size_t per_end = checked_product(queries.rows, k),
                     num_ends = 2 * static_cast<std::size_t>(threads);

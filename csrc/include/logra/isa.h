@@ -8,9 +8,9 @@
 
 namespace logra {
 
-enum class Isa { kBaseline, kNeon, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
 
-/// "baseline", "neon", "avx2" or "avx512".
+/// "baseline", "neon", "avx2", "avx512" or "avx512_bf16".
 const char* isa_name(Isa isa);
 
 /// Those compiled in that this machine can run, least first; the last is the default.
