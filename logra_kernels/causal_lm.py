@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from logra_kernels.corpus import Example
 from logra_kernels.layers import layer_kind
+from logra_kernels.recorder import model_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Values hashed per parameter: a different training run changes any of them.
-SAMPLED_VALUES = 256
 # What a saved config says about the file rather than about the model.
 IRRELEVANT_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 
@@ -31,6 +30,11 @@ class CausalLM:
     path: str
     dtype: str
     fingerprint: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return Path(self.path).resolve().name if Path(self.path).is_dir() else self.path
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +59,7 @@ class CausalLM:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         target = _device(device)
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
             from transformers.utils import logging
         except ImportError as error:
             raise ImportError(
@@ -68,8 +72,10 @@ class CausalLM:
         logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            # transformers 5 renamed the argument.
+            dtype_key = "torch_dtype" if __version__.startswith("4.") else "dtype"
             model = AutoModelForCausalLM.from_pretrained(
-                path, local_files_only=True, torch_dtype=DTYPES[dtype]
+                path, local_files_only=True, **{dtype_key: DTYPES[dtype]}
             )
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
@@ -78,7 +84,7 @@ class CausalLM:
             ) from error
         fingerprint = {
             "config": _config_hash(model.config.to_dict()),
-            "weights": _weights_hash(model),
+            "weights": model_fingerprint(model),
             "tokenizer": _tokenizer_hash(tokenizer),
         }
         return cls(model.eval().to(target), tokenizer, path, dtype, fingerprint)
@@ -199,34 +205,18 @@ def _block(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _digest(pieces: Iterator[bytes]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()[:16]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _config_hash(config: dict[str, Any]) -> str:
     kept = {name: value for name, value in config.items() if name not in IRRELEVANT_CONFIG}
-    return _digest(iter([json.dumps(kept, sort_keys=True, default=str).encode()]))
-
-
-def _weights_hash(model: nn.Module) -> str:
-    """A hash over evenly spaced values of every parameter, as float32."""
-
-    def pieces() -> Iterator[bytes]:
-        for name, parameter in model.named_parameters():
-            flat = parameter.detach().flatten()
-            step = max(1, flat.numel() // SAMPLED_VALUES)
-            yield f"{name} {tuple(parameter.shape)}".encode()
-            yield flat[::step].float().cpu().numpy().tobytes()
-
-    return _digest(pieces())
+    return _digest(json.dumps(kept, sort_keys=True, default=str).encode())
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
     """Over what turns text into tokens: a fast tokenizer's definition, or the vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return _digest(iter([backend.to_str().encode()]))
-    return _digest(iter([json.dumps(sorted(tokenizer.get_vocab().items())).encode()]))
+        return _digest(backend.to_str().encode())
+    return _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())

@@ -28,6 +28,7 @@ class Record:
     id: str
     text: str
     prompt: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Example:
     prompt: str
     tokens: tuple[int, ...]
     loss_start: int
+    title: str = ""
 
     def metadata(self) -> dict[str, Any]:
         """What the store keeps beside the row, so that the passage can be shown and run again."""
@@ -76,8 +78,9 @@ class Example:
             "tokens": list(self.tokens),
             "loss_start": self.loss_start,
         }
-        if self.prompt:
-            kept["prompt"] = self.prompt
+        for name, value in (("prompt", self.prompt), ("title", self.title)):
+            if value:
+                kept[name] = value
         return kept
 
     @classmethod
@@ -89,6 +92,7 @@ class Example:
             prompt=metadata.get("prompt", ""),
             tokens=tuple(metadata["tokens"]),
             loss_start=metadata["loss_start"],
+            title=metadata.get("title", ""),
         )
 
 
@@ -102,8 +106,8 @@ class Corpus:
         path: the file.
         tokenizer: a fast Hugging Face tokenizer (one that gives character offsets).
         settings: lengths, splitting.
-        text_field, prompt_field, id_field: columns or keys; without `id_field` the record's number
-            is its id.
+        text_field, prompt_field, title_field, id_field: columns or keys; without `id_field` the
+            record's number is its id.
         limit: stop after this many examples.
     Raises:
         FileNotFoundError, ValueError: the file is missing, of another kind, or lacks a field.
@@ -117,13 +121,19 @@ class Corpus:
         *,
         text_field: str = "text",
         prompt_field: str | None = None,
+        title_field: str | None = None,
         id_field: str | None = None,
         limit: int | None = None,
     ) -> None:
         self.path = Path(path)
         self.tokenizer = tokenizer
         self.settings = settings
-        self.fields = {"text": text_field, "prompt": prompt_field, "id": id_field}
+        self.fields = {
+            "text": text_field,
+            "prompt": prompt_field,
+            "title": title_field,
+            "id": id_field,
+        }
         self.limit = limit
         self.fraction_read = 0.0
         self.num_examples = 0
@@ -138,8 +148,8 @@ class Corpus:
             raise ValueError(
                 "tokenizer: expected a fast tokenizer (tokenizer.json), got a slow one"
             )
-        if self.path.suffix == ".txt" and (prompt_field or id_field):
-            raise ValueError("prompt_field, id_field: a .txt file has no fields")
+        if self.path.suffix == ".txt" and (prompt_field or title_field or id_field):
+            raise ValueError("prompt_field, title_field, id_field: a .txt file has no fields")
 
     def __iter__(self) -> Iterator[Example]:
         """The examples, in the file's order; records of fewer than two tokens are left out."""
@@ -188,7 +198,10 @@ class Corpus:
                 values[role] = value
             number = place.rsplit(" ", 1)[-1]
             yield Record(
-                id=values.get("id", number), text=values["text"], prompt=values.get("prompt", "")
+                id=values.get("id", number),
+                text=values["text"],
+                prompt=values.get("prompt", ""),
+                title=values.get("title", ""),
             )
 
     def _jsonl_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -350,7 +363,9 @@ def encode(record: Record, tokenizer: Any, settings: TokenSettings) -> tuple[lis
             f" no room for text within max_tokens = {settings.max_tokens}"
         )
     if body <= room:
-        whole = Example(record.id, record.text, record.prompt, tuple(tokens), max(1, head))
+        whole = Example(
+            record.id, record.text, record.prompt, tuple(tokens), max(1, head), record.title
+        )
         return [whole], False
 
     def piece(id: str, start: int) -> Example:
@@ -360,6 +375,7 @@ def encode(record: Record, tokenizer: Any, settings: TokenSettings) -> tuple[lis
             prompt=record.prompt,
             tokens=(*tokens[:head], *tokens[start : start + room]),
             loss_start=max(1, head),
+            title=record.title,
         )
 
     if settings.long == "truncate":

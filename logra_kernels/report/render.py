@@ -184,7 +184,7 @@ def _passage(
         "title": passage.get("title"),
         "score": passage["score"],
         "width": round(100 * share, 1),
-        "snippet": snippet(passage["text"], 110),
+        "snippet": preview(passage, 110),
         "prompt": passage.get("prompt", ""),
         "body": shade(tokens) if tokens else escape(passage["text"]),
         "note": " · ".join(note),
@@ -197,11 +197,20 @@ def snippet(text: str, length: int) -> str:
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
 
 
+def preview(passage: dict[str, Any], length: int) -> str:
+    """The beginning of a passage's text, without the title if it begins with that."""
+    text = passage["text"].lstrip()
+    title = passage.get("title")
+    if title and text.startswith(title):
+        text = text[len(title) :]
+    return snippet(text, length)
+
+
 def shade(tokens: Sequence[tuple[str, float]]) -> Markup:
     """Tokens as spans of class p1 … p8 (raises the score) or n1 … n8 (lowers it).
 
-    The shade is relative to the passage's largest contribution. A token that shows no text (it ends
-    inside a character) is added to the one after it, so that the shown contributions keep their sum.
+    The shade is relative to the passage's largest contribution. A token that shows no text (it
+    ends inside a character) is added to the one after it, so that what is shown keeps its sum.
     """
     merged: list[tuple[str, float]] = []
     waiting = 0.0

@@ -1,0 +1,11 @@
+"""`logra demo`: the whole path, on a real model and a real text."""
+
+import argparse
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """See logra_kernels/demo.py."""
+    from logra_kernels.demo import run_demo
+
+    run_demo(arguments.out, quick=arguments.quick)
+    return 0

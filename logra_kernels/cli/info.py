@@ -1,0 +1,63 @@
+"""`logra info`: the facts of a store."""
+
+import argparse
+from typing import Any
+
+from logra_kernels.report.render import format_bytes
+from logra_kernels.store import Store
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print label and value, a line each."""
+    store = Store.open(arguments.store)
+    for label, value in facts(store):
+        print(f"{label:<13}{value}")
+    return 0
+
+
+def facts(store: Store) -> list[tuple[str, str]]:
+    """What is known of a store, whoever wrote it."""
+    size_bytes = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    state = "finalized" if store.finalized else "not finalized: being written, or interrupted"
+    lines = [
+        ("store", str(store.path)),
+        ("state", state),
+        ("rows", f"{store.num_rows:,} in {len(store.shards):,} shards"),
+        ("row", f"{store.dim:,} numbers, {store.dtype}"),
+        ("size", f"{format_bytes(size_bytes)} ({size_bytes:,} bytes)"),
+        ("projection", _projection(store.projection)),
+        ("curvature", _curvatures(store)),
+    ]
+    lines += _fingerprints(store.fingerprints)
+    lines.append(("modules", f"{len(store.modules)}"))
+    lines += [("", f"{m.name}  [{m.ko}, {m.ki}]") for m in store.modules]
+    return lines
+
+
+def _projection(projection: Any) -> str:
+    if not isinstance(projection, dict) or "kind" not in projection:
+        return "not described"
+    rank = projection.get("rank")
+    if rank is None:
+        return str(projection["kind"])
+    return f"{projection['kind']}, rank {' × '.join(map(str, rank))}, seed {projection['seed']}"
+
+
+def _curvatures(store: Store) -> str:
+    found = []
+    for name, entry in store.curvatures.items():
+        stale = "" if entry["rows"] == store.num_rows else " (rows were added since)"
+        found.append(f"{name}, of {entry['rows']:,} rows{stale}")
+    return "; ".join(found) or "none"
+
+
+def _fingerprints(found: Any) -> list[tuple[str, str]]:
+    if not isinstance(found, dict) or found.get("kind") != "causal-lm":
+        return [("fingerprints", "none" if not found else str(found))]
+    model, tokens, data = found["model"], found["tokens"], found["data"]
+    return [
+        ("model", f"{model['name']}, {model['dtype']}, weights {model['weights']}"),
+        ("tokenizer", model["tokenizer"]),
+        ("data", f"{data['file']}, sha256 {data['sha256'][:16]}"),
+        ("tokens", ", ".join(f"{key} {value}" for key, value in tokens.items() if value)),
+    ]

@@ -1,0 +1,55 @@
+"""Parse, call the subcommand, turn the package's errors into a sentence and an exit code."""
+
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import TextIO
+
+from logra_kernels.cli.parser import build_parser
+
+# What a wrong argument, file, model or store leads to; anything else is a defect and keeps its
+# traceback.
+EXPECTED_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0: done; 1: `verify` found problems; 2: an error, said in one sentence; 130: interrupted.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(given)
+    arguments.command_line = given
+    command = importlib.import_module(f"logra_kernels.cli.{arguments.command}")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return int(command.run(arguments))
+        except KeyboardInterrupt:
+            print(f"logra {arguments.command}: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # `logra info STORE | head`: nobody reads on; keep Python from flushing at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except EXPECTED_ERRORS as error:
+            if arguments.traceback or os.environ.get("LOGRA_DEBUG") == "1":
+                traceback.print_exc()
+            print(f"logra {arguments.command}: {error}", file=sys.stderr)
+            return 2
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as a sentence, without the source line that raised it."""
+    print(f"logra: warning: {message}", file=file or sys.stderr)

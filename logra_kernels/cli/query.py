@@ -1,0 +1,91 @@
+"""`logra query`: a store's passages, ranked for an answer."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from logra_kernels.report import write_report, write_results
+from logra_kernels.report.render import snippet
+from logra_kernels.report.terminal import print_query
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rank, print, and write what was asked for."""
+    from logra_kernels.causal_lm import CausalLM
+    from logra_kernels.corpus import Record
+    from logra_kernels.lm_gradients import lm_fingerprints
+    from logra_kernels.lm_query import ask, chat_prompt
+    from logra_kernels.store import Store
+
+    records = _records(arguments)
+    for option in ("json", "html"):
+        path = getattr(arguments, option)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{option}: no folder {Path(path).absolute().parent}")
+    store = Store.open(arguments.store)
+    # Before the model is loaded, which may take long.
+    dtype = lm_fingerprints(store)["model"]["dtype"]
+    if store.num_rows == 0:
+        raise ValueError(f"store: {arguments.store} holds no rows; log some first")
+    if arguments.top_k > store.num_rows:
+        raise ValueError(
+            f"top_k: expected at most {store.num_rows}, the rows in the store,"
+            f" got {arguments.top_k}"
+        )
+    if not store.finalized:
+        print(
+            f"logra: warning: {arguments.store} is not finished; its {store.num_rows} rows so far"
+            " are ranked",
+            file=sys.stderr,
+        )
+    lm = CausalLM.load(arguments.model, dtype=dtype, device=arguments.device)
+    asked = records
+    if arguments.chat:
+        asked = [Record(r.id, r.text, chat_prompt(lm, r.prompt)) for r in records]
+    results = ask(
+        store,
+        lm,
+        asked,
+        modes=list(dict.fromkeys(arguments.mode or ["l-relatif"])),
+        top_k=arguments.top_k,
+        damping_scale=arguments.damping_scale,
+        damping=arguments.damping,
+        token_scores=bool(arguments.json or arguments.html),
+        notes=["The passages are ranked by influence, which is not the same as being about it."],
+        progress=lambda step: print(f"… {step}", file=sys.stderr),
+    )
+    for query, record in zip(results["queries"], records, strict=True):
+        query["prompt"] = record.prompt
+        print_query(query, least=arguments.least)
+    if arguments.json:
+        write_results(results, arguments.json)
+        print(f"results: {arguments.json}")
+    if arguments.html:
+        write_report(results, arguments.html)
+        print(f"report: {arguments.html}")
+    return 0
+
+
+def _records(arguments: argparse.Namespace) -> "list[Any]":
+    from logra_kernels.corpus import Record
+    from logra_kernels.lm_query import read_queries
+
+    kinds = [name for name in ("text", "completion", "queries") if getattr(arguments, name)]
+    if len(kinds) != 1:
+        got = " and ".join(f"--{name}" for name in kinds) or "none"
+        raise ValueError(f"expected one of --text, --completion, --queries, got {got}")
+    if arguments.prompt is not None and kinds != ["completion"]:
+        raise ValueError("--prompt goes with --completion")
+    if arguments.chat and kinds == ["text"]:
+        raise ValueError("--chat goes with --completion or --queries")
+    if kinds == ["queries"]:
+        records = read_queries(arguments.queries)
+        if arguments.chat and not all(record.prompt for record in records):
+            raise ValueError("--chat needs a prompt in every query")
+        return records
+    text = arguments.text or arguments.completion
+    prompt = arguments.prompt or ""
+    if arguments.chat and not prompt:
+        raise ValueError("--chat needs a --prompt")
+    return [Record(id=snippet(prompt or text, 60), text=text, prompt=prompt)]

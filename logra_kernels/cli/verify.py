@@ -1,0 +1,31 @@
+"""`logra verify`: is every byte of a store as it was written?"""
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from logra_kernels.store import Store, verify_store
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 if the store is good; 1 with a line for each problem."""
+    with tqdm(
+        unit="B", unit_scale=True, desc="verify", dynamic_ncols=True, disable=arguments.quick
+    ) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        problems = verify_store(arguments.store, not arguments.quick, show)
+    for problem in problems:
+        print(problem)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        print(f"logra verify: {arguments.store}: {count}", file=sys.stderr)
+        return 1
+    store = Store.open(arguments.store)
+    state = "" if store.finalized else ", not finalized"
+    print(f"{arguments.store}: good: {store.num_rows:,} rows in {len(store.shards)} shards{state}")
+    return 0

@@ -1,0 +1,41 @@
+"""Results as text for a terminal."""
+
+import textwrap
+from typing import Any
+
+from logra_kernels.report.render import MODE_NAMES, format_score, preview, snippet
+
+WIDTH = 96
+
+
+def print_query(query: dict[str, Any], *, least: bool) -> None:
+    """A query and its ranked passages, as text of at most 96 columns."""
+    print()
+    print("─" * WIDTH)
+    if query["prompt"]:
+        _paragraph(query["prompt"], "  asked   ")
+    _paragraph(query["text"], "  answer  ")
+    for mode in query["modes"]:
+        name = MODE_NAMES.get(mode["mode"], mode["mode"])
+        _print_passages(f"{name}: most influential", mode["top"])
+        if least:
+            _print_passages(f"{name}: least influential", mode["bottom"])
+
+
+def _print_passages(heading: str, passages: list[dict[str, Any]]) -> None:
+    print(f"\n  {heading}")
+    width = max((len(format_score(p["score"])) for p in passages), default=0)
+    for passage in passages:
+        score = format_score(passage["score"])
+        label = passage["id"]
+        if passage.get("title"):
+            label = f"{passage['title']}  [{label}]"
+        start = f"  {passage['rank']:>3}  {score:>{width}}  "
+        print(start + snippet(label, WIDTH - len(start)))
+        print(" " * len(start) + preview(passage, WIDTH - len(start)))
+
+
+def _paragraph(text: str, label: str) -> None:
+    lines = textwrap.wrap(" ".join(text.split()), WIDTH - len(label)) or [""]
+    for number, line in enumerate(lines):
+        print((label if number == 0 else " " * len(label)) + line)
