@@ -160,8 +160,8 @@ class Attributor:
         out = {name: torch.empty(self.store.num_rows, dtype=torch.float64) for name in chosen}
         for block in self._blocks("sigma", progress, rows_needed=False):
             for name, members in chosen.items():
-                sigma = true_norm(block, members).square().cpu()
-                out[name][block.first_row : block.first_row + len(sigma)] = sigma
+                sigma = true_norm(block, members) ** 2
+                out[name][block.first_row : block.first_row + len(sigma)] = share(sigma)
         return out if groups else out[TOTAL]
 
     def _preconditioner(
@@ -244,15 +244,15 @@ class Attributor:
                     rows = rows.to(self.device)
                 scale = None
                 if self.store.dtype != "float32":  # whose scales are ones
-                    scale = share(shard.row_scale[start:end]).to(self.device)
+                    scale = shard.row_scale[start:end]
                 first_row = shard.first_row + start
                 block = Block(first_row, rows, scale, None, norms.units if norms else [])
                 if norms and known is not None:
-                    block.norms = share(known[start:end]).to(self.device)
+                    block.norms = known[start:end]
                 elif norms and fresh is not None:
                     block.norms = norms.compute(rows, self.modules)
                     self._check_norms(block.norms, first_row)
-                    fresh[start:end] = block.norms.cpu().numpy()
+                    fresh[start:end] = block.norms
                 yield block
                 done(end - start)
             if norms and fresh is not None:
@@ -265,11 +265,11 @@ class Attributor:
             )
         return self._norms[kind]
 
-    def _check_norms(self, norms: Tensor, first_row: int) -> None:
-        finite = norms.isfinite()
+    def _check_norms(self, norms: np.ndarray, first_row: int) -> None:
+        finite = np.isfinite(norms)
         if finite.all():
             return
-        row, module = (int(v) for v in (~finite).nonzero()[0])
+        row, module = (int(v) for v in np.argwhere(~finite)[0])
         raise ValueError(
             f"row '{self.store.ids[first_row + row].as_py()}': its self-influence in module "
             f"'{self.modules[module].name}' is not finite"

@@ -14,7 +14,7 @@ from torch import Tensor
 from logra_kernels import ops
 from logra_kernels.influence_result import TOTAL, InfluenceResult
 from logra_kernels.preconditioner import Preconditioner
-from logra_kernels.rows import dtype_name, module_of, split_columns
+from logra_kernels.rows import dtype_name, module_of, share, split_columns
 from logra_kernels.store import Module, Store, StoreError
 
 MODES = ("dot", "l-relatif", "l2", "theta-relatif", "whitened-cosine")
@@ -37,10 +37,12 @@ _warned: set[str] = set()
 
 @dataclass
 class Block:
+    """Some rows of a shard on the scan's device, and what is known of them, on the host."""
+
     first_row: int
     rows: Tensor  # [R, D], as in the file
-    scale: Tensor | None  # [R], the pack's power of two
-    norms: Tensor | None  # [R, M], in units of 2**units[m]
+    row_scale: np.ndarray | None  # [R], the pack's powers of two
+    norms: np.ndarray | None  # [R, M], in units of 2**units[m]
     units: list[int]
 
 
@@ -118,7 +120,7 @@ class Norms:
                 warn_once(f"self-influence is not kept beside the store: {error}")
         self._memory[shard] = norms
 
-    def compute(self, rows: Tensor, modules: Sequence[Module]) -> Tensor:
+    def compute(self, rows: Tensor, modules: Sequence[Module]) -> np.ndarray:
         """[R, M] for rows [R, D] as they lie in the file."""
         if self._factors is None:
             factors = self._preconditioner.scaled_factors(self._kind)
@@ -126,7 +128,7 @@ class Norms:
         out = torch.empty(rows.shape[0], len(modules), device=rows.device)
         for i, columns in enumerate(split_columns(rows, modules)):
             out[:, i] = _norm(columns, self._factors[i] if self._factors else None)
-        return out
+        return out.cpu().numpy()
 
 
 class Sink:
@@ -166,20 +168,30 @@ class Sink:
         return result
 
     def _row_scale(self, block: Block, mode: str) -> tuple[Tensor | None, Tensor | None]:
-        """row_scale and row_bias of the scan, [R] float32 each."""
-        if block.norms is None:
-            return block.scale, None
+        """row_scale and row_bias of the scan, [R] float32 each.
+
+        Computed by NumPy, on one thread: a vector of R is not worth waking the others.
+        """
+        scale, bias = block.row_scale, None
         if mode == "l2":
             norm = true_norm(block, self.plan.members)  # [R] float64
             self._count_zeros(norm)
-            return block.scale, (-0.5 * norm.square()).float()
-        # the scale of the pack is in the score and in the norm, and cancels
-        self._unit = max(block.units[i] for i in self.plan.members)
-        norm = _combine(block, self.plan.members, self._unit)
-        self._count_zeros(norm)
-        return torch.where(norm == 0, 0.0, 1 / norm).float(), None
+            with np.errstate(over="ignore"):
+                bias = (-0.5 * norm**2).astype(np.float32)
+        elif block.norms is not None:
+            # the scale of the pack is in the score and in the norm, and cancels
+            self._unit = max(block.units[i] for i in self.plan.members)
+            norm = _combine(block, self.plan.members, self._unit)
+            self._count_zeros(norm)
+            inverse = np.divide(1, norm, out=np.zeros_like(norm), where=norm != 0)
+            scale = inverse.astype(np.float32)
+        device = self.plan.queries.device
+        return (
+            None if scale is None else share(scale).to(device),
+            None if bias is None else share(bias).to(device),
+        )
 
-    def _count_zeros(self, norm: Tensor) -> None:
+    def _count_zeros(self, norm: np.ndarray) -> None:
         self.zero_rows = (self.zero_rows or 0) + int((norm == 0).sum())
 
     def _true_scale(self, values: Tensor) -> Tensor:
@@ -327,18 +339,19 @@ def _sum_columns(values: Tensor) -> Tensor:
     return values[:, 0]
 
 
-def _combine(block: Block, members: Sequence[int], unit: int) -> Tensor:
+def _combine(block: Block, members: Sequence[int], unit: int) -> np.ndarray:
     """The norm over several modules, of the row as in the file, / 2**unit: [R] float64."""
     assert block.norms is not None
-    units = torch.tensor([2.0 ** (block.units[i] - unit) for i in members], dtype=torch.float64)
-    norms = block.norms[:, list(members)].double() * units.to(block.norms.device)  # [R, members]
-    return _sum_columns(norms.square()).sqrt()
+    norms = block.norms if len(members) == len(block.units) else block.norms[:, list(members)]
+    weights = np.ldexp(1.0, [2 * (block.units[i] - unit) for i in members])
+    # NumPy adds along a contiguous row by its length alone: the bits do not depend on the block
+    return np.sqrt((np.square(norms, dtype=np.float64) * weights).sum(axis=1))
 
 
-def true_norm(block: Block, members: Sequence[int]) -> Tensor:
+def true_norm(block: Block, members: Sequence[int]) -> np.ndarray:
     """sqrt(sigma) over several modules, of the row itself: [R] float64."""
     norm = _combine(block, members, 0)
-    return norm if block.scale is None else norm * block.scale.double()
+    return norm if block.row_scale is None else norm * block.row_scale
 
 
 def _scale_exponent(values: Tensor, exponent: Tensor | int) -> Tensor:
