@@ -7,6 +7,8 @@
 namespace logra {
 namespace {
 
+#include "lane_sums_avx512-inl.h"
+
 struct Vec {
   static constexpr std::size_t kLanes = 16;
   // 24 sums + 4 queries + 1 row of 32 registers; 10 loads for 24 FMA
@@ -42,15 +44,8 @@ struct Vec {
   static Vec widen(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
-  // Sums of the lanes of a, b, c and d: within 128 bits (0 + 2) + (1 + 3), then quarters (0 + 2) + (1 + 3).
   static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
-    const __m512d ab_pairs = _mm512_castps_pd(ab), cd_pairs = _mm512_castps_pd(cd);
-    const __m512 sums = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab_pairs, cd_pairs)),
-                                      _mm512_castpd_ps(_mm512_unpackhi_pd(ab_pairs, cd_pairs)));
-    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    _mm_storeu_ps(out, lane_sums(a.v, b.v, c.v, d.v));
   }
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

@@ -7,6 +7,8 @@
 namespace logra {
 namespace {
 
+#include "lane_sums_avx512-inl.h"
+
 constexpr std::size_t kLanes = 32;
 
 inline __m512bh load(const Bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -18,11 +20,11 @@ inline __m512bh load_n(const Bfloat16* p, std::size_t n) {
 template <int kRows, int kQueries>
 static void tile_bf16(const Bfloat16* const* rows, const Bfloat16* queries, std::size_t query_stride,
                       std::size_t dim, float* out, std::size_t out_stride, bool add) {
-  __m512 sum[kRows][kQueries];
+  __m512 sum[kRows][4];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) sum[r][q] = _mm512_setzero_ps();
+    for (int q = 0; q < 4; ++q) sum[r][q] = _mm512_setzero_ps();
   }
   std::size_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
@@ -47,12 +49,11 @@ static void tile_bf16(const Bfloat16* const* rows, const Bfloat16* queries, std:
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+    alignas(16) float total[4];
+    _mm_store_ps(total, lane_sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]));
+    float* to = out + r * out_stride;
 #pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) {
-      float* to = out + r * out_stride + q;
-      const float total = _mm512_reduce_add_ps(sum[r][q]);
-      *to = add ? *to + total : total;
-    }
+    for (int q = 0; q < kQueries; ++q) to[q] = add ? to[q] + total[q] : total[q];
   }
 }
 

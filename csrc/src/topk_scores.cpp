@@ -15,34 +15,38 @@ struct Entry {
 
 bool better(const Entry& a, const Entry& b) { return a.score != b.score ? a.score > b.score : a.id < b.id; }
 
-/// The k best entries seen, as a heap with the worst of them in front.
+/// The k best entries seen, and others not yet dropped: whenever the buffer is full, the best k of it stay.
 class Best {
  public:
+  /// Room for k entries and as many again, so that an entry costs a constant time.
+  static std::size_t capacity(std::size_t k) { return checked_product(2, k) + 32; }
+
   Best() = default;
   Best(Entry* storage, std::size_t k) : entries_(storage), k_(k) {}
 
-  /// A score below this cannot enter; NaN compares false and never enters.
-  float floor() const { return floor_; }
-
   void offer(Entry entry) {
-    if (size_ < k_) {
-      entries_[size_++] = entry;
-      std::push_heap(entries_, entries_ + size_, better);
-    } else if (better(entry, entries_[0])) {
-      std::pop_heap(entries_, entries_ + size_, better);
-      entries_[size_ - 1] = entry;
-      std::push_heap(entries_, entries_ + size_, better);
-    }
-    if (size_ == k_) floor_ = entries_[0].score;
+    entries_[size_++] = entry;
+    if (size_ == capacity(k_)) keep_best();
   }
-  void raise_floor(float score) { floor_ = std::max(floor_, score); }
-
+  /// The k-th best score once there are k, else what it was; what is below cannot be among the best.
+  float floor(float before) const { return size_ < k_ ? before : std::max(before, floor_); }
+  /// The best k, in order.
+  void finish() {
+    keep_best();
+    std::sort(entries_, entries_ + size_, better);
+  }
   const Entry* begin() const { return entries_; }
   const Entry* end() const { return entries_ + size_; }
-  void sort() { std::sort_heap(entries_, entries_ + size_, better); }
   std::size_t size() const { return size_; }
 
  private:
+  void keep_best() {
+    if (size_ <= k_) return;
+    std::nth_element(entries_, entries_ + (k_ - 1), entries_ + size_, better);
+    size_ = k_;
+    floor_ = entries_[k_ - 1].score;
+  }
+
   Entry* entries_ = nullptr;
   std::size_t k_ = 0, size_ = 0;
   float floor_ = -std::numeric_limits<float>::infinity();
@@ -51,13 +55,33 @@ class Best {
 /// One end of every query, for one thread.
 struct End {
   std::vector<Best> best;
-  float sign;  // -1 at the bottom
+  std::vector<float> floors;  // of sign * score, a query each: less cannot enter, and NaN compares false
+  float sign;                 // -1 at the bottom
 
-  End(Entry* storage, std::size_t num_queries, std::size_t k, float s) : best(num_queries), sign(s) {
-    for (std::size_t q = 0; q < num_queries; ++q) best[q] = Best(storage + q * k, k);
+  /// What does not beat the last of a full state need not be kept: most rows of a later block.
+  End(Entry* storage, std::size_t num_queries, std::size_t k, float s, const Extremes& state)
+      : best(num_queries), floors(num_queries), sign(s) {
+    for (std::size_t q = 0; q < num_queries; ++q) {
+      best[q] = Best(storage + q * Best::capacity(k), k);
+      const float last = sign * state.scores[q * k + k - 1];
+      floors[q] =
+          state.ids[q * k + k - 1] >= 0 && last == last ? last : -std::numeric_limits<float>::infinity();
+    }
   }
-  void offer(std::size_t query, float score, std::int64_t id) {
-    if (sign * score >= best[query].floor()) best[query].offer({sign * score, id});
+
+  /// The scores of one row and kGroup queries or fewer. Most groups hold nothing new: that is found out
+  /// without a branch for each query.
+  static constexpr std::size_t kGroup = 8;
+  void offer(const float* scores, std::size_t query, std::size_t count, std::int64_t id) {
+    int hits = 0;
+    for (std::size_t q = 0; q < count; ++q) hits |= sign * scores[q] >= floors[query + q];
+    if (hits == 0) return;
+    for (std::size_t q = 0; q < count; ++q) {
+      const float score = sign * scores[q];
+      if (!(score >= floors[query + q])) continue;
+      best[query + q].offer({score, id});
+      floors[query + q] = best[query + q].floor(floors[query + q]);
+    }
   }
 };
 
@@ -73,7 +97,7 @@ void merge(std::vector<End>& ends, std::size_t first_end, const Extremes& extrem
       if (ids[i] >= 0 && scores[i] == scores[i]) all.offer({sign * scores[i], ids[i]});
     for (std::size_t e = first_end + 2; e < ends.size(); e += 2)
       for (const Entry& entry : ends[e].best[q]) all.offer(entry);
-    all.sort();
+    all.finish();
     for (std::size_t i = 0; i < k; ++i) {
       const bool filled = i < all.size();
       scores[i] = filled ? sign * all.begin()[i].score : -sign * std::numeric_limits<float>::infinity();
@@ -93,30 +117,25 @@ void topk_scores(const Matrix& queries, const Matrix& rows, const float* row_sca
   if (queries.rows == 0) return;
   const Products products(active_kernels(), queries, rows.dtype, rows.rows);
   const int threads = scan_threads(rows.rows, queries.rows, rows.cols);
-  const std::size_t per_end = checked_product(queries.rows, k),
-                    num_ends = 2 * static_cast<std::size_t>(threads);
+  const std::size_t per_end = checked_product(queries.rows, Best::capacity(k));
+  const std::size_t num_ends = 2 * static_cast<std::size_t>(threads);
   const Scratch<Entry> storage(checked_product(per_end, num_ends));
   std::vector<End> ends;  // [top, bottom] of each thread
-  for (std::size_t e = 0; e < num_ends; ++e) {
-    ends.emplace_back(storage.get() + e * per_end, queries.rows, k, e % 2 == 0 ? 1.0f : -1.0f);
-    // What does not beat the last of a full state need not be kept: most rows of a later block.
-    const Extremes& held = e % 2 == 0 ? top : bottom;
-    for (std::size_t q = 0; q < queries.rows; ++q)
-      if (held.ids[q * k + k - 1] >= 0)
-        ends[e].best[q].raise_floor(ends[e].sign * held.scores[q * k + k - 1]);
-  }
+  ends.reserve(num_ends);
+  for (std::size_t e = 0; e < num_ends; ++e)
+    ends.emplace_back(storage.get() + e * per_end, queries.rows, k, e % 2 == 0 ? 1.0f : -1.0f,
+                      e % 2 == 0 ? top : bottom);
   scan(products, rows, threads, false, [&](const ScanBlock& block, std::size_t thread) {
-    End& highest = ends[2 * thread];
-    End& lowest = ends[2 * thread + 1];
-    for (std::size_t q = 0; q < block.num_queries; ++q) {
-      const std::size_t query = block.first_query + q;
-      for (std::size_t r = 0; r < block.num_rows; ++r) {
-        float score = block.c[r * kQueryBlock + q];
-        if (row_scale != nullptr) score *= row_scale[block.first_row + r];
-        if (row_bias != nullptr) score += row_bias[block.first_row + r];
-        const std::int64_t id = row_offset + static_cast<std::int64_t>(block.first_row + r);
-        highest.offer(query, score, id);
-        lowest.offer(query, score, id);
+    for (std::size_t r = 0; r < block.num_rows; ++r) {
+      const std::size_t row = block.first_row + r;
+      float* scores = block.c + r * kQueryBlock;
+      for (std::size_t q = 0; row_scale != nullptr && q < block.num_queries; ++q) scores[q] *= row_scale[row];
+      for (std::size_t q = 0; row_bias != nullptr && q < block.num_queries; ++q) scores[q] += row_bias[row];
+      for (std::size_t q = 0; q < block.num_queries; q += End::kGroup) {
+        const std::size_t count = std::min(End::kGroup, block.num_queries - q);
+        const std::int64_t id = row_offset + static_cast<std::int64_t>(row);
+        ends[2 * thread].offer(scores + q, block.first_query + q, count, id);
+        ends[2 * thread + 1].offer(scores + q, block.first_query + q, count, id);
       }
     }
   });
