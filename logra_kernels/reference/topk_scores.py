@@ -25,9 +25,9 @@ def topk_scores(
     values = scores(queries, rows, row_scale, row_bias)  # [Q, R]
     ids = torch.arange(row_offset, row_offset + rows.shape[0], device=rows.device)
     ids = ids.expand(values.shape)  # [Q, R]
-    state = state or (None, None, None, None)  # type: ignore[assignment]
-    top = _select(values, ids, k, state[0], state[1], sign=1.0)
-    bottom = _select(values, ids, k, state[2], state[3], sign=-1.0)
+    kept: tuple[Tensor | None, ...] = state or (None, None, None, None)
+    top = _select(values, ids, k, kept[0], kept[1], sign=1.0)
+    bottom = _select(values, ids, k, kept[2], kept[3], sign=-1.0)
     return (*top, *bottom)
 
 
