@@ -485,3 +485,21 @@ def test_a_singular_curvature_without_damping_is_an_error_of_the_attributor(tmp_
         open_attributor(store, damping=0.0)
     scores = open_attributor(store, damping=0.0, solver="eigh").scores(QUERIES).scores
     assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["sigma", "theta"])
+def test_the_cache_beside_the_store_says_what_format_md_says(store, kind):
+    """scale[r]^2 * sum over m of (value[r, m] * 2**unit_exponents[m])^2, read without this package."""
+    attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
+    attributor.scores(QUERIES, {"sigma": "l-relatif", "theta": "theta-relatif"}[kind])
+    (folder,) = (store.path / "self_influence").iterdir()
+    meta = json.loads((folder / "key.json").read_text())["meta"]
+    assert meta["dampings"] == attributor.dampings
+    files = sorted(folder.glob("shard-*.npy"))
+    values = np.concatenate([np.load(file) for file in files]).astype(np.float64)
+    scale = np.concatenate([shard.row_scale for shard in store.shards])
+    units = np.array(meta["unit_exponents"])
+    got = scale**2.0 * ((values * 2.0**units) ** 2).sum(axis=1)
+    want = {"sigma": truth.sigma, "theta": truth.theta**2}[kind].numpy()
+    # as in test_self_influence
+    np.testing.assert_allclose(got, want, rtol=200 * 2**-24)
