@@ -489,7 +489,7 @@ def test_a_singular_curvature_without_damping_is_an_error_of_the_attributor(tmp_
 
 @pytest.mark.parametrize("kind", ["sigma", "theta"])
 def test_the_cache_beside_the_store_says_what_format_md_says(store, kind):
-    """scale[r]^2 * sum over m of (value[r, m] * 2**unit_exponents[m])^2, read without this package."""
+    """scale[r]^2 * sum over m of (value[r, m] * 2**unit_exponents[m])^2, read with NumPy alone."""
     attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
     attributor.scores(QUERIES, {"sigma": "l-relatif", "theta": "theta-relatif"}[kind])
     (folder,) = (store.path / "self_influence").iterdir()
