@@ -116,6 +116,5 @@ def tile(size: int, largest: int) -> int:
     return max(16, min(largest, triton.next_power_of_2(size)))
 
 
-def is_half(*tensors: Tensor) -> bool:
-    """Whether every tensor is float16 or bfloat16."""
-    return all(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
+def is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)

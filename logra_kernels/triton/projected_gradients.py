@@ -234,6 +234,11 @@ def _reduce_kernel(
     tl.store(out + segment.to(tl.int64) * size + element, acc, mask=element < size)
 
 
+def _direct(tokens: Tensor, proj: Tensor | None) -> bool:
+    """Whether tokens and their projection go to the tensor cores as they are."""
+    return is_half(tokens) and (proj is None or proj.dtype == tokens.dtype)
+
+
 def projected_gradients(
     x: Tensor,
     dy: Tensor,
@@ -249,15 +254,20 @@ def projected_gradients(
 
     Packed: x [T, I], dy [T, O], mask [T], cu_seqlens [S + 1] -> [S, Ko, Ki].
     input_precision concerns products of two float32 operands: "ieee", "tf32" or "bf16x6". The outer
-    products of projected activations take "bf16x6" if x and dy are both of a half type.
+    products of projected activations take "bf16x6" unless x and dy are both float32.
     """
     check_floating(x=x, dy=dy, proj_in=proj_in, proj_out=proj_out)
     check(x=x, mask=mask, cu_seqlens=cu_seqlens)
     check_precision(input_precision)
     x, dy = last_axis_contiguous(x), last_axis_contiguous(dy)
-    outer_precision = "bf16x6" if is_half(x, dy) else input_precision
+    full = x.dtype == dy.dtype == torch.float32
+    outer_precision = input_precision if full else "bf16x6"
 
-    largest = 32 if input_precision == "ieee" and not is_half(x, dy) else 64
+    # operands that are split, or multiplied without tensor cores, or one side of them as loaded and
+    # the other projected, fill the registers of larger tiles
+    alike = (proj_in is None) == (proj_out is None)
+    large = alike and _direct(x, proj_in) and _direct(dy, proj_out)
+    largest = 64 if large else 32
     rank_in = x.shape[-1] if proj_in is None else proj_in.shape[0]
     rank_out = dy.shape[-1] if proj_out is None else proj_out.shape[0]
     tile_in, tile_out = tile(rank_in, largest), tile(rank_out, largest)
@@ -271,6 +281,10 @@ def projected_gradients(
         proj_in = last_axis_contiguous(proj_in)
     if proj_out is not None:
         proj_out = last_axis_contiguous(proj_out)
+
+    block = 64 if large else 32
+    if not large and proj_in is None and proj_out is None:
+        block = 16  # every operand is split while it comes from memory
 
     packed = cu_seqlens is not None
     tokens = x.shape[-2]
@@ -318,12 +332,12 @@ def projected_gradients(
             PRECISION=input_precision,
             OUTER_PRECISION=outer_precision,
             CHUNK=_CHUNK,
-            BLOCK=64 if largest == 64 else 32,
-            WIDTH=64 if largest == 64 else 16,
+            BLOCK=block,
+            WIDTH=64 if large else 16,
             RANK_IN=tile_in,
             RANK_OUT=tile_out,
             # the pieces of the outer products fill the registers of 4 warps
-            num_warps=8 if largest == 64 else 4,
+            num_warps=8 if large else 4,
             num_stages=3,
         )
         if chunks > 1:

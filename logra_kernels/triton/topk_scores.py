@@ -35,6 +35,7 @@ _SMALLEST_BLOCK = 4096  # rows
 _NO_KEY = tl.constexpr(-(2**63))  # padding and NaN: below the key of -inf
 _NO_ORDER = tl.constexpr(-(2**31))
 _NO_ID = tl.constexpr(2**63 - 1)
+_NO_PLACE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -139,10 +140,14 @@ def _merge_kernel(
 
 
 @triton.jit
-def _beats(order, row_id, position, other_order, other_id, other_position):
-    tied = order == other_order
-    earlier = (row_id < other_id) | ((row_id == other_id) & (position < other_position))
-    return (order > other_order) | (tied & earlier)
+def _beaten_by(order, row_id, position, others_order, others_id, others_position):
+    """How many of the others [OTHERS] beat each entry [ENTRIES]."""
+    tied = others_order[None, :] == order[:, None]
+    earlier = (others_id[None, :] < row_id[:, None]) | (
+        (others_id[None, :] == row_id[:, None]) & (others_position[None, :] < position[:, None])
+    )
+    beats = (others_order[None, :] > order[:, None]) | (tied & earlier)
+    return tl.sum(beats.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -182,8 +187,13 @@ def _state_kernel(
     SIGN: tl.constexpr,  # 1.0 for the top, -1.0 for the bottom
     NEW: tl.constexpr,
     OLD: tl.constexpr,  # 0: no state
+    OTHERS: tl.constexpr,
 ):
-    """One query: an entry's place is the number of entries that beat it."""
+    """One query: an entry's place is the number of entries that beat it.
+
+    Entries without a row come last, and one of them beats another by its position: so they fill
+    the places that are left. What pads the blocks of OTHERS stands behind every position.
+    """
     q = tl.program_id(0).to(tl.int64)
     new = tl.arange(0, NEW)
     keys += q * k
@@ -204,16 +214,25 @@ def _state_kernel(
             old_score, tl.load(old_ids + old, mask=old < old_count, other=-1), SIGN
         )
         old_rank = tl.zeros((OLD,), dtype=tl.int32)
-        for j in range(old_count):
-            order, row_id = _old_entry(tl.load(old_scores + j), tl.load(old_ids + j), SIGN)
-            old_rank += _beats(order, row_id, j, old_order, old_id, old).to(tl.int32)
-            new_rank += _beats(order, row_id, j, new_order, new_id, new_position).to(tl.int32)
+        for start in range(0, old_count, OTHERS):
+            j = start + tl.arange(0, OTHERS)
+            order, row_id = _old_entry(
+                tl.load(old_scores + j, mask=j < old_count, other=0.0),
+                tl.load(old_ids + j, mask=j < old_count, other=-1),
+                SIGN,
+            )
+            position = tl.where(j < old_count, j, _NO_PLACE)
+            old_rank += _beaten_by(old_order, old_id, old, order, row_id, position)
+            new_rank += _beaten_by(new_order, new_id, new_position, order, row_id, position)
 
-    for j in range(k):
-        order, row_id = _new_entry(tl.load(keys + j), row_offset)
-        new_rank += _beats(order, row_id, j + OLD, new_order, new_id, new_position).to(tl.int32)
+    for start in range(0, k, OTHERS):
+        j = start + tl.arange(0, OTHERS)
+        other_key = tl.load(keys + j, mask=j < k, other=_NO_KEY)
+        order, row_id = _new_entry(other_key, row_offset)
+        position = tl.where(j < k, j + OLD, _NO_PLACE)
+        new_rank += _beaten_by(new_order, new_id, new_position, order, row_id, position)
         if OLD > 0:
-            old_rank += _beats(order, row_id, j + OLD, old_order, old_id, old).to(tl.int32)
+            old_rank += _beaten_by(old_order, old_id, old, order, row_id, position)
 
     new_rank = tl.where(new < k, new_rank, k)
     _put(scores, ids, q * k, new_rank, new_score, new_id, k, SIGN)
@@ -367,6 +386,7 @@ def _merge_state(
             SIGN=sign,
             NEW=triton.next_power_of_2(k),
             OLD=triton.next_power_of_2(old_count) if old_count else 0,
+            OTHERS=16,
             num_warps=4,
         )
     return values, ids
