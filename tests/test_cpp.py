@@ -1,0 +1,126 @@
+"""The C++ core by itself: installed, found by find_package(logra), linked without Python."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PROJECT = """
+cmake_minimum_required(VERSION 3.18)
+project(consumer LANGUAGES CXX)
+find_package(logra 0.1 REQUIRED)
+add_executable(consumer main.cpp)
+target_link_libraries(consumer PRIVATE logra::logra)
+"""
+
+# Integers small enough to be exact in every type, so that the numbers can be compared as they are.
+PROGRAM = r"""
+#include <cstdint>
+#include <cstdio>
+#include <stdexcept>
+#include <vector>
+
+#include "logra/covariance_update.h"
+#include "logra/gradients.h"
+#include "logra/isa.h"
+#include "logra/pack_rows.h"
+#include "logra/project.h"
+#include "logra/scores.h"
+#include "logra/self_influence.h"
+#include "logra/topk_scores.h"
+
+using logra::Dtype;
+
+template <class T>
+void print(const char* name, const std::vector<T>& values) {
+  std::printf("%s", name);
+  for (T value : values) std::printf(" %g", static_cast<double>(value));
+  std::printf("\n");
+}
+
+int main() {
+  const std::vector<float> rows = {1, 2, 3, 4, 5, 6}, queries = {1, 0, -1, 2, 1, 0};
+  const logra::Matrix r{rows.data(), Dtype::kFloat32, 2, 3, 3};
+  const logra::Matrix q{queries.data(), Dtype::kFloat32, 2, 3, 3};
+  for (const logra::Isa isa : logra::available_isas()) {
+    logra::set_isa(logra::isa_name(isa));
+    std::vector<float> out(4);
+    logra::scores(q, r, nullptr, nullptr, out.data());
+    print("scores", out);
+    logra::project(r, q, out.data());
+    print("project", out);
+    std::vector<float> sigma(2);
+    logra::self_influence(r, q, sigma.data());
+    print("self_influence", sigma);
+    std::vector<double> cov(9, 0.0);
+    logra::covariance_update(cov.data(), r);
+    print("covariance", cov);
+    std::vector<float> gradient(9);
+    logra::Examples examples;
+    examples.num_examples = 1, examples.num_tokens = 2;
+    const logra::Tokens tokens{rows.data(), Dtype::kFloat32, 3, 6, 3};
+    logra::per_sample_gradients(examples, tokens, tokens, gradient.data());
+    print("gradient", gradient);
+    std::vector<float> top(2, 0), bottom(2, 0);
+    std::vector<std::int64_t> top_ids(2, -1), bottom_ids(2, -1);
+    logra::topk_scores(q, r, nullptr, nullptr, 1, 10, {top.data(), top_ids.data()},
+                       {bottom.data(), bottom_ids.data()});
+    print("top_ids", top_ids);
+    std::vector<std::uint16_t> packed(6);
+    std::vector<float> scale(2), back(6);
+    const std::int64_t size = 3, exponent = 0;
+    const logra::ModuleColumns columns{1, &size, &exponent};
+    logra::pack_rows(r, columns, packed.data(), scale.data());
+    const logra::Matrix p{packed.data(), Dtype::kFloat16, 2, 3, 3};
+    logra::unpack_rows(p, scale.data(), columns, back.data());
+    print("unpacked", back);
+  }
+  try {
+    logra::scores(q, {rows.data(), Dtype::kFloat32, 3, 2, 2}, nullptr, nullptr, nullptr);
+  } catch (const std::invalid_argument& error) {
+    std::printf("%s\n", error.what());
+  }
+}
+"""
+
+EXPECTED = [
+    "scores -2 -2 4 13",
+    "project -2 4 -2 13",
+    "self_influence 20 173",
+    "covariance 17 0 0 22 29 0 27 36 45",
+    "gradient 17 22 27 22 29 36 27 36 45",
+    "top_ids 10 11",
+    "unpacked 1 2 3 4 5 6",
+]
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("cmake", "ninja", "g++"))), reason="needs cmake, ninja and g++"
+)
+def test_a_program_links_the_installed_core(tmp_path: Path) -> None:
+    def cmake(*arguments: str) -> None:
+        done = subprocess.run(["cmake", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    build, prefix, consumer = tmp_path / "build", tmp_path / "prefix", tmp_path / "consumer"
+    # -O1: the numbers are the same, in a third of the time
+    cmake("-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    cmake("--build", str(build))
+    cmake("--install", str(build), "--prefix", str(prefix))
+    headers = {p.name for p in (prefix / "include" / "logra").iterdir()}
+    assert headers == {p.name for p in (ROOT / "csrc/include/logra").iterdir()}
+
+    consumer.mkdir()
+    (consumer / "CMakeLists.txt").write_text(PROJECT)
+    (consumer / "main.cpp").write_text(PROGRAM)
+    out = consumer / "build"
+    cmake("-S", str(consumer), "-B", str(out), "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    cmake("--build", str(out))
+    done = subprocess.run([str(out / "consumer")], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "rows: expected as many columns as queries"
+    assert lines[:-1] == EXPECTED * ((len(lines) - 1) // len(EXPECTED))
+    assert len(lines) > len(EXPECTED)

@@ -1,0 +1,146 @@
+"""What torch expects of every registered op."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_cases import randn, same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from logra_kernels import ops
+
+X, DY, MASK = randn(3, 5, 8), randn(3, 5, 4, seed=1), torch.tensor([[1, 1, 1, 0, 0]] * 3).bool()
+PROJ_IN, PROJ_OUT = randn(6, 8, seed=2), randn(2, 4, seed=3)
+QUERIES, ROWS = randn(2, 20, seed=4), randn(7, 20, seed=5).half()
+SCALE, BOUNDS, MODULES = torch.rand(7), torch.tensor([0, 2, 5]), ([12, 8], [0, -3])
+STATE = list(ops.topk_scores(QUERIES, ROWS, 3))
+
+CALLS: dict[str, list[tuple[Any, ...]]] = {
+    "project": [(X, PROJ_IN), (X.bfloat16(), PROJ_IN), (X.double(), PROJ_IN)],
+    "per_sample_gradients": [
+        (X, DY, MASK, None, None),
+        (X.half(), DY, MASK.float(), None, torch.float16),
+        (X[0], DY[0], None, BOUNDS, None),
+    ],
+    "projected_gradients": [
+        (X, DY, PROJ_IN, PROJ_OUT, MASK, None, None),
+        (X.bfloat16(), DY, None, PROJ_OUT, None, None, torch.bfloat16),
+        (X[0], DY[0], PROJ_IN, None, MASK[0], BOUNDS.int(), None),
+    ],
+    "covariance_update_": [
+        (torch.zeros(20, 20), ROWS),
+        (torch.zeros(20, 20, dtype=torch.float64), ROWS),
+    ],
+    "scores": [(QUERIES, ROWS, SCALE, SCALE), (QUERIES, ROWS.float(), None, None)],
+    "topk_scores": [
+        (QUERIES, ROWS, 3, SCALE, None, None, 0),
+        (QUERIES, ROWS, 3, None, None, STATE, 7),
+    ],
+    "self_influence": [(ROWS, randn(5, 20, seed=6))],
+    "pack_rows": [(ROWS.float(), *MODULES)],
+    "unpack_rows": [(ROWS, SCALE, *MODULES)],
+}
+
+
+def test_every_op_is_listed() -> None:
+    assert set(CALLS) == set(ops.__all__) - {"TopK"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
+    for arguments in CALLS[name]:
+        torch.library.opcheck(getattr(torch.ops.logra, name).default, arguments)
+
+
+PUBLIC: dict[str, Callable[[], Any]] = {
+    "project": lambda: ops.project(X, PROJ_IN),
+    "per_sample_gradients": lambda: ops.per_sample_gradients(X, DY, MASK, out_dtype=torch.float16),
+    "cu_seqlens": lambda: ops.per_sample_gradients(X[0], DY[0], cu_seqlens=BOUNDS),
+    "segment_ids": lambda: ops.projected_gradients(
+        X, DY, PROJ_IN, PROJ_OUT, segment_ids=MASK.long() - 1, num_segments=2
+    ),
+    "projected_gradients": lambda: ops.projected_gradients(X, DY, PROJ_IN, PROJ_OUT, MASK.float()),
+    "covariance_update_": lambda: ops.covariance_update_(torch.zeros(20, 20), ROWS),
+    "scores": lambda: ops.scores(QUERIES, ROWS, SCALE),
+    "topk_scores": lambda: tuple(
+        ops.topk_scores(QUERIES, ROWS, 3, SCALE, state=STATE, row_offset=7)
+    ),
+    "self_influence": lambda: ops.self_influence(ROWS, torch.eye(20)),
+    "pack_rows": lambda: ops.pack_rows(ROWS.float(), *MODULES),
+    "unpack_rows": lambda: ops.unpack_rows(ROWS, SCALE, *MODULES),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_compile_without_a_break(name: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(PUBLIC[name], fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(), PUBLIC[name]())
+
+
+@pytest.mark.slow
+def test_compiles_with_the_default_backend_and_changing_sizes() -> None:
+    torch._dynamo.reset()
+
+    def rows_of(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        return 2 * ops.projected_gradients(x, dy, PROJ_IN, PROJ_OUT).flatten(1)
+
+    compiled = torch.compile(rows_of, fullgraph=True, dynamic=True)
+    for n, t in ((3, 5), (4, 9)):
+        x, dy = randn(n, t, 8), randn(n, t, 4, seed=1)
+        assert torch.equal(compiled(x, dy), rows_of(x, dy))
+
+
+def test_bad_values_are_refused_at_run_time_by_compiled_code() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.per_sample_gradients, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="mask: expected only 0 and 1, got 2"):
+        compiled(X, DY, 2.0 * MASK)
+    with pytest.raises(Exception, match="num_segments: expected a number under torch\\.compile"):
+        compiled(X, DY, segment_ids=MASK.long())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fakes_of_gpu_tensors(name: str) -> None:
+    """What a trace on a GPU sees: the shapes and dtypes of the CPU's results, on the GPU."""
+    for arguments in CALLS[name]:
+        real = getattr(torch.ops.logra, name)(*arguments)
+        with FakeTensorMode():
+            fake = [to_fake(argument) for argument in arguments]
+            result = getattr(torch.ops.logra, name)(*fake)
+        if real is None:
+            assert result is None
+            continue
+        pairs = (
+            zip([real], [result], strict=True)
+            if torch.is_tensor(real)
+            else zip(real, result, strict=True)
+        )
+        for wanted, got in pairs:
+            assert got.device.type == "cuda"
+            assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+            assert got.stride() == wanted.stride()
+
+
+def to_fake(argument: Any) -> Any:
+    if isinstance(argument, list) and all(torch.is_tensor(t) for t in argument):
+        return [to_fake(t) for t in argument]
+    if not torch.is_tensor(argument):
+        return argument
+    return torch.empty_strided(
+        argument.shape, argument.stride(), dtype=argument.dtype, device="cuda"
+    )
+
+
+def test_results_are_outside_autograd() -> None:
+    x, proj = X.clone().requires_grad_(), PROJ_IN.clone().requires_grad_()
+    assert not ops.project(x, proj).requires_grad
+    assert not ops.projected_gradients(x, DY, proj, None).requires_grad
+    assert not ops.scores(QUERIES.clone().requires_grad_(), ROWS).requires_grad
+
+
+def test_other_devices_use_the_reference() -> None:
+    out = torch.ops.logra.scores(QUERIES.to("meta"), ROWS.to("meta"), None, None)
+    assert out.shape == (2, 7)
+    assert out.device.type == "meta"

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from op_cases import (
+    DTYPES,
+    TAILS,
+    assert_threads_do_not_matter,
+    assert_within,
+    gamma,
+    layouts,
+    randn,
+)
+from torch import Tensor
+
+from logra_kernels.ops import project
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def check(x: Tensor, proj: Tensor) -> None:
+    exact = x.double() @ proj.double().T
+    size = x.double().abs() @ proj.double().abs().T
+    assert_within(project(x, proj), exact, gamma(x.shape[-1] + 2) * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_float64(isa: str, dtype: torch.dtype) -> None:
+    sizes = [(7, n, 5) for n in TAILS] + [(m, 40, 3) for m in TAILS] + [(5, 40, k) for k in TAILS]
+    for tokens, dim, rank in [*sizes, (49, 2055, 66)]:
+        x, proj = randn(tokens, dim, dtype=dtype), randn(rank, dim, seed=1)
+        check(x, proj)
+        check(x, proj.bfloat16().float())  # exact in bfloat16: its own kernel
+        check(x, proj.bfloat16())
+        check(x, proj.half())
+
+
+@pytest.mark.parametrize("shape", [(33,), (4, 33), (2, 3, 33), (2, 2, 3, 33), (0, 33), (2, 0, 33)])
+def test_any_leading_axes(isa: str, shape: tuple[int, ...]) -> None:
+    x, proj = randn(*shape), randn(5, 33, seed=1)
+    out = project(x, proj)
+    assert out.shape == (*shape[:-1], 5)
+    check(x, proj)
+
+
+def test_empty_axes(isa: str) -> None:
+    assert project(randn(3, 0), randn(4, 0)).equal(torch.zeros(3, 4))
+    assert project(randn(3, 5), randn(0, 5)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layout_does_not_change_bits(isa: str, dtype: torch.dtype) -> None:
+    x, proj = randn(4, 9, 70, dtype=dtype), randn(40, 70, seed=1)
+    expected = project(x, proj)
+    for view in layouts(x):
+        assert torch.equal(project(view, proj), expected)
+    for view in layouts(proj):
+        assert torch.equal(project(x, view), expected)
+    assert torch.equal(project(x.transpose(0, 1), proj), expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native", "set_threads")
+def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> None:
+    x = randn(150, 1300, dtype=dtype)
+    for proj in (randn(70, 1300, seed=1), randn(70, 1300, seed=1).bfloat16().float()):
+        assert_threads_do_not_matter(lambda proj=proj: project(x, proj))
+        whole = project(x, proj)
+        assert torch.equal(
+            torch.cat([project(x[a:b], proj) for a, b in ((0, 1), (1, 61), (61, 150))]), whole
+        )
+
+
+@pytest.mark.parametrize(
+    ("x", "proj", "error", "message"),
+    [
+        (randn(2, 3, 8), randn(4, 7), ValueError, "proj: expected [K, I=8], got [4, 7]"),
+        (randn(2, 3, 8), randn(8), ValueError, "proj: expected [K, I=8], got [8]"),
+        (torch.tensor(1.0), randn(1, 1), ValueError, "x: expected [..., I], got []"),
+        (
+            randn(2, 8).to(torch.complex64),
+            randn(4, 8),
+            TypeError,
+            "x: expected float16 or bfloat16 or float32 or float64, got complex64",
+        ),
+    ],
+)
+def test_bad_input(x: Tensor, proj: Tensor, error: type, message: str) -> None:
+    with pytest.raises(error) as caught:
+        project(x, proj)
+    assert str(caught.value) == message

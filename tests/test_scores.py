@@ -1,0 +1,153 @@
+import pytest
+import torch
+from op_cases import (
+    DTYPES,
+    TAILS,
+    assert_threads_do_not_matter,
+    assert_within,
+    gamma,
+    layouts,
+    randn,
+)
+from torch import Tensor
+
+from logra_kernels.ops import scores
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def check(queries: Tensor, rows: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+    """Against float64: gamma over D products and their sums, then a scale and a bias."""
+    exact = queries.double() @ rows.double().T
+    size = queries.double().abs() @ rows.double().abs().T
+    if scale is not None:
+        exact, size = exact * scale.double(), size * scale.double().abs()
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    assert_within(scores(queries, rows, scale, bias), exact, gamma(rows.shape[1] + 4) * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_float64(isa: str, dtype: torch.dtype) -> None:
+    # 1024 is the block of D; 49 rows and 65 queries are a block and one more
+    sizes = [(5, 7, d) for d in TAILS]
+    sizes += [(q, 13, 40) for q in TAILS] + [(3, r, 40) for r in TAILS]
+    sizes += [(65, 49, 1025), (4, 6, 1024), (33, 50, 2055)]
+    for num_queries, num_rows, dim in sizes:
+        queries, rows = randn(num_queries, dim), randn(num_rows, dim, dtype=dtype, seed=1)
+        scale, bias = torch.rand(num_rows) + 0.1, randn(num_rows, seed=2)
+        check(queries, rows, scale, bias)
+        check(queries.bfloat16().float(), rows, None, None)  # exact in bfloat16: its own kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layout_does_not_change_bits(isa: str, dtype: torch.dtype) -> None:
+    for num_queries in (2, 40):
+        queries, rows = randn(num_queries, 77), randn(9, 77, dtype=dtype, seed=1)
+        expected = scores(queries, rows)
+        for view in layouts(rows):
+            assert torch.equal(scores(queries, view), expected)
+        for view in layouts(queries):
+            assert torch.equal(scores(view, rows), expected)
+        assert torch.equal(scores(queries.T.contiguous().T, rows), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native", "set_threads")
+def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> None:
+    rows, queries = randn(150, 2100, dtype=dtype), randn(70, 2100, seed=1)
+    scale = torch.rand(150)
+    for q in (queries, queries.bfloat16().float()):
+        assert_threads_do_not_matter(lambda q=q: scores(q, rows, scale))
+        whole = scores(q, rows, scale)
+        by_rows = [scores(q, rows[a:b], scale[a:b]) for a, b in ((0, 1), (1, 56), (56, 150))]
+        assert torch.equal(torch.cat(by_rows, 1), whole)
+        by_queries = [scores(q[a:b], rows, scale) for a, b in ((0, 1), (1, 5), (5, 38), (38, 70))]
+        assert torch.equal(torch.cat(by_queries), whole)
+
+
+def test_empty(isa: str) -> None:
+    assert scores(randn(0, 5), randn(3, 5)).shape == (0, 3)
+    assert scores(randn(2, 5), randn(0, 5)).shape == (2, 0)
+    assert scores(randn(2, 0), randn(3, 0)).equal(torch.zeros(2, 3))
+
+
+def test_every_half_is_read_exactly(isa: str) -> None:
+    """Also the subnormals; times one, alone in its row."""
+    for dtype in (torch.float16, torch.bfloat16):
+        halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+        for num_queries in (1, 40):  # read in place, and widened first
+            out = scores(torch.full((num_queries, 1), 1 + 2.0**-20), halves[:, None])
+            exact = halves.float() * (1 + 2.0**-20)
+            assert torch.equal(out.nan_to_num(), exact.expand(num_queries, -1).nan_to_num())
+            assert torch.equal(out[0].isnan(), halves.isnan())
+
+
+def test_rows_that_are_not_finite_stay_alone(isa: str) -> None:
+    rows = randn(60, 50).half()
+    rows[7, 3], rows[20, 40] = torch.nan, torch.inf
+    queries = randn(6, 50, seed=1)
+    out, clean = scores(queries, rows), scores(queries, rows.nan_to_num(0, 0, 0))
+    bad = torch.zeros(60, dtype=torch.bool)
+    bad[[7, 20]] = True
+    assert not out[:, bad].isfinite().any()
+    assert torch.equal(out[:, ~bad], clean[:, ~bad])
+
+
+def test_large_queries_do_not_overflow() -> None:
+    """torch's fp16 product would: its results are fp16 too."""
+    assert scores(torch.full((1, 64), 1e6), torch.full((1, 64), 1e4).half()).item() == 64e10
+
+
+def test_float64_is_computed_in_float64() -> None:
+    queries, rows = randn(3, 9).double(), randn(4, 9, seed=1)
+    assert torch.equal(scores(queries, rows), queries @ rows.double().T)
+
+
+@pytest.mark.parametrize(
+    ("queries", "rows", "options", "error", "message"),
+    [
+        (
+            randn(4, 32).half(),
+            randn(9, 32),
+            {},
+            TypeError,
+            "queries: expected float32 or float64, got float16",
+        ),
+        (
+            randn(4, 32),
+            randn(9, 32).int(),
+            {},
+            TypeError,
+            "rows: expected float16 or bfloat16 or float32 or float64, got int32",
+        ),
+        (randn(4, 32), [1.0], {}, TypeError, "rows: expected a tensor, got list"),
+        (randn(4, 3), randn(9, 32), {}, ValueError, "rows: expected [R, D=3], got [9, 32]"),
+        (randn(32), randn(9, 32), {}, ValueError, "queries: expected [Q, D], got [32]"),
+        (
+            randn(4, 32),
+            randn(9, 32),
+            {"row_scale": randn(2)},
+            ValueError,
+            "row_scale: expected [R=9], got [2]",
+        ),
+        (
+            randn(4, 32),
+            randn(9, 32),
+            {"row_bias": randn(9).half()},
+            TypeError,
+            "row_bias: expected float32, got float16",
+        ),
+        (
+            randn(4, 32),
+            torch.empty(9, 32, device="meta"),
+            {},
+            ValueError,
+            "expected tensors on one device, got queries on cpu, rows on meta",
+        ),
+    ],
+)
+def test_bad_input(queries: Tensor, rows: Tensor, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error) as caught:
+        scores(queries, rows, **options)
+    assert str(caught.value) == message

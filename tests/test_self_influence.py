@@ -1,0 +1,100 @@
+import pytest
+import torch
+from op_cases import (
+    DTYPES,
+    TAILS,
+    assert_threads_do_not_matter,
+    assert_within,
+    gamma,
+    layouts,
+    randn,
+)
+from torch import Tensor
+
+from logra_kernels.ops import self_influence
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def check(rows: Tensor, factor: Tensor) -> None:
+    """w = W g is off by d = gamma_K |W||g|, so w^2 by 2 |w| d + d^2; then M squares are summed."""
+    wide, left = rows.double(), factor.double()
+    w = wide @ left.T
+    off = gamma(rows.shape[1] + 2) * (wide.abs() @ left.abs().T)
+    bound = (2 * w.abs() * off + off**2).sum(1)
+    exact = w.square().sum(1)
+    bound = bound + gamma(factor.shape[0] + 3) * (exact + bound)
+    assert_within(self_influence(rows, factor), exact, bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_float64(isa: str, dtype: torch.dtype) -> None:
+    sizes = [(5, 6, k) for k in TAILS] + [(r, 6, 20) for r in TAILS] + [(5, m, 20) for m in TAILS]
+    for num_rows, m, size in [*sizes, (50, 130, 130), (3, 70, 1100)]:
+        rows, factor = randn(num_rows, size, dtype=dtype), randn(m, size, seed=1)
+        check(rows, factor)
+        check(rows, factor.tril())
+        check(rows, factor.triu())
+
+
+def test_inverse_cholesky_factor_gives_the_quadratic_form(isa: str) -> None:
+    rows = randn(40, 12)
+    h = rows.double().T @ rows.double() / 40 + 0.1 * torch.eye(12)
+    factor = torch.linalg.inv(torch.linalg.cholesky(h)).float()
+    exact = (rows.double() @ torch.linalg.inv(h) * rows.double()).sum(1)
+    torch.testing.assert_close(self_influence(rows, factor).double(), exact, rtol=1e-5, atol=0)
+
+
+def test_zero_rows_and_bad_values(isa: str) -> None:
+    rows = randn(5, 20).half()
+    rows[1], rows[2, 19], rows[3, 0] = 0, torch.nan, torch.inf
+    out = self_influence(rows, randn(20, 20, seed=1).tril())
+    assert out[1] == 0
+    assert out[2].isnan()
+    assert not out[3].isfinite()
+    assert out[[0, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native", "set_threads")
+def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> None:
+    rows, factor = randn(200, 140, dtype=dtype), randn(140, 140, seed=1).tril()
+    assert_threads_do_not_matter(lambda: self_influence(rows, factor))
+    whole = self_influence(rows, factor)
+    parts = [self_influence(rows[a:b], factor) for a, b in ((0, 1), (1, 51), (51, 200))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layout_does_not_change_bits(isa: str, dtype: torch.dtype) -> None:
+    rows, factor = randn(9, 33, dtype=dtype), randn(10, 33, seed=1)
+    expected = self_influence(rows, factor)
+    for view in layouts(rows):
+        assert torch.equal(self_influence(view, factor), expected)
+    for view in layouts(factor):
+        assert torch.equal(self_influence(rows, view), expected)
+
+
+def test_empty(isa: str) -> None:
+    assert self_influence(randn(0, 4), randn(4, 4)).shape == (0,)
+    assert self_influence(randn(3, 4), randn(0, 4)).equal(torch.zeros(3))
+    assert self_influence(randn(3, 0), randn(2, 0)).equal(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("rows", "factor", "error", "message"),
+    [
+        (randn(3, 4), randn(4, 5), ValueError, "factor: expected [M, K=4], got [4, 5]"),
+        (
+            randn(3, 4),
+            randn(4, 4).half(),
+            TypeError,
+            "factor: expected float32 or float64, got float16",
+        ),
+        (randn(4), randn(4, 4), ValueError, "rows: expected [R, K], got [4]"),
+    ],
+)
+def test_bad_input(rows: Tensor, factor: Tensor, error: type, message: str) -> None:
+    with pytest.raises(error) as caught:
+        self_influence(rows, factor)
+    assert str(caught.value) == message

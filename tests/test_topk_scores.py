@@ -1,0 +1,123 @@
+import pytest
+import torch
+from op_cases import DTYPES, assert_threads_do_not_matter, randn, same_bits
+from torch import Tensor
+
+from logra_kernels.ops import TopK, scores, topk_scores
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def sorted_scores(values: Tensor, k: int, first_id: int = 0) -> TopK:
+    """What top k means: a stable sort by score keeps the lower id first; NaN takes no part."""
+    ends = []
+    for sign in (1, -1):
+        best = torch.full((len(values), k), -sign * torch.inf)
+        ids = torch.full((len(values), k), -1)
+        for q, row in enumerate(values):
+            order = (-sign * row).argsort(stable=True)
+            order = order[~row[order].isnan()][:k]
+            best[q, : len(order)], ids[q, : len(order)] = row[order], order + first_id
+        ends += [best, ids]
+    return TopK(*ends)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_a_stable_sort(isa: str, dtype: torch.dtype) -> None:
+    for num_queries, num_rows, dim, k in (
+        (1, 1, 3, 1),
+        (3, 50, 7, 5),
+        (9, 500, 33, 17),
+        (66, 130, 8, 130),
+        (2, 300, 4, 1),
+    ):
+        queries, rows = randn(num_queries, dim), randn(num_rows, dim, dtype=dtype, seed=1)
+        scale, bias = torch.rand(num_rows), randn(num_rows, seed=2)
+        values = scores(queries, rows, scale, bias)
+        assert same_bits(topk_scores(queries, rows, k, scale, bias), sorted_scores(values, k))
+
+
+def test_ties_go_to_the_lower_id(isa: str) -> None:
+    """Scores of a few values only, so that ties cross every border, also between calls."""
+    queries = torch.eye(3)
+    rows = torch.randint(-2, 3, (700, 3), generator=torch.Generator().manual_seed(0)).half()
+    expected = sorted_scores(rows.float().T, 100)
+    assert same_bits(topk_scores(queries, rows, 100), expected)
+    state = None
+    for a, b in ((300, 700), (0, 1), (1, 300)):  # in any order
+        state = topk_scores(queries, rows[a:b], 100, state=state, row_offset=a)
+    assert same_bits(state, expected)
+
+
+def test_k_above_the_number_of_rows(isa: str) -> None:
+    out = topk_scores(randn(2, 5), randn(3, 5, seed=1), 6, row_offset=10)
+    assert out.top_scores.shape == (2, 6)
+    assert (out.top_ids[:, 3:] == -1).all()
+    assert (out.bottom_ids[:, 3:] == -1).all()
+    assert (out.top_scores[:, 3:] == -torch.inf).all()
+    assert (out.bottom_scores[:, 3:] == torch.inf).all()
+    assert torch.equal(out.top_ids[:, :3].sort().values, torch.tensor([[10, 11, 12]] * 2))
+
+
+def test_nan_is_never_selected_and_infinity_is(isa: str) -> None:
+    rows = torch.tensor([[1.0], [torch.nan], [torch.inf], [-torch.inf], [2.0]])
+    out = topk_scores(torch.ones(1, 1), rows, 5)
+    assert out.top_ids.tolist() == [[2, 4, 0, 3, -1]]
+    assert out.bottom_ids.tolist() == [[3, 0, 4, 2, -1]]
+    state = out._replace(top_scores=torch.full((1, 5), torch.nan))
+    again = topk_scores(torch.ones(1, 1), rows[:1], 5, state=state, row_offset=7)
+    assert again.top_ids.tolist() == [[7, -1, -1, -1, -1]]
+
+
+def test_empty(isa: str) -> None:
+    none = topk_scores(randn(2, 5), randn(0, 5), 3)
+    assert (none.top_ids == -1).all()
+    assert (none.bottom_scores == torch.inf).all()
+    assert topk_scores(randn(0, 5), randn(4, 5), 3).top_ids.shape == (0, 3)
+    state = topk_scores(randn(2, 5), randn(9, 5, seed=1), 3)
+    assert same_bits(topk_scores(randn(2, 5), randn(0, 5), 3, state=state, row_offset=9), state)
+
+
+def test_state_is_not_written_to(isa: str) -> None:
+    state = topk_scores(randn(2, 5), randn(9, 5, seed=1), 3)
+    before = [t.clone() for t in state]
+    topk_scores(randn(2, 5), 9 * randn(9, 5, seed=2), 3, state=state, row_offset=9)
+    assert same_bits(state, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native", "set_threads")
+def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> None:
+    queries, rows = randn(40, 300), randn(500, 300, dtype=dtype, seed=1)
+    assert_threads_do_not_matter(lambda: topk_scores(queries, rows, 20))
+    whole = topk_scores(queries, rows, 20)
+    state = None
+    for a, b in ((0, 3), (3, 77), (77, 78), (78, 500)):
+        state = topk_scores(queries, rows[a:b], 20, state=state, row_offset=a)
+    assert same_bits(state, whole)
+    parts = [topk_scores(queries[a:b], rows, 20) for a, b in ((0, 1), (1, 34), (34, 40))]
+    assert same_bits([torch.cat(t) for t in zip(*parts, strict=True)], whole)
+
+
+STATE = topk_scores(randn(2, 5), randn(4, 5), 3)
+
+
+@pytest.mark.parametrize(
+    ("k", "options", "error", "message"),
+    [
+        (0, {}, ValueError, "k: expected at least 1, got 0"),
+        (3, {"row_offset": -1}, ValueError, "row_offset: expected at least 0, got -1"),
+        (4, {"state": STATE}, ValueError, "state.top_scores: expected [Q=2, k=4], got [2, 3]"),
+        (3, {"state": STATE[:2]}, ValueError, "state: expected the four tensors of a TopK, got 2"),
+        (
+            3,
+            {"state": STATE._replace(top_ids=STATE.top_ids.int())},
+            TypeError,
+            "state.top_ids: expected int64, got int32",
+        ),
+    ],
+)
+def test_bad_input(k: int, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error) as caught:
+        topk_scores(randn(2, 5), randn(4, 5), k, **options)
+    assert str(caught.value) == message
