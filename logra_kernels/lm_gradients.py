@@ -1,6 +1,6 @@
 """Rows of a language model's examples: the watched modules, their projection, one pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from logra_kernels.config import Config
 from logra_kernels.corpus import Example
 from logra_kernels.layers import Layer, layer_kind
 from logra_kernels.projection import build_projections
-from logra_kernels.recorder import describe_projection, projections_described
+from logra_kernels.recorder import describe_projection, stored_projections
 from logra_kernels.store import Module, Store, StoreMismatchError
 
 
@@ -22,13 +22,10 @@ class LMGradients:
     Args:
         lm: the model.
         names: the watched linear layers, in the row's order.
-        projection: a store's description of its projection, or the rank, init and seed of a new
-            one.
+        projection: the store whose projection is taken, or the rank, init and seed of a new one.
     """
 
-    def __init__(
-        self, lm: CausalLM, names: Sequence[str], projection: Config | Mapping[str, Any]
-    ) -> None:
+    def __init__(self, lm: CausalLM, names: Sequence[str], projection: Config | Store) -> None:
         self.lm = lm
         self.layers: list[Layer] = []
         available = dict(lm.model.named_modules())
@@ -39,15 +36,19 @@ class LMGradients:
                 raise ValueError(f"modules: {name}: the model has no linear layer of that name")
             self.layers.append(kind(name, module))
         if isinstance(projection, Config):
-            config = projection
             widths = {layer.name: (layer.in_features, layer.out_features) for layer in self.layers}
-            projections = build_projections(widths, config.rank, config.init, config.seed)
-            projection = describe_projection(self.layers, False, config, projections)
+            projections = build_projections(
+                widths, projection.rank, projection.init, projection.seed
+            )
         else:
-            projections = projections_described(projection)
-        self.projection = dict(projection)
+            projections = stored_projections(projection)
         for layer in self.layers:
             layer.projection = projections[layer.name]
+        self.projection: dict[str, Any]
+        if isinstance(projection, Config):
+            self.projection = describe_projection(self.layers, False, projection)
+        else:
+            self.projection = projection.projection
 
     @classmethod
     def of_store(cls, store: Store, lm: CausalLM) -> "LMGradients":
@@ -58,7 +59,7 @@ class LMGradients:
                 model, tokenizer or dtype.
         """
         check_same_model(store, lm)
-        return cls(lm, [module.name for module in store.modules], store.projection)
+        return cls(lm, [module.name for module in store.modules], store)
 
     @property
     def modules(self) -> list[Module]:
@@ -109,8 +110,7 @@ def check_same_model(store: Store, lm: CausalLM) -> None:
         if stored[part] != given[part]:
             raise StoreMismatchError(
                 f"model: {lm.path} is not the model that {store.path} was logged with"
-                f" ({stored['name']}): its {meaning} differs,"
-                f" expected {stored[part]}, got {given[part]}"
+                f" ({stored['name']}): expected {meaning} {stored[part]}, got {given[part]}"
             )
 
 

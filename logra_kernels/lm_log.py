@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
@@ -78,11 +79,22 @@ def log_corpus(
     if on_nonfinite not in ON_NONFINITE:
         allowed = ", ".join(ON_NONFINITE)
         raise ValueError(f"on_nonfinite: expected one of {allowed}, got {on_nonfinite!r}")
+    progress = Progress()
+    planned = batches(
+        _tracked(corpus, progress),
+        batch_tokens=batch_tokens,
+        batch_size=batch_size,
+        window=window,
+    )
+    # Text that cannot be read fails here, before there is a store.
+    first = next(planned, None)
+    if first is None:
+        raise ValueError("corpus: expected at least one example, got none")
     setup = Setup(save=True, covariance=curvature == "raw")
     row_bytes = gradients.dim * np.dtype(store_dtype).itemsize
     recorder = Recorder(
         Path(path),
-        gradients.modules,
+        gradients.layers,
         gradients.projection,
         {
             "kind": "causal-lm",
@@ -96,14 +108,8 @@ def log_corpus(
         resume=resume,
         setup=setup,
     )
-    progress = Progress()
     try:
-        for batch in batches(
-            _tracked(corpus, progress),
-            batch_tokens=batch_tokens,
-            batch_size=batch_size,
-            window=window,
-        ):
+        for batch in itertools.chain([first], planned):
             examples = [example for example in batch if example.id not in recorder.ids]
             progress.examples += len(batch)
             progress.resumed += len(batch) - len(examples)

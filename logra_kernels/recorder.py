@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from logra_kernels import ops
@@ -18,9 +19,7 @@ from logra_kernels.layers import Layer
 from logra_kernels.projection import (
     SCALING,
     ModuleProjection,
-    build_projections,
     canonical_kind,
-    identity_projections,
     projection_digest,
     rank_pair,
 )
@@ -28,6 +27,7 @@ from logra_kernels.statistic import Setup
 from logra_kernels.store import DuplicateIdError, Module, Store, StoreMismatchError, StoreWriter
 
 SAMPLED_VALUES = 256
+SIDES = ("proj_in", "proj_out")
 STREAM = "philox4x64, key sha256(seed, 0, module, 0, side)[:16]"
 
 
@@ -37,7 +37,7 @@ class Recorder:
     def __init__(
         self,
         path: Path,
-        modules: Sequence[Module],
+        layers: Sequence[Layer],
         projection: Mapping[str, Any],
         fingerprints: Mapping[str, Any],
         *,
@@ -46,8 +46,8 @@ class Recorder:
         resume: bool,
         setup: Setup,
     ) -> None:
-        self._modules = list(modules)
-        self._sizes = [module.size for module in modules]
+        self._modules = [Module(layer.name, layer.ko, layer.ki) for layer in layers]
+        self._sizes = [module.size for module in self._modules]
         self._dtype = dtype
         self._exponents: list[int] | None = None
         row_bytes = sum(self._sizes) * np.dtype(dtype).itemsize
@@ -56,6 +56,7 @@ class Recorder:
             modules=self._modules,
             dtype=dtype,
             projection=projection,
+            projection_tensors=_projection_tensors(layers) or None,
             fingerprints=fingerprints,
             shard_rows=None if shard_bytes is None else max(1, shard_bytes // row_bytes),
             resume=resume,
@@ -148,47 +149,59 @@ class Recorder:
 
 
 def describe_projection(
-    layers: Sequence[Layer],
-    bias: bool,
-    config: Config | None = None,
-    projections: Mapping[str, ModuleProjection] | None = None,
+    layers: Sequence[Layer], bias: bool, config: Config | None = None
 ) -> dict[str, Any]:
-    """What the store says of its projection; from this alone it can be made again.
+    """What the store says of the layers' projections, beside the matrices themselves.
 
-    Without config and projections: the identity, the whole gradients.
+    Without a config: the identity, the whole gradients.
     """
-    widths = {layer.name: [layer.in_features, layer.out_features] for layer in layers}
-    described: dict[str, Any] = {"kind": "identity", "bias": bias, "widths": widths}
-    if config is not None and projections is not None:
+    described: dict[str, Any] = {
+        "kind": "identity",
+        "bias": bias,
+        "widths": {layer.name: [layer.in_features, layer.out_features] for layer in layers},
+    }
+    if config is not None:
         described.update(
             kind=canonical_kind(config.init),
             rank=list(rank_pair(config.rank)),
             seed=config.seed,
             scaling=SCALING,
             stream=STREAM,
-            sha256=projection_digest(projections),
         )
-    return described
+    # last: a difference is told by the first key that differs
+    projections = {layer.name: layer.projection for layer in layers}
+    return {**described, "sha256": projection_digest(projections)}
 
 
-def projections_described(described: Mapping[str, Any]) -> dict[str, ModuleProjection]:
-    """The projections that a store describes.
+def stored_projections(store: Store) -> dict[str, ModuleProjection]:
+    """The projections that a store's rows were made with, from the matrices it keeps.
 
-    Raises: StoreMismatchError if what is made here is not what the store was logged with.
+    Raises: StoreError if a matrix is missing or damaged.
     """
-    widths = described_widths(described)
-    if described["kind"] == "identity":
-        return identity_projections(widths)
-    rank_out, rank_in = described["rank"]
-    projections = build_projections(
-        widths, (rank_out, rank_in), described["kind"], described["seed"]
-    )
-    if projection_digest(projections) != described["sha256"]:
-        raise StoreMismatchError(
-            "projection: the random numbers made here are not those the store was logged with "
-            f"(seed {described['seed']}, {described['stream']})"
+    widths = described_widths(store.projection)
+    tensors = store.load_tensors() if store.manifest["projection_tensors"] else {}
+    made = {}
+    for name, (width_in, width_out) in widths.items():
+        sides = (tensors.get(f"{name}.{side}") for side in SIDES)
+        made[name] = ModuleProjection(
+            width_in, width_out, *(None if s is None else torch.from_numpy(s) for s in sides)
         )
-    return projections
+    if projection_digest(made) != store.projection["sha256"]:
+        raise StoreMismatchError(
+            f"{store.path}: its projection matrices are not those its rows were logged with"
+        )
+    return made
+
+
+def _projection_tensors(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
+    """{"<module>.proj_in": [Ki, I], "<module>.proj_out": [Ko, O]}; the identity is left out."""
+    tensors = {}
+    for layer in layers:
+        for side in SIDES:
+            matrix = getattr(layer.projection, side)
+            if matrix is not None:
+                tensors[f"{layer.name}.{side}"] = matrix.numpy()
+    return tensors
 
 
 def described_widths(described: Any) -> dict[str, tuple[int, int]]:

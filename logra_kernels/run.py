@@ -32,7 +32,7 @@ from logra_kernels.recorder import (
     describe_projection,
     described_widths,
     model_fingerprint,
-    projections_described,
+    stored_projections,
 )
 from logra_kernels.statistic import Setup, parse_setup
 from logra_kernels.store import Module, Store
@@ -167,9 +167,7 @@ class Run(Queries):
             widths, self.config.rank, self.config.init, self.config.seed
         )
         _set_projections(self._layers, projections)
-        self._described = describe_projection(
-            self._layers, self._with_bias, self.config, projections
-        )
+        self._described = describe_projection(self._layers, self._with_bias, self.config)
         self._chose_projection = True
 
     def setup(self, options: Mapping[str, Any]) -> None:
@@ -363,7 +361,7 @@ class Run(Queries):
                 fingerprints["weights"] = model_fingerprint(self._watched("save"))
             self._recorder = Recorder(
                 self.path,
-                self.modules,
+                self._layers,
                 self._described,
                 fingerprints,
                 dtype=self.config.dtype,
@@ -410,7 +408,7 @@ class Run(Queries):
                 raise ValueError(
                     f"add_lora: {difference}; without add_lora the store's projection is taken"
                 )
-        _set_projections(layers, projections_described(store.projection))
+        _set_projections(layers, stored_projections(store))
         self._described = store.projection
         stored = (store.fingerprints or {}).get("weights")
         if stored is not None and stored != model_fingerprint(model):

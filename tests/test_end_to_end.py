@@ -17,7 +17,7 @@ from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, ti
 import logra_kernels as logra
 from logra_kernels.attribution import MODES, Attributor
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.recorder import projections_described
+from logra_kernels.recorder import stored_projections
 from logra_kernels.store import Store
 
 QUERIES = gradients(6, seed=11)
@@ -144,7 +144,7 @@ def test_tiny_gpt2_from_text_to_influence(tmp_path, dtype):
         causal_loss(model, ids, mask).backward()
 
     layers = make_layers(model, [module.name for module in again.modules])
-    projections = projections_described(Store.open(tmp_path / "gpt2").projection)
+    projections = stored_projections(Store.open(tmp_path / "gpt2"))
     for layer in layers:
         layer.projection = projections[layer.name]
     sizes = [module.size for module in again.modules]
