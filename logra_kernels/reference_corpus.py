@@ -1,7 +1,7 @@
 """The Python language reference that ships with CPython, as passages of about a hundred tokens."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from logra_kernels.corpus import Record
@@ -10,7 +10,7 @@ _UNDERLINE = re.compile(r"([*=~^\-\"'+#])\1{2,}\s*\Z")
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+")
 
 
-# A section's end shorter than this joins the passage before it rather than being one of its own.
+# A shorter passage goes on into the next section, or joins the passage before it.
 FEWEST_TOKENS = 32
 
 
@@ -32,8 +32,8 @@ def reference_passages(count_tokens: Callable[[str], int], most_tokens: int = 11
 
     Args:
         count_tokens: the length of a text.
-        most_tokens: of a passage, unless what is left over is too short for one of its own;
-            longer paragraphs are cut at sentences or lines.
+        most_tokens: of a passage, give or take what is too short to be one of its own; longer
+            paragraphs are cut at sentences or lines.
     """
     from pydoc_data.topics import topics
 
@@ -82,24 +82,27 @@ def _read_page(page: str) -> tuple[str, list[_Block]]:
 
 def _pack(
     blocks: list[_Block], count_tokens: Callable[[str], int], most_tokens: int
-) -> Iterator[tuple[str, str]]:
-    """Pairs (text, section of its first paragraph) of about `most_tokens` at most."""
-    held: list[str] = []
-    section, newest, tokens = "", "", 0
+) -> list[tuple[str, str]]:
+    """Pairs (text, section of its first paragraph)."""
+    groups: list[list[str]] = []
+    sections: list[str] = []
+    newest, tokens = "", 0
     for block in blocks:
         for piece in _cut(block.text, count_tokens, most_tokens):
             length = count_tokens(piece) + 1
             full = tokens + length > most_tokens or block.section != newest
-            if held and full and min(tokens, length) >= FEWEST_TOKENS:
-                yield "\n\n".join(held), section
-                held, tokens = [], 0
-            if not held:
-                section = block.section
+            if not groups or (full and tokens >= FEWEST_TOKENS):
+                groups.append([])
+                sections.append(block.section)
+                tokens = 0
+            groups[-1].append(piece)
             newest = block.section
-            held.append(piece)
             tokens += length
-    if held:
-        yield "\n\n".join(held), section
+    if len(groups) > 1 and tokens < FEWEST_TOKENS:
+        last = groups.pop()
+        groups[-1] += last
+        sections.pop()
+    return [("\n\n".join(group), section) for group, section in zip(groups, sections, strict=True)]
 
 
 def _cut(text: str, count_tokens: Callable[[str], int], most_tokens: int) -> list[str]:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-WORDS = (
-    "the a cat dog bird sat ran flew on under over mat log tree and then it was very happy sad"
-    " big small red blue saw ate met my your old new"
-).split()
+WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "over", "mat"]
+WORDS += ["log", "tree", "and", "then", "it", "was", "very", "happy", "sad", "big", "small"]
+WORDS += ["red", "blue", "saw", "ate", "met", "my", "your", "old", "new"]
 
 
 def make_tokenizer():

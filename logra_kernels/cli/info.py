@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from logra_kernels.report.render import format_bytes
+from logra_kernels.report.render import format_bytes, plural
 from logra_kernels.store import Store
 
 
@@ -22,7 +22,7 @@ def facts(store: Store) -> list[tuple[str, str]]:
     lines = [
         ("store", str(store.path)),
         ("state", state),
-        ("rows", f"{store.num_rows:,} in {len(store.shards):,} shards"),
+        ("rows", f"{store.num_rows:,} in {plural(len(store.shards), 'shard')}"),
         ("row", f"{store.dim:,} numbers, {store.dtype}"),
         ("size", f"{format_bytes(size_bytes)} ({size_bytes:,} bytes)"),
         ("projection", _projection(store.projection)),

@@ -5,6 +5,7 @@ import sys
 
 from tqdm import tqdm
 
+from logra_kernels.report.render import plural
 from logra_kernels.store import Store, verify_store
 
 
@@ -22,10 +23,13 @@ def run(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(problem)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        print(f"logra verify: {arguments.store}: {count}", file=sys.stderr)
+        print(
+            f"logra verify: {arguments.store}: {plural(len(problems), 'problem')}",
+            file=sys.stderr,
+        )
         return 1
     store = Store.open(arguments.store)
     state = "" if store.finalized else ", not finalized"
-    print(f"{arguments.store}: good: {store.num_rows:,} rows in {len(store.shards)} shards{state}")
+    size = f"{plural(store.num_rows, 'row')} in {plural(len(store.shards), 'shard')}"
+    print(f"{arguments.store}: good: {size}{state}")
     return 0

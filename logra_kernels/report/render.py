@@ -123,6 +123,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def format_score(score: float) -> str:
     """Four significant digits, with the sign; never a bare exponent where digits do."""
     magnitude = abs(score)
