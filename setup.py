@@ -15,6 +15,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 NATIVE = os.environ.get("LOGRA_NO_NATIVE", "0") in ("", "0")
 
+NO_COMPILER = (
+    "logra-kernels could not build its C++ kernels (see the messages above): install a C++17 "
+    "compiler such as g++, or set LOGRA_NO_NATIVE=1 to install without them and run in plain PyTorch."
+)
+
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
@@ -32,15 +37,15 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
         ]
         for command in (configure, ["cmake", "--build", str(build), "--target", "_C"]):
-            if subprocess.run(command, check=False).returncode != 0:
-                sys.exit(
-                    "logra-kernels could not build its C++ kernels (see the messages above): install "
-                    "a C++17 compiler such as g++, or set LOGRA_NO_NATIVE=1 to install without them "
-                    "and run in plain PyTorch."
-                )
+            try:
+                subprocess.run(command, check=True)
+            except (OSError, subprocess.CalledProcessError):
+                sys.exit(NO_COMPILER)
 
 
 if NATIVE:
-    setup(ext_modules=[Extension("logra_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        ext_modules=[Extension("logra_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild}
+    )
 else:
     setup()

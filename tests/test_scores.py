@@ -3,6 +3,7 @@ import torch
 from op_cases import (
     DTYPES,
     TAILS,
+    assert_same,
     assert_threads_do_not_matter,
     assert_within,
     gamma,
@@ -46,10 +47,10 @@ def test_layout_does_not_change_bits(isa: str, dtype: torch.dtype) -> None:
         queries, rows = randn(num_queries, 77), randn(9, 77, dtype=dtype, seed=1)
         expected = scores(queries, rows)
         for view in layouts(rows):
-            assert torch.equal(scores(queries, view), expected)
+            assert_same(scores(queries, view), expected)
         for view in layouts(queries):
-            assert torch.equal(scores(view, rows), expected)
-        assert torch.equal(scores(queries.T.contiguous().T, rows), expected)
+            assert_same(scores(view, rows), expected)
+        assert_same(scores(queries.T.contiguous().T, rows), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +97,8 @@ def test_rows_that_are_not_finite_stay_alone(isa: str) -> None:
 
 def test_large_queries_do_not_overflow() -> None:
     """torch's fp16 product would: its results are fp16 too."""
-    assert scores(torch.full((1, 64), 1e6), torch.full((1, 64), 1e4).half()).item() == 64e10
+    out = scores(torch.full((1, 64), 1e6), torch.full((1, 64), 1e4).half())
+    assert out.item() == pytest.approx(64e10, rel=gamma(66))
 
 
 def test_float64_is_computed_in_float64() -> None:
