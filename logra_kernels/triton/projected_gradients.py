@@ -163,7 +163,7 @@ def _gradients_kernel(
         if MASKED:
             flags = mask + example * mask_example + token * mask_token
             # a masked token is never loaded, so it may hold NaN
-            keep = keep & (tl.load(flags, mask=keep, other=0) != 0)
+            keep = tl.load(flags, mask=keep, other=0) != 0
         x_side = _side(
             x + example * x_example + token * x_token,
             keep,
