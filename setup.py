@@ -17,7 +17,8 @@ NATIVE = os.environ.get("LOGRA_NO_NATIVE", "0") in ("", "0")
 
 NO_COMPILER = (
     "logra-kernels could not build its C++ kernels (see the messages above): install a C++17 "
-    "compiler such as g++, or set LOGRA_NO_NATIVE=1 to install without them and run in plain PyTorch."
+    "compiler such as g++, or set LOGRA_NO_NATIVE=1 to install without them "
+    "and run in plain PyTorch."
 )
 
 

@@ -1,0 +1,161 @@
+// Every op on every instruction set of this machine against float64, over the sizes around each vector width.
+// No Python and no test framework: what cross-compiled builds run under an emulator.
+//   cmake -S . -B build/core -DLOGRA_TESTS=ON && cmake --build build/core && ctest --test-dir build/core
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "logra/covariance_update.h"
+#include "logra/gradients.h"
+#include "logra/isa.h"
+#include "logra/pack_rows.h"
+#include "logra/project.h"
+#include "logra/scores.h"
+#include "logra/self_influence.h"
+#include "logra/topk_scores.h"
+
+namespace {
+
+using logra::Dtype;
+using logra::Matrix;
+
+int failures = 0;
+
+void expect(bool good, const char* what, std::size_t size) {
+  if (good) return;
+  std::printf("FAILED %s, size %zu, %s\n", what, size, logra::isa_name(logra::active_isa()));
+  ++failures;
+}
+
+/// Multiples of 2^-6 below 2, which every type holds exactly: bits in `data`, the same in `values`. Their
+/// products are multiples of 2^-12, so that float32 sums of a thousand of them (24 bits) are exact in any
+/// order.
+struct Data {
+  Dtype dtype;
+  std::vector<double> values;
+  std::vector<unsigned char> data;
+
+  Data(Dtype type, std::size_t count, unsigned seed) : dtype(type) {
+    std::mt19937 random(seed);
+    for (std::size_t i = 0; i < count; ++i) {
+      const float value = (static_cast<int>(random() % 255) - 127) / 64.0f;
+      values.push_back(value);
+      std::uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      if (type == Dtype::kFloat32) {
+        append(bits, 4);
+      } else if (type == Dtype::kBfloat16) {
+        append(bits >> 16, 2);
+      } else {  // |value| is 0 or in [2^-6, 2): normal in float16
+        const std::uint32_t half = value == 0.0f ? 0 : ((bits & 0x7fffffffu) - 0x38000000u) >> 13;
+        append(half | ((bits >> 16) & 0x8000u), 2);
+      }
+    }
+  }
+  void append(std::uint32_t bits, int bytes) {
+    for (int b = 0; b < bytes; ++b) data.push_back(static_cast<unsigned char>(bits >> (8 * b)));
+  }
+  Matrix matrix(std::size_t rows, std::size_t cols) const { return {data.data(), dtype, rows, cols, cols}; }
+};
+
+double dot(const Data& a, std::size_t i, const Data& b, std::size_t j, std::size_t dim) {
+  double sum = 0.0;
+  for (std::size_t d = 0; d < dim; ++d) sum += a.values[i * dim + d] * b.values[j * dim + d];
+  return sum;
+}
+
+void test_products(Dtype dtype, std::size_t dim, std::size_t num_rows, std::size_t num_queries) {
+  const Data rows(dtype, num_rows * dim, 1), queries(Dtype::kFloat32, num_queries * dim, 2);
+  const Matrix r = rows.matrix(num_rows, dim), q = queries.matrix(num_queries, dim);
+  std::vector<float> out(num_rows * num_queries, NAN), projected(out), sigma(num_rows, NAN);
+  logra::scores(q, r, nullptr, nullptr, out.data());
+  logra::project(r, q, projected.data());
+  logra::self_influence(r, q, sigma.data());
+  std::vector<float> top(num_queries), bottom(num_queries);
+  std::vector<std::int64_t> top_ids(num_queries, -1), bottom_ids(num_queries, -1);
+  logra::topk_scores(q, r, nullptr, nullptr, 1, 0, {top.data(), top_ids.data()},
+                     {bottom.data(), bottom_ids.data()});
+  for (std::size_t i = 0; i < num_queries; ++i) {
+    float best = -INFINITY, worst = INFINITY;
+    for (std::size_t j = 0; j < num_rows; ++j) {
+      const float score = out[i * num_rows + j];
+      expect(score == dot(queries, i, rows, j, dim), "scores", dim);
+      expect(score == projected[j * num_queries + i], "project has the bits of scores", dim);
+      best = std::fmax(best, score), worst = std::fmin(worst, score);
+    }
+    expect(top[i] == best && bottom[i] == worst, "topk_scores", dim);
+  }
+  for (std::size_t j = 0; j < num_rows; ++j) {
+    double exact = 0.0;
+    for (std::size_t i = 0; i < num_queries; ++i) exact += std::pow(dot(queries, i, rows, j, dim), 2);
+    expect(std::fabs(sigma[j] - exact) <= 1e-5 * (exact + 1.0), "self_influence", dim);
+  }
+}
+
+void test_outer(Dtype dtype, std::size_t ki, std::size_t ko, std::size_t tokens) {
+  const Data x(dtype, 2 * tokens * ki, 3), dy(Dtype::kFloat32, 2 * tokens * ko, 4);
+  logra::Examples examples;
+  examples.num_examples = 2, examples.num_tokens = tokens;
+  std::vector<float> out(2 * ko * ki, NAN);
+  logra::per_sample_gradients(examples, {x.data.data(), dtype, ki, tokens * ki, ki},
+                              {dy.data.data(), Dtype::kFloat32, ko, tokens * ko, ko}, out.data());
+  for (std::size_t n = 0; n < 2; ++n)
+    for (std::size_t o = 0; o < ko; ++o)
+      for (std::size_t i = 0; i < ki; ++i) {
+        double exact = 0.0;
+        for (std::size_t t = n * tokens; t < (n + 1) * tokens; ++t)
+          exact += dy.values[t * ko + o] * x.values[t * ki + i];
+        expect(out[(n * ko + o) * ki + i] == exact, "per_sample_gradients", ki);
+      }
+  std::vector<float> cov(ki * ki, 0.0f);
+  std::vector<double> wide(ki * ki, 0.0);
+  logra::covariance_update(cov.data(), x.matrix(2 * tokens, ki));
+  logra::covariance_update(wide.data(), x.matrix(2 * tokens, ki));
+  for (std::size_t i = 0; i < ki; ++i)
+    for (std::size_t j = 0; j < ki; ++j) {
+      double exact = 0.0;
+      for (std::size_t t = 0; j <= i && t < 2 * tokens; ++t)
+        exact += x.values[t * ki + i] * x.values[t * ki + j];
+      expect(cov[i * ki + j] == exact, "covariance_update float32", ki);
+      expect(wide[i * ki + j] == exact, "covariance_update float64", ki);
+    }
+}
+
+void test_pack(Dtype dtype, std::size_t dim) {
+  const Data rows(dtype, 3 * dim, 5);
+  const std::int64_t size = static_cast<std::int64_t>(dim), exponent = -3;
+  std::vector<std::uint16_t> packed(3 * dim);
+  std::vector<float> scale(3, NAN), back(3 * dim, NAN);
+  logra::pack_rows(rows.matrix(3, dim), {1, &size, &exponent}, packed.data(), scale.data());
+  logra::unpack_rows({packed.data(), Dtype::kFloat16, 3, dim, dim}, scale.data(), {1, &size, &exponent},
+                     back.data());
+  for (std::size_t i = 0; i < 3 * dim; ++i) expect(back[i] == rows.values[i], "pack_rows", dim);
+}
+
+}  // namespace
+
+int main() {
+  const std::size_t tails[] = {1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64};
+  for (const logra::Isa isa : logra::available_isas()) {
+    logra::set_isa(logra::isa_name(isa));
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBfloat16}) {
+      for (const std::size_t size : tails) {
+        test_products(dtype, size, 7, 5);
+        test_products(dtype, 20, size, 3);
+        test_products(dtype, 20, 3, size);
+        test_outer(dtype, size, 5, 6);
+        test_outer(dtype, 5, size, 6);
+        test_outer(dtype, 9, 4, size);
+        test_pack(dtype, size);
+      }
+      test_products(dtype, 1030, 50, 67);
+      test_outer(dtype, 70, 66, 130);
+    }
+    std::printf("%s: %s\n", logra::isa_name(isa), failures == 0 ? "ok" : "failed");
+  }
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
