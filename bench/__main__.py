@@ -1,0 +1,28 @@
+"""Every op's bench, one after the other: python -m bench [--quick] [--threads N] [--json]"""
+
+import importlib
+import sys
+
+from bench._harness import arguments
+
+OPS = (
+    "project",
+    "per_sample_gradients",
+    "projected_gradients",
+    "covariance_update",
+    "scores",
+    "topk_scores",
+    "self_influence",
+    "pack_rows",
+)
+
+
+def main() -> None:
+    arguments(__doc__)  # --help, and a wrong option, before anything runs
+    for op in OPS:
+        importlib.import_module(f"bench.bench_{op}").main(sys.argv[1:])
+        print()
+
+
+if __name__ == "__main__":
+    main()
