@@ -42,18 +42,22 @@ def problems(line: dict[str, Any], target: str) -> list[str]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", SHARED_BYTES)
-def test_compiles(target: str) -> None:
+def compiled(*arguments: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), target],
+        [sys.executable, str(SCRIPT), *arguments],
         env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED_BYTES)
+def test_compiles(target: str) -> None:
+    lines = compiled(target)
     controls = {line["case"]: line for line in lines if line["case"].startswith("control")}
     lines = [line for line in lines if line["case"] not in controls]
 
@@ -67,3 +71,8 @@ def test_compiles(target: str) -> None:
     assert controls["control: unaligned"]["wide_copies"] == 0
     aligned = next(line for line in lines if line["kernel"] == "_project_kernel")
     assert aligned["wide_copies"] > 0
+
+
+@pytest.mark.slow
+def test_sizes_of_one_compile() -> None:
+    assert {line["kernel"] for line in compiled("80", "ones")} > PRODUCTS

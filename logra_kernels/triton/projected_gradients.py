@@ -196,7 +196,7 @@ def _gradients_kernel(
 
     inside = (o < rank_out)[:, None] & (i < rank_in)[None, :]
     elements = o.to(tl.int64)[:, None] * rank_in + i[None, :]
-    size = rank_out.to(tl.int64) * rank_in
+    size = tl.cast(rank_out, tl.int64) * rank_in
     if used == 1:
         tl.store(out + example * size + elements, acc, mask=inside)
     else:

@@ -66,7 +66,7 @@ def score_tile(
         )
         for piece in tl.static_range(PIECES):
             query_tile = tl.load(  # [DIM, QUERIES]
-                query_pointers[None, :] + d[:, None] + piece * piece_stride,
+                query_pointers[None, :] + d[:, None] + piece * tl.cast(piece_stride, tl.int64),
                 mask=(d < dim)[:, None] & (q < num_queries)[None, :],
                 other=0.0,
             )

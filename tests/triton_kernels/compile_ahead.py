@@ -5,6 +5,11 @@
 prints one JSON object a line: the case, the kernel, and what the gate looks at. The launchers run
 on CPU tensors with the launch itself left out, so the compiled types, tiles and divisibility are
 those that a user gets.
+
+    python compile_ahead.py 80 ones
+
+compiles the kernels for sizes of one, which the compiler makes constants: code that takes them for
+tensors fails there and nowhere else.
 """
 
 import collections
@@ -178,6 +183,43 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "control: unaligned", partial(project, x[:, 1:], proj[:, 1:])
 
 
+def sizes_of_one() -> Iterator[tuple[str, Callable[[], Any]]]:
+    half, full = torch.float16, torch.float32
+
+    def make(*shape: int, dtype: torch.dtype = half) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    one, single, scale = make(1, 1), make(1, 1, dtype=full), make(1, dtype=full)
+    mask, bounds = torch.ones(1, 1, dtype=torch.bool), torch.tensor([0, 1])
+    long = make(300, 1)
+    x = one[None]
+    yield "project", partial(project, x, one)
+    yield "projected_gradients", partial(projected_gradients, x, x, one, one, mask)
+    yield (
+        "projected_gradients, chunks",
+        partial(projected_gradients, long[None], long[None], one, one),
+    )
+    yield (
+        "projected_gradients, packed",
+        partial(projected_gradients, one, one, one, None, None, bounds),
+    )
+    packed = long, long, one, one, None, bounds
+    yield "projected_gradients, packed chunks", partial(projected_gradients, *packed)
+    yield "per_sample_gradients", partial(per_sample_gradients, x, x)
+    yield "covariance_update_", partial(covariance_update_, single, one)
+    yield "covariance_update_, spans", partial(covariance_update_, single, make(5000, 1))
+    yield "scores", partial(scores, single, one, scale, scale)
+    yield "topk_scores", partial(topk_scores, single, one, 1, scale, scale)
+    yield "topk_scores, no rows", partial(topk_scores, single, one[:0], 1)
+    for k, offset in ((1, 1), (3, 2**33)):
+        state = [make(1, k, dtype=t) for t in (full, torch.int64, full, torch.int64)]
+        arguments = single, long, k, None, None, state, offset
+        yield f"topk_scores, state of {k}", partial(topk_scores, *arguments)
+    yield "self_influence", partial(self_influence, one, single)
+    yield "pack_rows", partial(pack_rows, one, [1], [0])
+    yield "unpack_rows", partial(unpack_rows, one, scale, [1], [0])
+
+
 def oversized_project(x: torch.Tensor, proj: torch.Tensor) -> None:
     """The accumulator alone takes 256 registers of each thread, of 255; 512 of 512 on gfx942."""
     warps = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 4
@@ -192,7 +234,7 @@ def oversized_project(x: torch.Tensor, proj: torch.Tensor) -> None:
     )
 
 
-def main(name: str) -> None:
+def main(name: str, which: str = "defaults") -> None:
     triton.runtime.driver.set_active(AbsentGpu(target(name)))
     _common.INTERPRETED = True  # lets CPU tensors pass
     compiled: dict[int, tuple[str, Any]] = {}
@@ -205,11 +247,13 @@ def main(name: str) -> None:
 
     JITFunction.run = compile_only
     seen: set[int] = set()
-    for case, launch in cases():
+    for case, launch in sizes_of_one() if which == "ones" else cases():
         launch()
         for key, (kernel_name, kernel) in compiled.items():
             if key not in seen:
-                line = {"case": case, "kernel": kernel_name, **report(kernel)}
+                line = {"case": case, "kernel": kernel_name}
+                if which == "defaults":
+                    line |= report(kernel)
                 print(json.dumps(line), flush=True)
         seen |= set(compiled)
 
