@@ -110,7 +110,8 @@ def run_cases(cases: Iterator[Case], args: argparse.Namespace) -> list[Row]:
 def run_case(case: Case, limits: Limits, args: argparse.Namespace) -> list[Row]:
     print(f"\n{case.op}: {case.title}")
     print(
-        f"  {'provider':<28}{'median ms':>10}{'least':>9}{'± ms':>9}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}"
+        f"  {'provider':<28}{'median ms':>10}{'least':>9}{'± ms':>9}"
+        f"{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}"
     )
     good = {}
     for name, provider in case.providers.items():
@@ -147,8 +148,8 @@ def run_case(case: Case, limits: Limits, args: argparse.Namespace) -> list[Row]:
         )
         rows.append(row)
         print(
-            f"  {name:<28}{row.median_ms:>10.3f}{row.least_ms:>9.3f}{row.quartile_range_ms:>9.3f}{row.gb_per_s:>8.1f}"
-            f"{row.gflop_per_s:>9.1f}{row.of_limit:>9.0%}"
+            f"  {name:<28}{row.median_ms:>10.3f}{row.least_ms:>9.3f}{row.quartile_range_ms:>9.3f}"
+            f"{row.gb_per_s:>8.1f}{row.gflop_per_s:>9.1f}{row.of_limit:>9.0%}"
         )
     if args.json:
         folder = Path(__file__).parent / "results"

@@ -39,13 +39,8 @@ static void dots_tile(const T* const* rows, const float* queries, std::size_t qu
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    float total[4];
-    Vec::reduce4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], total);
-    float* to = out + r * out_stride;
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) to[q] = add ? to[q] + total[q] : total[q];
-  }
+  for (int r = 0; r < kRows; ++r)
+    store_sums<kQueries>(Vec::sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), out + r * out_stride, add);
 }
 
 // kTileRows rows against all queries: the rows stay in L1 while the queries pass.

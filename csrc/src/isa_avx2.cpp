@@ -7,6 +7,8 @@
 namespace logra {
 namespace {
 
+#include "store_sums-inl.h"
+
 struct Vec {
   static constexpr std::size_t kLanes = 8;
   // 12 sums + 2 queries + 1 row of 16 registers; 8 loads for 12 FMA
@@ -43,13 +45,13 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
   }
   // Sums of the lanes of a, b, c and d: within 128 bits (0 + 2) + (1 + 3), then the halves.
-  static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  static Quad sums(Vec a, Vec b, Vec c, Vec d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
     const __m256d ab_pairs = _mm256_castps_pd(ab), cd_pairs = _mm256_castps_pd(cd);
-    const __m256 sums = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab_pairs, cd_pairs)),
-                                      _mm256_castpd_ps(_mm256_unpackhi_pd(ab_pairs, cd_pairs)));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+    const __m256 all = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab_pairs, cd_pairs)),
+                                     _mm256_castpd_ps(_mm256_unpackhi_pd(ab_pairs, cd_pairs)));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
   }
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }

@@ -8,6 +8,7 @@ namespace logra {
 namespace {
 
 #include "lane_sums_avx512-inl.h"
+#include "store_sums-inl.h"
 
 struct Vec {
   static constexpr std::size_t kLanes = 16;
@@ -44,9 +45,7 @@ struct Vec {
   static Vec widen(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
-  static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    _mm_storeu_ps(out, lane_sums(a.v, b.v, c.v, d.v));
-  }
+  static Quad sums(Vec a, Vec b, Vec c, Vec d) { return lane_sums(a.v, b.v, c.v, d.v); }
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -8,6 +8,7 @@ namespace logra {
 namespace {
 
 #include "lane_sums_avx512-inl.h"
+#include "store_sums-inl.h"
 
 constexpr std::size_t kLanes = 32;
 
@@ -48,13 +49,8 @@ static void tile_bf16(const Bfloat16* const* rows, const Bfloat16* queries, std:
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    alignas(16) float total[4];
-    _mm_store_ps(total, lane_sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]));
-    float* to = out + r * out_stride;
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) to[q] = add ? to[q] + total[q] : total[q];
-  }
+  for (int r = 0; r < kRows; ++r)
+    store_sums<kQueries>(lane_sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), out + r * out_stride, add);
 }
 
 template <int kRows>

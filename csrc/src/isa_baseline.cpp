@@ -7,6 +7,8 @@
 namespace logra {
 namespace {
 
+#include "store_sums-inl.h"
+
 inline float bits_to_float(std::uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -76,9 +78,9 @@ struct Vec {
   static void store_f16(std::uint16_t* p, Vec a) {
     for (std::size_t i = 0; i < kLanes; ++i) p[i] = to_f16(a.v[i]);
   }
-  static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    const Vec all[4] = {a, b, c, d};
-    for (int i = 0; i < 4; ++i) out[i] = (all[i].v[0] + all[i].v[2]) + (all[i].v[1] + all[i].v[3]);
+  static Quad sums(Vec a, Vec b, Vec c, Vec d) {
+    const auto sum = [](Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); };
+    return Quad{sum(a), sum(b), sum(c), sum(d)};
   }
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }

@@ -6,6 +6,8 @@
 namespace logra {
 namespace {
 
+#include "store_sums-inl.h"
+
 struct Vec {
   static constexpr std::size_t kLanes = 4;
   // 24 sums + 4 queries + 1 row of 32 registers
@@ -46,8 +48,8 @@ struct Vec {
     vst1_u8(reinterpret_cast<std::uint8_t*>(p), vreinterpret_u8_f16(vcvt_f16_f32(a.v)));
   }
   // Sums of the lanes of a, b, c and d, each (0 + 1) + (2 + 3).
-  static void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    store(out, {vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v))});
+  static Quad sums(Vec a, Vec b, Vec c, Vec d) {
+    return vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v));
   }
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }

@@ -16,14 +16,18 @@ struct Bfloat16 {
 };
 
 // Elements of D whose products are summed before the sum is added to the result. It is part of the summation
-// order, so it is the same everywhere. 6 rows of 1024 floats stay in a 32 KiB L1 cache.
+// order, so it is the same everywhere. 6 rows of 1024 floats, or of 2048 halves, stay in a 32 KiB L1 cache.
 constexpr std::size_t kDimBlock = 1024;
+constexpr std::size_t kDimBlockBf16 = 2048;
 // Rows of an outer() tile. Every panel width is a multiple of it.
 constexpr std::size_t kStrip = 4;
 
 using DotsBf16 = void (*)(const void* const* rows, std::size_t offset, std::size_t num_rows,
                           const Bfloat16* queries, std::size_t query_stride, std::size_t num_queries,
                           std::size_t dim, float* out, std::size_t out_stride, bool add);
+
+// Four sums, in the compiler's own vector type.
+typedef float Quad __attribute__((vector_size(16)));
 
 struct Kernels {
   // out[r * out_stride + q] (= or +=) sum_{d < dim} rows[r][offset + d] * queries[q * query_stride + d]

@@ -22,19 +22,28 @@ bool exact_bf16(float value, Bfloat16* to) {
 
 Products::Products(const Kernels& kernels, const Matrix& queries, Dtype rows, std::size_t num_rows,
                    bool skip_zeros)
-    : kernels_(kernels), queries_(queries), dtype_(rows), num_blocks_(ceil_div(queries.cols, kDimBlock)) {
-  query_stride_ = num_blocks_ > 1 ? kDimBlock : 32 * ceil_div(queries.cols, 32);
-  block_stride_ = checked_product(queries.rows, query_stride_);
+    : kernels_(kernels), queries_(queries), dtype_(rows) {
   // Whether rows and queries are multiplied as bfloat16 must not depend on the number of rows: another split
   // of them would have other bits.
-  if (rows == Dtype::kBfloat16 && kernels.dots_bf16 != nullptr && !skip_zeros && pack_bf16()) return;
+  if (rows == Dtype::kBfloat16 && kernels.dots_bf16 != nullptr && !skip_zeros) {
+    set_block(kDimBlockBf16);
+    if (pack_bf16()) return;
+  }
+  set_block(kDimBlock);
   if (queries.dtype == Dtype::kFloat32 && !skip_zeros && (queries.rows <= 4 || num_rows < 16)) {
     packed_ = static_cast<const float*>(queries.data);
-    block_stride_ = kDimBlock;
+    block_stride_ = block_;
     query_stride_ = queries.row_stride;
   } else {
     pack(skip_zeros);
   }
+}
+
+void Products::set_block(std::size_t block) {
+  block_ = block;
+  num_blocks_ = ceil_div(queries_.cols, block);
+  query_stride_ = num_blocks_ > 1 ? block : 32 * ceil_div(queries_.cols, 32);
+  block_stride_ = checked_product(queries_.rows, query_stride_);
 }
 
 void Products::pack(bool skip_zeros) {
@@ -47,7 +56,7 @@ void Products::pack(bool skip_zeros) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (std::size_t group = 0; group < groups; ++group) {
     for (std::size_t b = 0; b < num_blocks_; ++b) {
-      const std::size_t begin = b * kDimBlock, length = std::min(kDimBlock, dim - begin);
+      const std::size_t begin = b * block_, length = std::min(block_, dim - begin);
       std::size_t used = 0;
       for (std::size_t q = 4 * group; q < std::min(count, 4 * group + 4); ++q) {
         float* to = packed + b * block_stride_ + q * query_stride_;
@@ -70,10 +79,10 @@ bool Products::pack_bf16() {
   const int threads = num_threads(count, static_cast<double>(count) * static_cast<double>(dim));
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(& : exact)
   for (std::size_t q = 0; q < count; ++q) {
-    float wide[kDimBlock];
+    float wide[kDimBlockBf16];
     const void* query = element(queries_.data, queries_.dtype, q * queries_.row_stride);
     for (std::size_t b = 0; exact != 0 && b < num_blocks_; ++b) {
-      const std::size_t begin = b * kDimBlock, length = std::min(kDimBlock, dim - begin);
+      const std::size_t begin = b * block_, length = std::min(block_, dim - begin);
       kernels_.widen_f32[index(queries_.dtype)](&query, begin, 1, length, wide, length, length);
       Bfloat16* to = packed + b * block_stride_ + q * query_stride_;
       for (std::size_t d = 0; d < length; ++d) exact &= exact_bf16(wide[d], to + d);
@@ -105,7 +114,7 @@ void Products::run(const void* const* rows, std::size_t num_rows, std::size_t be
   for (std::size_t r = 0; r < num_rows; r += kRows) {
     const std::size_t some = std::min(kRows, num_rows - r);
     for (std::size_t b = 0; b < num_blocks_; ++b) {
-      const std::size_t offset = b * kDimBlock, length = std::min(kDimBlock, queries_.cols - offset);
+      const std::size_t offset = b * block_, length = std::min(block_, queries_.cols - offset);
       const std::size_t first = b * block_stride_ + begin * query_stride_;
       if (storage_bf16_.get() != nullptr)
         kernels_.dots_bf16(rows + r, offset, some, storage_bf16_.get() + first, query_stride_, count, length,
@@ -123,7 +132,7 @@ void Products::run_widened(const void* const* rows, std::size_t num_rows, std::s
   const void* wide[kRowBlock];
   for (std::size_t r = 0; r < num_rows; ++r) wide[r] = scratch + r * stride;
   for (std::size_t b = 0; b < num_blocks_; ++b) {
-    const std::size_t offset = b * kDimBlock, length = std::min(kDimBlock, queries_.cols - offset);
+    const std::size_t offset = b * block_, length = std::min(block_, queries_.cols - offset);
     kernels_.widen_f32[index(dtype_)](rows, offset, num_rows, length, scratch, stride, length);
     kernels_.dots[index(Dtype::kFloat32)](wide, 0, num_rows,
                                           packed_ + b * block_stride_ + begin * query_stride_, query_stride_,

@@ -34,6 +34,7 @@ class Products {
            std::size_t out_stride, float* scratch) const;
 
  private:
+  void set_block(std::size_t block);
   bool direct() const;
   void pack(bool skip_zeros);
   bool pack_bf16();  // false if the queries are not exact in bfloat16
@@ -44,10 +45,11 @@ class Products {
   const Kernels& kernels_;
   Matrix queries_;
   Dtype dtype_;                    // of the rows
-  std::size_t num_blocks_;         // of D
+  std::size_t block_ = 0;          // kDimBlock or kDimBlockBf16
+  std::size_t num_blocks_ = 0;     // of D
   const float* packed_ = nullptr;  // block b of query q: packed_ + b * block_stride_ + q * query_stride_
-  std::size_t block_stride_;
-  std::size_t query_stride_;
+  std::size_t block_stride_ = 0;
+  std::size_t query_stride_ = 0;
   Scratch<float> storage_;
   Scratch<Bfloat16>
       storage_bf16_;  // in place of storage_, where the products are the CPU's own bfloat16 ones
