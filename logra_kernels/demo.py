@@ -61,26 +61,39 @@ QUESTIONS = (
     Question(
         "slicings",
         "How are slices evaluated in Python?",
-        "A slicing selects a range of items in a sequence, such as a string, tuple or list. The"
-        " lower bound, the upper bound and the stride are evaluated, and make a slice object.",
+        "A slicing selects a range of items in a sequence object such as a string, tuple or list."
+        " The lower and upper bound expressions and the stride are evaluated and a slice object is"
+        " made.",
     ),
     Question(
         "with",
         "What does the with statement do in Python?",
-        "It wraps a block with methods of a context manager: __enter__ is called when the block is"
-        " entered and __exit__ when it is left.",
+        "The with statement wraps the execution of a block with methods defined by a context"
+        " manager: __enter__ is called on entry and __exit__ on exit.",
+    ),
+    Question(
+        "lambda",
+        "What is a lambda expression?",
+        "Lambda expressions create anonymous functions. The expression lambda parameters:"
+        " expression yields a function object.",
     ),
     Question(
         "import",
         "What happens when a module is imported in Python?",
-        "First the module is found, and loaded and initialized if necessary. Then a name is bound"
-        " in the local namespace.",
+        "The import statement first finds a module, loading and initializing it if necessary, and"
+        " then binds a name in the local namespace.",
+    ),
+    Question(
+        "global",
+        "What does global do in Python?",
+        "The global statement declares that the listed names are to be interpreted as globals in"
+        " the current code block.",
     ),
     Question(
         "assert",
-        "What is the assert statement good for?",
-        "It puts a debugging check into a program: when the condition is false, AssertionError is"
-        " raised.",
+        "What is an assert statement?",
+        "Assert statements insert debugging assertions into a program. If the expression is false"
+        " an AssertionError is raised.",
     ),
 )
 QUICK_QUESTIONS = QUESTIONS[3:4]
@@ -95,8 +108,9 @@ NOTES = (
     "Influence is a first-order estimate around this model, through the MLP layers of its upper"
     " half only, in a random projection. It ranks passages by effect, not by being about the topic"
     " or by being right; the model's own answers may be wrong.",
-    "For each question the page one would expect is named; whether it comes first is counted, also"
-    " where it does not.",
+    "The given answers use the reference's own words; the model's do not, and are harder to place."
+    " For each question the page one would expect is named, and whether it comes first is counted,"
+    " also where it does not.",
 )
 
 

@@ -72,7 +72,7 @@ def _read_page(page: str) -> tuple[str, list[_Block]]:
             section = lines[0].strip()
             title = title or section
             heading += section + "\n\n"
-        elif lines:
+        elif lines and not all(map(_UNDERLINE.match, lines)):  # a rule across the page
             code = any(line.startswith("   ") for line in lines)
             text = "\n".join(lines) if code else " ".join(line.strip() for line in lines)
             blocks.append(_Block(heading + text, section))

@@ -12,8 +12,7 @@ def print_query(query: dict[str, Any], *, least: bool) -> None:
     """A query and its ranked passages, as text of at most 96 columns."""
     print()
     print("─" * WIDTH)
-    if query["prompt"]:
-        _paragraph(query["prompt"], "  asked   ")
+    _paragraph(query["prompt"] or query["id"], "  asked   ")
     _paragraph(query["text"], "  answer  ")
     for mode in query["modes"]:
         name = MODE_NAMES.get(mode["mode"], mode["mode"])
