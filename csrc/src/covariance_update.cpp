@@ -1,6 +1,7 @@
 #include "logra/covariance_update.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "checks.h"
 #include "kernels.h"
@@ -27,6 +28,14 @@ struct Accumulator<double> {
   static auto outer(const Kernels& kernels) { return kernels.outer_f64; }
   static auto widen(const Kernels& kernels, Dtype dtype) { return kernels.widen_f64[index(dtype)]; }
 };
+
+/// The i with i (i + 1) / 2 <= pair < (i + 1) (i + 2) / 2.
+std::size_t triangle_row(std::size_t pair) {
+  std::size_t i = static_cast<std::size_t>((std::sqrt(8.0 * static_cast<double>(pair) + 1.0) - 1.0) / 2.0);
+  while (i * (i + 1) / 2 > pair) --i;
+  while ((i + 1) * (i + 2) / 2 <= pair) ++i;
+  return i;
+}
 
 template <class T>
 void update(T* cov, const Matrix& rows) {
@@ -61,9 +70,7 @@ void update(T* cov, const Matrix& rows) {
 #pragma omp for schedule(dynamic, 4)
       for (std::size_t task = 0; task < pairs * strips; ++task) {
         const std::size_t pair = task / strips, strip = task % strips * kStrip;
-        std::size_t j = 0, before = 0;  // panels of columns before j have `before` pairs
-        while (before + num_panels - j <= pair) before += num_panels - j++;
-        const std::size_t i = j + pair - before, row = i * panel + strip;
+        const std::size_t i = triangle_row(pair), j = pair - i * (i + 1) / 2, row = i * panel + strip;
         if (row >= size) continue;
         const bool diagonal = i == j;
         outer(panels + i * depth * panel + strip, panel, panels + j * depth * panel, panel, count,

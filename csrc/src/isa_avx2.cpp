@@ -15,6 +15,7 @@ struct Vec {
   static constexpr int kTileRows = 6, kTileQueries = 2;
   // 4 x 3 sums + 3 + 1 of 16 registers
   static constexpr int kPanelVecs = 3;
+  static constexpr std::size_t kDirectQueries = 8;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }

@@ -15,6 +15,7 @@ struct Vec {
   // 24 sums + 4 queries + 1 row of 32 registers; 10 loads for 24 FMA
   static constexpr int kTileRows = 6, kTileQueries = 4;
   static constexpr int kPanelVecs = 4;
+  static constexpr std::size_t kDirectQueries = 32;
   __m512 v;
 
   static __mmask16 first(std::size_t n) { return static_cast<__mmask16>((1u << n) - 1u); }

@@ -49,6 +49,7 @@ struct Vec {
   // 8 sums + 2 queries + 1 row + 1 product of 16 registers
   static constexpr int kTileRows = 4, kTileQueries = 2;
   static constexpr int kPanelVecs = 2;
+  static constexpr std::size_t kDirectQueries = 2;
   typedef float Lanes __attribute__((vector_size(16)));
   Lanes v;
 

@@ -13,6 +13,7 @@ struct Vec {
   // 24 sums + 4 queries + 1 row of 32 registers
   static constexpr int kTileRows = 6, kTileQueries = 4;
   static constexpr int kPanelVecs = 4;
+  static constexpr std::size_t kDirectQueries = 16;
   float32x4_t v;
 
   static Vec zero() { return {vdupq_n_f32(0.0f)}; }

@@ -37,6 +37,9 @@ struct Kernels {
                   std::size_t query_stride, std::size_t num_queries, std::size_t dim,
                   const std::uint32_t* dims, float* out, std::size_t out_stride, bool add);
 
+  // The most queries for which rows of 16 bits are converted in registers, anew for every tile of queries;
+  // for more, a copy of the rows is converted first.
+  std::size_t direct_queries;
   // The same for rows in bfloat16 and queries that are exact in it, both strides in elements; nullptr where
   // the CPU has no such product.
   DotsBf16 dots_bf16;

@@ -9,13 +9,18 @@
 namespace logra {
 namespace {
 
-/// Whether a kernel of bfloat16 products sees this very value: no digits lost, not subnormal (those it takes
-/// for zero).
-bool exact_bf16(float value, Bfloat16* to) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  to->bits = static_cast<std::uint16_t>(bits >> 16);
-  return (bits & 0xffffu) == 0 && ((bits & 0x7f800000u) != 0 || (bits & 0x7fffffffu) == 0);
+/// Rounds nothing: false if a value has more digits than bfloat16, or is subnormal, which the kernels of
+/// bfloat16 products take for zero.
+bool narrow_exactly(const float* from, Bfloat16* to, std::size_t n) {
+  std::uint32_t lost = 0, subnormal = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    lost |= bits & 0xffffu;
+    subnormal |= (bits & 0x7fffffffu) - 1u < 0x007fffffu;
+    to[i].bits = static_cast<std::uint16_t>(bits >> 16);
+  }
+  return lost == 0 && subnormal == 0;
 }
 
 }  // namespace
@@ -84,19 +89,16 @@ bool Products::pack_bf16() {
     for (std::size_t b = 0; exact != 0 && b < num_blocks_; ++b) {
       const std::size_t begin = b * block_, length = std::min(block_, dim - begin);
       kernels_.widen_f32[index(queries_.dtype)](&query, begin, 1, length, wide, length, length);
-      Bfloat16* to = packed + b * block_stride_ + q * query_stride_;
-      for (std::size_t d = 0; d < length; ++d) exact &= exact_bf16(wide[d], to + d);
+      exact &= narrow_exactly(wide, packed + b * block_stride_ + q * query_stride_, length);
     }
   }
   if (exact == 0) storage_bf16_ = Scratch<Bfloat16>();
   return exact != 0;
 }
 
-// Rows are read where they are, and converted in registers, once for each tile of queries. For many queries
-// that costs as much as one conversion into a copy on CPUs with spare ports (Zen 5), and more on those that
-// convert on their FMA ports.
 bool Products::direct() const {
-  return dtype_ == Dtype::kFloat32 || queries_.rows <= 32 || storage_bf16_.get() != nullptr;
+  return dtype_ == Dtype::kFloat32 || queries_.rows <= kernels_.direct_queries ||
+         storage_bf16_.get() != nullptr;
 }
 
 std::size_t Products::scratch_floats() const {

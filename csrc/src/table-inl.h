@@ -1,6 +1,7 @@
 // Included last in an instruction set's namespace: its table.
 static constexpr Kernels kTable = {
     {dots<float>, dots<Float16>, dots<Bfloat16>},
+    Vec::kDirectQueries,
     nullptr,
     Vec::kPanelVecs * Vec::kLanes,
     outer_f32,
