@@ -100,7 +100,7 @@ DEMO_EXAMPLE = """
 Example:
 
   logra demo --out demo          then open demo/report.html
-  logra demo --quick             24 passages and one question, to see that everything works
+  logra demo --quick             ten passages and one question, to see that everything works
 """
 
 
