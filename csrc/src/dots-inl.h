@@ -4,8 +4,11 @@
 // use the same order of summation: lane by lane over kDimBlock elements, one tree over the lanes, then block
 // after block.
 
+// Elements that a scan fetches ahead; past a row's end it fetches what follows, which is harmless.
+constexpr std::size_t kAhead = 1024;
+
 // kRows x kQueries accumulators, kQueries vectors of queries and one of a row must fit the registers.
-template <int kRows, int kQueries, class T>
+template <int kRows, int kQueries, bool kStream, class T>
 static void dots_tile(const T* const* rows, const float* queries, std::size_t query_stride, std::size_t dim,
                       float* out, std::size_t out_stride, bool add) {
   Vec sum[kRows][4];
@@ -22,6 +25,7 @@ static void dots_tile(const T* const* rows, const float* queries, std::size_t qu
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec row = Vec::load(rows[r] + d);
+      if (kStream) __builtin_prefetch(rows[r] + d + kAhead);
 #pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) sum[r][q] = fma(row, query[q], sum[r][q]);
     }
@@ -43,28 +47,33 @@ static void dots_tile(const T* const* rows, const float* queries, std::size_t qu
     store_sums<kQueries>(Vec::sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), out + r * out_stride, add);
 }
 
-// kTileRows rows against all queries: the rows stay in L1 while the queries pass.
+// kRows rows against all queries: the rows stay in L1 while the queries pass.
+template <int kRows, bool kStream, class T>
+static void dots_rows(const T* const* rows, const float* queries, std::size_t query_stride,
+                      std::size_t num_queries, std::size_t dim, const std::uint32_t* dims, float* out,
+                      std::size_t out_stride, bool add) {
+  constexpr std::size_t kWide = Vec::kTileQueries;
+  std::size_t q = 0;
+  for (; q + kWide <= num_queries; q += kWide)
+    dots_tile<kRows, kWide, kStream>(rows, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim,
+                                     out + q, out_stride, add);
+  for (; q + 2 <= num_queries; q += 2)
+    dots_tile<kRows, 2, kStream>(rows, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim,
+                                 out + q, out_stride, add);
+  if (q < num_queries)
+    dots_tile<kRows, 1, kStream>(rows, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim,
+                                 out + q, out_stride, add);
+}
+
+// Few queries: reading the rows is what takes the time.
 template <int kRows, class T>
 static void dots_rows(const T* const* rows, const float* queries, std::size_t query_stride,
                       std::size_t num_queries, std::size_t dim, const std::uint32_t* dims, float* out,
                       std::size_t out_stride, bool add) {
-  std::size_t q = 0;
-  for (; q + 4 <= num_queries; q += 4) {
-    const std::size_t length = dims ? dims[q / 4] : dim;
-    if constexpr (Vec::kTileQueries == 4) {
-      dots_tile<kRows, 4>(rows, queries + q * query_stride, query_stride, length, out + q, out_stride, add);
-    } else {
-      dots_tile<kRows, 2>(rows, queries + q * query_stride, query_stride, length, out + q, out_stride, add);
-      dots_tile<kRows, 2>(rows, queries + (q + 2) * query_stride, query_stride, length, out + q + 2,
-                          out_stride, add);
-    }
-  }
-  if (q == num_queries) return;
-  const std::size_t length = dims ? dims[q / 4] : dim;
-  for (; q + 2 <= num_queries; q += 2)
-    dots_tile<kRows, 2>(rows, queries + q * query_stride, query_stride, length, out + q, out_stride, add);
-  if (q < num_queries)
-    dots_tile<kRows, 1>(rows, queries + q * query_stride, query_stride, length, out + q, out_stride, add);
+  if (num_queries <= 4)
+    dots_rows<kRows, true>(rows, queries, query_stride, num_queries, dim, dims, out, out_stride, add);
+  else
+    dots_rows<kRows, false>(rows, queries, query_stride, num_queries, dim, dims, out, out_stride, add);
 }
 
 template <class T>

@@ -37,12 +37,12 @@ struct Kernels {
                   std::size_t query_stride, std::size_t num_queries, std::size_t dim,
                   const std::uint32_t* dims, float* out, std::size_t out_stride, bool add);
 
-  // The most queries for which rows of 16 bits are converted in registers, anew for every tile of queries;
-  // for more, a copy of the rows is converted first.
-  std::size_t direct_queries;
   // The same for rows in bfloat16 and queries that are exact in it, both strides in elements; nullptr where
   // the CPU has no such product.
   DotsBf16 dots_bf16;
+  // The most queries for which rows of 16 bits are converted in registers, anew for every tile of queries;
+  // for more, a copy of the rows is converted first.
+  std::size_t direct_queries;
 
   // c[r * c_stride + i] += sum_{t < count} a[t * a_stride + r] * b[t * b_stride + i], in the order of t, for
   // the rows r < num_rows <= kStrip and the columns i < num_cols + r * slope (and < panel). Rows of a can be

@@ -1,8 +1,8 @@
 // Included last in an instruction set's namespace: its table.
 static constexpr Kernels kTable = {
     {dots<float>, dots<Float16>, dots<Bfloat16>},
+    nullptr,  // dots_bf16
     Vec::kDirectQueries,
-    nullptr,
     Vec::kPanelVecs * Vec::kLanes,
     outer_f32,
     VecD::kPanelVecs * VecD::kLanes,
