@@ -8,8 +8,10 @@ that autograd computes activation gradients alone and stops at the lowest watche
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -74,6 +76,7 @@ class Capture:
         self._gradients: dict[str, Tensor] = {}
         self._called_without_grad: set[str] = set()
         self._passes = _Passes()
+        self._thread = 0
         self._undo: list[Callable[[], None]] = []
 
     # the results
@@ -112,10 +115,8 @@ class Capture:
                 hook = partial(self._after_forward, layer)
                 handle = layer.module.register_forward_hook(hook, with_kwargs=True)
                 self._undo.append(handle.remove)
-            self._undo.append(_replace(torch.autograd, "backward", self._watched_backward))
-            self._undo.append(
-                _replace(checkpoint.CheckpointFunction, "apply", _anchored_checkpoint)
-            )
+            self._thread = threading.get_ident()
+            self._undo.append(_watch_torch(self))
         except BaseException:
             self._leave()
             raise
@@ -240,17 +241,6 @@ class Capture:
             )
         self._token_scores = self._token_scores + scores.to(self._token_scores.device)
 
-    def _watched_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if torch._C._current_graph_task_id() != -1:
-                return original(tensors, *args, **kwargs)  # a checkpoint's own, inside the pass
-            roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-            self._check_summed(roots)
-            with self._passes:
-                return original(tensors, *args, **kwargs)
-
-        return backward
-
     def _check_summed(self, roots: Sequence[Tensor]) -> None:
         if self._averaged_loss == "allow":
             return
@@ -271,7 +261,10 @@ def check_mask(mask: Any, num_examples: int) -> Tensor | None:
     """mask -> bool [N, T], or an error that says what was wanted."""
     if mask is None:
         return None
-    mask = torch.as_tensor(mask)
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"mask: expected a tensor [N, T] of 0 and 1, got {mask!r:.80}") from error
     if mask.ndim != 2 or mask.shape[0] != num_examples:
         raise ValueError(
             f"mask: expected shape [N, T] with N = {num_examples} (one row per data_id), "
@@ -362,6 +355,49 @@ def _anchored_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(function, preserve_rng_state, *args)
 
     return apply
+
+
+_open_captures: list[Capture] = []
+_unwatch: list[Callable[[], None]] = []
+_watching = threading.Lock()
+
+
+def _watch_torch(capture: Capture) -> Callable[[], None]:
+    """Wrap torch's own functions while any capture is open; returns what closes this one.
+
+    Once for all of them: captures of two threads are closed in any order, and the last to close
+    puts back what the first has found.
+    """
+    with _watching:
+        if not _open_captures:
+            _unwatch.append(_replace(torch.autograd, "backward", _watched_backward))
+            _unwatch.append(_replace(checkpoint.CheckpointFunction, "apply", _anchored_checkpoint))
+        _open_captures.append(capture)
+
+    def close() -> None:
+        with _watching:
+            _open_captures.remove(capture)
+            while _unwatch and not _open_captures:
+                _unwatch.pop()()
+
+    return close
+
+
+def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._current_graph_task_id() != -1:
+            return original(tensors, *args, **kwargs)  # a checkpoint's own, inside the pass
+        here = threading.get_ident()
+        captures = [capture for capture in list(_open_captures) if capture._thread == here]
+        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        for capture in captures:
+            capture._check_summed(roots)
+        with ExitStack() as passes:
+            for capture in captures:
+                passes.enter_context(capture._passes)
+            return original(tensors, *args, **kwargs)
+
+    return backward
 
 
 def _replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from functools import partial
 
@@ -302,6 +303,44 @@ def test_one_capture_inside_another():
     assert inner.rows().shape == want.shape
 
 
+def test_captures_of_two_threads():
+    """Each has its model. The first to open is the first to close: no stack of patches."""
+    batches = [mlp_batch(), mlp_batch()]
+    before = [traces(model) for model, _ in batches]
+    turn, rows, errors = threading.Barrier(2, timeout=60), {}, []
+
+    def work(number: int) -> None:
+        model, x = batches[number]
+        try:
+            if number == 1:
+                turn.wait()
+            with Capture(model, make_layers(model), 4) as capture:
+                if number == 0:
+                    turn.wait()
+                turn.wait()  # both are open
+                model(x).square().sum().backward()
+                turn.wait()
+                if number == 1:
+                    turn.wait()
+            rows[number] = capture.rows()
+            if number == 0:
+                turn.wait()  # closed before the other
+        except BaseException as error:
+            errors.append(error)
+            turn.abort()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for number, (model, x) in enumerate(batches):
+        assert same_traces(traces(model), before[number])
+        want = capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
+        assert torch.equal(rows[number], want)
+
+
 # what it refuses
 
 
@@ -381,6 +420,7 @@ def test_unused_modules():
                            "got [3, 6]"),
         (torch.ones(4), "mask: expected shape [N, T] with N = 4 (one row per data_id), got [4]"),
         (torch.full((4, 6), 0.5), "mask: expected only 0 and 1, got other values"),
+        ("left", "mask: expected a tensor [N, T] of 0 and 1, got 'left'"),
         (torch.full((4, 6), 2), "mask: expected only 0 and 1, got other values"),
     ],
 )  # fmt: skip
