@@ -267,9 +267,9 @@ def test_query_results_are_the_attributors(files, tmp_path):
     results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert [query["id"] for query in results["queries"]] == ["1", "two"]
 
-    from logra_kernels.causal_lm import CausalLM
-    from logra_kernels.corpus import Record, TokenSettings, encode
-    from logra_kernels.lm_gradients import LMGradients
+    from logra_kernels.lm.causal_lm import CausalLM
+    from logra_kernels.lm.corpus import Record, TokenSettings, encode
+    from logra_kernels.lm.gradients import LMGradients
 
     store = Store.open(files / "store")
     lm = CausalLM.load(files / "model")

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from logra_kernels.corpus import Corpus, Example, Record, TokenSettings, batches, encode
+from logra_kernels.lm.corpus import Corpus, Example, Record, TokenSettings, batches, encode
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -73,7 +73,7 @@ def test_text_windows_do_not_depend_on_the_block_size(tmp_path, tokenizer, monke
     path.write_text("".join(f"line {i} é\n" for i in range(50)), encoding="utf-8")
     settings = TokenSettings(max_tokens=16, stride=5)
     whole = read(path, tokenizer, settings)
-    monkeypatch.setattr("logra_kernels.corpus.BLOCK_CHARACTERS", 40)
+    monkeypatch.setattr("logra_kernels.lm.corpus.BLOCK_CHARACTERS", 40)
     assert read(path, tokenizer, settings) == whole
 
 

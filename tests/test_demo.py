@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from logra_kernels.gguf_model import convert_gguf, hugging_face_name, undo_rotary_permutation
-from logra_kernels.reference_corpus import reference_passages
+from logra_kernels.demo.reference_corpus import reference_passages
+from logra_kernels.lm.gguf import convert_gguf, hugging_face_name, undo_rotary_permutation
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -151,8 +151,8 @@ def test_conversion_equals_transformers_own_loader(quick):
     """Both read the same blocks: equal bits, not merely close ones."""
     import torch
 
-    from logra_kernels.causal_lm import CausalLM
     from logra_kernels.demo import weights_path
+    from logra_kernels.lm.causal_lm import CausalLM
 
     out, _ = quick
     weights = weights_path()

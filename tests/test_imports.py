@@ -32,10 +32,10 @@ TIERS = {
     "curvature": 3,
     "attribution": 3,
     "run": 3,
-    "corpus": 4,
-    "causal_lm": 4,
+    "lm": 4,
     "integrations": 4,
     "report": 4,
+    "demo": 5,
     "cli": 5,
     "__main__": 5,
 }

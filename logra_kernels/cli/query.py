@@ -12,10 +12,10 @@ from logra_kernels.report.terminal import print_query
 
 def run(arguments: argparse.Namespace) -> int:
     """Rank, print, and write what was asked for."""
-    from logra_kernels.causal_lm import CausalLM
-    from logra_kernels.corpus import Record
-    from logra_kernels.lm_gradients import lm_fingerprints
-    from logra_kernels.lm_query import ask, chat_prompt
+    from logra_kernels.lm.causal_lm import CausalLM
+    from logra_kernels.lm.corpus import Record
+    from logra_kernels.lm.gradients import lm_fingerprints
+    from logra_kernels.lm.query import ask, chat_prompt
     from logra_kernels.store import Store
 
     records = _records(arguments)
@@ -68,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _records(arguments: argparse.Namespace) -> "list[Any]":
-    from logra_kernels.corpus import Record
-    from logra_kernels.lm_query import read_queries
+    from logra_kernels.lm.corpus import Record
+    from logra_kernels.lm.query import read_queries
 
     kinds = [name for name in ("text", "completion", "queries") if getattr(arguments, name)]
     if len(kinds) != 1:

@@ -1,5 +1,7 @@
 """Per-sample gradients from projected activations (LoGra Eq. 6): G = sum_t m_t dy_t x_t^T."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,6 @@ def per_sample_gradients(
     else:
         bounds = cu_seqlens.tolist()
         gradients = x.new_zeros(len(bounds) - 1, dy.shape[-1], x.shape[-1])  # [S, Ko, Ki]
-        for s, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for s, (begin, end) in enumerate(itertools.pairwise(bounds)):
             gradients[s] = dy[begin:end].T @ x[begin:end]
     return gradients.to(out_dtype or dtype)

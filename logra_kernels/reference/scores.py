@@ -8,7 +8,7 @@ from logra_kernels.reference._dtype import accumulator
 def scores(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, row_bias: Tensor | None = None
 ) -> Tensor:
-    """queries [Q, D], rows [R, D], row_scale [R], row_bias [R] -> <q, r> * scale_r + bias_r, [Q, R]."""
+    """<q, r> scale_r + bias_r; queries [Q, D], rows [R, D], row_scale, row_bias [R] -> [Q, R]."""
     dtype = accumulator(queries, rows)
     out = queries.to(dtype) @ rows.to(dtype).T  # [Q, R]
     if row_scale is not None:

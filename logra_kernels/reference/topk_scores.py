@@ -32,7 +32,12 @@ def topk_scores(
 
 
 def _select(
-    values: Tensor, ids: Tensor, k: int, old_values: Tensor | None, old_ids: Tensor | None, sign: float
+    values: Tensor,
+    ids: Tensor,
+    k: int,
+    old_values: Tensor | None,
+    old_ids: Tensor | None,
+    sign: float,
 ) -> tuple[Tensor, Tensor]:
     padding = values.new_full((values.shape[0], k), -sign * torch.inf)
     last = ids.new_full((values.shape[0], k), -1)

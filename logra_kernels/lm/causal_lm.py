@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.corpus import Example
 from logra_kernels.layers import layer_kind
+from logra_kernels.lm.corpus import Example
 from logra_kernels.recorder import model_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from logra_kernels.corpus import Record
+from logra_kernels.lm.corpus import Record
 
 _UNDERLINE = re.compile(r"([*=~^\-\"'+#])\1{2,}\s*\Z")
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+")

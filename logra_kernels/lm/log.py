@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from logra_kernels.corpus import WINDOW_EXAMPLES, Corpus, Example, batches
-from logra_kernels.lm_gradients import LMGradients, lm_fingerprint
+from logra_kernels.lm.corpus import WINDOW_EXAMPLES, Corpus, Example, batches
+from logra_kernels.lm.gradients import LMGradients, lm_fingerprint
 from logra_kernels.recorder import Recorder
 from logra_kernels.statistic import Setup
 from logra_kernels.store import StoreError

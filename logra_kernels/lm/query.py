@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor
-from logra_kernels.causal_lm import CausalLM
-from logra_kernels.corpus import Example, Record, TokenSettings, batches, encode
-from logra_kernels.lm_gradients import LMGradients, lm_fingerprints
+from logra_kernels.lm.causal_lm import CausalLM
+from logra_kernels.lm.corpus import Example, Record, TokenSettings, batches, encode
+from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
 from logra_kernels.modes import GRADIENT_DOT, MODES
 from logra_kernels.report import FORMAT, VERSION
 from logra_kernels.store import Store
