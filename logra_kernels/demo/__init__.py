@@ -20,14 +20,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.config import Config
+from logra_kernels.demo.reference_corpus import reference_passages
+from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gguf import convert_gguf
 from logra_kernels.lm.gradients import LMGradients
 from logra_kernels.lm.log import Progress, log_corpus
 from logra_kernels.lm.query import GRADIENT_DOT, ask, chat_prompt
-from logra_kernels.demo.reference_corpus import reference_passages
 from logra_kernels.report import write_report, write_results
 from logra_kernels.report.terminal import print_query
 from logra_kernels.store import Store

@@ -34,12 +34,13 @@ def register(
     fake: Kernel,
     native: Kernel,
     check_values: Kernel | None = None,
+    first_input: int = 0,
 ) -> None:
     """Define the op of `schema`.
 
     `native` returns NotImplemented for arguments it does not take (float64), which the reference
     then computes. `check_values` sees the arguments before any kernel does, and returns those to
-    use.
+    use. On CUDA, arguments from `first_input` on that are float64 go to the reference.
     """
     name = schema.split("(")[0]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -62,7 +63,7 @@ def register(
         return reference(*args)
 
     def cuda(*args: Any) -> Any:
-        if _native.MODE == "reference" or has_float64(args) or not triton_available():
+        if _native.MODE == "reference" or has_float64(args[first_input:]) or not triton_available():
             return reference(*args)
         launcher = getattr(importlib.import_module(f"logra_kernels.triton.{module}"), name)
         return launcher(*args)

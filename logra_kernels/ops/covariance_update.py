@@ -66,4 +66,5 @@ register(
     reference=_reference,
     fake=_fake,
     native=_native,
+    first_input=1,  # a float64 cov is what the kernels accumulate into
 )
