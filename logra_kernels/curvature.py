@@ -360,8 +360,11 @@ def check_damping(damping_scale: float | None, damping: float | None) -> tuple[f
             f"got damping_scale={damping_scale} and damping={damping}"
         )
     for name, value in (("damping_scale", damping_scale), ("damping", damping)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
     if damping is not None:
         return 0.0, float(damping)
     return (DEFAULT_DAMPING_SCALE if damping_scale is None else float(damping_scale)), None

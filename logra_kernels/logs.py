@@ -39,7 +39,7 @@ def rows_of_log(argument: str, log: Any, modules: Sequence[Module]) -> tuple[lis
     if isinstance(content, Tensor):
         rows = content
     elif isinstance(content, Mapping):
-        rows = _joined(argument, content, modules)
+        rows = _joined(argument, content, modules, len(ids))
     else:
         raise ValueError(
             f"{argument}: expected {{module: {{'grad': tensor}}}}, got {type(content).__name__}"
@@ -52,7 +52,10 @@ def rows_of_log(argument: str, log: Any, modules: Sequence[Module]) -> tuple[lis
 
 
 def _joined(
-    argument: str, content: Mapping[str, Mapping[str, Tensor]], modules: Sequence[Module]
+    argument: str,
+    content: Mapping[str, Mapping[str, Tensor]],
+    modules: Sequence[Module],
+    count: int,
 ) -> Tensor:
     unknown = set(content) - {module.name for module in modules}
     if unknown:
@@ -61,13 +64,15 @@ def _joined(
     for module in modules:
         if module.name not in content:
             raise ValueError(f"{argument}: module {module.name} is missing")
+        if "grad" not in content[module.name]:
+            raise ValueError(f"{argument}: module {module.name}: expected the key 'grad'")
         gradient = content[module.name]["grad"]
-        if gradient.shape[1:].numel() != module.size:
+        if gradient.shape[:1] != (count,) or gradient.shape[1:].numel() != module.size:
             raise ValueError(
-                f"{argument}: module {module.name}: expected [N, {module.ko}, {module.ki}], "
+                f"{argument}: module {module.name}: expected [{count}, {module.ko}, {module.ki}], "
                 f"got {list(gradient.shape)}"
             )
-        blocks.append(gradient.reshape(gradient.shape[0], -1))
+        blocks.append(gradient.reshape(count, module.size))
     return torch.cat(blocks, dim=1)
 
 

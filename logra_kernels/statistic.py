@@ -36,8 +36,9 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
     """What setup was asked for.
 
     {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}, in any part: lists where
-    there is one name, "stat" for "statistic", "raw" for {"grad": Covariance}. LogIX's later form
-    {"grad": ["log", "covariance"]} means the same, with saving switched on by run.save(True).
+    there is one name (an empty one asks for nothing), "stat" for "statistic", "raw" for
+    {"grad": Covariance}. LogIX's later form {"grad": ["log", "covariance"]} means the same, with
+    saving switched on by run.save(True).
 
     Raises: ValueError for a key, a tensor or a statistic that is not available.
     """
@@ -50,11 +51,12 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
     for key, value in options.items():
         if key in ("log", "save"):
             _check_tensors(key, value)
-            save |= key == "save"
+            save |= key == "save" and bool(_listed(value))
         elif key in ("stat", "statistic"):
             covariance |= _parse_statistic(key, value)
         elif key in ("grad", "forward", "backward"):
-            _check_tensors("setup", key)
+            if _listed(value):  # "forward": [] asks for nothing
+                _check_tensors("setup", key)
             covariance |= _has_covariance(key, _listed(value))
         else:
             raise ValueError(f"setup: no key {key!r}; there are log, save, statistic (stat), grad")
@@ -73,8 +75,9 @@ def _check_tensors(key: str, names: Any) -> None:
 
 def _parse_statistic(key: str, value: Any) -> bool:
     if isinstance(value, Mapping):
-        for tensor in value:
-            _check_tensors(key, tensor)
+        for tensor, listed in value.items():
+            if _listed(listed):
+                _check_tensors(key, tensor)
         plugins = [plugin for listed in value.values() for plugin in _listed(listed)]
         return _has_covariance(key, plugins)
     if value == "none":
