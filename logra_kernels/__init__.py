@@ -16,17 +16,25 @@ _HOMES = {
     "StoreError": "store",
     "StoreWriter": "store",
     "TopK": "ops",
+    "add_lora": "current",
+    "build_log_dataloader": "current",
     "covariance_update_": "ops",
-    "finalize": "run",
+    "eval": "current",
+    "finalize": "current",
+    "get_log": "current",
     "init": "run",
+    "initialize_from_log": "current",
+    "log": "current",
     "pack_rows": "ops",
     "per_sample_gradients": "ops",
     "project": "ops",
     "projected_gradients": "ops",
     "scores": "ops",
     "self_influence": "ops",
+    "setup": "current",
     "topk_scores": "ops",
     "unpack_rows": "ops",
+    "watch": "current",
 }
 
 __all__ = sorted(_HOMES)
@@ -36,7 +44,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("logra-kernels")
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        told = importlib.import_module(f"{__name__}.logix_names").refused(name)
+        raise AttributeError(told or f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

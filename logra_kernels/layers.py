@@ -319,6 +319,26 @@ class Conv2dLayer(Layer):
         return dy.flatten(2).transpose(1, 2).contiguous()  # [N, T, O]
 
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_COMPILED = "_orig_mod"  # torch.compile's name for what it wraps
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif _COMPILED in model._modules:
+            model = cast(nn.Module, model._modules[_COMPILED])
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A module's or a parameter's name, as it is without torch.compile."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
 def layer_kind(module: nn.Module) -> type[Layer] | None:
     """The adapter for a module, or None if there is none."""
     if isinstance(module, nn.Linear):

@@ -110,6 +110,23 @@ class Queries:
             self._attributors = {key: made}  # one: its factors are as large as the curvature
         return self._attributors[key]
 
+    def precondition(
+        self,
+        src_log: Any = None,
+        damping: float | None = None,
+        hessian: str = "auto",
+        *,
+        damping_scale: float | None = None,
+    ) -> Log:
+        """(H + λI)⁻¹ g of each example of a log (None: the last batch), as a log.
+
+        compute_influence preconditions by itself; this is for products of one's own.
+        """
+        _check_hessian(hessian)
+        ids, rows = self._source(src_log)
+        preconditioner = self._preconditioner(True, damping, damping_scale)
+        return log_of_rows(ids, preconditioner.precondition(rows), self.modules)
+
     def compute_influence_all(
         self,
         src_log: Any = None,
@@ -132,7 +149,8 @@ class Queries:
                 loader of logs is gone through batch by batch.
             mode: "dot", "l-relatif" (LogIX calls it "cosine"), "l2", "theta-relatif" or
                 "whitened-cosine"; None: the configuration's ("dot").
-            precondition: False leaves the curvature out: plain products of gradients.
+            precondition: False leaves the curvature out, of the norms too (LogIX keeps it in
+                those): plain products of gradients.
             hessian: "auto" or "raw".
             influence_groups: substrings of module names; each group is scored besides the total.
             damping: λ; damping_scale: λ relative to the mean eigenvalue. Neither: the

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logra_kernels import ops
 from logra_kernels.config import Config
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.layers import Layer
+from logra_kernels.layers import Layer, plain_name
 from logra_kernels.projection import (
     SCALING,
     ModuleProjection,
@@ -220,7 +220,7 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         step = max(1, flat.numel() // SAMPLED_VALUES)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(f"{plain_name(name)} {tuple(parameter.shape)}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from logra_kernels.capture import Capture
 from logra_kernels.config import Config
-from logra_kernels.layers import Layer, layer_kind
+from logra_kernels.layers import Layer, layer_kind, plain_name, unwrapped
+from logra_kernels.logix_names import check_lora_arguments, refused
 from logra_kernels.projection import ModuleProjection, build_projections
 from logra_kernels.queries import Queries
 from logra_kernels.recorder import (
@@ -63,11 +64,11 @@ def init(
     return _current
 
 
-def finalize() -> None:
-    """Finalize the run that init began last."""
+def current(caller: str) -> Run:
+    """The run that init began last."""
     if _current is None:
-        raise RuntimeError("finalize: there is no run; call init(project=...) first")
-    _current.finalize()
+        raise RuntimeError(f"{caller}: there is no run; call init(project=...) first")
+    return _current
 
 
 class Run(Queries):
@@ -83,6 +84,7 @@ class Run(Queries):
         self._resumable: frozenset[str] | None = None
         self._model: nn.Module | None = None
         self._layers: list[Layer] = []
+        self._filters: tuple[Any, Any] = (None, None)  # watch's type_filter and name_filter
         self._with_bias = False
         self._described: dict[str, Any] = {}  # the projection, for the store
         self._chose_projection = False
@@ -92,6 +94,9 @@ class Run(Queries):
         self._open: LoggedPass | None = None
 
     # what to log
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(refused(name) or f"a run has no attribute {name!r}")
 
     def watch(
         self,
@@ -104,7 +109,8 @@ class Run(Queries):
         """Choose the layers whose gradients are logged, in the order of named_modules.
 
         Args:
-            model: nothing in it is changed, neither now nor later.
+            model: nothing in it is changed, neither now nor later. The layers' names are those
+                without torch.compile, DataParallel and DistributedDataParallel.
             type_filter: module classes; None: nn.Linear, nn.Conv2d, HF's Conv1D, nn.Embedding.
             name_filter: a module is watched if its name holds one of these; None: every one.
             bias: log the bias's gradient too, as one more column of the weight's.
@@ -115,9 +121,11 @@ class Run(Queries):
         for name, value in (("type_filter", type_filter), ("name_filter", name_filter)):
             if isinstance(value, (str, type)):
                 raise ValueError(f"{name}: expected a list, got {value!r}")
+        model = unwrapped(model)
         found: list[Layer] = []
         seen: set[str] = set()
-        for name, module in model.named_modules():
+        for path, module in model.named_modules():
+            name = plain_name(path)
             if type_filter is not None and not isinstance(module, tuple(type_filter)):
                 continue
             if name_filter is not None and not any(part in name for part in name_filter):
@@ -133,16 +141,19 @@ class Run(Queries):
         else:
             self._described = describe_projection(found, bias)
         self._model, self._layers, self._with_bias = model, found, bias
+        self._filters = (type_filter, name_filter)
         self._chose_projection = False
 
     def add_lora(
         self,
-        rank: int | tuple[int, int] | None = None,
+        rank: int | tuple[int, int] | nn.Module | None = None,
         init: str | None = None,
         *,
         seed: int | None = None,
         type_filter: Sequence[type[nn.Module]] | None = None,
         name_filter: Sequence[str] | None = None,
+        model: nn.Module | None = None,
+        **logix: Any,
     ) -> None:
         """Project the watched layers' gradients from O × I to rank_out × rank_in.
 
@@ -153,14 +164,22 @@ class Run(Queries):
             rank: K, or (rank_out, rank_in); the configuration's (64) by default.
             init: "random" (normal) or "rademacher"; the configuration's by default.
             seed: of the projection; the configuration's (0) by default.
-            type_filter, name_filter: watch these alone, as in watch.
+            type_filter, name_filter: watch these alone; watch's, where one is not given.
+            model: watch this one, as LogIX does, which takes it in the first place too.
+            logix: LogIX's other arguments, with the values that say what is done here.
         """
         self._refuse_while_logging("add_lora")
-        model = self._watched("add_lora")
+        check_lora_arguments(logix)
+        if isinstance(rank, nn.Module):
+            rank, model = None, rank
+        model = self._watched("add_lora") if model is None else unwrapped(model)
         if self._store is not None:
             raise RuntimeError("add_lora: the projection is the store's, which was opened already")
-        if type_filter is not None or name_filter is not None:
-            self.watch(model, type_filter, name_filter, bias=self._with_bias)
+        if model is not self._model or type_filter is not None or name_filter is not None:
+            types, names = self._filters
+            types = types if type_filter is None else type_filter
+            names = names if name_filter is None else name_filter
+            self.watch(model, types, names, bias=self._with_bias)
         self.config = self.config.with_projection(rank, init, seed)
         widths = {layer.name: (layer.in_features, layer.out_features) for layer in self._layers}
         projections = build_projections(
@@ -351,10 +370,10 @@ class Run(Queries):
 
     def _begin_recording(self, setup: Setup) -> Recorder:
         if self._recorder is None:
-            if setup.save and self._store is not None and not self._resume:
+            if self._store is not None and not self._resume:
                 raise RuntimeError(
-                    f"save: {self.path} was finished; init(project, resume=True) adds to it, or "
-                    'setup({"log": "grad"}) logs queries without saving'
+                    f"{'save' if setup.save else 'statistic'}: {self.path} was finished; to log "
+                    "queries call eval() first, to add to it begin with init(project, resume=True)"
                 )
             fingerprints = {}
             if self.config.check_weights:
@@ -471,6 +490,8 @@ def check_ids(data_id: Any) -> list[str]:
     """data_id -> N texts; integers are written in decimal."""
     if isinstance(data_id, (str, bytes, int)):
         raise ValueError(f"data_id: expected one id for each example, got the single {data_id!r}")
+    if not hasattr(data_id, "__iter__"):
+        raise ValueError(f"data_id: expected one id for each example, got {data_id!r}")
     if hasattr(data_id, "tolist"):  # tensors and arrays
         if data_id.ndim != 1:
             raise ValueError(
@@ -543,7 +564,8 @@ def _nothing_to_watch(
     name_filter: Sequence[str] | None,
     seen: set[str],
 ) -> str:
-    names = [name for name, module in model.named_modules() if layer_kind(module) is not None]
+    named = ((plain_name(path), module) for path, module in model.named_modules())
+    names = [name for name, module in named if layer_kind(module) is not None]
     shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
     told = []
     if type_filter is not None:

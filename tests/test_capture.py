@@ -337,8 +337,8 @@ def test_captures_of_two_threads():
     assert not errors
     for number, (model, x) in enumerate(batches):
         assert same_traces(traces(model), before[number])
-        want = capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
-        assert torch.equal(rows[number], want)
+        loss = lambda model=model, x=x: model(x).square().sum()  # noqa: E731
+        assert torch.equal(rows[number], capture_rows(model, make_layers(model), 4, loss))
 
 
 # what it refuses

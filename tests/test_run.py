@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from toy_models import (
 )
 
 import logra_kernels as logix
-from logra_kernels import Covariance, Store
+from logra_kernels import Covariance, RawCurvature, Store
 from logra_kernels.run import check_ids
 
 COUNT = 12
@@ -195,6 +196,9 @@ def test_start_and_end(tmp_path, model, data):
         ({"save": "grad", "stat": "none"}, True, False),
         ({"grad": ["log", "covariance"]}, False, True),
         ({"grad": "log"}, False, False),
+        ({"log": "grad", "save": []}, False, False),
+        ({"grad": ["covariance"], "forward": [], "backward": []}, False, True),
+        ({"statistic": {"grad": [Covariance], "forward": [], "backward": []}}, False, True),
     ],
 )
 def test_setup_forms(tmp_path, model, data, options, save, covariance):
@@ -220,6 +224,7 @@ def test_setup_forms(tmp_path, model, data, options, save, covariance):
         ({"statistic": {"grad": "median"}}, "statistic: no statistic 'median'; available"),
         ({"statistic": {"grad": ["variance"]}}, "statistic: 'variance' (the variance of"),
         ({"log": "backward"}, "log: 'backward' is not available, only 'grad'"),
+        ({"forward": ["log"]}, "setup: 'forward' is not available, only 'grad'"),
         ({"save": "gradient"}, "save: expected 'grad', got 'gradient'"),
         ({"keep": "grad"}, "setup: no key 'keep'; there are log, save, statistic (stat), grad"),
         ({}, "setup: expected a dictionary such as"),
@@ -487,7 +492,7 @@ def test_a_store_is_not_overwritten(tmp_path, model, data):
 
 def test_saving_after_finalize(tmp_path, model, data):
     run = finished(tmp_path, model, data)
-    with refuse('setup({"log": "grad"}) logs queries without saving', RuntimeError):
+    with refuse("was finished; to log queries call eval() first, to add to it", RuntimeError):
         log_all(run, model, data)
 
 
@@ -553,6 +558,8 @@ def test_ids_come_in_many_forms(given, want):
         ([True], "data_id: expected strings or integers, got True"),
         ([None], "data_id: expected strings or integers, got None"),
         ([], "data_id: expected at least one id, got none"),
+        (None, "data_id: expected one id for each example, got None"),
+        (1.5, "data_id: expected one id for each example, got 1.5"),
         (torch.ones(2, 3, dtype=torch.int64), "got an array of shape [2, 3]"),
         (torch.tensor(3), "got an array of shape []"),
     ],
@@ -640,6 +647,9 @@ def test_watch_filters():
     assert [m.name for m in run.modules] == ["lm_head"]
     run.add_lora(rank=(2, 4), name_filter=["c_attn"], type_filter=[nn.Module])
     assert [(m.ko, m.ki) for m in run.modules] == [(2, 4), (2, 4)]
+    run.watch(model, type_filter=[nn.Linear, nn.Embedding])
+    run.add_lora(rank=2, name_filter=["wte", "mlp"])  # watch's type_filter stays
+    assert [m.name for m in run.modules] == ["transformer.wte"]
     with refuse("watch: name_filter=['feed_forward'] matches none of the layers transformer.wte, "):
         run.watch(model, name_filter=["feed_forward"])
     with refuse("watch: type_filter=[LayerNorm] matches none of the layers"):
@@ -766,10 +776,116 @@ def test_order_of_calls(tmp_path, model, data):
     assert Store.open(tmp_path / "toy").num_rows == 2
 
 
-def test_finalize_without_a_run(monkeypatch):
+def test_functions_of_the_module_are_those_of_the_last_run(tmp_path, model, data, monkeypatch):
+    """LogIX's examples call logix.watch, logix.setup, …."""
+    run = logix.init("toy", root_dir=str(tmp_path))
+    logix.watch(model)
+    logix.add_lora(rank=3)
+    logix.setup(RAW)
+    log_all(run, model, data)
+    logix.finalize()
+    logix.eval()
+    with run(data_id=["query"]):
+        loss_of(model, data, slice(1)).backward()
+    result = run.compute_influence_all(logix.get_log(), logix.build_log_dataloader())
+    assert result.scores.shape == (1, COUNT)
+    logix.init("toy", root_dir=str(tmp_path))
+    logix.initialize_from_log()
+    assert len(logix.build_log_dataloader().dataset) == COUNT
+    with refuse("log: the model is hooked only inside", RuntimeError):
+        logix.log(["a"])
     monkeypatch.setattr("logra_kernels.run._current", None)
-    with refuse("finalize: there is no run; call init(project=...) first", RuntimeError):
-        logix.finalize()
+    for name in ("finalize", "setup", "get_log"):
+        with refuse(f"{name}: there is no run; call init(project=...) first", RuntimeError):
+            getattr(logix, name)()
+
+
+def test_names_of_logix_that_are_not_here():
+    run = logix.init("toy")
+    with refuse("LogIX's LogIXScheduler is not here: one pass over the data", AttributeError):
+        logix.LogIXScheduler  # noqa: B018
+    for name in ("add_analysis", "clear", "watch_activation"):
+        for owner in (logix, run):
+            with refuse(f"LogIX's {name} is not here: ", AttributeError):
+                getattr(owner, name)
+    with refuse("a run has no attribute 'watsch'", AttributeError):
+        run.watsch  # noqa: B018
+    with refuse("module 'logra_kernels' has no attribute 'watsch'", AttributeError):
+        logix.watsch  # noqa: B018
+
+
+def test_add_lora_takes_what_logix_gives_it(tmp_path, model):
+    run = logix.init("toy", root_dir=str(tmp_path), rank=2)
+    run.add_lora(model, parameter_sharing=False, watch=True, clear=True)
+    assert [(m.ko, m.ki) for m in run.modules] == [(2, 2)] * 3
+    run.add_lora(model=model, lora_path=None)
+    for name, value, message in (
+        ("parameter_sharing", True, "expected False, got True: every module has a projection"),
+        ("watch", False, "expected True, got False"),
+        ("lora_path", "there", "expected None, got 'there': initialize_from_log takes"),
+    ):
+        with refuse(f"add_lora: {name}: {message}"):
+            run.add_lora(**{name: value})
+    with refuse("add_lora: no argument 'ranks'", TypeError):
+        run.add_lora(ranks=3)
+
+
+def test_wrapped_models_have_the_names_of_what_they_wrap(tmp_path, model, data):
+    run = finished(tmp_path, model, data)
+    inner = copy.deepcopy(model)
+    inner.second = torch.compile(inner.second, backend="eager")
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model), inner):
+        reader = logix.init("toy", root_dir=str(tmp_path))
+        reader.watch(wrapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # neither other modules nor other weights
+            reader.initialize_from_log()
+        assert [m.name for m in reader.modules] == [m.name for m in run.modules]
+    with reader(data_id=["query"]):
+        loss_of(inner, data, slice(1)).backward()
+    scores = reader.compute_influence_all().scores
+    log_queries(run, model, data, slice(1))
+    torch.testing.assert_close(scores, run.compute_influence_all().scores, rtol=1e-5, atol=0)
+
+
+def test_queries_of_a_finished_store_do_not_reach_its_curvature(tmp_path, model, data):
+    run = finished(tmp_path, model, data)
+    message = "statistic: " + str(tmp_path / "toy") + " was finished; to log queries call eval()"
+    with refuse(message, RuntimeError), run(data_id=["query"], save=False):
+        loss_of(model, data, slice(1)).backward()
+    log_queries(run, model, data, slice(1))
+    assert RawCurvature.load(Store.open(run.path)).count == COUNT
+
+
+def test_precondition_gives_a_log(tmp_path, model, data):
+    run = finished(tmp_path, model, data, dtype="float32")
+    log_queries(run, model, data, slice(2))
+    ids, parts = run.influence.precondition(run.get_log(), damping=0.01)
+    assert ids == ["query0", "query1"]
+    covariance = run.get_covariance_state()
+    for name, part in run.get_log()[1].items():
+        h = covariance[name]["grad"]
+        rows = part["grad"].reshape(2, -1).double()
+        want = torch.linalg.solve(h + 0.01 * torch.eye(len(h)), rows.T).T
+        got = parts[name]["grad"].reshape(2, -1).double()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_logs_that_do_not_fit(tmp_path, model, data):
+    run = finished(tmp_path, model, data)
+    log_queries(run, model, data, slice(2))
+    ids, parts = run.get_log()
+    first, *others = parts
+    rest = {name: parts[name] for name in others}
+    with refuse(f"src_log: module {first}: expected the key 'grad'"):
+        run.compute_influence_all((ids, {first: {"x": parts[first]["grad"]}, **rest}))
+    with refuse(f"src_log: module {first}: expected [2, 3, 3], got [1, 3, 3]"):
+        run.compute_influence_all((ids, {first: {"grad": parts[first]["grad"][:1]}, **rest}))
+    nobody = {name: {"grad": part["grad"][:0]} for name, part in parts.items()}
+    assert run.compute_influence_all(([], nobody)).scores.shape == (0, COUNT)
+    for value in ("0.1", True):
+        with refuse(f"damping: expected a finite number >= 0, got {value!r}"):
+            run.compute_influence_all(damping=value)
 
 
 def test_an_error_in_the_users_code_leaves_the_store_good(tmp_path, model, data):
