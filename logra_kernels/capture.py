@@ -130,7 +130,7 @@ class Capture:
     ) -> None:
         self._leave()
         if exc_type is None:
-            self._check_complete()
+            self.check_complete()
 
     def _leave(self) -> None:
         while self._undo:
@@ -147,7 +147,8 @@ class Capture:
         for parameter in asking:
             parameter.requires_grad_(False)
 
-    def _check_complete(self) -> None:
+    def check_complete(self) -> None:
+        """Raise if the backward pass, or a module's part in it, is missing; done on leaving."""
         if not self._passes.seen:
             raise RuntimeError(
                 "no gradient reached a watched module: call loss.backward() once inside the "

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from logra_kernels.capture import AVERAGED_LOSS
+from logra_kernels.curvature import check_damping
+from logra_kernels.modes import SCAN_MODES
 from logra_kernels.projection import canonical_kind, rank_pair
 
 DTYPES = ("float16", "float32")
@@ -57,13 +59,11 @@ class Config:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("averaged_loss", self.averaged_loss, AVERAGED_LOSS)
         _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        _one_of("mode", self.mode, (*SCAN_MODES, "cosine"))
         for name, kind in (
             ("root_dir", (str, os.PathLike)),
             ("seed", int),
-            ("mode", str),
             ("shard_bytes", (int, type(None))),
-            ("damping", (int, float, type(None))),
-            ("damping_scale", (int, float, type(None))),
             ("allow_unused", bool),
             ("check_weights", bool),
         ):
@@ -74,6 +74,7 @@ class Config:
             raise ValueError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
         if self.damping is not None and self.damping_scale is not None:
             raise ValueError("damping: expected damping or damping_scale, got both")
+        check_damping(self.damping_scale, self.damping)
 
     @classmethod
     def load(
@@ -108,6 +109,8 @@ def _from_yaml(project: str, config: str | os.PathLike[str] | Mapping[str, Any])
     if isinstance(config, Mapping):
         where, content = "config", dict(config)
     else:
+        if not isinstance(config, (str, os.PathLike)):
+            raise ValueError(f"config: expected a file's path or a dictionary, got {config!r}")
         where = str(config)
         if not Path(config).is_file():
             raise ValueError(f"config: no file {where}")
@@ -224,6 +227,6 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _kind_name(kind: Any) -> str:
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    names = {str: "a text", os.PathLike: "a path", int: "an integer", float: "a number"}
+    names = {str: "a text", os.PathLike: "a path", int: "an integer"}
     names |= {type(None): "None", bool: "True or False"}
     return " or ".join(names[k] for k in kinds)

@@ -57,7 +57,10 @@ class Queries:
         return self
 
     def get_log(self, copy: bool = False) -> Log:
-        """The last batch: (ids, {module: {"grad": [N, Ko, Ki]}}), as computed, before packing."""
+        """The last batch: (ids, {module: {"grad": [N, Ko, Ki]}}), as computed, before packing.
+
+        Inside `with run(...)`, after backward(), it is that batch.
+        """
         if self._log is None:
             raise RuntimeError("get_log: nothing was logged yet; run a pass inside `with run(...)`")
         ids, rows = self._log

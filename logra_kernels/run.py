@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from logra_kernels.capture import Capture
 from logra_kernels.config import Config
 from logra_kernels.layers import Layer, layer_kind, plain_name, unwrapped
 from logra_kernels.logix_names import check_lora_arguments, refused
+from logra_kernels.logs import Log, log_of_rows
 from logra_kernels.projection import ModuleProjection, build_projections
 from logra_kernels.queries import Queries
 from logra_kernels.recorder import (
@@ -91,7 +92,8 @@ class Run(Queries):
         self._setup = Setup()
         self._skipped: list[str] = []
         self._warned_of_batch_norm = False
-        self._open: LoggedPass | None = None
+        self._open: LoggedPass | None = None  # the one that start entered
+        self._inside: list[LoggedPass] = []
 
     # what to log
 
@@ -118,9 +120,10 @@ class Run(Queries):
         Raises: ValueError if nothing is left to watch, or it differs from the store's modules.
         """
         self._refuse_while_logging("watch")
-        for name, value in (("type_filter", type_filter), ("name_filter", name_filter)):
-            if isinstance(value, (str, type)):
-                raise ValueError(f"{name}: expected a list, got {value!r}")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected an nn.Module, got {model!r:.80}")
+        _check_filter("type_filter", type_filter, type, "classes")
+        _check_filter("name_filter", name_filter, str, "parts of names")
         model = unwrapped(model)
         found: list[Layer] = []
         seen: set[str] = set()
@@ -351,6 +354,13 @@ class Run(Queries):
             self._use_projection_of(store, self._model, self._layers, self._with_bias)
         self._use_store(store)
 
+    def get_log(self, copy: bool = False) -> Log:
+        if self._inside:
+            return self._inside[-1].get_log()
+        return super().get_log(copy)
+
+    get_log.__doc__ = Queries.get_log.__doc__
+
     # inside
 
     def _record(self, done: LoggedPass) -> None:
@@ -448,7 +458,7 @@ class Run(Queries):
 class LoggedPass:
     """`with run(data_id, mask)`: one pass; on leaving it the rows are taken.
 
-    The context's value is the Capture, whose gradients() and rows() are there afterwards.
+    The context's value is this; gradients(), rows() and get_log() are there after backward().
     """
 
     def __init__(
@@ -466,14 +476,31 @@ class LoggedPass:
         self._run = run
         self._used = False
 
-    def __enter__(self) -> Capture:
+    def gradients(self) -> dict[str, Tensor]:
+        """{module name: G [N, Ko, Ki]}, float32 (float64 for a float64 model)."""
+        self.capture.check_complete()
+        return self.capture.gradients()
+
+    def rows(self) -> Tensor:
+        """[N, D], on the device of the first module."""
+        self.capture.check_complete()
+        return self.capture.rows()
+
+    def get_log(self) -> Log:
+        """(ids, {module: {"grad": [N, Ko, Ki]}})."""
+        return log_of_rows(self.ids, self.rows().detach(), self._run.modules)
+
+    def __enter__(self) -> LoggedPass:
         if self._used:
             raise RuntimeError("run(data_id, mask): a context is for one pass; make a new one")
         self._used = True
         if self.setup.save or self.setup.covariance:
             # a store that cannot be written, or ids it holds already, before the work not after
             self._run._begin_recording(self.setup).check(self.ids, self.setup)
-        return self.capture.__enter__()
+        self.capture.__enter__()
+        self._run._inside.append(self)
+        self._run._log = None  # an older batch's is not to be taken for this one's
+        return self
 
     def __exit__(
         self,
@@ -481,9 +508,21 @@ class LoggedPass:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._run._inside.remove(self)
         self.capture.__exit__(exc_type, exc, traceback)
         if exc_type is None:
             self._run._record(self)
+
+
+def _check_filter(name: str, value: Any, kind: type, what: str) -> None:
+    """A filter is a list (a tuple, a set) of classes or of texts, or None."""
+    if value is None:
+        return
+    if isinstance(value, (str, type)) or not isinstance(value, Collection):
+        raise ValueError(f"{name}: expected a list, got {value!r}")
+    for item in value:
+        if not isinstance(item, kind):
+            raise ValueError(f"{name}: expected a list of {what}, got {item!r:.80} in it")
 
 
 def check_ids(data_id: Any) -> list[str]:

@@ -168,6 +168,28 @@ def test_get_log(tmp_path, model, data):
     assert not (tmp_path / "toy").exists()  # nothing was to be saved
 
 
+def test_get_log_inside_a_pass_is_that_pass(tmp_path, model, data):
+    """LogIX's examples take the log inside the `with`; an older batch's would be a wrong answer."""
+    run = make_run(tmp_path, model)
+    with run(data_id=["a"]):
+        loss_of(model, data, slice(1)).backward()
+    with run(data_id=["b", "c"]) as inside:
+        with refuse("no gradient reached a watched module: call loss.backward()", RuntimeError):
+            run.get_log()
+        loss_of(model, data, slice(1, 3)).backward()
+        logs = [run.get_log(), inside.get_log()]
+        assert torch.equal(inside.rows(), inside.capture.rows())
+    logs.append(run.get_log())
+    for ids, parts in logs:
+        assert ids == ["b", "c"]
+        for name, part in inside.gradients().items():
+            assert torch.equal(parts[name]["grad"], part)
+    with pytest.raises(ZeroDivisionError), run(data_id=["d"]):
+        raise ZeroDivisionError
+    with refuse("get_log: nothing was logged yet", RuntimeError):
+        run.get_log()
+
+
 def test_start_and_end(tmp_path, model, data):
     run = make_run(tmp_path, model)
     run.setup({"grad": ["log", "covariance"]})
@@ -662,6 +684,14 @@ def test_watch_filters():
         run.watch(model, name_filter="mlp")
     with refuse("type_filter: expected a list, got <class"):
         run.watch(model, type_filter=nn.Linear)
+    with refuse("type_filter: expected a list of classes, got Linear(in_features=2, "):
+        run.watch(model, type_filter=[nn.Linear(2, 2)])
+    with refuse("name_filter: expected a list of parts of names, got 5 in it"):
+        run.watch(model, name_filter=[5])
+    with refuse("name_filter: expected a list, got <generator"):
+        run.watch(model, name_filter=(part for part in ["mlp"]))
+    with refuse("model: expected an nn.Module, got 'gpt2'"):
+        run.watch("gpt2")
 
 
 def test_a_layer_by_itself_is_a_model(tmp_path):
@@ -1026,7 +1056,7 @@ def test_keywords_win_over_the_file(tmp_path):
         ("lora: {alpha: 1}", "no key lora.alpha; there are init, rank, seed"),
         ("influence: {flatten: true}", "influence.flatten: expected False, got True"),
         ("influence: {relative_damping: 1}", "influence.relative_damping: expected true or false"),
-        ("influence: {damping: high}", "damping: expected an integer or a number or None"),
+        ("influence: {damping: high}", "damping: expected a finite number >= 0, got 'high'"),
         ("storage: {type: lmdb}", "no key 'storage'; there are root_dir, project, logging"),
         ("project: other", "project is 'other', init was given 'llm'"),
         ("logging: 3", "logging: expected keys and values, got 3"),
@@ -1052,6 +1082,10 @@ def test_config_refuses(tmp_path, text, message):
         ({"seed": "x"}, "seed: expected an integer, got 'x'"),
         ({"allow_unused": 1}, "allow_unused: expected True or False, got 1"),
         ({"config": "nowhere.yaml"}, "config: no file nowhere.yaml"),
+        ({"config": 5}, "config: expected a file's path or a dictionary, got 5"),
+        ({"mode": "ratio"}, "mode: expected one of dot, l-relatif, l2, theta-relatif"),
+        ({"damping": -1}, "damping: expected a finite number >= 0, got -1"),
+        ({"damping_scale": True}, "damping_scale: expected a finite number >= 0, got True"),
     ],
 )
 def test_options_refused(options, message):
