@@ -113,7 +113,8 @@ class Run(Queries):
         Args:
             model: nothing in it is changed, neither now nor later. The layers' names are those
                 without torch.compile, DataParallel and DistributedDataParallel.
-            type_filter: module classes; None: nn.Linear, nn.Conv2d, HF's Conv1D, nn.Embedding.
+            type_filter: module classes; None: nn.Linear, nn.Conv2d, HF's Conv1D. nn.Embedding is
+                watched where it is named, for an embedding of positions sees no examples.
             name_filter: a module is watched if its name holds one of these; None: every one.
             bias: log the bias's gradient too, as one more column of the weight's.
 
@@ -130,6 +131,8 @@ class Run(Queries):
         for path, module in model.named_modules():
             name = plain_name(path)
             if type_filter is not None and not isinstance(module, tuple(type_filter)):
+                continue
+            if type_filter is None and isinstance(module, nn.Embedding):
                 continue
             if name_filter is not None and not any(part in name for part in name_filter):
                 continue
@@ -614,4 +617,7 @@ def _nothing_to_watch(
     if not names:
         return "watch: the model has no nn.Linear, nn.Conv2d, Conv1D or nn.Embedding"
     matched = f" (matched: {', '.join(sorted(seen))}, which are no layers)" if seen else ""
-    return f"watch: {' and '.join(told)} matches none of the layers {shown}{matched}"
+    if type_filter is None and any(isinstance(m, nn.Embedding) for m in model.modules()):
+        matched += "; nn.Embedding is watched where type_filter names it"
+    asked = " and ".join(told) or "the default"
+    return f"watch: {asked} matches none of the layers {shown}{matched}"

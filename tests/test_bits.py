@@ -95,7 +95,7 @@ def everything(
     run = logra.init(
         "bits", root_dir=str(folder), rank=(7, 9), dtype=dtype, shard_bytes=shard_bytes
     )
-    run.watch(model, bias=True)
+    run.watch(model, type_filter=[nn.Linear, nn.Conv2d, nn.Embedding], bias=True)
     run.add_lora()
     run.setup({"log": "grad", "save": "grad", "statistic": {"grad": Covariance}})
     data, mask = recorded(COUNT, 1, activations)

@@ -672,6 +672,14 @@ def test_watch_filters():
     run.watch(model, type_filter=[nn.Linear, nn.Embedding])
     run.add_lora(rank=2, name_filter=["wte", "mlp"])  # watch's type_filter stays
     assert [m.name for m in run.modules] == ["transformer.wte"]
+    run.watch(model, name_filter=["h.0.mlp", "wpe"])
+    assert [m.name[-6:] for m in run.modules] == ["p.c_fc", "c_proj"]
+    with refuse(
+        "transformer.h.0.mlp.c_proj, …; nn.Embedding is watched where type_filter names it"
+    ):
+        run.watch(model, name_filter=["wpe"])
+    with refuse("watch: the default matches none of the layers 0; nn.Embedding is watched where"):
+        run.watch(nn.Sequential(nn.Embedding(5, 3)))
     with refuse("watch: name_filter=['feed_forward'] matches none of the layers transformer.wte, "):
         run.watch(model, name_filter=["feed_forward"])
     with refuse("watch: type_filter=[LayerNorm] matches none of the layers"):
@@ -692,6 +700,20 @@ def test_watch_filters():
         run.watch(model, name_filter=(part for part in ["mlp"]))
     with refuse("model: expected an nn.Module, got 'gpt2'"):
         run.watch("gpt2")
+
+
+def test_a_whole_model_is_watched_without_filters(tmp_path):
+    """As in LogIX's examples: the embedding of positions, [1, T], does not get in the way."""
+    model = tiny_gpt2()
+    ids, mask = ragged_batch(61, [5, 3, 4, 5], "right")
+    run = logix.init("toy", root_dir=str(tmp_path))
+    run.watch(model)
+    run.add_lora(rank=2)
+    with run(data_id=range(4), mask=mask):
+        model(input_ids=ids, attention_mask=mask).logits.square().sum().backward()
+    names = list(run.get_log()[1])
+    assert len(names) == 9  # two blocks of four, and the head
+    assert names[-1] == "lm_head"
 
 
 def test_a_layer_by_itself_is_a_model(tmp_path):
