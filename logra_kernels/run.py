@@ -616,7 +616,7 @@ def _nothing_to_watch(
         told.append(f"name_filter={list(name_filter)}")
     if not names:
         return "watch: the model has no nn.Linear, nn.Conv2d, Conv1D or nn.Embedding"
-    matched = f" (matched: {', '.join(sorted(seen))}, which are no layers)" if seen else ""
+    matched = f" (matched: {', '.join(sorted(seen))}, which are no layers)" if seen and told else ""
     if type_filter is None and any(isinstance(m, nn.Embedding) for m in model.modules()):
         matched += "; nn.Embedding is watched where type_filter names it"
     asked = " and ".join(told) or "the default"
