@@ -546,6 +546,8 @@ def check_ids(data_id: Any) -> list[str]:
         plain = item.item() if hasattr(item, "item") and getattr(item, "ndim", 1) == 0 else item
         if isinstance(plain, bool) or not isinstance(plain, (str, int)):
             raise ValueError(f"data_id: expected strings or integers, got {plain!r}")
+        if plain == "":
+            raise ValueError("data_id: expected strings or integers, got an empty string")
         ids.append(str(plain))
     if not ids:
         raise ValueError("data_id: expected at least one id, got none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import re
 import subprocess
@@ -578,6 +579,7 @@ def test_ids_come_in_many_forms(given, want):
         (7, "data_id: expected one id for each example, got the single 7"),
         ([1.5], "data_id: expected strings or integers, got 1.5"),
         ([True], "data_id: expected strings or integers, got True"),
+        (["a", ""], "data_id: expected strings or integers, got an empty string"),
         ([None], "data_id: expected strings or integers, got None"),
         ([], "data_id: expected at least one id, got none"),
         (None, "data_id: expected one id for each example, got None"),
@@ -850,6 +852,10 @@ def test_functions_of_the_module_are_those_of_the_last_run(tmp_path, model, data
     for name in ("finalize", "setup", "get_log"):
         with refuse(f"{name}: there is no run; call init(project=...) first", RuntimeError):
             getattr(logix, name)()
+
+
+def test_a_star_import_leaves_pythons_names_alone():
+    assert not set(logix.__all__) & set(dir(builtins))
 
 
 def test_names_of_logix_that_are_not_here():
