@@ -8,6 +8,7 @@ that autograd computes activation gradients alone and stops at the lowest watche
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -112,7 +113,7 @@ class Capture:
             if not self._weight_gradients:
                 self._freeze()
             for layer in self._layers:
-                hook = partial(self._after_forward, layer)
+                hook = _untraced(partial(self._after_forward, layer))
                 handle = layer.module.register_forward_hook(hook, with_kwargs=True)
                 self._undo.append(handle.remove)
             self._thread = threading.get_ident()
@@ -256,6 +257,14 @@ class Capture:
         if self._averaged_loss == "raise":
             raise ValueError(message)
         warnings.warn(message, stacklevel=4)
+
+
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo of torch 2.6 would trace the hook of a compiled model.
+
+    Where dynamo was never imported (a second of work) nothing is compiled.
+    """
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def check_mask(mask: Any, num_examples: int) -> Tensor | None:

@@ -169,7 +169,7 @@ class Layer:
         """x [..., I without the bias column] -> P_i [x, 1], [..., Ki]."""
         proj = self._projection.proj_in
         assert proj is not None
-        width = self.in_features - self.with_bias
+        width = self.in_features - int(self.with_bias)
         out = ops.project(x, self._factor("in", x, lambda: proj[:, :width]))
         if self.with_bias:
             out += self._factor("bias", x, lambda: proj[:, width])

@@ -278,6 +278,10 @@ def test_selective_checkpointing():
     assert torch.equal(got, want)
 
 
+# 2.6 does not see them (autograd then refuses the loss), 2.13 does; between them nobody looked
+OLD_DYNAMO = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_compiled_model(compiled_before):
     """Dynamo goes round the hooks; they see the same as without it."""
@@ -287,6 +291,8 @@ def test_compiled_model(compiled_before):
     torch._dynamo.reset()
     fast = torch.compile(model, backend="eager")
     if compiled_before:
+        if OLD_DYNAMO:
+            pytest.skip("this torch does not see hooks that come after compiling")
         fast(x).square().sum().backward()
     got = capture_rows(model, layers, 4, lambda: fast(x).square().sum())
     assert torch.allclose(got, want, rtol=1e-6)

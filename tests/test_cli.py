@@ -322,6 +322,7 @@ def test_other_model_is_refused(files, capsys):
             "top_k: expected at most 40, the rows in the store",
         ),
         ([], "expected one of --text, --completion, --queries, got none"),
+        (["--text", ""], "--text: expected some text, got an empty string"),
         (["--text", "a b", "--completion", "c"], "got --text and --completion"),
         (["--text", "a b", "--prompt", "c"], "--prompt goes with --completion"),
         (["--text", "x"], "expected text of at least two tokens"),

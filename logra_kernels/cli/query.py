@@ -71,7 +71,11 @@ def _records(arguments: argparse.Namespace) -> "list[Any]":
     from logra_kernels.lm.corpus import Record
     from logra_kernels.lm.query import read_queries
 
-    kinds = [name for name in ("text", "completion", "queries") if getattr(arguments, name)]
+    texts = ("text", "completion")
+    empty = [name for name in texts if getattr(arguments, name) == ""]
+    if empty:
+        raise ValueError(f"--{empty[0]}: expected some text, got an empty string")
+    kinds = [name for name in (*texts, "queries") if getattr(arguments, name) is not None]
     if len(kinds) != 1:
         got = " and ".join(f"--{name}" for name in kinds) or "none"
         raise ValueError(f"expected one of --text, --completion, --queries, got {got}")

@@ -78,6 +78,10 @@ class CausalLM:
                 path, local_files_only=True, **{dtype_key: DTYPES[dtype]}
             )
         except (OSError, ValueError) as error:
+            if not Path(path).is_dir():
+                raise ValueError(
+                    f"model: no folder {path}, and no model of that name in the local cache"
+                ) from error
             first = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"model: {path} is no causal language model folder: {first}"
