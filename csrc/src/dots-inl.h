@@ -4,13 +4,11 @@
 // use the same order of summation: lane by lane over kDimBlock elements, one tree over the lanes, then block
 // after block.
 
-// Elements that a scan fetches ahead; past a row's end it fetches what follows, which is harmless.
-constexpr std::size_t kAhead = 1024;
-
 // kRows x kQueries accumulators, kQueries vectors of queries and one of a row must fit the registers.
 template <int kRows, int kQueries, bool kStream, class T>
-static void dots_tile(const T* const* rows, const float* queries, std::size_t query_stride, std::size_t dim,
-                      float* out, std::size_t out_stride, bool add) {
+static void dots_tile(const T* const* rows, const T* const* ahead, const float* queries,
+                      std::size_t query_stride, std::size_t dim, float* out, std::size_t out_stride,
+                      bool add) {
   Vec sum[kRows][4];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -25,7 +23,7 @@ static void dots_tile(const T* const* rows, const float* queries, std::size_t qu
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec row = Vec::load(rows[r] + d);
-      if (kStream) __builtin_prefetch(rows[r] + d + kAhead);
+      if (kStream) __builtin_prefetch(ahead[r] + d);
 #pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) sum[r][q] = fma(row, query[q], sum[r][q]);
     }
@@ -49,51 +47,51 @@ static void dots_tile(const T* const* rows, const float* queries, std::size_t qu
 
 // kRows rows against all queries: the rows stay in L1 while the queries pass.
 template <int kRows, bool kStream, class T>
-static void dots_rows(const T* const* rows, const float* queries, std::size_t query_stride,
-                      std::size_t num_queries, std::size_t dim, const std::uint32_t* dims, float* out,
-                      std::size_t out_stride, bool add) {
+static void dots_rows(const T* const* rows, const T* const* ahead, const float* queries,
+                      std::size_t query_stride, std::size_t num_queries, std::size_t dim,
+                      const std::uint32_t* dims, float* out, std::size_t out_stride, bool add) {
   constexpr std::size_t kWide = Vec::kTileQueries;
   std::size_t q = 0;
   for (; q + kWide <= num_queries; q += kWide)
-    dots_tile<kRows, kWide, kStream>(rows, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim,
-                                     out + q, out_stride, add);
+    dots_tile<kRows, kWide, kStream>(rows, ahead, queries + q * query_stride, query_stride,
+                                     dims ? dims[q / 4] : dim, out + q, out_stride, add);
   for (; q + 2 <= num_queries; q += 2)
-    dots_tile<kRows, 2, kStream>(rows, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim,
-                                 out + q, out_stride, add);
+    dots_tile<kRows, 2, kStream>(rows, ahead, queries + q * query_stride, query_stride,
+                                 dims ? dims[q / 4] : dim, out + q, out_stride, add);
   if (q < num_queries)
-    dots_tile<kRows, 1, kStream>(rows, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim,
-                                 out + q, out_stride, add);
+    dots_tile<kRows, 1, kStream>(rows, ahead, queries + q * query_stride, query_stride,
+                                 dims ? dims[q / 4] : dim, out + q, out_stride, add);
 }
 
-// Few queries: reading the rows is what takes the time.
 template <int kRows, class T>
-static void dots_rows(const T* const* rows, const float* queries, std::size_t query_stride,
-                      std::size_t num_queries, std::size_t dim, const std::uint32_t* dims, float* out,
-                      std::size_t out_stride, bool add) {
-  if (num_queries <= 4)
-    dots_rows<kRows, true>(rows, queries, query_stride, num_queries, dim, dims, out, out_stride, add);
+static void dots_some(const void* const* rows, std::size_t offset, const void* const* ahead,
+                      const float* queries, std::size_t query_stride, std::size_t num_queries,
+                      std::size_t dim, const std::uint32_t* dims, float* out, std::size_t out_stride,
+                      bool add) {
+  const T *tile[kRows], *next[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    tile[r] = static_cast<const T*>(rows[r]) + offset;
+    next[r] = ahead ? static_cast<const T*>(ahead[r]) : nullptr;
+  }
+  if (ahead)
+    dots_rows<kRows, true>(tile, next, queries, query_stride, num_queries, dim, dims, out, out_stride, add);
   else
-    dots_rows<kRows, false>(rows, queries, query_stride, num_queries, dim, dims, out, out_stride, add);
+    dots_rows<kRows, false>(tile, next, queries, query_stride, num_queries, dim, dims, out, out_stride, add);
 }
 
 template <class T>
-static void dots(const void* const* rows, std::size_t offset, std::size_t num_rows, const float* queries,
-                 std::size_t query_stride, std::size_t num_queries, std::size_t dim,
+static void dots(const void* const* rows, std::size_t offset, std::size_t num_rows, const void* const* ahead,
+                 const float* queries, std::size_t query_stride, std::size_t num_queries, std::size_t dim,
                  const std::uint32_t* dims, float* out, std::size_t out_stride, bool add) {
-  constexpr std::size_t kTile = Vec::kTileRows;
-  const T* tile[kTile];
+  constexpr int kTile = Vec::kTileRows;
   std::size_t r = 0;
-  for (; r + kTile <= num_rows; r += kTile) {
-    for (std::size_t i = 0; i < kTile; ++i) tile[i] = static_cast<const T*>(rows[r + i]) + offset;
-    dots_rows<kTile>(tile, queries, query_stride, num_queries, dim, dims, out + r * out_stride, out_stride,
-                     add);
-  }
-  for (; r + 2 <= num_rows; r += 2) {
-    for (std::size_t i = 0; i < 2; ++i) tile[i] = static_cast<const T*>(rows[r + i]) + offset;
-    dots_rows<2>(tile, queries, query_stride, num_queries, dim, dims, out + r * out_stride, out_stride, add);
-  }
-  if (r < num_rows) {
-    tile[0] = static_cast<const T*>(rows[r]) + offset;
-    dots_rows<1>(tile, queries, query_stride, num_queries, dim, dims, out + r * out_stride, out_stride, add);
-  }
+  for (; r + kTile <= num_rows; r += kTile)
+    dots_some<kTile, T>(rows + r, offset, ahead ? ahead + r : nullptr, queries, query_stride, num_queries,
+                        dim, dims, out + r * out_stride, out_stride, add);
+  for (; r + 2 <= num_rows; r += 2)
+    dots_some<2, T>(rows + r, offset, ahead ? ahead + r : nullptr, queries, query_stride, num_queries, dim,
+                    dims, out + r * out_stride, out_stride, add);
+  if (r < num_rows)
+    dots_some<1, T>(rows + r, offset, ahead ? ahead + r : nullptr, queries, query_stride, num_queries, dim,
+                    dims, out + r * out_stride, out_stride, add);
 }

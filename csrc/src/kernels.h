@@ -32,9 +32,11 @@ typedef float Quad __attribute__((vector_size(16)));
 struct Kernels {
   // out[r * out_stride + q] (= or +=) sum_{d < dim} rows[r][offset + d] * queries[q * query_stride + d]
   // for dim <= kDimBlock. dims, if not null, gives each group of four queries a dim of its own, because the
-  // rest of those queries is zero. The element of the array is for rows of that Dtype.
-  void (*dots[3])(const void* const* rows, std::size_t offset, std::size_t num_rows, const float* queries,
-                  std::size_t query_stride, std::size_t num_queries, std::size_t dim,
+  // rest of those queries is zero. ahead, if not null, points for each row to what will be read where this
+  // row's block is read now; it is fetched (a hint: the memory need not exist). The element of the array is
+  // for rows of that Dtype.
+  void (*dots[3])(const void* const* rows, std::size_t offset, std::size_t num_rows, const void* const* ahead,
+                  const float* queries, std::size_t query_stride, std::size_t num_queries, std::size_t dim,
                   const std::uint32_t* dims, float* out, std::size_t out_stride, bool add);
 
   // The same for rows in bfloat16 and queries that are exact in it, both strides in elements; nullptr where
