@@ -40,7 +40,7 @@ MODES = ("l-relatif", GRADIENT_DOT)
 LAST_BLOCKS, RANK = 15, 16
 # Logging ends after so long, with passages of every page in the store: five minutes in all must
 # do on two slow cores.
-LOG_SECONDS = 160.0
+LOG_SECONDS = 190.0
 BATCH_TOKENS, WINDOW = 768, 16
 TOKENS = TokenSettings(max_tokens=192)
 ANSWER_TOKENS = 64
