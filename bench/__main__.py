@@ -1,11 +1,11 @@
-"""Every op's bench, one after the other: python -m bench [--quick] [--threads N] [--json]"""
+"""Every bench, one after the other: python -m bench [--quick] [--threads N] [--json]"""
 
 import importlib
 import sys
 
 from bench._harness import arguments
 
-OPS = (
+BENCHES = (
     "project",
     "per_sample_gradients",
     "projected_gradients",
@@ -14,13 +14,15 @@ OPS = (
     "topk_scores",
     "self_influence",
     "pack_rows",
+    "logging",
+    "attribution",
 )
 
 
 def main() -> None:
     arguments(__doc__)  # --help, and a wrong option, before anything runs
-    for op in OPS:
-        importlib.import_module(f"bench.bench_{op}").main(sys.argv[1:])
+    for name in BENCHES:
+        importlib.import_module(f"bench.bench_{name}").main(sys.argv[1:])
         print()
 
 

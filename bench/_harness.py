@@ -11,6 +11,7 @@ take at the read bandwidth or those FLOP at torch's sgemm rate, whichever is lon
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def run_cases(cases: Iterator[Case], args: argparse.Namespace) -> list[Row]:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    random.seed(0)
     with torch.no_grad():
         limits = measure_limits()
         print(
@@ -121,10 +123,13 @@ def run_case(case: Case, limits: Limits, args: argparse.Namespace) -> list[Row]:
         else:
             print(f"  {name:<28} not timed: off by {error:.1e} of the largest value")
     times: dict[str, list[float]] = {name: [] for name in good}
+    order = list(good)
     for _ in range(args.rounds or (7 if args.quick else 25)):
-        for name, provider in good.items():
+        # Each takes its turn behind each: who comes after one that empties the cache pays for it.
+        random.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            provider()
+            good[name]()
             times[name].append(time.perf_counter() - start)
     floor_s = max(
         case.num_bytes / limits.read_gb_per_s / 1e9, case.flops / limits.sgemm_gflop_per_s / 1e9
