@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Cholesky factors above this are not kept between calls but computed again.
 KEPT_FACTOR_BYTES = 2 << 30
 MAX_WORKERS = 8
+# Less work than this is done before a pool has started its threads (some 3 ms beside OpenMP's).
+POOL_FLOPS = 3e7
 
 T = TypeVar("T")
 
@@ -46,7 +48,8 @@ class Preconditioner(ABC):
         if rows.ndim != 2 or rows.shape[1] != dim:
             raise ValueError(f"rows: expected [Q, {dim}], got {list(rows.shape)}")
         blocks = split_columns(rows.detach().double().cpu(), self.modules)
-        solved = each_module(len(blocks), lambda i: self._solve(i, blocks[i].T).T)
+        work = sum(2.0 * rows.shape[0] * module.size**2 for module in self.modules)
+        solved = each_module(len(blocks), lambda i: self._solve(i, blocks[i].T).T, work)
         return torch.cat(solved, dim=1).to(rows.dtype)
 
     @property
@@ -214,15 +217,15 @@ class EigenPreconditioner(Preconditioner):
         return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
 
 
-def each_module(count: int, work: Callable[[int], T]) -> list[T]:
-    """work(0) .. work(count - 1), in parallel, each on one thread.
+def each_module(count: int, work: Callable[[int], T], flops: float = math.inf) -> list[T]:
+    """work(0) .. work(count - 1), in parallel where that pays, each on one thread.
 
     LAPACK's bits depend on how many threads share a matrix, so none is shared.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if min(threads, count) == 1:
+        if min(threads, count) == 1 or flops < POOL_FLOPS:
             return [work(i) for i in range(count)]
         with ThreadPoolExecutor(
             min(threads, count, MAX_WORKERS), initializer=torch.set_num_threads, initargs=(1,)
