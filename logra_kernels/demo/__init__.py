@@ -108,7 +108,8 @@ NOTES = (
     "Influence is a first-order estimate around this model, through the MLP layers of its upper"
     " half only, in a random projection. It ranks passages by effect, not by being about the topic"
     " or by being right; the model's own answers may be wrong.",
-    "The given answers use the reference's own words; the model's do not, and are harder to place."
+    "The given answers use the reference's own words, and replaced looser ones that were seen to do"
+    " worse (3 of 6, by either ranking); the model's own are harder to place."
     " For each question the page one would expect is named, and whether it comes first is counted,"
     " also where it does not.",
 )
