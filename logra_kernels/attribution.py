@@ -22,7 +22,6 @@ from logra_kernels.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.progress import Progress, track
 from logra_kernels.rows import layout, share
 from logra_kernels.scan import (
-    MODES,
     NORM_OF_MODE,
     Block,
     Groups,
@@ -38,7 +37,7 @@ from logra_kernels.scan import (
 )
 from logra_kernels.store import Module, Store
 
-__all__ = ["MODES", "Attributor", "Groups", "InfluenceResult", "find_groups", "influence_between"]
+__all__ = ["Attributor", "Groups", "InfluenceResult", "find_groups", "influence_between"]
 
 # A block this large outweighs a call, and still leaves the shard hot between sigma and the scores.
 BLOCK_BYTES = 32 << 20

@@ -6,6 +6,7 @@ gradients when the output's gradient arrives.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -52,7 +53,7 @@ class Call:
         self.projected = self.input = None
 
 
-class Layer:
+class Layer(ABC):
     """A watched module: its widths, its projection, its tokens.
 
     in_features counts the bias column: with `bias` and a module that has one, x is [x, 1].
@@ -134,20 +135,20 @@ class Layer:
 
     # what the kinds of layers differ in
 
-    def _set_features(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _set_features(self) -> None: ...
 
+    @abstractmethod
     def _count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
         """(T, whether the token mask applies)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tokens(self, x: Tensor, call: Call, like: Tensor) -> Tensor:
         """x as the layer received it -> [N, T, I], bias column included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _project(self, x: Tensor, call: Call) -> Tensor:
         """x as the layer received it -> P_i x [N, T, Ki]."""
-        raise NotImplementedError
 
     def _output_tokens(self, dy: Tensor, call: Call) -> Tensor:
         return dy.reshape(call.num_examples, call.num_tokens, self.out_features)  # [N, T, O]

@@ -77,11 +77,6 @@ def build_projections(
     return projections
 
 
-def identity_projections(features: Mapping[str, tuple[int, int]]) -> dict[str, ModuleProjection]:
-    """{name: (I, O)} -> the full gradients: no side is projected."""
-    return {name: ModuleProjection(i, o) for name, (i, o) in features.items()}
-
-
 def projection_digest(projections: Mapping[str, ModuleProjection]) -> str:
     """SHA-256 over names, sides and values: what a store keeps to know its projection again."""
     digest = hashlib.sha256()

@@ -148,8 +148,8 @@ class Queries:
 
         Args:
             src_log: the queries, from get_log; None: the last batch.
-            loader: None or build_log_dataloader(): the store is scanned in place. Any other
-                loader of logs is gone through batch by batch.
+            loader: None or build_log_dataloader(): the store is scanned in place. The logs of any
+                other loader are read into memory first.
             mode: "dot", "l-relatif" (LogIX calls it "cosine"), "l2", "theta-relatif" or
                 "whitened-cosine"; None: the configuration's ("dot").
             precondition: False leaves the curvature out, of the norms too (LogIX keeps it in

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from logra_kernels import ops
 from logra_kernels.influence_result import TOTAL, InfluenceResult
+from logra_kernels.modes import SCAN_MODES
 from logra_kernels.preconditioner import Preconditioner
 from logra_kernels.rows import dtype_name, module_of, share, split_columns
 from logra_kernels.store import Module, Store, StoreError
 
-MODES = ("dot", "l-relatif", "l2", "theta-relatif", "whitened-cosine")
 # What each mode divides by: "sigma" is |W g| = sqrt(sigma), "theta" is |(H + lambda I)^-1 g|.
 NORM_OF_MODE = {
     "dot": None,
@@ -273,8 +273,8 @@ def check_mode(mode: str) -> str:
             "the training row only, and is no cosine; 'whitened-cosine' is one"
         )
         return "l-relatif"
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)} or cosine, got {mode!r}")
+    if mode not in SCAN_MODES:
+        raise ValueError(f"mode: expected one of {', '.join(SCAN_MODES)} or cosine, got {mode!r}")
     return mode
 
 

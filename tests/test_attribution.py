@@ -11,8 +11,9 @@ import torch
 from dense_influence import DIM, MODULES, SIZES, dense, gradients, make_store, unpacked
 
 from logra_kernels import _native, ops, scan
-from logra_kernels.attribution import MODES, Attributor, influence_between
+from logra_kernels.attribution import Attributor, influence_between
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
+from logra_kernels.modes import SCAN_MODES
 from logra_kernels.rows import share
 from logra_kernels.store import Store
 
@@ -53,7 +54,7 @@ def forget_warnings(monkeypatch):
     monkeypatch.setattr(scan, "_warned", set())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SCAN_MODES)
 def test_top_k_is_a_stable_sort_of_the_scores(store, mode):
     attributor = open_attributor(store, block_rows=16)
     scores = attributor.scores(QUERIES, mode).scores
@@ -80,7 +81,7 @@ def test_ties_go_to_the_lower_row(tmp_path):
     assert torch.equal(scores[:, 0], scores[:, 2])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SCAN_MODES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_bits_do_not_depend_on_threads_shards_blocks_or_the_cache(tmp_path, mode, dtype):
     rows, before = gradients(300), torch.get_num_threads()
@@ -234,7 +235,7 @@ def test_self_influence(tmp_path, dtype):
     assert torch.allclose(parts["down"], truth.group([1]).sigma, rtol=200 * 2**-24, atol=0)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SCAN_MODES)
 def test_groups(store, mode):
     attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
     groups = {"up": ["up"], "down": "down", "first": ["layer.0"]}
@@ -280,7 +281,7 @@ def test_rows_without_gradient_score_zero_and_are_counted(tmp_path, mode, dtype)
 
 def test_a_query_without_gradient_scores_zero(store):
     queries = torch.cat([QUERIES[:1], torch.zeros(1, DIM)])
-    for mode in MODES[:2] + MODES[3:]:
+    for mode in SCAN_MODES[:2] + SCAN_MODES[3:]:
         scores = open_attributor(store).scores(queries, mode).scores
         assert scores.isfinite().all()
         assert not scores[1].any()
@@ -326,7 +327,7 @@ def test_curvature_comes_from_the_store_by_default(store):
         Attributor(store, ready, damping=1.0)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SCAN_MODES)
 def test_influence_between_rows_in_memory(tmp_path, mode):
     rows = gradients(90)
     store = make_store(tmp_path / "s", rows, "float32")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import logra_kernels as logra
 from logra_kernels import Covariance
-from logra_kernels.attribution import MODES
+from logra_kernels.modes import SCAN_MODES
 
 COUNT, TOKENS, QUERIES, BEST = 70, 33, 3, 9
 # a ragged last batch, batches of one, batches that grow
@@ -116,7 +116,7 @@ def everything(
         "curvature": np.frombuffer(logra.RawCurvature.load(store).checksum.encode(), np.uint8),
         "sigma": run.attributor().self_influence().numpy(),
     }
-    for mode in MODES:
+    for mode in SCAN_MODES:
         found[f"{mode} scores"] = run.compute_influence_all(mode=mode).scores.numpy()
         best = run.compute_influence_all(mode=mode, top_k=BEST)
         for name in ("top_scores", "top_rows", "bottom_scores", "bottom_rows"):

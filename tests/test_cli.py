@@ -18,7 +18,6 @@ from tiny_lm import make_model, sentences, write_jsonl
 
 from logra_kernels import attribution
 from logra_kernels.cli import main
-from logra_kernels.modes import SCAN_MODES
 from logra_kernels.store import Store
 
 transformers = pytest.importorskip("transformers")
@@ -450,7 +449,3 @@ def test_a_defect_keeps_its_traceback(files, monkeypatch):
 def test_traceback_on_request(files, capsys):
     assert main(["info", str(files / "none"), "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_mode_names_are_the_attributors():
-    assert set(SCAN_MODES) == set(attribution.MODES)

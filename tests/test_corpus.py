@@ -7,7 +7,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from logra_kernels.lm.corpus import Corpus, Example, Record, TokenSettings, batches, encode
+from logra_kernels.lm.corpus import (
+    Corpus,
+    Example,
+    Record,
+    TokenSettings,
+    batches,
+    encode,
+    json_lines,
+)
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -153,10 +161,10 @@ def test_limit_stops_early(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"body": "x"}\n', r"record 0: no field 'text' \(it has: body\)"),
-        ('{"text": "x y"}\n{"text": 3}\n', r"record 1: field 'text': expected a string, got int"),
-        ("{not json\n", r"record 0: not JSON"),
-        ("[1]\n", r"record 0: expected an object, got list"),
+        ('{"body": "x"}\n', r"line 1: no field 'text' \(it has: body\)"),
+        ('{"text": "x y"}\n{"text": 3}\n', r"line 2: field 'text': expected a string, got int"),
+        ("{not json\n", r"line 1: not JSON"),
+        ("[1]\n", r"line 1: expected an object, got list"),
         ("", r"holds no text of two tokens or more"),
         ('{"text": ""}\n', r"holds no text of two tokens or more"),
     ],
@@ -214,3 +222,13 @@ def test_batches_keep_within_the_padded_size():
 def test_batches_sort_within_a_window_only():
     made = list(batches([example_of(n) for n in (2, 4, 9, 7)], batch_tokens=100, window=2))
     assert [[len(e.tokens) for e in batch] for batch in made] == [[4, 2], [9, 7]]
+
+
+def test_a_line_of_jsonl_ends_where_the_file_says(tmp_path):
+    """U+2028 may stand in a JSON string, and str.splitlines would cut the line there."""
+    path = tmp_path / "q.jsonl"
+    path.write_text('\n{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
+    assert [(n, row["text"]) for n, _, row in json_lines(path, "data")] == [
+        (2, "a\u2028b"),
+        (3, "c"),
+    ]

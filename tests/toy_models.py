@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from logra_kernels.layers import Layer, layer_kind
-from logra_kernels.projection import build_projections, identity_projections
+from logra_kernels.projection import build_projections
 
 IGNORED = -100
 
@@ -26,10 +26,10 @@ def make_layers(
         kind = layer_kind(module)
         if kind is not None and (watched is None or name in watched):
             layers.append(kind(name, module, bias))
+    if rank is None:
+        return layers  # a layer begins with the identity
     features = {layer.name: (layer.in_features, layer.out_features) for layer in layers}
-    projections = (
-        identity_projections(features) if rank is None else build_projections(features, rank, init)
-    )
+    projections = build_projections(features, rank, init)
     for layer in layers:
         layer.projection = projections[layer.name]
     return layers

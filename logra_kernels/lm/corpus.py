@@ -179,7 +179,7 @@ class Corpus:
 
     def _records(self) -> Iterator[Record]:
         rows = self._jsonl_rows() if self.path.suffix == ".jsonl" else self._parquet_rows()
-        for place, row in rows:
+        for number, (place, row) in enumerate(rows):
             values: dict[str, str] = {}
             for role, field in self.fields.items():
                 if field is None:
@@ -196,31 +196,19 @@ class Corpus:
                         f"data: {place}: field {field!r}: expected a string, got {got}"
                     )
                 values[role] = value
-            number = place.rsplit(" ", 1)[-1]
             yield Record(
-                id=values.get("id", number),
+                id=values.get("id", str(number)),
                 text=values["text"],
                 prompt=values.get("prompt", ""),
                 title=values.get("title", ""),
             )
 
     def _jsonl_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Pairs of ("file, record n", the object); blank lines are passed over."""
-        size_bytes, number = max(self.path.stat().st_size, 1), 0
-        with self.path.open("rb") as lines:
-            for line in lines:
-                self.fraction_read += len(line) / size_bytes
-                if not line.strip():
-                    continue
-                place = f"{self.path}, record {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"data: {place}: not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"data: {place}: expected an object, got {type(row).__name__}")
-                yield place, row
-                number += 1
+        """Pairs of ("file, line n", the object)."""
+        size_bytes = max(self.path.stat().st_size, 1)
+        for number, position, row in json_lines(self.path, "data"):
+            self.fraction_read = position / size_bytes
+            yield f"{self.path}, line {number}", row
 
     def _parquet_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """As `_jsonl_rows`; only the columns that are needed are read."""
@@ -311,6 +299,29 @@ class Corpus:
         if lines:
             self.fraction_read = 1.0
             yield "".join(lines)
+
+
+def json_lines(path: Path, argument: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(line number, bytes read so far, the object) of a JSONL file; blank lines are passed over.
+
+    Raises:
+        ValueError: a line that is no JSON object; the message names the argument and the line.
+    """
+    position = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            position += len(line)
+            if not line.strip():
+                continue
+            place = f"{argument}: {path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                got = type(row).__name__
+                raise ValueError(f"{place}: expected an object, got {got}")
+            yield number, position, row
 
 
 def token_pieces(text: str, spans: Iterable[tuple[int, int]]) -> list[str]:

@@ -1,6 +1,5 @@
 """Which logged passages a language model's answer is made of: queries in, results out."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from logra_kernels.attribution import Attributor
 from logra_kernels.lm.causal_lm import CausalLM
-from logra_kernels.lm.corpus import Example, Record, TokenSettings, batches, encode
+from logra_kernels.lm.corpus import Example, Record, TokenSettings, batches, encode, json_lines
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
 from logra_kernels.modes import GRADIENT_DOT, MODES
 from logra_kernels.report import FORMAT, VERSION
@@ -34,16 +33,8 @@ def read_queries(path: str | os.PathLike[str]) -> list[Record]:
     if not path.is_file():
         raise FileNotFoundError(f"queries: no file {path}")
     records: list[Record] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, _, row in json_lines(path, "queries"):
         place = f"queries: {path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected an object, got {type(row).__name__}")
         if ("text" in row) == ("completion" in row):
             raise ValueError(f'{place}: expected "text", or "prompt" and "completion"')
         unknown = set(row) - {"id", "text", "prompt", "completion"}
