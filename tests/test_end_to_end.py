@@ -15,8 +15,9 @@ from dense_influence import (
 from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, tiny_gpt2
 
 import logra_kernels as logra
-from logra_kernels.attribution import MODES, Attributor
+from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
+from logra_kernels.modes import SCAN_MODES
 from logra_kernels.recorder import stored_projections
 from logra_kernels.store import Store
 
@@ -37,7 +38,7 @@ def assert_influence(result, truth: Dense, mode: str, order=None):
     assert ((result.scores.double() - want).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SCAN_MODES)
 @pytest.mark.parametrize("shard_rows", [1, 17, 1000])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_influence_is_eq_3_for_any_shard_size(tmp_path, mode, shard_rows, dtype):
