@@ -10,13 +10,14 @@ DEMO ?= demo
 
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/include/logra/*.h csrc/src/* python/*)
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-full clean
 
 help:
 	@echo "make demo    explain a real language model's answers by its corpus (report in $(DEMO)/)"
 	@echo "make test    all tests"
 	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make bench   the ops against what a user would write in PyTorch"
+	@echo "make bench   the ops, logging and queries against PyTorch, NumPy and FAISS (1.5 min)"
+	@echo "make bench-full   every part of python -m bench --help, into bench/results/"
 	@echo "make format  rewrite Python and C++ in the house style"
 
 install: $(VENV)/installed
@@ -49,8 +50,16 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc python tests -name '*.cpp' -o -name '*.h')
 
-bench: install
+bench: $(VENV)/bench-installed
 	$(BIN)/python -m bench --quick
+
+# The parts whose environment is missing (make peers-env) are left out, with a line that says so.
+bench-full: $(VENV)/bench-installed
+	$(BIN)/python -m bench --full --json
+
+$(VENV)/bench-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev,bench]"
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info $(DEMO)

@@ -1,1 +1,4 @@
-"""The ops against what a user would write in PyTorch: python -m bench [--quick]."""
+"""The ops and the paths of the package against what one would write or install instead.
+
+python -m bench --help lists the parts.
+"""

@@ -1,30 +1,38 @@
 """Check, then time: providers interleaved in one process, beside limits measured in the same run.
 
-Columns: median, least and interquartile range of the wall time (on a machine that others use, the
-least says more); GB/s of the bytes the op must read and
-write once; GFLOP/s of the multiplications and additions its definition has (two a product, half
-of them where only a triangle is wanted); and `of limit`, the share of the time that those bytes
-take at the read bandwidth or those FLOP at torch's sgemm rate, whichever is longer. A share above
-100 % means cache, a cheaper way to compute the same, or a rate above sgemm's.
+Columns: median and interquartile range of the wall time of a call; `x best`, the time of the best
+provider that is not ours and solves the same problem, over this one's; GB/s of the bytes the op
+must read and write once; GFLOP/s of the multiplications and additions its definition has (two a
+product, half of them where only a triangle is wanted); `of limit`, the share of the time that those
+bytes take at the measured read bandwidth, or those FLOP at the measured fp32 FMA rate, whichever is
+longer; and the error, as a share of the largest value (of the largest |q||x| for scans). More than
+100 % means cache, a cheaper way to compute the same, or instructions with a higher rate than fp32
+FMA.
+
+A call shorter than 5 ms is repeated until a sample takes that long, so its operands are in cache.
 """
 
 import argparse
-import json
-import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench import _limits, _results
+from bench._limits import Limits
 from logra_kernels import _native
 
 Result = Tensor | tuple[Tensor, ...]
 Provider = Callable[[], Result]
+
+OURS = "logra"  # our providers' names start with it
+SAMPLE_S = 5e-3
 
 
 @dataclass
@@ -35,34 +43,59 @@ class Case:
     title: str
     providers: dict[str, Provider]
     expected: Result
-    rtol: float  # of the largest expected value; a provider that is less accurate is not timed
+    rtol: float  # of the unit; a provider that is less accurate is not timed
     num_bytes: float
     flops: float
     compare: Callable[[Tensor], Tensor] = lambda result: result  # the part that is compared
+    unit: float | None = None  # what errors are measured in; None for the largest expected value
+    our_rtol: float | None = None  # for our providers; None for rtol
+    # for providers that return something else: their error, in the unit
+    errors: dict[str, Callable[[Result], float]] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()  # providers that solve another problem: not in `x best`
+    params: dict[str, object] = field(default_factory=dict)  # for readers of the results
+
+    def error(self, name: str, result: Result) -> float:
+        if name in self.errors:
+            return self.errors[name](result)
+        return largest_error(result, self.expected, self.compare, self.unit)
+
+    def allowed(self, name: str) -> float:
+        ours = name.startswith(OURS) and self.our_rtol is not None
+        return self.our_rtol if ours else self.rtol
 
 
 @dataclass
 class Row:
-    op: str
-    case: str
     provider: str
-    threads: int
-    isa: str | None
+    isa: str | None  # of our kernels; None for others
     median_ms: float
     least_ms: float
     quartile_range_ms: float
+    samples: int
     gb_per_s: float
     gflop_per_s: float
     of_limit: float
+    limit: str
+    error: float
+    x_best: float | None  # best median that is neither ours nor apart, over this one
 
 
-@dataclass
-class Limits:
-    read_gb_per_s: float
-    sgemm_gflop_per_s: float
+@dataclass(frozen=True)
+class Held:
+    """A provider under an instruction set of ours, which is chosen outside the timed calls."""
+
+    call: Provider
+    isa: str
+
+    def __call__(self) -> Result:
+        return self.call()
 
 
 def arguments(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
+    return common_parser(description).parse_args(argv)
+
+
+def common_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,120 +106,189 @@ def arguments(description: str | None, argv: list[str] | None = None) -> argpars
         "--isas", action="store_true", help="every instruction set, not the best only"
     )
     parser.add_argument("--json", action="store_true", help="append to bench/results/<op>.jsonl")
-    return parser.parse_args(argv)
+    return parser
 
 
 def isa_providers(name: str, call: Provider, every: bool) -> dict[str, Provider]:
     """`call` under the active instruction set, or under each that this machine has."""
     if not every:
         return {name: call}
-
-    def under(isa: str) -> Provider:
-        def run() -> Result:
-            before = _native.isa()
-            _native.set_isa(isa)
-            try:
-                return call()
-            finally:
-                _native.set_isa(str(before))
-
-        return run
-
-    return {f"{name} {isa}": under(isa) for isa in _native.available_isas()}
+    return {f"{name} {isa}": Held(call, isa) for isa in _native.available_isas()}
 
 
-def run_cases(cases: Iterator[Case], args: argparse.Namespace) -> list[Row]:
+@contextmanager
+def instruction_set(provider: Provider) -> Iterator[None]:
+    """Ours as the provider wants it, and as it was before."""
+    before = _native.isa()
+    if isinstance(provider, Held) and provider.isa != before:
+        _native.set_isa(provider.isa)
+        try:
+            yield
+        finally:
+            _native.set_isa(str(before))
+    else:
+        yield
+
+
+def run_cases(
+    cases: Iterable[Case], args: argparse.Namespace, results: Path = _results.RESULTS
+) -> list[Row]:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     random.seed(0)
     with torch.no_grad():
-        limits = measure_limits()
-        print(
-            f"{torch.get_num_threads()} threads, isa {_native.isa()}, read "
-            f"{limits.read_gb_per_s:.1f} GB/s, sgemm {limits.sgemm_gflop_per_s:.0f} GFLOP/s"
-        )
-        return [row for case in cases for row in run_case(case, limits, args)]
+        limits = _limits.measure(5 if args.quick else 9)
+        print(f"{torch.get_num_threads()} threads, isa {_native.isa()}, {limits.line()}")
+        return [row for case in cases for row in run_case(case, limits, args, results)]
 
 
-def run_case(case: Case, limits: Limits, args: argparse.Namespace) -> list[Row]:
+def run_case(
+    case: Case, limits: Limits, args: argparse.Namespace, results: Path = _results.RESULTS
+) -> list[Row]:
     print(f"\n{case.op}: {case.title}")
     print(
-        f"  {'provider':<28}{'median ms':>10}{'least':>9}{'± ms':>9}"
-        f"{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}"
+        f"  {'provider':<28}{'median ms':>10}{'± ms':>9}{'x best':>9}"
+        f"{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>12}{'error':>9}"
     )
-    good = {}
-    for name, provider in case.providers.items():
-        error = largest_error(provider(), case.expected, case.compare)
-        if error <= case.rtol:
-            good[name] = provider
-        else:
-            print(f"  {name:<28} not timed: off by {error:.1e} of the largest value")
-    times: dict[str, list[float]] = {name: [] for name in good}
-    order = list(good)
-    for _ in range(args.rounds or (7 if args.quick else 25)):
-        # Each takes its turn behind each: who comes after one that empties the cache pays for it.
-        random.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            good[name]()
-            times[name].append(time.perf_counter() - start)
-    floor_s = max(
-        case.num_bytes / limits.read_gb_per_s / 1e9, case.flops / limits.sgemm_gflop_per_s / 1e9
-    )
-    rows = []
-    for name, seconds in times.items():
-        median_s = statistics.median(seconds)
-        quartiles = statistics.quantiles(seconds, n=4)
-        row = Row(
-            op=case.op,
-            case=case.title,
-            provider=name,
-            threads=torch.get_num_threads(),
-            isa=_native.isa(),
-            median_ms=median_s * 1e3,
-            least_ms=min(seconds) * 1e3,
-            quartile_range_ms=(quartiles[2] - quartiles[0]) * 1e3,
-            gb_per_s=case.num_bytes / median_s / 1e9,
-            gflop_per_s=case.flops / median_s / 1e9,
-            of_limit=floor_s / median_s,
+    good, errors, left_out = check(case)
+    for name, why in left_out.items():
+        print(f"  {name:<28} not timed: {why}")
+    if args.rounds:
+        times = time_providers(good, args.rounds, args.rounds, budget_s=float("inf"))
+    else:
+        times = time_providers(
+            good, 5, 9 if args.quick else 25, budget_s=0.25 if args.quick else 1.0
         )
-        rows.append(row)
+    rows = summarise(case, times, errors, limits)
+    for row in rows:
+        ratio = "" if row.x_best is None else f"{row.x_best:.2f}"
         print(
-            f"  {name:<28}{row.median_ms:>10.3f}{row.least_ms:>9.3f}{row.quartile_range_ms:>9.3f}"
-            f"{row.gb_per_s:>8.1f}{row.gflop_per_s:>9.1f}{row.of_limit:>9.0%}"
+            f"  {row.provider:<28}{row.median_ms:>10.3f}{row.quartile_range_ms:>9.3f}{ratio:>9}"
+            f"{row.gb_per_s:>8.1f}{row.gflop_per_s:>9.1f}"
+            f"{f'{row.of_limit:.0%} {row.limit}':>12}{row.error:>9.0e}"
         )
     if args.json:
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        with open(folder / f"{case.op}.jsonl", "a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**asdict(row), "load": os.getloadavg()[0]}) + "\n")
+        record = {
+            "bench": case.op,
+            "case": f"{case.title}, {torch.get_num_threads()} threads",
+            "params": case.params,
+            "limits": asdict(limits),
+            "providers": [asdict(row) for row in rows],
+            "left_out": left_out,
+        }
+        _results.append(case.op, record, results)
     return rows
 
 
-def largest_error(got: Result, expected: Result, compare: Callable[[Tensor], Tensor]) -> float:
-    """Over all tensors: the largest difference, over the largest expected value."""
+def check(case: Case) -> tuple[dict[str, Provider], dict[str, float], dict[str, str]]:
+    """Every provider once: those that are right, their errors, and why the others are not timed."""
+    good, errors, left_out = {}, {}, {}
+    for name, provider in case.providers.items():
+        with instruction_set(provider):
+            error = case.error(name, provider())
+        if error <= case.allowed(name):  # a NaN is not
+            good[name], errors[name] = provider, error
+        else:
+            left_out[name] = f"wrong by {error:.1e}, {case.allowed(name):.0e} allowed"
+    return good, errors, left_out
+
+
+def time_providers(
+    providers: dict[str, Provider], least: int, most: int, budget_s: float
+) -> dict[str, list[float]]:
+    """Seconds a call, `least` to `most` samples each: a provider stops once it took its budget.
+
+    Each takes its turn behind each: who comes after one that empties the cache pays for it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    loops, spent = {}, dict.fromkeys(providers, 0.0)
+    for name, provider in providers.items():
+        sample_s = sample(provider, 1)
+        if sample_s < SAMPLE_S:  # once more: the first call may set things up
+            sample_s = sample(provider, 1)
+        loops[name] = max(1, round(SAMPLE_S / max(sample_s, 1e-7)))
+        if sample_s > budget_s:  # so slow that this is one of its samples
+            times[name].append(sample_s)
+            spent[name] = sample_s
+    for _ in range(most):
+        order = [
+            name
+            for name in providers
+            if spent[name] < budget_s
+            or len(times[name]) < (2 if spent[name] > 4 * budget_s else least)
+        ]
+        random.shuffle(order)
+        for name in order:
+            taken_s = sample(providers[name], loops[name])
+            times[name].append(taken_s / loops[name])
+            spent[name] += taken_s
+    return times
+
+
+def sample(provider: Provider, loops: int) -> float:
+    """Seconds for so many calls."""
+    with instruction_set(provider):
+        call = provider.call if isinstance(provider, Held) else provider
+        start = time.perf_counter()
+        for _ in range(loops):
+            call()
+        return time.perf_counter() - start
+
+
+def summarise(
+    case: Case, times: dict[str, list[float]], errors: dict[str, float], limits: Limits
+) -> list[Row]:
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    others = [
+        median
+        for name, median in medians.items()
+        if not name.startswith(OURS) and name not in case.apart
+    ]
+    floor_s, limit = limits.floor(case.num_bytes, case.flops)
+    rows = []
+    for name, median_s in medians.items():
+        seconds = times[name]
+        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0] * 3
+        ours = name.startswith(OURS)
+        provider = case.providers[name]
+        isa = provider.isa if isinstance(provider, Held) else _native.isa()
+        row = Row(
+            provider=name,
+            isa=isa if ours else None,
+            median_ms=median_s * 1e3,
+            least_ms=min(seconds) * 1e3,
+            quartile_range_ms=(quartiles[2] - quartiles[0]) * 1e3,
+            samples=len(seconds),
+            gb_per_s=case.num_bytes / median_s / 1e9,
+            gflop_per_s=case.flops / median_s / 1e9,
+            of_limit=floor_s / median_s,
+            limit=limit,
+            error=errors[name],
+            x_best=min(others) / median_s if others else None,
+        )
+        rows.append(row)
+    return rows
+
+
+def largest_error(
+    got: Result,
+    expected: Result,
+    compare: Callable[[Tensor], Tensor] = lambda result: result,
+    unit: float | None = None,
+) -> float:
+    """Over all tensors: the largest difference, over the unit or the largest expected value."""
     if isinstance(got, Tensor):
         got = (got,)
     if isinstance(expected, Tensor):
         expected = (expected,)
     worst = 0.0
     for one, wanted in zip(got, expected, strict=True):
-        size = wanted.double().abs().max().clamp_min(1e-300)
-        worst = max(worst, float((compare(one).double() - wanted.double()).abs().max() / size))
+        one = compare(one).double()
+        if one.shape != wanted.shape:
+            return float("inf")
+        if not wanted.numel():
+            continue
+        size = unit if unit is not None else float(wanted.double().abs().max().clamp_min(1e-300))
+        worst = max(worst, float((one - wanted.double()).abs().max().nan_to_num(torch.inf)) / size)
     return worst
-
-
-def measure_limits() -> Limits:
-    data = torch.ones(1 << 25)  # 128 MiB, past the caches
-    a = torch.randn(1536, 1536)
-    read, gemm = [], []
-    for _ in range(7):
-        start = time.perf_counter()
-        data.sum()
-        read.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        a @ a
-        gemm.append(time.perf_counter() - start)
-    return Limits(data.numel() * 4 / min(read) / 1e9, 2 * 1536**3 / min(gemm) / 1e9)

@@ -95,7 +95,7 @@ def cases(quick: bool, folder: Path) -> Iterator[Case]:
             op="attribution",
             title=f"{title}, sigma known",
             providers={
-                "Attributor.top_k": lambda q=queries: attributor.top_k(q, TOP).top_scores,
+                "logra Attributor.top_k": lambda q=queries: attributor.top_k(q, TOP).top_scores,
                 "torch fp16 mm, topk": lambda b=baseline: b.top(half=True, sigma_known=True),
                 "torch fp32 mm, topk": lambda b=baseline: b.top(half=False, sigma_known=True),
             },
@@ -106,7 +106,7 @@ def cases(quick: bool, folder: Path) -> Iterator[Case]:
             op="attribution",
             title=f"{title}, sigma computed",
             providers={
-                "Attributor, factorising": fresh,
+                "logra Attributor, factorising": fresh,
                 "torch fp32 mm, topk": lambda b=baseline: b.top(half=False, sigma_known=False),
             },
             flops=scan + sigma,

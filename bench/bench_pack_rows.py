@@ -14,37 +14,36 @@ def plain(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ldexp(rows, -shift[:, None]).half(), torch.ldexp(torch.ones(len(rows)), shift)
 
 
+def case(num_rows: int, dim: int, unpack: bool = False, isas: bool = False) -> Case:
+    rows = torch.randn(num_rows, dim)  # [R, D]
+    modules = [dim // 32] * 32, [0] * 32
+    packed, scale = pack_rows(rows, *modules)
+    if unpack:
+        providers = {
+            **isa_providers("logra", lambda: unpack_rows(packed, scale, *modules), isas),
+            "torch float, multiply": lambda: packed.float() * scale[:, None],
+        }
+    else:
+        providers = {
+            **isa_providers("logra", lambda: pack_rows(rows, *modules), isas),
+            "torch amax, ldexp, half": lambda: plain(rows),
+        }
+    return Case(
+        op="pack_rows",
+        title=f"{'unpack' if unpack else 'pack'}, R={num_rows}, D={dim}, 32 modules",
+        providers=providers,
+        expected=packed.float() * scale[:, None] if unpack else plain(rows),
+        rtol=0.0,
+        num_bytes=6.0 * num_rows * dim,
+        flops=0.0,
+        params={"R": num_rows, "D": dim, "unpack": unpack},
+    )
+
+
 def cases(quick: bool, isas: bool) -> Iterator[Case]:
     for num_rows, dim in ((64, 16384),) if quick else ((64, 16384), (1000, 49152)):
-        rows = torch.randn(num_rows, dim)  # [R, D]
-        modules = [dim // 32] * 32, [0] * 32
-        packed, scale = pack_rows(rows, *modules)
-        yield Case(
-            op="pack_rows",
-            title=f"pack, R={num_rows}, D={dim}, 32 modules",
-            providers={
-                **isa_providers("logra", lambda r=rows, m=modules: pack_rows(r, *m), isas),
-                "torch amax, ldexp, half": lambda r=rows: plain(r),
-            },
-            expected=plain(rows),
-            rtol=0.0,
-            num_bytes=6.0 * num_rows * dim,
-            flops=0.0,
-        )
-        yield Case(
-            op="pack_rows",
-            title=f"unpack, R={num_rows}, D={dim}, 32 modules",
-            providers={
-                **isa_providers(
-                    "logra", lambda p=packed, s=scale, m=modules: unpack_rows(p, s, *m), isas
-                ),
-                "torch float, multiply": lambda p=packed, s=scale: p.float() * s[:, None],
-            },
-            expected=packed.float() * scale[:, None],
-            rtol=0.0,
-            num_bytes=6.0 * num_rows * dim,
-            flops=0.0,
-        )
+        for unpack in (False, True):
+            yield case(num_rows, dim, unpack, isas)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,16 +1,64 @@
-"""Projected per-sample gradients: python -m bench.bench_projected_gradients [--quick]"""
+"""Projected per-sample gradients: python -m bench.bench_projected_gradients [--quick]
+
+P is exact in bfloat16, as build_projections makes it. Torch projects all tokens at once, then sums
+outer products in the best of the ways of bench_per_sample_gradients.
+"""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from bench._harness import Case, arguments, isa_providers, run_cases
+from bench._harness import Case, Provider, arguments, isa_providers, run_cases
+from bench._tokens import outer_ways, tokens
 from logra_kernels.ops import projected_gradients
 
 
-def plain(x: Tensor, dy: Tensor, p_in: Tensor, p_out: Tensor, mask: Tensor) -> Tensor:
-    return torch.einsum("nto,nti->noi", (dy @ p_out.T) * mask, x @ p_in.T)
+def plain(
+    x: Tensor, dy: Tensor, proj: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, way: str
+) -> Tensor:
+    return outer_ways(x @ proj.T, dy @ proj.T, mask, cu_seqlens)[way]()
+
+
+def case(
+    n: int,
+    t: int,
+    dim: int,
+    rank: int,
+    dtype: str = "fp32",
+    lengths: str = "masked",
+    isas: bool = False,
+) -> Case:
+    given = tokens(n, t, (dim, dim), dtype, lengths)
+    mask, cu_seqlens = given.mask, given.cu_seqlens
+    proj = (torch.randn(rank, dim) / rank**0.5).bfloat16().float()  # [K, I], both sides
+
+    def ours() -> Tensor:
+        return projected_gradients(given.x, given.dy, proj, proj, mask, cu_seqlens=cu_seqlens)
+
+    def in_float(way: str) -> Tensor:
+        return plain(given.x.float(), given.dy.float(), proj, mask, cu_seqlens, way)
+
+    ways = ("einsum", "bmm") if cu_seqlens is None else ("mm of each", "padded bmm")
+    providers: dict[str, Provider] = isa_providers("logra", ours, isas)
+    for way in ways:
+        providers[f"torch fp32 mm, mm, {way}"] = lambda w=way: in_float(w)
+        if dtype in ("fp16", "bf16"):
+            narrow = proj.to(given.x.dtype)
+            providers[f"torch {dtype} mm, mm, {way}"] = lambda p=narrow, w=way: plain(
+                given.x, given.dy, p, mask, cu_seqlens, w
+            )
+    return Case(
+        op="projected_gradients",
+        title=f"N={n}, T={t} {lengths}, I=O={dim}, Ki=Ko={rank}, {dtype}",
+        providers=providers,
+        expected=in_float(ways[0]),
+        rtol=2e-2,  # of the largest value: bfloat16 results have 8 bits, twice
+        our_rtol=2e-5,  # two float32 sums, one after the other
+        num_bytes=float(given.x.nbytes + given.dy.nbytes + given.num_examples * rank**2 * 4),
+        flops=given.num_tokens * (4.0 * dim * rank + 2.0 * rank * rank),
+        params={"N": n, "T": t, "lengths": lengths, "I": dim, "K": rank, "dtype": dtype},
+    )
 
 
 def cases(quick: bool, isas: bool) -> Iterator[Case]:
@@ -18,36 +66,11 @@ def cases(quick: bool, isas: bool) -> Iterator[Case]:
     if not quick:
         shapes = [(16, 512, 576, 8), (16, 512, 1536, 16), (16, 512, 2048, 64), (1, 4096, 2048, 64)]
     for n, t, dim, rank in shapes:
-        proj = (torch.randn(rank, dim) / rank**0.5).bfloat16().float()  # [K, I], both sides
-        narrow = proj.bfloat16()
-        mask = torch.rand(n, t) > 0.1  # [N, T]
-        for name in ("float32", "bfloat16"):
-            dtype = getattr(torch, name)
-            x, dy = torch.randn(n, t, dim).to(dtype), torch.randn(n, t, dim).to(dtype)
-            keep, wide = mask[..., None].to(dtype), mask[..., None].float()
-
-            def ours(x: Tensor = x, dy: Tensor = dy, p: Tensor = proj, m: Tensor = mask) -> Tensor:
-                return projected_gradients(x, dy, p, p, m)
-
-            providers = {
-                **isa_providers("logra", ours, isas),
-                "torch fp32 mm, mm, einsum": lambda x=x, dy=dy, p=proj, m=wide: plain(
-                    x.float(), dy.float(), p, p, m
-                ),
-            }
-            if name == "bfloat16":
-                providers["torch bf16 mm, mm, einsum"] = lambda x=x, dy=dy, p=narrow, m=keep: plain(
-                    x, dy, p, p, m
-                )
-            yield Case(
-                op="projected_gradients",
-                title=f"N={n}, T={t}, I=O={dim}, Ki=Ko={rank}, {name}",
-                providers=providers,
-                expected=plain(x.float(), dy.float(), proj, proj, wide),
-                rtol=2e-2,  # of the largest value: bfloat16 results have 8 bits, twice
-                num_bytes=2.0 * x.numel() * x.element_size() + n * rank * rank * 4,
-                flops=n * t * (4.0 * dim * rank + 2.0 * rank * rank),
-            )
+        for dtype in ("fp32", "bf16"):
+            yield case(n, t, dim, rank, dtype, isas=isas)
+    yield case(8, 256, 2048, 64, lengths="ragged", isas=isas)
+    if not quick:
+        yield case(8, 256, 2048, 64, "mixed", isas=isas)
 
 
 def main(argv: list[str] | None = None) -> None:
