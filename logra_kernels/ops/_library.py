@@ -12,7 +12,7 @@ other axes may be strided.
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import _native
+from logra_kernels.ops._direct import direct
 
 Kernel = Callable[..., Any]
 
@@ -35,8 +36,8 @@ def register(
     native: Kernel,
     check_values: Kernel | None = None,
     first_input: int = 0,
-) -> None:
-    """Define the op of `schema`.
+) -> Kernel:
+    """Define the op of `schema`; returns what calls it, past the dispatcher where it may.
 
     `native` returns NotImplemented for arguments it does not take (float64), which the reference
     then computes. `check_values` sees the arguments before any kernel does, and returns those to
@@ -72,6 +73,20 @@ def register(
     library.impl(name, checked(cpu), "CPU")
     library.impl(name, checked(cuda), "CUDA")
     torch.library.register_fake(f"logra::{name}", fake, lib=library)
+    op, checked_cpu = getattr(torch.ops.logra, name).default, checked(cpu)
+
+    def call(*args: Any) -> Any:
+        return checked_cpu(*args) if direct(*tensors_in(args)) else op(*args)
+
+    return call
+
+
+def tensors_in(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    for argument in args:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from (part for part in argument if isinstance(part, Tensor))
 
 
 def has_float64(args: tuple[Any, ...]) -> bool:

@@ -10,7 +10,13 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64:
 
 
 def view(tensor: Tensor) -> View:
-    return tensor.data_ptr(), _DTYPES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def rows_view(tensor: Tensor) -> View:
+    """[..., I] contiguous, I > 0, as [M, I]."""
+    width = tensor.shape[-1]
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], (tensor.numel() // width, width), (width, 1)
 
 
 def pointer(tensor: Tensor | None) -> int:

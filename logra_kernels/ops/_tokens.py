@@ -14,6 +14,8 @@ from logra_kernels._checks import (
     expect_shape,
     plain,
 )
+from logra_kernels.ops._direct import dense, direct, kernels
+from logra_kernels.ops._pointers import view
 
 
 class Tokens(NamedTuple):
@@ -71,6 +73,35 @@ def check_tokens(
         x, dy = x.unsqueeze(1), dy.unsqueeze(1)
         mask = None if mask is None else mask.unsqueeze(1)
     return Tokens(x, dy, mask, cu_seqlens)
+
+
+def direct_gradients(
+    x: Tensor, dy: Tensor, proj_in: Tensor | None, proj_out: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
+    """G of tokens [N, T]; None for arguments that take the long way (`_direct`)."""
+    if not direct(x, dy, proj_in, proj_out, mask) or not dense(x, 3) or not dense(dy, 3):
+        return None
+    num, tokens, ki = x.shape
+    num_dy, tokens_dy, ko = dy.shape
+    if num_dy != num or tokens_dy != tokens:
+        return None
+    in_view = out_view = None
+    if proj_in is not None:
+        if not dense(proj_in, 2) or proj_in.shape[1] != ki:
+            return None
+        ki, in_view = proj_in.shape[0], view(proj_in)
+    if proj_out is not None:
+        if not dense(proj_out, 2) or proj_out.shape[1] != ko:
+            return None
+        ko, out_view = proj_out.shape[0], view(proj_out)
+    kept = 0
+    if mask is not None:
+        if mask.dtype is not torch.bool or mask.shape != x.shape[:2] or not mask.is_contiguous():
+            return None
+        kept = mask.data_ptr()
+    out = x.new_empty((num, ko, ki), dtype=torch.float32)
+    kernels().projected_gradients(view(x), view(dy), in_view, out_view, kept, 0, view(out))
+    return out
 
 
 def expect_mask_dtype(mask: Tensor) -> None:

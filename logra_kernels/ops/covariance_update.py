@@ -7,6 +7,7 @@ from torch import Tensor
 
 from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels.ops._direct import dense, direct, kernels
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import view
 
@@ -34,6 +35,8 @@ def covariance_update_(cov: Tensor, rows: Tensor) -> Tensor:
 
     Source: LoGra (Choe et al. 2024), Eq. 3: H = sum of g g^T, its count kept apart.
     """
+    if direct(cov, rows) and _direct(cov, rows):
+        return cov
     expect_dtype("cov", cov, torch.float32, torch.float64)
     expect_dtype("rows", rows, *FLOATS)
     expect_shape("rows", rows, R=None, K=None)
@@ -41,15 +44,31 @@ def covariance_update_(cov: Tensor, rows: Tensor) -> Tensor:
     expect_same_device(cov=cov, rows=rows)
     if not cov.is_contiguous():
         raise ValueError(f"cov: expected a contiguous tensor, got strides {cov.stride()}")
-    torch.ops.logra.covariance_update_(cov, plain(rows))
+    _call(cov, plain(rows))
     return cov
+
+
+def _direct(cov: Tensor, rows: Tensor) -> bool:
+    """False for arguments that take the long way."""
+    if (
+        cov.dtype not in (torch.float32, torch.float64)
+        or cov.requires_grad
+        or not dense(rows, 2)
+        or not cov.is_contiguous()
+    ):
+        return False
+    width = rows.shape[1]
+    if cov.shape != (width, width):
+        return False
+    kernels().covariance_update(view(cov), view(rows))
+    return True
 
 
 def _fake(cov: Tensor, rows: Tensor) -> None:
     return None
 
 
-def _native(c: ModuleType, cov: Tensor, rows: Tensor) -> None:
+def _kernel(c: ModuleType, cov: Tensor, rows: Tensor) -> None:
     if rows.dtype == torch.float64:
         return NotImplemented
     c.covariance_update(view(cov), view(rows))
@@ -60,11 +79,11 @@ def _reference(cov: Tensor, rows: Tensor) -> None:
     reference.covariance_update_(cov, rows)
 
 
-register(
+_call = register(
     "covariance_update_(Tensor(a!) cov, Tensor rows) -> ()",
     module="covariance_update",
     reference=_reference,
     fake=_fake,
-    native=_native,
+    native=_kernel,
     first_input=1,  # a float64 cov is what the kernels accumulate into
 )

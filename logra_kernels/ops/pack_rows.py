@@ -48,7 +48,7 @@ def pack_rows(
     expect_dtype("rows", rows, *FLOATS)
     expect_shape("rows", rows, R=None, D=None)
     sizes, exponents = _check_modules(rows, module_sizes, module_exponents)
-    return torch.ops.logra.pack_rows(plain(rows), sizes, exponents)
+    return _pack(plain(rows), sizes, exponents)
 
 
 def unpack_rows(
@@ -78,7 +78,7 @@ def unpack_rows(
     expect_shape("row_scale", row_scale, R=packed.shape[0])
     expect_same_device(packed=packed, row_scale=row_scale)
     sizes, exponents = _check_modules(packed, module_sizes, module_exponents)
-    return torch.ops.logra.unpack_rows(plain(packed), plain(row_scale), sizes, exponents)
+    return _unpack(plain(packed), plain(row_scale), sizes, exponents)
 
 
 def _check_modules(
@@ -125,14 +125,14 @@ def _native_unpack(
     return rows
 
 
-register(
+_pack = register(
     "pack_rows(Tensor rows, int[] module_sizes, int[] module_exponents) -> (Tensor, Tensor)",
     module="pack_rows",
     reference=reference.pack_rows,
     fake=_fake_pack,
     native=_native_pack,
 )
-register(
+_unpack = register(
     "unpack_rows(Tensor packed, Tensor row_scale, int[] module_sizes, int[] module_exponents) "
     "-> Tensor",
     module="pack_rows",

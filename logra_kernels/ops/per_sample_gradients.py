@@ -9,7 +9,7 @@ from torch import Tensor
 from logra_kernels import reference
 from logra_kernels.ops._library import has_float64, register
 from logra_kernels.ops._pointers import pointer, view
-from logra_kernels.ops._tokens import check_token_values, check_tokens
+from logra_kernels.ops._tokens import check_token_values, check_tokens, direct_gradients
 from logra_kernels.reference._dtype import accumulator
 
 
@@ -51,8 +51,12 @@ def per_sample_gradients(
 
     Source: LoGra (Choe et al. 2024), Eq. 6.
     """
+    if cu_seqlens is None and segment_ids is None and num_segments is None and out_dtype is None:
+        out = direct_gradients(x, dy, None, None, mask)
+        if out is not None:
+            return out
     tokens = check_tokens(x, dy, mask, cu_seqlens, segment_ids, num_segments, out_dtype)
-    return torch.ops.logra.per_sample_gradients(*tokens, out_dtype)
+    return _call(*tokens, out_dtype)
 
 
 def _fake(
@@ -93,7 +97,7 @@ def _check_values(
     return x, dy, check_token_values(mask, cu_seqlens, x.shape[0]), cu_seqlens, out_dtype
 
 
-register(
+_call = register(
     "per_sample_gradients(Tensor x, Tensor dy, Tensor? mask, Tensor? cu_seqlens, "
     "ScalarType? out_dtype) -> Tensor",
     module="per_sample_gradients",

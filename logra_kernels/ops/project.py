@@ -7,8 +7,9 @@ from torch import Tensor
 
 from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels.ops._direct import NARROW, dense, direct, kernels
 from logra_kernels.ops._library import has_float64, register
-from logra_kernels.ops._pointers import flat_tokens, view
+from logra_kernels.ops._pointers import flat_tokens, rows_view, view
 from logra_kernels.reference._dtype import accumulator
 
 
@@ -30,20 +31,39 @@ def project(x: Tensor, proj: Tensor) -> Tensor:
 
     Source: LoGra (Choe et al. 2024), Eq. 6: P_i x_t and P_o dy_t.
     """
+    if direct(x, proj) and (out := _direct(x, proj)) is not None:
+        return out
     expect_dtype("x", x, *FLOATS)
     expect_dtype("proj", proj, *FLOATS)
     if x.dim() == 0:
         raise ValueError("x: expected [..., I], got []")
     expect_shape("proj", proj, K=None, I=x.shape[-1])
     expect_same_device(x=x, proj=proj)
-    return torch.ops.logra.project(plain(x), plain(proj))
+    return _call(plain(x), plain(proj))
+
+
+def _direct(x: Tensor, proj: Tensor) -> Tensor | None:
+    """None for arguments that take the long way."""
+    shape = x.shape
+    if (
+        not dense(proj, 2)
+        or x.dtype not in NARROW
+        or not shape
+        or shape[-1] != proj.shape[1]
+        or shape[-1] == 0
+        or not x.is_contiguous()
+    ):
+        return None
+    out = x.new_empty((*shape[:-1], proj.shape[0]), dtype=torch.float32)
+    kernels().project(rows_view(x), view(proj), out.data_ptr())
+    return out
 
 
 def _fake(x: Tensor, proj: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], proj.shape[0]), dtype=accumulator(x, proj))
 
 
-def _native(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor:
+def _kernel(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor:
     if has_float64((x, proj)):
         return NotImplemented
     out = x.new_empty((*x.shape[:-1], proj.shape[0]), dtype=torch.float32)
@@ -52,10 +72,10 @@ def _native(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor:
     return out
 
 
-register(
+_call = register(
     "project(Tensor x, Tensor proj) -> Tensor",
     module="project",
     reference=reference.project,
     fake=_fake,
-    native=_native,
+    native=_kernel,
 )

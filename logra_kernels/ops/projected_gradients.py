@@ -10,7 +10,7 @@ from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
 from logra_kernels.ops._library import has_float64, register
 from logra_kernels.ops._pointers import pointer, view
-from logra_kernels.ops._tokens import check_token_values, check_tokens
+from logra_kernels.ops._tokens import check_token_values, check_tokens, direct_gradients
 from logra_kernels.reference._dtype import accumulator
 
 
@@ -59,6 +59,10 @@ def projected_gradients(
 
     Source: LoGra (Choe et al. 2024), Eq. 6.
     """
+    if cu_seqlens is None and segment_ids is None and num_segments is None and out_dtype is None:
+        out = direct_gradients(x, dy, proj_in, proj_out, mask)
+        if out is not None:
+            return out
     tokens = check_tokens(x, dy, mask, cu_seqlens, segment_ids, num_segments, out_dtype)
     if proj_in is not None:
         expect_dtype("proj_in", proj_in, *FLOATS)
@@ -70,9 +74,7 @@ def projected_gradients(
         proj_out = plain(proj_out)
     expect_same_device(x=x, proj_in=proj_in, proj_out=proj_out)
     x, dy, mask, cu_seqlens = tokens
-    return torch.ops.logra.projected_gradients(
-        x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype
-    )
+    return _call(x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype)
 
 
 def _fake(
@@ -126,7 +128,7 @@ def _check_values(
     return x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype
 
 
-register(
+_call = register(
     "projected_gradients(Tensor x, Tensor dy, Tensor? proj_in, Tensor? proj_out, Tensor? mask, "
     "Tensor? cu_seqlens, ScalarType? out_dtype) -> Tensor",
     module="projected_gradients",

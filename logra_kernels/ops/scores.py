@@ -39,7 +39,7 @@ def scores(
     Source: LoGra (Choe et al. 2024), Eq. 3; RelatIF (Barshan et al. 2020).
     """
     queries, rows, row_scale, row_bias = check_scan(queries, rows, row_scale, row_bias)
-    return torch.ops.logra.scores(queries, rows, row_scale, row_bias)
+    return _call(queries, rows, row_scale, row_bias)
 
 
 def check_scan(
@@ -76,7 +76,7 @@ def _native(
     return out
 
 
-register(
+_call = register(
     "scores(Tensor queries, Tensor rows, Tensor? row_scale, Tensor? row_bias) -> Tensor",
     module="scores",
     reference=reference.scores,

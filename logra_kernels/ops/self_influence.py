@@ -39,7 +39,7 @@ def self_influence(rows: Tensor, factor: Tensor) -> Tensor:
     expect_shape("rows", rows, R=None, K=None)
     expect_shape("factor", factor, M=None, K=rows.shape[1])
     expect_same_device(rows=rows, factor=factor)
-    return torch.ops.logra.self_influence(plain(rows), plain(factor))
+    return _call(plain(rows), plain(factor))
 
 
 def _fake(rows: Tensor, factor: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _native(c: ModuleType, rows: Tensor, factor: Tensor) -> Tensor:
     return out
 
 
-register(
+_call = register(
     "self_influence(Tensor rows, Tensor factor) -> Tensor",
     module="self_influence",
     reference=reference.self_influence,

@@ -76,9 +76,7 @@ def topk_scores(
             expect_shape(f"state.{name}", part, Q=queries.shape[0], k=k)
             expect_same_device(queries=queries, **{f"state.{name}": part})
         parts = list(state)
-    return TopK(
-        *torch.ops.logra.topk_scores(queries, rows, k, row_scale, row_bias, parts, row_offset)
-    )
+    return TopK(*_call(queries, rows, k, row_scale, row_bias, parts, row_offset))
 
 
 def _fake(
@@ -130,7 +128,7 @@ def _native(
     return merged
 
 
-register(
+_call = register(
     "topk_scores(Tensor queries, Tensor rows, int k, Tensor? row_scale, Tensor? row_bias, "
     "Tensor[]? state, int row_offset) -> (Tensor, Tensor, Tensor, Tensor)",
     module="topk_scores",

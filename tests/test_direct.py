@@ -1,0 +1,229 @@
+"""The short way past torch's dispatcher: taken where nothing differs, left where anything does."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import DTYPES, randn, same_bits, strided
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from logra_kernels import _native, ops
+from logra_kernels.ops._direct import direct
+
+X, DY, MASK = randn(3, 5, 8), randn(3, 5, 4, seed=1), torch.tensor([[1, 1, 0, 1, 0]] * 3).bool()
+PROJ_IN, PROJ_OUT = randn(6, 8, seed=2), randn(2, 4, seed=3)
+
+CALLS: dict[str, Callable[[Tensor], Any]] = {
+    "project": lambda x: ops.project(x, PROJ_IN),
+    "per_sample_gradients": lambda x: ops.per_sample_gradients(x, DY, MASK),
+    "projected_gradients": lambda x: ops.projected_gradients(x, DY, PROJ_IN, PROJ_OUT, MASK),
+    "covariance_update_": lambda x: ops.covariance_update_(torch.zeros(8, 8), x[0]),
+    "scores": lambda x: ops.scores(PROJ_IN, x[0]),
+    "self_influence": lambda x: ops.self_influence(x[0], PROJ_IN),
+    "pack_rows": lambda x: ops.pack_rows(x[0], [8], [0]),
+}
+
+needs_kernels = pytest.mark.skipif(_native.C is None, reason="only the kernels have a short way")
+
+
+@needs_kernels
+def test_plain_tensors_take_it() -> None:
+    assert direct(X, None, nn.Parameter(X), X.clone().requires_grad_(), X.bfloat16()[:, 1:])
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert direct(X)
+    with torch.inference_mode():
+        assert direct(X, torch.zeros(3))
+    seen = []
+    X.clone().requires_grad_().mul(2).register_hook(lambda dy: seen.append(direct(dy)))
+    x = X.clone().requires_grad_()
+    y = x * 2
+    y.register_hook(lambda dy: seen.append(direct(dy)))
+    y.sum().backward()
+    assert seen == [True]
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        X.as_subclass(Subclass),
+        X.to_sparse(),
+        X.to("meta"),
+        torch._neg_view(X),
+        torch._efficientzerotensor(3, 5, 8),
+        torch._to_functional_tensor(X),
+        X.to_mkldnn(),
+        [[1.0]],
+    ],
+    ids=lambda t: type(t).__name__ + str(getattr(t, "layout", "")),
+)
+def test_other_tensors_do_not(tensor: Any) -> None:
+    assert not direct(X, tensor)
+
+
+def test_a_negated_view_counts_as_its_values() -> None:
+    assert same_bits(ops.project(torch._neg_view(X), PROJ_IN), ops.project(-X, PROJ_IN))
+
+
+class SeenByDispatch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class SeenByFunction(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def profiled() -> Iterator[Any]:
+    class Seen:
+        names: list[str]
+
+    seen = Seen()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield seen
+    seen.names = [event.key for event in profile.key_averages()]
+
+
+@pytest.mark.parametrize("watching", [SeenByDispatch, SeenByFunction, profiled])
+@pytest.mark.parametrize("name", CALLS)
+def test_who_watches_operations_sees_the_op(watching: Any, name: str) -> None:
+    plain = CALLS[name](X)
+    with watching() as seen:
+        watched = CALLS[name](X)
+    assert any(f"logra.{name}" in n or f"logra::{name}" in n for n in seen.names), seen.names
+    assert same_bits(plain, watched)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_under_a_fake_mode_the_result_is_fake(name: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        result = CALLS[name](X)
+    for tensor in [result] if isinstance(result, Tensor) else result:
+        assert type(tensor).__name__ == "FakeTensor" or name == "covariance_update_"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_goes_through_the_dispatcher() -> None:
+    """A batched tensor passes for one slice; torch runs the op once a slice."""
+    mapped = torch.func.vmap(lambda x: ops.per_sample_gradients(x, DY[:1]))(X[:, None])
+    each = torch.stack([ops.per_sample_gradients(x[None], DY[:1]) for x in X])
+    assert same_bits(mapped, each)
+
+
+def test_a_trace_records_the_op() -> None:
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: ops.project(x, PROJ_IN))(X).code
+    assert "logra.project" in graph
+
+
+def test_without_the_kernels_there_is_no_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "C", None)
+    assert not direct(X)
+    assert ops.project(X, PROJ_IN).shape == (3, 5, 6)
+
+
+sizes = st.integers(0, 3)
+kinds = st.sampled_from(DTYPES)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    n=sizes,
+    t=sizes,
+    i=sizes,
+    o=sizes,
+    k=st.none() | sizes,
+    x_kind=kinds,
+    dy_kind=kinds,
+    gaps=st.booleans(),
+    masked=st.booleans(),
+)
+def test_both_ways_give_the_same_bits(
+    n: int,
+    t: int,
+    i: int,
+    o: int,
+    k: int | None,
+    x_kind: Any,
+    dy_kind: Any,
+    gaps: bool,
+    masked: bool,
+) -> None:
+    x, dy = randn(n, t, i, dtype=x_kind), randn(n, t, o, dtype=dy_kind, seed=1)
+    if gaps:
+        x, dy = strided(x), strided(dy)
+    proj = None if k is None else randn(k, i, seed=2)
+    mask = torch.rand(n, t, generator=torch.Generator().manual_seed(0)) > 0.4 if masked else None
+    short = ops.projected_gradients(x, dy, proj, None, mask)
+    long = torch.ops.logra.projected_gradients(x, dy, proj, None, mask, None, None)
+    assert short.shape == long.shape
+    assert same_bits(short, long)
+    if i:
+        wide = randn(2, i, seed=3)
+        assert same_bits(ops.project(x, wide), torch.ops.logra.project(x, wide))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.project(X, PROJ_OUT), ValueError, r"proj: expected \[K, I=8\], got \[2, 4\]"),
+        (lambda: ops.project(X.long(), PROJ_IN), TypeError, "x: expected .*, got int64"),
+        (lambda: ops.project(X[0, 0, 0], PROJ_IN), ValueError, r"x: expected \[\.\.\., I\], got"),
+        (
+            lambda: ops.per_sample_gradients(X, DY[:, :4]),
+            ValueError,
+            r"dy: expected \[N=3, T=5, O\], got \[3, 4, 4\]",
+        ),
+        (
+            lambda: ops.per_sample_gradients(X, DY, MASK[:, :4]),
+            ValueError,
+            r"mask: expected \[N=3, T=5\], got \[3, 4\]",
+        ),
+        (
+            lambda: ops.per_sample_gradients(X, DY, 2 * MASK),
+            ValueError,
+            "mask: expected only 0 and 1, got 2",
+        ),
+        (
+            lambda: ops.projected_gradients(X, DY, PROJ_OUT, None),
+            ValueError,
+            r"proj_in: expected \[Ki, I=8\], got \[2, 4\]",
+        ),
+        (
+            lambda: ops.covariance_update_(torch.zeros(8, 16)[:, ::2], X[0]),
+            ValueError,
+            "cov: expected a contiguous tensor",
+        ),
+        (
+            lambda: ops.covariance_update_(torch.zeros(7, 7), X[0]),
+            ValueError,
+            r"cov: expected \[K=8, K=8\], got \[7, 7\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_as_before(
+    call: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
