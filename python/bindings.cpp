@@ -12,6 +12,7 @@
 #include "logra/covariance_update.h"
 #include "logra/gradients.h"
 #include "logra/isa.h"
+#include "logra/limits.h"
 #include "logra/pack_rows.h"
 #include "logra/project.h"
 #include "logra/scores.h"
@@ -175,6 +176,16 @@ void unpack_rows(const View& packed, Address row_scale, const std::vector<std::i
                      pointer<float>(rows));
 }
 
+float read_all(Address data, std::size_t count) {
+  py::gil_scoped_release release;
+  return logra::read_all(pointer<const float>(data), count);
+}
+
+double multiply(double per_thread) {
+  py::gil_scoped_release release;
+  return logra::multiply(per_thread);
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const logra::Isa isa : logra::available_isas()) names.emplace_back(logra::isa_name(isa));
@@ -194,6 +205,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("self_influence", &self_influence);
   m.def("pack_rows", &pack_rows);
   m.def("unpack_rows", &unpack_rows);
+  m.def("read_all", &read_all);
+  m.def("multiply", &multiply);
+#ifdef __clang__
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
   m.def("isa", [] { return std::string(logra::isa_name(logra::active_isa())); });
   m.def("available_isas", &available_isas);
   m.def("set_isa", &logra::set_isa);

@@ -119,6 +119,7 @@ struct VecD {
 inline VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
 
 #include "dots-inl.h"
+#include "limits-inl.h"
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
 #include "table-inl.h"

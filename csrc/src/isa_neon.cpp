@@ -75,6 +75,7 @@ struct VecD {
 inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 
 #include "dots-inl.h"
+#include "limits-inl.h"
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
 #include "table-inl.h"

@@ -71,6 +71,11 @@ struct Kernels {
   void (*narrow[3])(const void* from, float scale1, float scale2, std::uint16_t* to, std::size_t n);
   // to[i] = float32(from[i] * scale), the product in float64.
   void (*scale_f16)(const std::uint16_t* from, double scale, float* to, std::size_t n);
+
+  // For limits.cpp. rounds of kStrip * panel_f32 multiply-adds in registers; a sum of n floats, n a multiple
+  // of 1024. Both return what they computed.
+  float (*multiply)(std::size_t rounds);
+  float (*read_all)(const float* data, std::size_t n);
 };
 
 extern const Kernels kBaselineKernels;

@@ -12,4 +12,6 @@ static constexpr Kernels kTable = {
     {largest_bits<float>, largest_bits<Float16>, largest_bits<Bfloat16>},
     {narrow<float>, narrow<Float16>, narrow<Bfloat16>},
     scale_f16,
+    multiply,
+    read_all,
 };
