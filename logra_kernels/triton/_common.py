@@ -3,13 +3,13 @@
 """What the kernels share: the matrix product over mixed types, tile sizes, launch checks."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from logra_kernels.triton._launch import is_recording
 
 # triton.knobs, which reads the same variable, is younger than the oldest triton in use (3.2)
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -19,26 +19,27 @@ _UPCAST = tl.constexpr(INTERPRETED)
 
 PRECISIONS = ("ieee", "tf32", "bf16x6")
 
+# A kernel's counts (of rows, tokens, queries) change from call to call: it is not compiled anew for
+# those that happen to be one, or a multiple of 16. Strides are 64 bits wide.
+
 
 @triton.jit
-def _mma(a, b, acc):
+def _mma(a, b, acc, TRANSPOSED: tl.constexpr):
     if _UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    if TRANSPOSED:
+        a = tl.trans(a)
     return tl.dot(a, b, acc)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32; a [M, K], b [K, N] float16, bfloat16 or float32, mixed or not.
-
-    One half type on both sides goes to the tensor cores as it is. Two float32 operands follow
-    PRECISION. Every other pair is split into bfloat16 pieces, whose products are exact: float16 is
-    two pieces, float32 three (24 bits); products of weight 2**-24 and below are left out.
-    """
+def _dot(a, b, acc, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
     if a.dtype == b.dtype and a.dtype != tl.float32:
-        return _mma(a, b, acc)
+        return _mma(a, b, acc, TRANSPOSED)
     if a.dtype == b.dtype and PRECISION != "bf16x6":
+        if TRANSPOSED:
+            a = tl.trans(a)
         return tl.dot(a, b, acc, input_precision=PRECISION)
     A_PIECES: tl.constexpr = 1 if a.dtype == tl.bfloat16 else (2 if a.dtype == tl.float16 else 3)
     B_PIECES: tl.constexpr = 1 if b.dtype == tl.bfloat16 else (2 if b.dtype == tl.float16 else 3)
@@ -52,16 +53,34 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     b1 = b_rest.to(tl.bfloat16)
     # smallest first
     if A_PIECES == 3:
-        acc = _mma((a_rest - a1.to(tl.float32)).to(tl.bfloat16), b0, acc)
+        acc = _mma((a_rest - a1.to(tl.float32)).to(tl.bfloat16), b0, acc, TRANSPOSED)
     if B_PIECES == 3:
-        acc = _mma(a0, (b_rest - b1.to(tl.float32)).to(tl.bfloat16), acc)
+        acc = _mma(a0, (b_rest - b1.to(tl.float32)).to(tl.bfloat16), acc, TRANSPOSED)
     if A_PIECES > 1 and B_PIECES > 1:
-        acc = _mma(a1, b1, acc)
+        acc = _mma(a1, b1, acc, TRANSPOSED)
     if A_PIECES > 1:
-        acc = _mma(a1, b0, acc)
+        acc = _mma(a1, b0, acc, TRANSPOSED)
     if B_PIECES > 1:
-        acc = _mma(a0, b1, acc)
-    return _mma(a0, b0, acc)
+        acc = _mma(a0, b1, acc, TRANSPOSED)
+    return _mma(a0, b0, acc, TRANSPOSED)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32; a [M, K], b [K, N] float16, bfloat16 or float32, mixed or not.
+
+    One half type on both sides goes to the tensor cores as it is. Two float32 operands follow
+    PRECISION. Every other pair is split into bfloat16 pieces, whose products are exact: float16 is
+    two pieces, float32 three (24 bits); products of weight 2**-24 and below are left out.
+    """
+    return _dot(a, b, acc, PRECISION, False)
+
+
+@triton.jit
+def dot_of_transposed(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a^T @ b of a [K, M], which is split as it lies and transposed then: its copies from
+    memory stay 16 bytes wide."""
+    return _dot(a, b, acc, PRECISION, True)
 
 
 def check(**tensors: Tensor | None) -> None:
@@ -72,7 +91,7 @@ def check(**tensors: Tensor | None) -> None:
             continue
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
-        if tensor.device.type != "cuda" and not INTERPRETED:
+        if tensor.device.type != "cuda" and not (INTERPRETED or is_recording()):
             raise RuntimeError(
                 f"{name}: the Triton kernels need a tensor on a GPU, got one on {tensor.device}; "
                 "set TRITON_INTERPRET=1 before Python starts to interpret them on the CPU"
@@ -92,16 +111,28 @@ def check_floating(**tensors: Tensor | None) -> None:
             )
 
 
-def check_precision(input_precision: str) -> None:
+def precision(input_precision: str | None) -> str:
+    """How two float32 operands are multiplied.
+
+    None asks torch: "ieee" where torch.get_float32_matmul_precision() is "highest", as it is unless
+    the user changes it, else "tf32".
+    """
+    if input_precision is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if input_precision not in PRECISIONS:
         raise ValueError(
             f"input_precision: expected one of {', '.join(PRECISIONS)}, got {input_precision!r}"
         )
+    return input_precision
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def types_of(a: Tensor, b: Tensor, input_precision: str) -> str:
+    """The class of a product's operands, as the table of heuristics names it."""
+    if a.dtype != b.dtype:
+        return "split"
+    if a.dtype != torch.float32:
+        return "half"
+    return {"ieee": "full", "tf32": "tf32", "bf16x6": "split"}[input_precision]
 
 
 def last_axis_contiguous(tensor: Tensor) -> Tensor:
@@ -116,7 +147,3 @@ def as_bytes(mask: Tensor) -> Tensor:
 def tile(size: int, largest: int) -> int:
     """The power of two in [16, largest] that covers size; tl.dot takes no axis below 16."""
     return max(16, min(largest, triton.next_power_of_2(size)))
-
-
-def is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)

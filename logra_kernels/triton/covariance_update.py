@@ -16,12 +16,13 @@ from torch import Tensor
 from logra_kernels.triton._common import (
     check,
     check_floating,
-    check_precision,
-    device_of,
     dot,
     last_axis_contiguous,
+    precision,
     tile,
+    types_of,
 )
+from logra_kernels.triton._launch import choose, launch
 
 _SPAN = 2048  # rows of one float32 sum
 _ENOUGH_TILES = 256  # about two programs for each of an H100's 132 multiprocessors
@@ -38,16 +39,16 @@ def _lower_tile(index):
     return row, index - row * (row + 1) // 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "tiles", "spans"])
 def _covariance_kernel(
     cov,  # [K, K]
     rows,  # [R, K]
     partial,  # [spans, tiles, TILE, TILE] float32
     count,  # R
     size,  # K
-    cov_row,
+    cov_row: tl.int64,
     cov_column,
-    rows_stride,
+    rows_stride: tl.int64,
     tiles,
     spans,
     SPLIT: tl.constexpr,
@@ -99,12 +100,12 @@ def _covariance_kernel(
             tl.store(at, old + acc, mask=lower)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "spans"])
 def _add_kernel(
     cov,
     partial,
     size,
-    cov_row,
+    cov_row: tl.int64,
     cov_column,
     tiles,
     spans,
@@ -133,26 +134,26 @@ def _add_kernel(
     tl.store(at, value, mask=lower)
 
 
-def covariance_update_(cov: Tensor, rows: Tensor, *, input_precision: str = "ieee") -> None:
+def covariance_update_(cov: Tensor, rows: Tensor, *, input_precision: str | None = None) -> None:
     """cov [K, K] float32 or float64, in place; rows [R, K]. The strict upper triangle stays.
 
-    input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6".
+    input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6"; None is torch's.
     """
     check(cov=cov, rows=rows)
     check_floating(rows=rows)
-    check_precision(input_precision)
+    input_precision = precision(input_precision)
     if cov.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cov: expected float32 or float64, got {str(cov.dtype)[6:]}")
     rows = last_axis_contiguous(rows)
     count, size = rows.shape
     if count == 0 or size == 0:
         return
-    full = rows.dtype == torch.float32 and input_precision == "ieee"
-    edge = tile(size, 64 if full else 128)
+    config = choose("covariance_update_", types_of(rows, rows, input_precision), rows)
+    edge = config["TILE"] = tile(size, config["TILE"])
+    if edge < 128:
+        config["num_warps"] = min(4, config["num_warps"])
     tiles_a_side = triton.cdiv(size, edge)
     tiles = tiles_a_side * (tiles_a_side + 1) // 2
-    block = 16 if full else 32
-    warps = 8 if edge == 128 else 4
     # spans computed side by side
     at_once = min(triton.cdiv(count, _SPAN), _WORKSPACE_BYTES // (tiles * edge * edge * 4))
     split = cov.dtype == torch.float64 or (tiles < _ENOUGH_TILES and at_once > 1)
@@ -160,39 +161,41 @@ def covariance_update_(cov: Tensor, rows: Tensor, *, input_precision: str = "iee
     partial = None
     if split:
         partial = torch.empty(at_once, tiles, edge, edge, device=cov.device, dtype=torch.float32)
-    with device_of(cov):
-        for first in range(0, count, at_once * _SPAN if split else count):
-            some = rows[first : first + at_once * _SPAN] if split else rows
-            spans = triton.cdiv(some.shape[0], _SPAN)
-            _covariance_kernel[(tiles * spans if split else tiles,)](
+    adding = choose("add_covariances", "half", rows)
+    for first in range(0, count, at_once * _SPAN if split else count):
+        some = rows[first : first + at_once * _SPAN] if split else rows
+        spans = triton.cdiv(some.shape[0], _SPAN)
+        launch(
+            _covariance_kernel,
+            "tiles * spans" if split else "tiles",
+            cov,
+            config,
+            cov=cov,
+            rows=some,
+            partial=partial,
+            count=some.shape[0],
+            size=size,
+            cov_row=cov.stride(0),
+            cov_column=cov.stride(1),
+            rows_stride=rows.stride(0),
+            tiles=tiles,
+            spans=spans,
+            SPLIT=split,
+            PRECISION=input_precision,
+            SPAN=_SPAN,
+        )
+        if split:
+            launch(
+                _add_kernel,
+                "tiles * (TILE // STRIP)",
                 cov,
-                some,
-                partial,
-                some.shape[0],
-                size,
-                cov.stride(0),
-                cov.stride(1),
-                rows.stride(0),
-                tiles,
-                spans,
-                SPLIT=split,
-                PRECISION=input_precision,
-                SPAN=_SPAN,
-                BLOCK=block,
+                adding,
+                cov=cov,
+                partial=partial,
+                size=size,
+                cov_row=cov.stride(0),
+                cov_column=cov.stride(1),
+                tiles=tiles,
+                spans=spans,
                 TILE=edge,
-                num_warps=warps,
-                num_stages=3,
             )
-            if split:
-                _add_kernel[(tiles * (edge // 16),)](
-                    cov,
-                    partial,
-                    size,
-                    cov.stride(0),
-                    cov.stride(1),
-                    tiles,
-                    spans,
-                    TILE=edge,
-                    STRIP=16,
-                    num_warps=4,
-                )

@@ -16,10 +16,10 @@ from torch import Tensor
 from logra_kernels.triton._common import (
     check,
     check_floating,
-    device_of,
     last_axis_contiguous,
     tile,
 )
+from logra_kernels.triton._launch import choose, launch
 
 _LARGEST_EXPONENT = tl.constexpr(14)  # of a packed row's largest element, as in the reference
 
@@ -30,14 +30,15 @@ def _power_of_two(exponent):
     return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _pack_kernel(
     rows,  # [R, D]
     exponents,  # [D] int32
     packed,  # [R, D] float16
     row_scale,  # [R] float32
+    count,  # R
     dim,
-    row_stride,
+    row_stride: tl.int64,
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
@@ -68,15 +69,16 @@ def _pack_kernel(
         tl.store(packed + r * dim + d, value.to(tl.float32).to(tl.float16), mask=d < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "scale_stride"])
 def _unpack_kernel(
     packed,  # [R, D] float16
     row_scale,  # [R] float32
     exponents,  # [D] int32
     out,  # [R, D] float32
+    count,  # R
     dim,
-    row_stride,
-    scale_stride,
+    row_stride: tl.int64,
+    scale_stride: tl.int64,
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(dim, BLOCK)
@@ -110,17 +112,21 @@ def pack_rows(
     row_scale = torch.empty(count, device=rows.device, dtype=torch.float32)
     if count == 0:
         return packed, row_scale
-    with device_of(rows):
-        _pack_kernel[(count,)](
-            rows,
-            _column_exponents(module_sizes, module_exponents, rows.device),
-            packed,
-            row_scale,
-            dim,
-            rows.stride(0),
-            BLOCK=tile(dim, 1024),
-            num_warps=4,
-        )
+    config = choose("pack_rows", "half", rows)
+    config["BLOCK"] = tile(dim, config["BLOCK"])
+    launch(
+        _pack_kernel,
+        "count",
+        rows,
+        config,
+        rows=rows,
+        exponents=_column_exponents(module_sizes, module_exponents, rows.device),
+        packed=packed,
+        row_scale=row_scale,
+        count=count,
+        dim=dim,
+        row_stride=rows.stride(0),
+    )
     return packed, row_scale
 
 
@@ -135,17 +141,20 @@ def unpack_rows(
     out = torch.empty(count, dim, device=packed.device, dtype=torch.float32)
     if out.numel() == 0:
         return out
-    block = tile(dim, 1024)
-    with device_of(packed):
-        _unpack_kernel[(count * triton.cdiv(dim, block),)](
-            packed,
-            row_scale,
-            _column_exponents(module_sizes, module_exponents, packed.device),
-            out,
-            dim,
-            packed.stride(0),
-            row_scale.stride(0),
-            BLOCK=block,
-            num_warps=4,
-        )
+    config = choose("unpack_rows", "half", packed)
+    config["BLOCK"] = tile(dim, config["BLOCK"])
+    launch(
+        _unpack_kernel,
+        "count * cdiv(dim, BLOCK)",
+        packed,
+        config,
+        packed=packed,
+        row_scale=row_scale,
+        exponents=_column_exponents(module_sizes, module_exponents, packed.device),
+        out=out,
+        count=count,
+        dim=dim,
+        row_stride=packed.stride(0),
+        scale_stride=row_scale.stride(0),
+    )
     return out

@@ -13,7 +13,7 @@ def per_sample_gradients(
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     *,
-    input_precision: str = "ieee",
+    input_precision: str | None = None,
 ) -> Tensor:
     """x [N, T, Ki], dy [N, T, Ko], mask [N, T] -> [N, Ko, Ki]; packed as in projected_gradients."""
     return projected_gradients(

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from logra_kernels.triton._common import (
     check_floating,
-    check_precision,
-    device_of,
     dot,
     last_axis_contiguous,
+    precision,
     tile,
+    types_of,
 )
+from logra_kernels.triton._launch import choose, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "inner"])
 def _project_kernel(
     x,  # [tokens, I]; token m lies at (m // inner) * x_outer + (m % inner) * x_inner
     proj,  # [K, I]
@@ -26,9 +27,9 @@ def _project_kernel(
     inner,
     width,  # I
     rank,  # K
-    x_outer,
-    x_inner,
-    proj_stride,
+    x_outer: tl.int64,
+    x_inner: tl.int64,
+    proj_stride: tl.int64,
     PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -60,13 +61,13 @@ def _project_kernel(
     )
 
 
-def project(x: Tensor, proj: Tensor, *, input_precision: str = "ieee") -> Tensor:
+def project(x: Tensor, proj: Tensor, *, input_precision: str | None = None) -> Tensor:
     """x [..., I], proj [K, I] -> P x [..., K] float32.
 
-    input_precision concerns two float32 operands only: "ieee", "tf32" or "bf16x6".
+    input_precision concerns two float32 operands only: "ieee", "tf32" or "bf16x6"; None is torch's.
     """
     check_floating(x=x, proj=proj)
-    check_precision(input_precision)
+    input_precision = precision(input_precision)
     x, proj = last_axis_contiguous(x), last_axis_contiguous(proj)
     width, rank = x.shape[-1], proj.shape[0]
     out = torch.empty(*x.shape[:-1], rank, device=x.device, dtype=torch.float32)
@@ -75,28 +76,23 @@ def project(x: Tensor, proj: Tensor, *, input_precision: str = "ieee") -> Tensor
     flat = x if x.dim() in (2, 3) else x.reshape(-1, width)  # [tokens, I] or [N, T, I]
     tokens = flat.shape[:-1].numel()
     inner = flat.shape[-2]
-    # float32 products take no tensor cores: a smaller tile keeps their operands in registers
-    full = x.dtype == proj.dtype == torch.float32 and input_precision == "ieee"
-    tile_tokens, tile_width = (32, 16) if full else (64, 64)
-    tile_rank = tile(rank, 32 if full else 128)
-    grid = (triton.cdiv(tokens, tile_tokens) * triton.cdiv(rank, tile_rank),)
-    with device_of(x):
-        _project_kernel[grid](
-            flat,
-            proj,
-            out,
-            tokens,
-            inner,
-            width,
-            rank,
-            flat.stride(0) if flat.dim() == 3 else 0,
-            flat.stride(-2),
-            proj.stride(0),
-            PRECISION=input_precision,
-            TOKENS=tile_tokens,
-            WIDTH=tile_width,
-            RANK=tile_rank,
-            num_warps=4,
-            num_stages=3,
-        )
+    config = choose("project", types_of(x, proj, input_precision), x, rank=rank)
+    config["RANK"] = tile(rank, config["RANK"])
+    launch(
+        _project_kernel,
+        "cdiv(tokens, TOKENS) * cdiv(rank, RANK)",
+        x,
+        config,
+        x=flat,
+        proj=proj,
+        out=out,
+        tokens=tokens,
+        inner=inner,
+        width=width,
+        rank=rank,
+        x_outer=flat.stride(0) if flat.dim() == 3 else 0,
+        x_inner=flat.stride(-2),
+        proj_stride=proj.stride(0),
+        PRECISION=input_precision,
+    )
     return out

@@ -16,15 +16,19 @@ from torch import Tensor
 
 from logra_kernels.triton._common import (
     check_floating,
-    check_precision,
-    device_of,
     dot,
     last_axis_contiguous,
+    precision,
     tile,
+    types_of,
 )
+from logra_kernels.triton._launch import choose, launch
+from logra_kernels.triton.heuristics import SIZES
 
 # the largest element of a scaled query is in [2**14, 2**15): fp16's largest is just under 2**16
 _LARGEST_EXPONENT = 14
+# and the strides of one number a row
+COUNTS = ["num_queries", "num_rows", "row_scale_stride", "row_bias_stride"]
 
 
 @triton.jit
@@ -82,7 +86,7 @@ def score_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _scores_kernel(
     queries,
     rows,
@@ -93,11 +97,11 @@ def _scores_kernel(
     num_queries,
     num_rows,
     dim,
-    piece_stride,
-    query_stride,
-    row_stride,
-    row_scale_stride,
-    row_bias_stride,
+    piece_stride: tl.int64,
+    query_stride: tl.int64,
+    row_stride: tl.int64,
+    row_scale_stride: tl.int64,
+    row_bias_stride: tl.int64,
     PIECES: tl.constexpr,
     QUERY_SCALED: tl.constexpr,
     ROW_SCALED: tl.constexpr,
@@ -168,20 +172,14 @@ def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     return torch.stack((first, (wide - first.float()).to(dtype))), scale
 
 
-def tile_sizes(num_queries: int, dtype: torch.dtype, largest: int) -> dict[str, int]:
-    """Tiles of a program, at most `largest` queries wide, and its pipeline stages."""
-    if dtype == torch.float32:
-        # no tensor cores: a smaller tile keeps the operands in registers
-        largest, dim = min(largest, 32), 16
-    else:
-        # three stages of (64 rows + 2 pieces of 64 queries) x 64 float16: 72 KiB; sm_86 has 99
-        dim = 64
-    return {
-        "ROWS": 64,
-        "QUERIES": tile(num_queries, largest),
-        "DIM": dim,
-        "num_stages": 3,
-    }
+def row_tiles(op: str, pieces: Tensor, rows: Tensor, input_precision: str) -> dict[str, int]:
+    """The configuration of an op that multiplies rows by split queries."""
+    types = types_of(pieces, rows, input_precision)
+    num_queries = pieces.shape[1]
+    sizes = {"queries": num_queries} if "queries" in SIZES.get(op, ()) else {}
+    config = choose(op, types, rows, **sizes)
+    config["QUERIES"] = tile(num_queries, config["QUERIES"])
+    return config
 
 
 def scores(
@@ -190,44 +188,43 @@ def scores(
     row_scale: Tensor | None = None,
     row_bias: Tensor | None = None,
     *,
-    input_precision: str = "ieee",
+    input_precision: str | None = None,
 ) -> Tensor:
     """queries [Q, D], rows [R, D], row_scale [R], row_bias [R] -> [Q, R] float32.
 
-    input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6".
+    input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6"; None is torch's.
     """
     check_floating(queries=queries, rows=rows, row_scale=row_scale, row_bias=row_bias)
-    check_precision(input_precision)
+    input_precision = precision(input_precision)
     num_queries, num_rows = queries.shape[0], rows.shape[0]
     out = torch.empty(num_queries, num_rows, device=rows.device, dtype=torch.float32)
     if out.numel() == 0:
         return out
     rows = last_axis_contiguous(rows)
     pieces, query_scale = split_queries(last_axis_contiguous(queries), rows.dtype)
-    tiles = tile_sizes(num_queries, rows.dtype, largest=64)
-    programs = triton.cdiv(num_rows, tiles["ROWS"]) * triton.cdiv(num_queries, tiles["QUERIES"])
-    with device_of(rows):
-        _scores_kernel[(programs,)](
-            pieces,
-            rows,
-            query_scale,
-            row_scale,
-            row_bias,
-            out,
-            num_queries,
-            num_rows,
-            rows.shape[1],
-            pieces.stride(0),
-            pieces.stride(1),
-            rows.stride(0),
-            row_scale.stride(0) if row_scale is not None else 0,
-            row_bias.stride(0) if row_bias is not None else 0,
-            PIECES=pieces.shape[0],
-            QUERY_SCALED=query_scale is not None,
-            ROW_SCALED=row_scale is not None,
-            BIASED=row_bias is not None,
-            PRECISION=input_precision,
-            num_warps=4,
-            **tiles,
-        )
+    launch(
+        _scores_kernel,
+        "cdiv(num_rows, ROWS) * cdiv(num_queries, QUERIES)",
+        rows,
+        row_tiles("scores", pieces, rows, input_precision),
+        queries=pieces,
+        rows=rows,
+        query_scale=query_scale,
+        row_scale=row_scale,
+        row_bias=row_bias,
+        out=out,
+        num_queries=num_queries,
+        num_rows=num_rows,
+        dim=rows.shape[1],
+        piece_stride=pieces.stride(0),
+        query_stride=pieces.stride(1),
+        row_stride=rows.stride(0),
+        row_scale_stride=row_scale.stride(0) if row_scale is not None else 0,
+        row_bias_stride=row_bias.stride(0) if row_bias is not None else 0,
+        PIECES=pieces.shape[0],
+        QUERY_SCALED=query_scale is not None,
+        ROW_SCALED=row_scale is not None,
+        BIASED=row_bias is not None,
+        PRECISION=input_precision,
+    )
     return out

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from logra_kernels.triton._common import (
     check_floating,
-    check_precision,
-    device_of,
     last_axis_contiguous,
+    precision,
 )
-from logra_kernels.triton.scores import score_tile, split_queries, tile_sizes
+from logra_kernels.triton._launch import launch
+from logra_kernels.triton.scores import row_tiles, score_tile, split_queries
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _self_influence_kernel(
     factor,  # [PIECES, M, K]
     rows,  # [R, K]
@@ -25,9 +25,9 @@ def _self_influence_kernel(
     num_factors,  # M
     num_rows,
     dim,  # K
-    piece_stride,
-    factor_stride,
-    row_stride,
+    piece_stride: tl.int64,
+    factor_stride: tl.int64,
+    row_stride: tl.int64,
     PIECES: tl.constexpr,
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,13 +68,13 @@ def _self_influence_kernel(
     tl.store(out + r, sigma, mask=r < num_rows)
 
 
-def self_influence(rows: Tensor, factor: Tensor, *, input_precision: str = "ieee") -> Tensor:
+def self_influence(rows: Tensor, factor: Tensor, *, input_precision: str | None = None) -> Tensor:
     """rows [R, K], factor W [M, K] -> [R] float32.
 
-    input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6".
+    input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6"; None is torch's.
     """
     check_floating(rows=rows, factor=factor)
-    check_precision(input_precision)
+    input_precision = precision(input_precision)
     num_rows = rows.shape[0]
     out = torch.empty(num_rows, device=rows.device, dtype=torch.float32)
     if num_rows == 0:
@@ -82,24 +82,23 @@ def self_influence(rows: Tensor, factor: Tensor, *, input_precision: str = "ieee
     rows = last_axis_contiguous(rows)
     # each row of W takes the part of a query
     pieces, factor_scale = split_queries(last_axis_contiguous(factor), rows.dtype)
-    tiles = tile_sizes(factor.shape[0], rows.dtype, largest=64)
-    with device_of(rows):
-        _self_influence_kernel[(triton.cdiv(num_rows, tiles["ROWS"]),)](
-            pieces,
-            rows,
-            factor_scale,
-            out,
-            factor.shape[0],
-            num_rows,
-            rows.shape[1],
-            pieces.stride(0),
-            pieces.stride(1),
-            rows.stride(0),
-            PIECES=pieces.shape[0],
-            SCALED=factor_scale is not None,
-            PRECISION=input_precision,
-            # sigma beside a float32 tile spills from 4 warps
-            num_warps=8 if rows.dtype == torch.float32 else 4,
-            **tiles,
-        )
+    launch(
+        _self_influence_kernel,
+        "cdiv(num_rows, ROWS)",
+        rows,
+        row_tiles("self_influence", pieces, rows, input_precision),
+        factor=pieces,
+        rows=rows,
+        factor_scale=factor_scale,
+        out=out,
+        num_factors=factor.shape[0],
+        num_rows=num_rows,
+        dim=rows.shape[1],
+        piece_stride=pieces.stride(0),
+        factor_stride=pieces.stride(1),
+        row_stride=rows.stride(0),
+        PIECES=pieces.shape[0],
+        SCALED=factor_scale is not None,
+        PRECISION=input_precision,
+    )
     return out

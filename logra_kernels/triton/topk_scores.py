@@ -19,17 +19,18 @@ from torch import Tensor
 from logra_kernels.triton._common import (
     check,
     check_floating,
-    check_precision,
-    device_of,
     last_axis_contiguous,
+    precision,
 )
-from logra_kernels.triton.scores import score_tile, scores, split_queries, tile_sizes
+from logra_kernels.triton._launch import choose, launch
+from logra_kernels.triton.scores import COUNTS, row_tiles, score_tile, scores, split_queries
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _LARGEST_K = 128  # above it the scores of a block of rows are sorted by torch
-_MERGE = 1024  # keys that one program of the merge kernel sorts
 _WORKSPACE_BYTES = 64 << 20
+_STATE_COUNTS = ["num_queries", "old_count", "old_scores_stride", "old_ids_stride"]
+_STATE_COUNTS += ["row_offset", "k"]
 _SMALLEST_BLOCK = 4096  # rows
 
 _NO_KEY = tl.constexpr(-(2**63))  # padding and NaN: below the key of -inf
@@ -45,7 +46,7 @@ def _ordered(score):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep", *COUNTS])
 def _candidates_kernel(
     queries,
     rows,
@@ -57,11 +58,11 @@ def _candidates_kernel(
     num_queries,
     num_rows,
     dim,
-    piece_stride,
-    query_stride,
-    row_stride,
-    row_scale_stride,
-    row_bias_stride,
+    piece_stride: tl.int64,
+    query_stride: tl.int64,
+    row_stride: tl.int64,
+    row_scale_stride: tl.int64,
+    row_bias_stride: tl.int64,
     PIECES: tl.constexpr,
     QUERY_SCALED: tl.constexpr,
     ROW_SCALED: tl.constexpr,
@@ -120,10 +121,11 @@ def _candidates_kernel(
             tl.store(side_lists[:, None] + column[None, :], key, mask=(q < num_queries)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lists", "count", "groups", "keep"])
 def _merge_kernel(
     keys,  # [lists, count] int64
     merged,  # [lists, groups, keep]
+    lists,
     count,
     groups,
     keep,
@@ -172,17 +174,18 @@ def _put(scores, ids, base, rank, score, row_id, k, SIGN: tl.constexpr):
     tl.store(ids + base + rank, tl.where(valid, row_id, -1), mask=rank < k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_STATE_COUNTS)
 def _state_kernel(
     keys,  # [Q, k] int64
     old_scores,  # [Q, old_count]
     old_ids,
     scores,  # [Q, k]
     ids,
+    num_queries,
     old_count,
-    old_scores_stride,
-    old_ids_stride,
-    row_offset,
+    old_scores_stride: tl.int64,
+    old_ids_stride: tl.int64,
+    row_offset: tl.int64,
     k,
     SIGN: tl.constexpr,  # 1.0 for the top, -1.0 for the bottom
     NEW: tl.constexpr,
@@ -250,7 +253,7 @@ def topk_scores(
     state: Sequence[Tensor] | None = None,
     row_offset: int = 0,
     *,
-    input_precision: str = "ieee",
+    input_precision: str | None = None,
 ) -> State:
     """(top_scores, top_ids, bottom_scores, bottom_ids), each [Q, k]; state is what a call returned.
 
@@ -264,7 +267,7 @@ def topk_scores(
         no_ids = torch.empty(num_queries, 0, device=rows.device, dtype=torch.int64)
         state = (no_scores, no_ids, no_scores, no_ids)
     check(rows=rows, **{f"state[{i}]": tensor for i, tensor in enumerate(state)})
-    check_precision(input_precision)
+    input_precision = precision(input_precision)
     if num_queries == 0 or k == 0:
         shape = (num_queries, k)
         return (
@@ -314,46 +317,57 @@ def _best_keys(
 ) -> Tensor:
     """Keys of the best k rows of both ends, best first: [2, Q, k] int64."""
     num_queries, num_rows = pieces.shape[1], rows.shape[0]
-    tiles = tile_sizes(num_queries, rows.dtype, largest=32)
-    row_tiles = triton.cdiv(num_rows, tiles["ROWS"])
-    keep = min(k, tiles["ROWS"])  # of a tile
-    keys = torch.empty(2, num_queries, row_tiles, keep, device=rows.device, dtype=torch.int64)
-    with device_of(rows):
-        if num_rows > 0:
-            _candidates_kernel[(row_tiles * triton.cdiv(num_queries, tiles["QUERIES"]),)](
-                pieces,
-                rows,
-                query_scale,
-                row_scale,
-                row_bias,
-                keys,
-                keep,
-                num_queries,
-                num_rows,
-                rows.shape[1],
-                pieces.stride(0),
-                pieces.stride(1),
-                rows.stride(0),
-                row_scale.stride(0) if row_scale is not None else 0,
-                row_bias.stride(0) if row_bias is not None else 0,
-                PIECES=pieces.shape[0],
-                QUERY_SCALED=query_scale is not None,
-                ROW_SCALED=row_scale is not None,
-                BIASED=row_bias is not None,
-                PRECISION=input_precision,
-                SELECT=keep < tiles["ROWS"],
-                num_warps=8,  # the keys of both ends spill from 4
-                **tiles,
-            )
-        groups = None
-        while groups != 1:  # at least once: the result is k wide and in order
-            count = keys.shape[2] * keys.shape[3]
-            groups = max(1, triton.cdiv(count, _MERGE))
-            merged = torch.empty(2, num_queries, groups, k, device=rows.device, dtype=torch.int64)
-            _merge_kernel[(2 * num_queries * groups,)](
-                keys, merged, count, groups, k, MERGE=_MERGE, num_warps=4
-            )
-            keys = merged
+    config = row_tiles("topk_scores", pieces, rows, input_precision)
+    tiles = triton.cdiv(num_rows, config["ROWS"])
+    keep = min(k, config["ROWS"])  # of a tile
+    keys = torch.empty(2, num_queries, tiles, keep, device=rows.device, dtype=torch.int64)
+    if num_rows > 0:
+        launch(
+            _candidates_kernel,
+            "cdiv(num_rows, ROWS) * cdiv(num_queries, QUERIES)",
+            rows,
+            config,
+            queries=pieces,
+            rows=rows,
+            query_scale=query_scale,
+            row_scale=row_scale,
+            row_bias=row_bias,
+            keys=keys,
+            keep=keep,
+            num_queries=num_queries,
+            num_rows=num_rows,
+            dim=rows.shape[1],
+            piece_stride=pieces.stride(0),
+            query_stride=pieces.stride(1),
+            row_stride=rows.stride(0),
+            row_scale_stride=row_scale.stride(0) if row_scale is not None else 0,
+            row_bias_stride=row_bias.stride(0) if row_bias is not None else 0,
+            PIECES=pieces.shape[0],
+            QUERY_SCALED=query_scale is not None,
+            ROW_SCALED=row_scale is not None,
+            BIASED=row_bias is not None,
+            PRECISION=input_precision,
+            SELECT=keep < config["ROWS"],
+        )
+    merge = choose("merge_topk", "half", rows)
+    groups = None
+    while groups != 1:  # at least once: the result is k wide and in order
+        count = keys.shape[2] * keys.shape[3]
+        groups = max(1, triton.cdiv(count, merge["MERGE"]))
+        merged = torch.empty(2, num_queries, groups, k, device=rows.device, dtype=torch.int64)
+        launch(
+            _merge_kernel,
+            "lists * groups",
+            rows,
+            merge,
+            keys=keys,
+            merged=merged,
+            lists=2 * num_queries,
+            count=count,
+            groups=groups,
+            keep=k,
+        )
+        keys = merged
     return keys[:, :, 0]
 
 
@@ -371,24 +385,26 @@ def _merge_state(
     ids = torch.empty(num_queries, k, device=keys.device, dtype=torch.int64)
     old_count = old_scores.shape[1]
     old_scores, old_ids = last_axis_contiguous(old_scores), last_axis_contiguous(old_ids)
-    with device_of(keys):
-        _state_kernel[(num_queries,)](
-            keys,
-            old_scores,
-            old_ids,
-            values,
-            ids,
-            old_count,
-            old_scores.stride(0),
-            old_ids.stride(0),
-            row_offset,
-            k,
-            SIGN=sign,
-            NEW=triton.next_power_of_2(k),
-            OLD=triton.next_power_of_2(old_count) if old_count else 0,
-            OTHERS=16,
-            num_warps=4,
-        )
+    launch(
+        _state_kernel,
+        "num_queries",
+        keys,
+        choose("state_topk", "half", keys),
+        keys=keys,
+        old_scores=old_scores,
+        old_ids=old_ids,
+        scores=values,
+        ids=ids,
+        num_queries=num_queries,
+        old_count=old_count,
+        old_scores_stride=old_scores.stride(0),
+        old_ids_stride=old_ids.stride(0),
+        row_offset=row_offset,
+        k=k,
+        SIGN=sign,
+        NEW=triton.next_power_of_2(k),
+        OLD=triton.next_power_of_2(old_count) if old_count else 0,
+    )
     return values, ids
 
 

@@ -1,37 +1,30 @@
 """Compile every kernel for a GPU that is not there, as its launcher would launch it.
 
-    python compile_ahead.py 90          # or 80, 100, gfx942
+    python compile_ahead.py sm_90          # or sm_80, sm_100, gfx942, …
 
-prints one JSON object a line: the case, the kernel, and what the gate looks at. The launchers run
-on CPU tensors with the launch itself left out, so the compiled types, tiles and divisibility are
-those that a user gets.
+prints one JSON object a line: the case, the kernel, and what the gate looks at; then the controls,
+which the gate must refuse.
 
-    python compile_ahead.py 80 ones
+    python compile_ahead.py sm_80 ones
 
 compiles the kernels for sizes of one, which the compiler makes constants: code that takes them for
 tensors fails there and nowhere else.
 """
 
-import collections
-import importlib
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime.jit import JITFunction
+import triton.language as tl
+from assembly import report
+from triton.compiler import ASTSource
 
 from logra_kernels.triton import (
-    _common,
     covariance_update_,
     pack_rows,
     per_sample_gradients,
@@ -42,145 +35,71 @@ from logra_kernels.triton import (
     topk_scores,
     unpack_rows,
 )
-
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-class AbsentGpu(DriverBase):
-    """What the compiler asks a driver for, answered without one."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    @staticmethod
-    def is_active() -> bool:
-        return False
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Callable[..., Any]:
-        raise NotImplementedError
+from logra_kernels.triton.catalogue import Entry, calls, defaults, recorded
 
 
-def target(name: str) -> GPUTarget:
-    return (
-        GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name), 32)
+def line(entry: Entry, kernel: Any) -> dict[str, Any]:
+    # exact products of float32 use no tensor cores on NVIDIA: those would round to tf32
+    exact = entry.arguments.get("PRECISION") == "ieee" and entry.types == {"fp32"}
+    about = {"case": entry.name, "kernel": entry.kernel_name, "exact": exact}
+    return about | report(kernel)
+
+
+def controls(architecture: str) -> Iterator[dict[str, Any]]:
+    """Each breaks one property."""
+    known = dict(calls())
+
+    def of(name: str) -> Entry:
+        return recorded(name, architecture, known[name])[0]
+
+    def control(what: str, entry: Entry, kernel: Any) -> dict[str, Any]:
+        return line(replace(entry, name=f"control: {what}"), kernel)
+
+    project_entry, gradients = of("project"), of("projected_gradients")
+    for entry in (project_entry, gradients, of("scores, Q=64")):
+        yield control(f"no hints, {entry.kernel_name}", entry, entry.compile(hints=False))
+    # one accumulator takes all registers of a thread: 256 of 255, or 512 of 512 on gfx942
+    wide = {"TOKENS": 128, "WIDTH": 32, "RANK": 256}
+    arguments = project_entry.arguments | wide
+    large = replace(project_entry, arguments=arguments)
+    warps = 1 if architecture.startswith("gfx") else 4
+    yield control("oversized tile", large, large.compile(num_warps=warps))
+    yield control("a sum for a product", project_entry, without_a_product(project_entry))
+    # tensor cores would round float32 to tf32
+    exact = of("project, float32")
+    rounded = replace(exact, arguments=exact.arguments | {"PRECISION": "tf32"})
+    yield line(replace(exact, name="control: tf32"), rounded.compile()) | {"exact": True}
+
+
+@triton.jit
+def _sum_kernel(
+    x, proj, out, tokens, inner, width, rank, x_outer: tl.int64, x_inner: tl.int64,
+    proj_stride: tl.int64, PRECISION: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """The same projection without tl.dot."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.arange(0, RANK)
+    acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
+    for i in range(width):
+        left = tl.load(x + token * x_inner + i, mask=token < tokens, other=0.0)
+        right = tl.load(proj + k * proj_stride + i, mask=k < rank, other=0.0)
+        acc += left.to(tl.float32)[:, None] * right.to(tl.float32)[None, :]
+    tl.store(
+        out + token[:, None] * rank + k[None, :],
+        acc,
+        mask=(token < tokens)[:, None] & (k < rank)[None, :],
     )
 
 
-def report(kernel: Any) -> dict[str, Any]:
-    """Spills and matrix instructions of a compiled kernel."""
-    if "cubin" in kernel.asm:
-        return nvidia_report(kernel.asm["cubin"]) | {"shared": kernel.metadata.shared}
-    text = kernel.asm["amdgcn"]
-
-    def number(pattern: str) -> int:
-        return int(re.search(pattern, text)[1])  # type: ignore[index]
-
-    return {
-        "registers": number(r"\.vgpr_count:\s+(\d+)"),
-        "spills": number(r"\.vgpr_spill_count:\s+(\d+)") + number(r"\.sgpr_spill_count:\s+(\d+)"),
-        "stack": number(r"\.private_segment_fixed_size:\s+(\d+)"),
-        "matrix": len(re.findall(r"\bv_mfma", text)),
-        "wide_copies": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
-        "shared": kernel.metadata.shared,
-    }
-
-
-def nvidia_report(cubin: bytes) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = output(NVIDIA_TOOLS / "cuobjdump", "-res-usage", path)
-        assembly = output(NVIDIA_TOOLS / "nvdisasm", "-c", path)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    names: collections.Counter[str] = collections.Counter()
-    for line in assembly.splitlines():
-        line = re.sub(r"/\*[0-9a-f]+\*/", "", line)
-        name = re.match(r"\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\b", line)
-        if name:
-            names[name[1]] += 1
-
-    def count(pattern: str) -> int:
-        return sum(n for name, n in names.items() if re.match(pattern, name))
-
-    return {
-        "registers": int(found[1]),
-        "spills": count("STL|LDL") + int(found[3]),
-        "stack": int(found[2]),
-        "matrix": count(r"HMMA|HGMMA|DMMA|UTC\w*MMA"),
-        "wide_copies": count(r"LDGSTS\.\S*128"),
-    }
-
-
-def output(*command: Any) -> str:
-    return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=True
-    ).stdout
-
-
-def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name and launch of each default configuration. Every axis is a multiple of 16."""
-    half, full = torch.float16, torch.float32
-
-    def make(*shape: int, dtype: torch.dtype = half) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    mask = torch.ones(2, 256, dtype=torch.bool)
-    bounds = torch.tensor([0, 256, 512])
-    queries, scale = make(64, 256, dtype=full), make(256, dtype=full)
-    x, proj, rows = make(2, 256, 256), make(64, 256), make(256, 256)
-    yield "projected_gradients", partial(projected_gradients, x, x, proj, proj, mask)
-    packed = x.flatten(0, 1), x.flatten(0, 1), proj, proj, mask.flatten(), bounds
-    yield "projected_gradients packed", partial(projected_gradients, *packed)
-    yield "projected_gradients one side", partial(projected_gradients, x, x, proj, None)
-    yield "projected_gradients narrow", partial(projected_gradients, x, x[..., :64], proj, None)
-    yield "per_sample_gradients", partial(per_sample_gradients, x[..., :64], x[..., :64])
-    yield "project", partial(project, x, proj)
-    yield "scores", partial(scores, queries, rows, scale)
-    yield "topk_scores", partial(topk_scores, queries, rows, 20, scale)
-    yield "self_influence", partial(self_influence, rows, queries)
-    yield "covariance_update_", partial(covariance_update_, make(256, 256, dtype=full), x[0])
-
-    x, proj, rows = x.bfloat16(), proj.bfloat16(), rows.bfloat16()
-    mixed = x.float(), x, proj.float(), proj, mask
-    yield "projected_gradients bfloat16", partial(projected_gradients, x, x, proj, proj, mask)
-    yield "projected_gradients mixed", partial(projected_gradients, *mixed)
-    yield "scores bfloat16", partial(scores, queries, rows, scale)
-
-    x, proj, rows = x.float(), proj.float(), rows.float()
-    yield "projected_gradients float32", partial(projected_gradients, x, x, proj, proj, mask)
-    yield "project float32", partial(project, x, proj)
-    yield "topk_scores float32", partial(topk_scores, queries, rows, 20, scale)
-    yield "self_influence float32", partial(self_influence, rows, queries)
-
-    many = make(8192, 256)
-    yield (
-        "covariance_update_ float64",
-        partial(covariance_update_, make(256, 256, dtype=torch.float64), many),
+def without_a_product(entry: Entry) -> Any:
+    source = ASTSource(
+        fn=_sum_kernel,
+        signature=entry.signature,
+        constexprs=entry.constexprs,
+        attrs=entry.attrs,
     )
-    state = [make(64, 20, dtype=t) for t in (full, torch.int64, full, torch.int64)]
-    yield "topk_scores state", partial(topk_scores, queries, many, 20, None, None, state, 7)
-    yield "pack_rows", partial(pack_rows, queries, [256], [0])
-    yield "unpack_rows", partial(unpack_rows, many, make(8192, dtype=full), [256], [0])
-    # what the gate must refuse, and what it must notice
-    x, proj = make(256, 256), make(64, 256)
-    yield "control: oversized tile", partial(oversized_project, x, proj)
-    yield "control: unaligned", partial(project, x[:, 1:], proj[:, 1:])
+    return triton.compile(source, target=entry.target, options={"num_warps": 4})
 
 
 def sizes_of_one() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -220,42 +139,20 @@ def sizes_of_one() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "unpack_rows", partial(unpack_rows, one, scale, [1], [0])
 
 
-def oversized_project(x: torch.Tensor, proj: torch.Tensor) -> None:
-    """The accumulator alone takes 256 registers of each thread, of 255; 512 of 512 on gfx942."""
-    warps = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 4
-    kernel = importlib.import_module("logra_kernels.triton.project")._project_kernel
-    kernel[(1,)](
-        *(x, proj, torch.zeros(256, 64), 256, 256, 256, 64, 256, 256, 256),
-        PRECISION="ieee",
-        TOKENS=128,
-        WIDTH=32,
-        RANK=256,
-        num_warps=warps,
-    )
+def main(architecture: str, which: str = "defaults") -> None:
+    def put(found: dict[str, Any]) -> None:
+        print(json.dumps(found), flush=True)
 
-
-def main(name: str, which: str = "defaults") -> None:
-    triton.runtime.driver.set_active(AbsentGpu(target(name)))
-    _common.INTERPRETED = True  # lets CPU tensors pass
-    compiled: dict[int, tuple[str, Any]] = {}
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled[id(kernel)] = (self.__name__, kernel)
-        return kernel
-
-    JITFunction.run = compile_only
-    seen: set[int] = set()
-    for case, launch in sizes_of_one() if which == "ones" else cases():
-        launch()
-        for key, (kernel_name, kernel) in compiled.items():
-            if key not in seen:
-                line = {"case": case, "kernel": kernel_name}
-                if which == "defaults":
-                    line |= report(kernel)
-                print(json.dumps(line), flush=True)
-        seen |= set(compiled)
+    if which == "ones":
+        for case, call in sizes_of_one():
+            for entry in recorded(case, architecture, call):
+                entry.compile()
+                put({"case": case, "kernel": entry.kernel_name})
+        return
+    for entry in defaults(architecture):
+        put(line(entry, entry.compile()))
+    for found in controls(architecture):
+        put(found)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels.triton import topk_scores
+from logra_kernels.triton import _launch, topk_scores
 
 module = importlib.import_module("logra_kernels.triton.topk_scores")
 
@@ -79,18 +79,18 @@ def test_blocks_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows beyond one block, with both ways of selecting; lists beyond one merge."""
     monkeypatch.setattr(module, "_SMALLEST_BLOCK", 64)
     monkeypatch.setattr(module, "_WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(module, "_MERGE", 32)
     queries = whole_numbers(2, 3, device=device)
     rows = whole_numbers(300, 3, device=device).half()
     scale = whole_numbers(300, device=device)
-    check(queries, rows, 7, scale, scale)
+    with _launch.trying("merge_topk", {"MERGE": 32, "num_warps": 4}):
+        check(queries, rows, 7, scale, scale)
     monkeypatch.setattr(module, "_LARGEST_K", 6)
     check(queries, rows, 7, scale, scale)
 
 
-def test_merges_in_several_passes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MERGE", 16)
-    check(whole_numbers(2, 3, device=device), whole_numbers(700, 3, device=device).half(), 3)
+def test_merges_in_several_passes(device: str) -> None:
+    with _launch.trying("merge_topk", {"MERGE": 16, "num_warps": 4}):
+        check(whole_numbers(2, 3, device=device), whole_numbers(700, 3, device=device).half(), 3)
 
 
 @pytest.mark.parametrize("k", [4, 200])
