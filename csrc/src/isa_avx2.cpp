@@ -12,7 +12,7 @@ namespace {
 struct Vec {
   static constexpr std::size_t kLanes = 8;
   // 12 sums + 2 queries + 1 row of 16 registers; 8 loads for 12 FMA
-  static constexpr int kTileRows = 6, kTileQueries = 2;
+  static constexpr int kTileRows = 6, kTileQueries = 2, kSums = 12;
   // 4 x 3 sums + 3 + 1 of 16 registers
   static constexpr int kPanelVecs = 3;
   static constexpr std::size_t kDirectQueries = 8;
@@ -20,7 +20,12 @@ struct Vec {
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
   static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
-  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const float* p) {
+    // Into a register: gcc would otherwise read it anew for each product, and loads are what limits.
+    __m256 a = _mm256_loadu_ps(p);
+    __asm__("" : "+x"(a));
+    return {a};
+  }
   static Vec load(const Float16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
@@ -45,6 +50,11 @@ struct Vec {
   static void store_f16(std::uint16_t* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
   }
+  static float least(Vec a) {
+    const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+  }
   // Sums of the lanes of a, b, c and d: within 128 bits (0 + 2) + (1 + 3), then the halves.
   static Quad sums(Vec a, Vec b, Vec c, Vec d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
@@ -57,6 +67,18 @@ struct Vec {
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+// a with x in lane i
+inline Vec with_lane(Vec a, std::size_t i, float x) {
+  const __m256i lane = _mm256_set1_epi32(static_cast<int>(i));
+  const __m256i here = _mm256_cmpeq_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), lane);
+  return {_mm256_blendv_ps(a.v, _mm256_set1_ps(x), _mm256_castsi256_ps(here))};
+}
+// Bit i says that lane i of a is at least that of b; false for NaN.
+inline unsigned at_least(Vec a, Vec b) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
+}
 
 struct Bits {
   __m256i v;
@@ -82,6 +104,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)
 #include "limits-inl.h"
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
+#include "select-inl.h"
 #include "table-inl.h"
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace {
 struct Vec {
   static constexpr std::size_t kLanes = 16;
   // 24 sums + 4 queries + 1 row of 32 registers; 10 loads for 24 FMA
-  static constexpr int kTileRows = 6, kTileQueries = 4;
+  static constexpr int kTileRows = 6, kTileQueries = 4, kSums = 24;
   static constexpr int kPanelVecs = 4;
   static constexpr std::size_t kDirectQueries = 32;
   __m512 v;
@@ -21,7 +21,12 @@ struct Vec {
   static __mmask16 first(std::size_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static Vec zero() { return {_mm512_setzero_ps()}; }
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
-  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const float* p) {
+    // Into a register: gcc would otherwise read it anew for each product, and loads are what limits.
+    __m512 a = _mm512_loadu_ps(p);
+    __asm__("" : "+v"(a));
+    return {a};
+  }
   static Vec load(const Float16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
@@ -46,10 +51,19 @@ struct Vec {
   static Vec widen(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
+  static float least(Vec a) { return _mm512_reduce_min_ps(a.v); }
   static Quad sums(Vec a, Vec b, Vec c, Vec d) { return lane_sums(a.v, b.v, c.v, d.v); }
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+// a with x in lane i
+inline Vec with_lane(Vec a, std::size_t i, float x) {
+  return {_mm512_mask_mov_ps(a.v, static_cast<__mmask16>(1u << i), _mm512_set1_ps(x))};
+}
+// Bit i says that lane i of a is at least that of b; false for NaN.
+inline unsigned at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 
 struct Bits {
   __m512i v;
@@ -75,6 +89,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)
 #include "limits-inl.h"
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
+#include "select-inl.h"
 #include "table-inl.h"
 
 }  // namespace

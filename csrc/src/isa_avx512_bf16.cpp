@@ -49,8 +49,10 @@ static void tile_bf16(const Bfloat16* const* rows, const Bfloat16* queries, std:
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-    store_sums<kQueries>(lane_sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), out + r * out_stride, add);
+  for (int r = 0; r < kRows; ++r) {
+    const Quad sums = lane_sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    store_sums<kQueries>(&sums, 0, out + r * out_stride, add);
+  }
 }
 
 template <int kRows>

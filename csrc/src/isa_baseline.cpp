@@ -47,7 +47,7 @@ inline std::uint16_t to_f16(float value) {
 struct Vec {
   static constexpr std::size_t kLanes = 4;
   // 8 sums + 2 queries + 1 row + 1 product of 16 registers
-  static constexpr int kTileRows = 4, kTileQueries = 2;
+  static constexpr int kTileRows = 4, kTileQueries = 2, kSums = 8;
   static constexpr int kPanelVecs = 2;
   static constexpr std::size_t kDirectQueries = 2;
   typedef float Lanes __attribute__((vector_size(16)));
@@ -79,6 +79,10 @@ struct Vec {
   static void store_f16(std::uint16_t* p, Vec a) {
     for (std::size_t i = 0; i < kLanes; ++i) p[i] = to_f16(a.v[i]);
   }
+  static float least(Vec a) {
+    const float x = a.v[0] < a.v[1] ? a.v[0] : a.v[1], y = a.v[2] < a.v[3] ? a.v[2] : a.v[3];
+    return x < y ? x : y;
+  }
   static Quad sums(Vec a, Vec b, Vec c, Vec d) {
     const auto sum = [](Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); };
     return Quad{sum(a), sum(b), sum(c), sum(d)};
@@ -86,6 +90,19 @@ struct Vec {
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+// a with x in lane i
+inline Vec with_lane(Vec a, std::size_t i, float x) {
+  const std::int32_t lane = static_cast<std::int32_t>(i);
+  const auto here = (decltype(a.v < a.v)){0, 1, 2, 3} == (decltype(a.v < a.v)){lane, lane, lane, lane};
+  return {here ? Vec::Lanes{x, x, x, x} : a.v};
+}
+// Bit i says that lane i of a is at least that of b; false for NaN.
+inline unsigned at_least(Vec a, Vec b) {
+  const auto bits = (a.v >= b.v) & (decltype(a.v >= b.v)){1, 2, 4, 8};
+  return static_cast<unsigned>((bits[0] | bits[1]) | (bits[2] | bits[3]));
+}
 
 struct Bits {
   typedef std::int32_t Lanes __attribute__((vector_size(16)));
@@ -122,6 +139,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
 #include "limits-inl.h"
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
+#include "select-inl.h"
 #include "table-inl.h"
 
 }  // namespace

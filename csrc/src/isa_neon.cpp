@@ -11,7 +11,7 @@ namespace {
 struct Vec {
   static constexpr std::size_t kLanes = 4;
   // 24 sums + 4 queries + 1 row of 32 registers
-  static constexpr int kTileRows = 6, kTileQueries = 4;
+  static constexpr int kTileRows = 6, kTileQueries = 4, kSums = 24;
   static constexpr int kPanelVecs = 4;
   static constexpr std::size_t kDirectQueries = 16;
   float32x4_t v;
@@ -48,6 +48,7 @@ struct Vec {
   static void store_f16(std::uint16_t* p, Vec a) {
     vst1_u8(reinterpret_cast<std::uint8_t*>(p), vreinterpret_u8_f16(vcvt_f16_f32(a.v)));
   }
+  static float least(Vec a) { return vminvq_f32(a.v); }
   // Sums of the lanes of a, b, c and d, each (0 + 1) + (2 + 3).
   static Quad sums(Vec a, Vec b, Vec c, Vec d) {
     return vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v));
@@ -55,6 +56,19 @@ struct Vec {
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
+// a with x in lane i
+inline Vec with_lane(Vec a, std::size_t i, float x) {
+  static const std::uint32_t kLane[4] = {0, 1, 2, 3};
+  const uint32x4_t here = vceqq_u32(vld1q_u32(kLane), vdupq_n_u32(static_cast<std::uint32_t>(i)));
+  return {vbslq_f32(here, vdupq_n_f32(x), a.v)};
+}
+// Bit i says that lane i of a is at least that of b; false for NaN.
+inline unsigned at_least(Vec a, Vec b) {
+  static const std::uint32_t kBits[4] = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(vcgeq_f32(a.v, b.v), vld1q_u32(kBits)));
+}
 
 struct Bits {
   uint32x4_t v;
@@ -78,6 +92,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 #include "limits-inl.h"
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
+#include "select-inl.h"
 #include "table-inl.h"
 
 }  // namespace

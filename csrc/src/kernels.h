@@ -19,6 +19,8 @@ struct Bfloat16 {
 // order, so it is the same everywhere. 6 rows of 1024 floats, or of 2048 halves, stay in a 32 KiB L1 cache.
 constexpr std::size_t kDimBlock = 1024;
 constexpr std::size_t kDimBlockBf16 = 2048;
+// Queries for which reading the rows takes longer than multiplying.
+constexpr std::size_t kStreamQueries = 4;
 // Rows of an outer() tile. Every panel width is a multiple of it.
 constexpr std::size_t kStrip = 4;
 
@@ -32,12 +34,17 @@ typedef float Quad __attribute__((vector_size(16)));
 struct Kernels {
   // out[r * out_stride + q] (= or +=) sum_{d < dim} rows[r][offset + d] * queries[q * query_stride + d]
   // for dim <= kDimBlock. dims, if not null, gives each group of four queries a dim of its own, because the
-  // rest of those queries is zero. ahead, if not null, points for each row to what will be read where this
-  // row's block is read now; it is fetched (a hint: the memory need not exist). The element of the array is
-  // for rows of that Dtype.
-  void (*dots[3])(const void* const* rows, std::size_t offset, std::size_t num_rows, const void* const* ahead,
-                  const float* queries, std::size_t query_stride, std::size_t num_queries, std::size_t dim,
+  // rest of those queries is zero. The element of the array is for rows of that Dtype.
+  void (*dots[3])(const void* const* rows, std::size_t offset, std::size_t num_rows, const float* queries,
+                  std::size_t query_stride, std::size_t num_queries, std::size_t dim,
                   const std::uint32_t* dims, float* out, std::size_t out_stride, bool add);
+
+  // The whole of D for kStreamQueries or fewer, with the bits of dots over its blocks; block b of query q is
+  // at queries + b * block_stride + q * query_stride. num_ahead pointers follow those of the rows: what will
+  // be read next, for which memory need not exist.
+  void (*stream[3])(const void* const* rows, std::size_t num_rows, std::size_t num_ahead,
+                    const float* queries, std::size_t query_stride, std::size_t block_stride,
+                    std::size_t num_queries, std::size_t dim, float* out, std::size_t out_stride);
 
   // The same for rows in bfloat16 and queries that are exact in it, both strides in elements; nullptr where
   // the CPU has no such product.
@@ -76,6 +83,14 @@ struct Kernels {
   // of 1024. Both return what they computed.
   float (*multiply)(std::size_t rounds);
   float (*read_all)(const float* data, std::size_t n);
+
+  // See select-inl.h.
+  void (*select_candidates)(float* scores, std::size_t count, const float* scale, const float* bias,
+                            const float* floors, const float* ceilings, std::uint64_t* above,
+                            std::uint64_t* below);
+  void (*select_replace)(float* values, std::size_t n, std::size_t place, float value, std::size_t* first,
+                         std::size_t* last);
+  void (*select_ranks)(const float* values, std::size_t n, std::size_t count, std::uint32_t* ranks);
 };
 
 extern const Kernels kBaselineKernels;

@@ -9,8 +9,6 @@
 namespace logra {
 namespace {
 
-constexpr std::size_t kStreamQueries = 4;
-
 /// Rounds nothing: false if a value has more digits than bfloat16, or is subnormal, which the kernels of
 /// bfloat16 products take for zero.
 bool narrow_exactly(const float* from, Bfloat16* to, std::size_t n) {
@@ -108,33 +106,28 @@ std::size_t Products::scratch_floats() const {
 }
 
 void Products::run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end,
-                   float* out, std::size_t out_stride, float* scratch) const {
+                   float* out, std::size_t out_stride, float* scratch, std::size_t num_ahead) const {
   const std::size_t count = end - begin;
   if (num_blocks_ == 0)
     for (std::size_t r = 0; r < num_rows; ++r) std::fill_n(out + r * out_stride, count, 0.0f);
   if (!direct()) return run_widened(rows, num_rows, begin, count, out, out_stride, scratch);
+  if (count <= kStreamQueries && storage_bf16_.get() == nullptr && dims_.empty())
+    return kernels_.stream[index(dtype_)](rows, num_rows, num_ahead, packed_ + begin * query_stride_,
+                                          query_stride_, block_stride_, count, queries_.cols, out,
+                                          out_stride);
   // A tile of rows at a time, so that memory is read in long runs.
   constexpr std::size_t kRows = 6;
-  // Reading is what takes the time of few queries: fetch one block ahead, of these rows or of the next ones.
-  const bool stream = count <= kStreamQueries;
   for (std::size_t r = 0; r < num_rows; r += kRows) {
     const std::size_t some = std::min(kRows, num_rows - r);
-    const void* ahead[kRows];
     for (std::size_t b = 0; b < num_blocks_; ++b) {
       const std::size_t offset = b * block_, length = std::min(block_, queries_.cols - offset);
       const std::size_t first = b * block_stride_ + begin * query_stride_;
       if (storage_bf16_.get() != nullptr)
         kernels_.dots_bf16(rows + r, offset, some, storage_bf16_.get() + first, query_stride_, count, length,
                            out + r * out_stride, out_stride, b > 0);
-      else {
-        const bool last = b + 1 == num_blocks_;
-        for (std::size_t i = 0; stream && i < some; ++i)
-          ahead[i] = last ? rows[std::min(r + kRows + i, num_rows - 1)]
-                          : element(rows[r + i], dtype_, offset + block_);
-        kernels_.dots[index(dtype_)](rows + r, offset, some, stream ? ahead : nullptr, packed_ + first,
-                                     query_stride_, count, length, dims(b, begin), out + r * out_stride,
-                                     out_stride, b > 0);
-      }
+      else
+        kernels_.dots[index(dtype_)](rows + r, offset, some, packed_ + first, query_stride_, count, length,
+                                     dims(b, begin), out + r * out_stride, out_stride, b > 0);
     }
   }
 }
@@ -147,7 +140,7 @@ void Products::run_widened(const void* const* rows, std::size_t num_rows, std::s
   for (std::size_t b = 0; b < num_blocks_; ++b) {
     const std::size_t offset = b * block_, length = std::min(block_, queries_.cols - offset);
     kernels_.widen_f32[index(dtype_)](rows, offset, num_rows, length, scratch, stride, length);
-    kernels_.dots[index(Dtype::kFloat32)](wide, 0, num_rows, nullptr,
+    kernels_.dots[index(Dtype::kFloat32)](wide, 0, num_rows,
                                           packed_ + b * block_stride_ + begin * query_stride_, query_stride_,
                                           count, length, dims(b, begin), out, out_stride, b > 0);
   }

@@ -29,9 +29,9 @@ class Products {
   std::size_t scratch_floats() const;
 
   /// out[r * out_stride + q - begin] = <rows[r], queries[q]> for r < num_rows <= kRowBlock, begin <= q < end;
-  /// begin is a multiple of 4.
+  /// begin is a multiple of 4. num_ahead pointers after those of the rows say what will be read next.
   void run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end, float* out,
-           std::size_t out_stride, float* scratch) const;
+           std::size_t out_stride, float* scratch, std::size_t num_ahead = 0) const;
 
  private:
   void set_block(std::size_t block);

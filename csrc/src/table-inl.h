@@ -1,6 +1,7 @@
 // Included last in an instruction set's namespace: its table.
 static constexpr Kernels kTable = {
     {dots<float>, dots<Float16>, dots<Bfloat16>},
+    {stream<float>, stream<Float16>, stream<Bfloat16>},
     nullptr,  // dots_bf16
     Vec::kDirectQueries,
     Vec::kPanelVecs * Vec::kLanes,
@@ -14,4 +15,7 @@ static constexpr Kernels kTable = {
     scale_f16,
     multiply,
     read_all,
+    select_candidates,
+    select_replace,
+    select_ranks,
 };

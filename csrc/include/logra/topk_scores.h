@@ -16,7 +16,7 @@ struct Extremes {
 /// `top` and `bottom` are read and written: what they hold with ids of at least 0 takes part. Unfilled
 /// places are written as id -1 with -inf (top) or +inf (bottom).
 ///
-/// Memory: 64 * Q * (k + 16) bytes a thread, whatever R is. Throws std::invalid_argument for k = 0.
+/// Memory: 25 * Q * (k + 16) bytes a thread, whatever R is. Throws std::invalid_argument for k = 0.
 void topk_scores(const Matrix& queries, const Matrix& rows, const float* row_scale, const float* row_bias,
                  std::size_t k, std::int64_t row_offset, const Extremes& top, const Extremes& bottom);
 
