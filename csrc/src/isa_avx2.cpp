@@ -15,6 +15,8 @@ struct Vec {
   static constexpr int kTileRows = 6, kTileQueries = 2, kSums = 12;
   // 4 x 3 sums + 3 + 1 of 16 registers
   static constexpr int kPanelVecs = 3;
+  // 12 sums + 3 vectors + 1 number of 16 registers; 7 loads for 12 FMA
+  static constexpr int kFactorRows = 4, kFactorVecs = 3;
   static constexpr std::size_t kDirectQueries = 8;
   __m256 v;
 
@@ -32,6 +34,14 @@ struct Vec {
   static Vec load(const Bfloat16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  // One number in all lanes; in a register, as above.
+  static Vec repeat(const float* p) {
+    float number;
+    __builtin_memcpy(&number, p, sizeof number);
+    __m256 a = _mm256_set1_ps(number);
+    __asm__("" : "+x"(a));
+    return {a};
   }
   // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
   template <class T>
@@ -69,6 +79,26 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+// Lane j of the i-th becomes lane i of the j-th.
+inline void transpose(Vec (&a)[8]) {
+  __m256 four[8];  // of rows 4k .. 4k + 3, in each 128 bits one column: four[4k + c], columns c and c + 4
+#pragma GCC unroll 2
+  for (int k = 0; k < 8; k += 4) {
+    const __m256d ab_low = _mm256_castps_pd(_mm256_unpacklo_ps(a[k].v, a[k + 1].v));
+    const __m256d ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(a[k].v, a[k + 1].v));
+    const __m256d cd_low = _mm256_castps_pd(_mm256_unpacklo_ps(a[k + 2].v, a[k + 3].v));
+    const __m256d cd_high = _mm256_castps_pd(_mm256_unpackhi_ps(a[k + 2].v, a[k + 3].v));
+    four[k] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low));
+    four[k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low));
+    four[k + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
+    four[k + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    a[c].v = _mm256_permute2f128_ps(four[c], four[c + 4], 0x20);
+    a[c + 4].v = _mm256_permute2f128_ps(four[c], four[c + 4], 0x31);
+  }
+}
 // a with x in lane i
 inline Vec with_lane(Vec a, std::size_t i, float x) {
   const __m256i lane = _mm256_set1_epi32(static_cast<int>(i));
@@ -105,6 +135,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
 #include "select-inl.h"
+#include "self_influence-inl.h"
 #include "table-inl.h"
 
 }  // namespace

@@ -15,6 +15,8 @@ struct Vec {
   // 24 sums + 4 queries + 1 row of 32 registers; 10 loads for 24 FMA
   static constexpr int kTileRows = 6, kTileQueries = 4, kSums = 24;
   static constexpr int kPanelVecs = 4;
+  // 24 sums + 3 vectors + 1 number of 32 registers; 11 loads for 24 FMA
+  static constexpr int kFactorRows = 8, kFactorVecs = 3;
   static constexpr std::size_t kDirectQueries = 32;
   __m512 v;
 
@@ -32,6 +34,14 @@ struct Vec {
   }
   static Vec load(const Bfloat16* p) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // One number in all lanes; in a register, as above.
+  static Vec repeat(const float* p) {
+    float number;
+    __builtin_memcpy(&number, p, sizeof number);
+    __m512 a = _mm512_set1_ps(number);
+    __asm__("" : "+v"(a));
+    return {a};
   }
   // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
   static Vec load_n(const float* p, std::size_t n) {
@@ -58,6 +68,32 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+// Lane j of the i-th becomes lane i of the j-th.
+inline void transpose(Vec (&a)[16]) {
+  __m512 four[16];  // of rows 4k .. 4k + 3, in each 128 bits one column: four[4k + c], columns c, c + 4, ...
+#pragma GCC unroll 4
+  for (int k = 0; k < 16; k += 4) {
+    const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a[k].v, a[k + 1].v));
+    const __m512d ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a[k].v, a[k + 1].v));
+    const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(a[k + 2].v, a[k + 3].v));
+    const __m512d cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(a[k + 2].v, a[k + 3].v));
+    four[k] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low));
+    four[k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low));
+    four[k + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
+    four[k + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even = _mm512_shuffle_f32x4(four[c], four[c + 4], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(four[c], four[c + 4], 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(four[c + 8], four[c + 12], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(four[c + 8], four[c + 12], 0xdd);
+    a[c].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+    a[c + 4].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    a[c + 8].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    a[c + 12].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+}
 // a with x in lane i
 inline Vec with_lane(Vec a, std::size_t i, float x) {
   return {_mm512_mask_mov_ps(a.v, static_cast<__mmask16>(1u << i), _mm512_set1_ps(x))};
@@ -90,6 +126,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
 #include "select-inl.h"
+#include "self_influence-inl.h"
 #include "table-inl.h"
 
 }  // namespace

@@ -49,6 +49,8 @@ struct Vec {
   // 8 sums + 2 queries + 1 row + 1 product of 16 registers
   static constexpr int kTileRows = 4, kTileQueries = 2, kSums = 8;
   static constexpr int kPanelVecs = 2;
+  // 8 sums + 2 vectors + 1 number + 1 product of 16 registers
+  static constexpr int kFactorRows = 4, kFactorVecs = 2;
   static constexpr std::size_t kDirectQueries = 2;
   typedef float Lanes __attribute__((vector_size(16)));
   Lanes v;
@@ -65,6 +67,12 @@ struct Vec {
     T x[kLanes];
     std::memcpy(x, p, sizeof x);
     return {Lanes{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])}};
+  }
+  // One number in all lanes.
+  static Vec repeat(const float* p) {
+    float number;
+    __builtin_memcpy(&number, p, sizeof number);
+    return broadcast(number);
   }
   // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
   template <class T>
@@ -92,6 +100,11 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+// Lane j of the i-th becomes lane i of the j-th.
+inline void transpose(Vec (&a)[4]) {
+  const Vec b[4] = {a[0], a[1], a[2], a[3]};
+  for (int i = 0; i < 4; ++i) a[i].v = Vec::Lanes{b[0].v[i], b[1].v[i], b[2].v[i], b[3].v[i]};
+}
 // a with x in lane i
 inline Vec with_lane(Vec a, std::size_t i, float x) {
   const std::int32_t lane = static_cast<std::int32_t>(i);
@@ -140,6 +153,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
 #include "select-inl.h"
+#include "self_influence-inl.h"
 #include "table-inl.h"
 
 }  // namespace

@@ -13,6 +13,8 @@ struct Vec {
   // 24 sums + 4 queries + 1 row of 32 registers
   static constexpr int kTileRows = 6, kTileQueries = 4, kSums = 24;
   static constexpr int kPanelVecs = 4;
+  // 24 sums + 3 vectors + 1 number of 32 registers
+  static constexpr int kFactorRows = 8, kFactorVecs = 3;
   static constexpr std::size_t kDirectQueries = 16;
   float32x4_t v;
 
@@ -28,6 +30,12 @@ struct Vec {
   static Vec load(const Bfloat16* p) {
     const uint16x4_t bits = vreinterpret_u16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(p)));
     return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
+  }
+  // One number in all lanes.
+  static Vec repeat(const float* p) {
+    float number;
+    __builtin_memcpy(&number, p, sizeof number);
+    return broadcast(number);
   }
   // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
   template <class T>
@@ -58,6 +66,17 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
+// Lane j of the i-th becomes lane i of the j-th.
+inline void transpose(Vec (&a)[4]) {
+  const float64x2_t even = vreinterpretq_f64_f32(vtrn1q_f32(a[0].v, a[1].v));
+  const float64x2_t odd = vreinterpretq_f64_f32(vtrn2q_f32(a[0].v, a[1].v));
+  const float64x2_t even2 = vreinterpretq_f64_f32(vtrn1q_f32(a[2].v, a[3].v));
+  const float64x2_t odd2 = vreinterpretq_f64_f32(vtrn2q_f32(a[2].v, a[3].v));
+  a[0].v = vreinterpretq_f32_f64(vtrn1q_f64(even, even2));
+  a[1].v = vreinterpretq_f32_f64(vtrn1q_f64(odd, odd2));
+  a[2].v = vreinterpretq_f32_f64(vtrn2q_f64(even, even2));
+  a[3].v = vreinterpretq_f32_f64(vtrn2q_f64(odd, odd2));
+}
 // a with x in lane i
 inline Vec with_lane(Vec a, std::size_t i, float x) {
   static const std::uint32_t kLane[4] = {0, 1, 2, 3};
@@ -93,6 +112,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
 #include "select-inl.h"
+#include "self_influence-inl.h"
 #include "table-inl.h"
 
 }  // namespace

@@ -91,6 +91,19 @@ struct Kernels {
   void (*select_replace)(float* values, std::size_t n, std::size_t place, float value, std::size_t* first,
                          std::size_t* last);
   void (*select_ranks)(const float* values, std::size_t n, std::size_t count, std::uint32_t* ranks);
+
+  // For self_influence. Stored rows transposed, `lanes` of them to a vector:
+  // to[d * to_stride + i] = rows[i][offset + d] for i < lanes, d < n.
+  std::size_t lanes, factor_vecs, factor_rows;
+  void (*transpose[3])(const void* const* rows, std::size_t offset, std::size_t n, float* to,
+                       std::size_t to_stride);
+  // The sums over d < dim of factor[m * factor_stride + d] * columns[d * column_stride + i] for m < count <=
+  // factor_rows and i < num_vecs * lanes (num_vecs <= factor_vecs): in one chain, then added to `partial`
+  // unless `first`. If `last`, squares[i] += the squares of the sums; else they stay in `partial`.
+  // If `fetch`, the rows of the factor that follow are fetched.
+  void (*square_sums)(const float* factor, std::size_t factor_stride, std::size_t count, const float* columns,
+                      std::size_t column_stride, std::size_t num_vecs, std::size_t dim, float* partial,
+                      bool first, bool last, bool fetch, float* squares);
 };
 
 extern const Kernels kBaselineKernels;

@@ -18,4 +18,9 @@ static constexpr Kernels kTable = {
     select_candidates,
     select_replace,
     select_ranks,
+    Vec::kLanes,
+    Vec::kFactorVecs,
+    Vec::kFactorRows,
+    {transpose_rows<float>, transpose_rows<Float16>, transpose_rows<Bfloat16>},
+    square_sums,
 };
