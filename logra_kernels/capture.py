@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -192,7 +192,7 @@ class Capture:
             self._called_without_grad.add(layer.name)
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with _plain_arithmetic(x):
             call = layer.call(x.detach(), self._batch)
         # the hook belongs to this value of the output: an in-place ReLU that follows, and another
         # call of the module, have their own
@@ -206,7 +206,7 @@ class Capture:
         if dy is None:
             return
         self._passes.enter(layer.name)
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+        with _plain_arithmetic(dy):
             dy = dy.detach()
             gradients = layer.gradients(call, dy)  # [N, Ko, Ki]
             if self._queries is not None:
@@ -257,6 +257,16 @@ class Capture:
         if self._averaged_loss == "raise":
             raise ValueError(message)
         warnings.warn(message, stacklevel=4)
+
+
+def _plain_arithmetic(like: Tensor) -> AbstractContextManager[Any]:
+    """Outside autograd and autocast; to leave autocast takes 3 us, so only where it is on."""
+    if not torch.is_autocast_enabled(like.device.type):
+        return torch.no_grad()
+    context = ExitStack()
+    context.enter_context(torch.no_grad())
+    context.enter_context(torch.autocast(like.device.type, enabled=False))
+    return context
 
 
 def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -336,13 +346,17 @@ def _require_grad(tensor: Tensor) -> Tensor:
     return _RequireGrad.apply(tensor, anchor)
 
 
+# the overload itself: to look it up takes as long as the call
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
 def _not_a_view(output: Tensor) -> Tensor:
     """The same memory, no longer a view to autograd.
 
     A linear layer's output on tokens is a view of its matrix product. To change a view in place
     rewrites the history of what it views, and the hook on the view would never be called.
     """
-    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+    return _unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def _anchored_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:

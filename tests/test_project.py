@@ -26,7 +26,7 @@ def check(x: Tensor, proj: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_float64(isa: str, dtype: torch.dtype) -> None:
     sizes = [(7, n, 5) for n in TAILS] + [(m, 40, 3) for m in TAILS] + [(5, 40, k) for k in TAILS]
-    for tokens, dim, rank in [*sizes, (49, 2055, 66)]:
+    for tokens, dim, rank in [*sizes, (49, 2055, 66), (100, 385, 150)]:
         x, proj = randn(tokens, dim, dtype=dtype), randn(rank, dim, seed=1)
         check(x, proj)
         check(x, proj.bfloat16().float())  # exact in bfloat16: its own kernel
@@ -62,12 +62,40 @@ def test_layout_does_not_change_bits(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("native", "set_threads")
 def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> None:
     x = randn(150, 1300, dtype=dtype)
-    for proj in (randn(70, 1300, seed=1), randn(70, 1300, seed=1).bfloat16().float()):
+    wide = randn(150, 1300, seed=1)  # several panels
+    for proj in (wide, wide.bfloat16().float(), wide.bfloat16(), wide.half()):
         assert_threads_do_not_matter(lambda proj=proj: project(x, proj))
         whole = project(x, proj)
         assert torch.equal(
             torch.cat([project(x[a:b], proj) for a, b in ((0, 1), (1, 61), (61, 150))]), whole
         )
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_that_is_not_finite_spoils_no_other(isa: str, dtype: torch.dtype) -> None:
+    x, proj = randn(50, 131, dtype=dtype), randn(33, 131, seed=1).bfloat16()
+    expected = project(x, proj)
+    x[47, 130] = torch.nan  # the odd last column: beside it nothing may be read
+    out = project(x, proj)
+    assert out[47].isnan().all()
+    assert torch.equal(out[:47], expected[:47])
+    assert torch.equal(out[48:], expected[48:])
+
+
+@pytest.mark.usefixtures("native")
+def test_a_projection_in_the_tokens_type_has_the_same_bits(isa: str) -> None:
+    """What a capture does: P that is exact in bfloat16 meets bfloat16 tokens in their type."""
+    x, proj = randn(50, 131).bfloat16(), randn(33, 131, seed=1).bfloat16()
+    assert torch.equal(project(x, proj), project(x, proj.float()))
+
+
+@pytest.mark.usefixtures("native")
+def test_subnormal_values_of_a_projection_count(isa: str) -> None:
+    """The CPU's own bfloat16 products take them for zero, so they are multiplied as float32."""
+    x, proj = torch.full((5, 40), 2.0**100).bfloat16(), torch.full((3, 40), 2.0**-130)
+    for given in (proj, proj.bfloat16()):
+        assert torch.equal(project(x, given), torch.full((5, 3), 40 * 2.0**-30))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,22 @@
 #include "logra/gradients.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
-#include "products.h"
+#include "projector.h"
 #include "threads.h"
 
 namespace logra {
 namespace {
+
+constexpr std::size_t kTokenBlock = Projector::kTokenBlock;
+// Tokens whose outer products are added at a time: 64 of 64 floats on both sides are 32 KiB, which stay in L1
+// while the rows of the result pass.
+constexpr std::size_t kOuterBlock = 64;
+// Rows of the result come in multiples of this many.
+constexpr std::size_t kStrips = 8;
 
 // A token that is kept: where it starts in x and in dy.
 struct Kept {
@@ -46,51 +54,68 @@ struct KeptTokens {
   }
 };
 
-/// One side, x or dy: tokens in, panels of projected tokens out. Panel p of a group of tokens holds the
-/// columns p * panel and on, `width` of them in memory: [group, width] floats.
+/// One side, x or dy. Its tokens, as whole vectors of floats, are read where they lie if they can be; else
+/// they are copied, or projected first.
 class Side {
  public:
-  Side(const Kernels& kernels, const Tokens& tokens, const Matrix* proj, std::size_t num_tokens)
-      : kernels_(kernels), tokens_(tokens), size_(proj != nullptr ? proj->rows : tokens.dim) {
-    if (proj != nullptr) products_.emplace_back(kernels, *proj, tokens.dtype, num_tokens);
+  Side(const Kernels& kernels, const Tokens& tokens, const Matrix* proj, bool whole_vectors)
+      : kernels_(kernels),
+        tokens_(tokens),
+        size_(proj != nullptr ? proj->rows : tokens.dim),
+        width_(kernels.lanes * ceil_div(size_, kernels.lanes)),
+        in_place_(proj == nullptr && tokens.dtype == Dtype::kFloat32 && (!whole_vectors || size_ == width_)) {
+    if (proj != nullptr) projector_.emplace(kernels, *proj, tokens.dtype);
   }
+  bool halves() const { return !projector_ && tokens_.dtype == Dtype::kBfloat16; }
   std::size_t size() const { return size_; }
-  std::size_t panel() const { return kernels_.panel_f32; }
-  std::size_t width() const { return std::min(panel(), 16 * ceil_div(size_, 16)); }
-  std::size_t num_panels() const { return ceil_div(size_, panel()); }
-  std::size_t scratch_floats() const { return products_.empty() ? 0 : products_[0].scratch_floats(); }
+  std::size_t width() const { return width_; }
+  bool projected() const { return projector_.has_value(); }
+  bool copied() const { return !projected() && !in_place_; }
+  std::size_t scratch_floats() const { return projector_ ? projector_->scratch_floats() : 0; }
   /// Operations per token.
   double work() const {
-    return static_cast<double>(tokens_.dim) *
-           (products_.empty() ? 1.0 : 1.0 + static_cast<double>(size_) / 4.0);
+    return static_cast<double>(tokens_.dim) * (projector_ ? 1.0 + static_cast<double>(size_) / 4.0 : 1.0);
   }
 
-  /// The tokens at offset(begin) to offset(end - 1), into the rows begin to end of panels of `group` rows.
+  /// The tokens at offset(0) to offset(count - 1), projected, to rows of width() floats.
   template <class Offset>
-  void fill(const Offset& offset, std::size_t begin, std::size_t end, float* panels, std::size_t group,
-            float* scratch) const {
-    const void* pointers[kRowBlock];
-    const std::size_t count = end - begin;
+  void project(const Offset& offset, std::size_t count, std::ptrdiff_t next, float* to,
+               float* scratch) const {
+    const void* pointers[kTokenBlock];
+    for (std::size_t t = 0; t < count; ++t) pointers[t] = element(tokens_.data, tokens_.dtype, offset(t));
+    for (std::size_t p = 0; p < projector_->num_panels(); ++p)
+      projector_->run(pointers, count, next, p, to + p * kernels_.panel_f32, width_, scratch);
+  }
+
+  /// Pointers to the tokens at offset(0) to offset(count - 1), of those that are not projected.
+  template <class Offset>
+  void gather(const Offset& offset, std::size_t count, const float** pointers, float* copy) const {
+    const void* sources[kOuterBlock];
+    for (std::size_t t = 0; t < count; ++t) sources[t] = element(tokens_.data, tokens_.dtype, offset(t));
+    if (copied()) kernels_.widen_f32[index(tokens_.dtype)](sources, 0, count, size_, copy, width_, width_);
     for (std::size_t t = 0; t < count; ++t)
-      pointers[t] = element(tokens_.data, tokens_.dtype, offset(begin + t));
-    for (std::size_t p = 0; p < num_panels(); ++p) {
-      float* to = panels + (p * group + begin) * width();
-      const std::size_t column = p * panel(), columns = std::min(panel(), size_ - column);
-      if (products_.empty()) {
-        kernels_.widen_f32[index(tokens_.dtype)](pointers, column, count, columns, to, width(), width());
-        continue;
-      }
-      products_[0].run(pointers, count, column, column + columns, to, width(), scratch);
-      for (std::size_t t = 0; columns < width() && t < count; ++t)
-        std::fill(to + t * width() + columns, to + (t + 1) * width(), 0.0f);
+      pointers[t] = in_place_ ? static_cast<const float*>(sources[t]) : copy + t * width_;
+  }
+
+  /// The same in pairs of bfloat16, the last with zero if count is odd; returns the number of pairs.
+  template <class Offset>
+  std::size_t gather_pairs(const Offset& offset, std::size_t count, const float** pointers,
+                           float* copy) const {
+    const auto source = [&](std::size_t t) { return element(tokens_.data, tokens_.dtype, offset(t)); };
+    for (std::size_t t = 0; t < count; t += 2) {
+      float* to = copy + t / 2 * width_;
+      kernels_.pair_bf16(source(t), t + 1 < count ? source(t + 1) : nullptr, size_, to, width_);
+      pointers[t / 2] = to;
     }
+    return ceil_div(count, 2);
   }
 
  private:
   const Kernels& kernels_;
   Tokens tokens_;
-  std::size_t size_;
-  std::vector<Products> products_;  // none or one
+  std::size_t size_, width_;
+  bool in_place_;
+  std::optional<Projector> projector_;
 };
 
 }  // namespace
@@ -114,27 +139,39 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
   const Kernels& kernels = active_kernels();
   const KeptTokens kept(examples, x, dy);
   const std::size_t total = kept.tokens.size();
-  const Side left(kernels, dy, proj_out, total), right(kernels, x, proj_in, total);
-  const std::size_t ko = left.size(), ki = right.size(), panel = kernels.panel_f32;
+  const Side left(kernels, dy, proj_out, false), right(kernels, x, proj_in, true);
+  const bool pairs = left.halves() && right.halves() && kernels.outer_pairs != nullptr;
+  const std::size_t ko = left.size(), ki = right.size();
   std::fill_n(out, checked_product(checked_product(examples.num_examples, ko), ki), 0.0f);
   if (total == 0 || ko == 0 || ki == 0) return;
 
   // Tokens go through in groups whose projections stay in the L2 and L3 caches (2 MiB), first projected by
   // all threads, then multiplied by all: so one long example is shared as well as many short ones are.
-  const std::size_t floats =
-      left.num_panels() * left.width() + right.num_panels() * right.width();  // a token
-  const std::size_t fitting = (std::size_t{2} << 20) / (floats * sizeof(float));
+  const std::size_t left_floats = left.projected() ? left.width() : 0;
+  const std::size_t right_floats = right.projected() ? right.width() : 0;
+  const std::size_t floats = left_floats + right_floats;  // a token
+  const std::size_t fitting = floats == 0 ? total : (std::size_t{2} << 20) / (floats * sizeof(float));
   const std::size_t group =
-      std::min(total, std::max<std::size_t>(2 * kRowBlock, fitting / kRowBlock * kRowBlock));
-  const std::size_t strips = ceil_div(ko, kStrip);
+      std::min(total, std::max<std::size_t>(2 * kTokenBlock, fitting / kTokenBlock * kTokenBlock));
   const double work =
       static_cast<double>(total) * (left.work() + right.work() + static_cast<double>(ko * ki) / 4.0);
-  const int threads = num_threads(strips * examples.num_examples + ceil_div(total, kRowBlock), work);
+  const int threads =
+      num_threads(ceil_div(ko, kStrips) * examples.num_examples + ceil_div(total, kTokenBlock), work);
+  // Few examples are cut into strips of rows too, for all threads to have a part.
+  const std::size_t parts =
+      std::min(ceil_div(ko, kStrips), ceil_div(4 * static_cast<std::size_t>(threads), examples.num_examples));
+  const std::size_t rows = kStrips * ceil_div(ceil_div(ko, kStrips), threads > 1 ? parts : 1);
+  const std::size_t strips = ceil_div(ko, rows);
+
   const Scratch<float> buffer(checked_product(floats, group));
-  const std::size_t scratch_floats = std::max(left.scratch_floats(), right.scratch_floats());
+  float* const dy_projected = buffer.get();
+  float* const x_projected = dy_projected + left_floats * group;
+  const bool edge = ki != right.width();
+  const std::size_t copies = (left.copied() ? left.width() : 0) + (right.copied() ? right.width() : 0);
+  const std::size_t scratch_floats =
+      std::max(std::max(left.scratch_floats(), right.scratch_floats()),
+               checked_product(kOuterBlock, copies) + (edge ? checked_product(rows, right.width()) : 0));
   const Scratch<float> scratch(checked_product(scratch_floats, static_cast<std::size_t>(threads)));
-  float* dy_panels = buffer.get();
-  float* x_panels = dy_panels + left.num_panels() * left.width() * group;
   std::vector<Range> ranges(examples.num_examples);
 
   std::size_t example = 0;
@@ -147,32 +184,61 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
                            std::min(kept.bounds[n + 1], first + count) - first};
       if (range.begin < range.end) ranges[num_ranges++] = range;
     }
-    const std::size_t blocks = ceil_div(count, kRowBlock), tasks = num_ranges * strips;
+    const Kept* const tokens = kept.tokens.data() + first;
+    const std::size_t blocks = floats == 0 ? 0 : ceil_div(count, kTokenBlock), tasks = num_ranges * strips;
 #pragma omp parallel num_threads(threads)
     {
-      float* own = scratch.get() + thread_id() * scratch_floats;
+      float* const own = scratch.get() + thread_id() * scratch_floats;
 #pragma omp for schedule(dynamic, 1)
       for (std::size_t task = 0; task < 2 * blocks; ++task) {
-        const std::size_t begin = task / 2 * kRowBlock, end = std::min(begin + kRowBlock, count);
-        const Kept* tokens = kept.tokens.data() + first;
-        const auto x_start = [&](std::size_t t) { return tokens[t].x; };
-        const auto dy_start = [&](std::size_t t) { return tokens[t].dy; };
-        if (task % 2 == 0)
-          right.fill(x_start, begin, end, x_panels, group, own);
-        else
-          left.fill(dy_start, begin, end, dy_panels, group, own);
+        const std::size_t begin = task / 2 * kTokenBlock, some = std::min(kTokenBlock, count - begin);
+        const Kept* from = tokens + begin;
+        const std::size_t later = std::min(kTokenBlock, count - begin - 1);
+        if (task % 2 == 0 && right.projected())
+          right.project([&](std::size_t t) { return from[t].x; }, some,
+                        static_cast<std::ptrdiff_t>(from[later].x - from->x),
+                        x_projected + begin * right.width(), own);
+        if (task % 2 == 1 && left.projected())
+          left.project([&](std::size_t t) { return from[t].dy; }, some,
+                       static_cast<std::ptrdiff_t>(from[later].dy - from->dy),
+                       dy_projected + begin * left.width(), own);
       }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
       for (std::size_t task = 0; task < tasks; ++task) {
         const Range& range = ranges[task / strips];
-        const std::size_t o = task % strips * kStrip;
-        const float* a = dy_panels + (o / panel * group + range.begin) * left.width() + o % panel;
-        for (std::size_t i = 0; i < ki; i += panel) {
-          const float* b = x_panels + (i / panel * group + range.begin) * right.width();
-          kernels.outer_f32(a, left.width(), b, right.width(), range.end - range.begin,
-                            out + (range.example * ko + o) * ki + i, ki, std::min(kStrip, ko - o),
-                            std::min(panel, ki - i), 0);
+        const std::size_t row = task % strips * rows, num_rows = std::min(rows, ko - row);
+        float* const dy_copy = own;
+        float* const x_copy = dy_copy + (left.copied() ? kOuterBlock * left.width() : 0);
+        float* const whole = x_copy + (right.copied() ? kOuterBlock * right.width() : 0);
+        float* const c = out + (range.example * ko + row) * ki;
+        for (std::size_t r = 0; edge && r < num_rows; ++r) {
+          std::copy_n(c + r * ki, ki, whole + r * right.width());
+          std::fill(whole + r * right.width() + ki, whole + (r + 1) * right.width(), 0.0f);
         }
+        for (std::size_t t = range.begin; t < range.end; t += kOuterBlock) {
+          const std::size_t some = std::min(kOuterBlock, range.end - t);
+          const float *a[kOuterBlock], *b[kOuterBlock];
+          if (pairs) {
+            left.gather_pairs([&](std::size_t i) { return tokens[t + i].dy; }, some, a, dy_copy);
+            const std::size_t num_pairs =
+                right.gather_pairs([&](std::size_t i) { return tokens[t + i].x; }, some, b, x_copy);
+            kernels.outer_pairs(a, row, num_rows, b, right.width(), num_pairs, edge ? whole : c,
+                                edge ? right.width() : ki);
+            continue;
+          }
+          if (left.projected())
+            for (std::size_t i = 0; i < some; ++i) a[i] = dy_projected + (t + i) * left.width();
+          else
+            left.gather([&](std::size_t i) { return tokens[t + i].dy; }, some, a, dy_copy);
+          if (right.projected())
+            for (std::size_t i = 0; i < some; ++i) b[i] = x_projected + (t + i) * right.width();
+          else
+            right.gather([&](std::size_t i) { return tokens[t + i].x; }, some, b, x_copy);
+          kernels.outer_tokens(a, row, num_rows, b, right.width(), some, edge ? whole : c,
+                               edge ? right.width() : ki);
+        }
+        for (std::size_t r = 0; edge && r < num_rows; ++r)
+          std::copy_n(whole + r * right.width(), ki, c + r * ki);
       }
     }
   }

@@ -32,6 +32,10 @@ std::vector<Entry> available() {
     static const Kernels kernels = [] {
       Kernels table = kAvx512Kernels;
       table.dots_bf16 = kAvx512DotsBf16;
+      table.project_bf16 = kAvx512ProjectBf16;
+      table.transpose_bf16 = kAvx512TransposeBf16;
+      table.outer_pairs = kAvx512OuterPairs;
+      table.pair_bf16 = kAvx512PairBf16;
       return table;
     }();
     entries.push_back({Isa::kAvx512Bf16, &kernels});

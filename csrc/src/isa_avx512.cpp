@@ -125,6 +125,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)
 #include "limits-inl.h"
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
+#include "project-inl.h"
 #include "select-inl.h"
 #include "self_influence-inl.h"
 #include "table-inl.h"

@@ -111,6 +111,7 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 #include "limits-inl.h"
 #include "outer-inl.h"
 #include "pack_rows-inl.h"
+#include "project-inl.h"
 #include "select-inl.h"
 #include "self_influence-inl.h"
 #include "table-inl.h"

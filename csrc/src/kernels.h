@@ -21,12 +21,31 @@ constexpr std::size_t kDimBlock = 1024;
 constexpr std::size_t kDimBlockBf16 = 2048;
 // Queries for which reading the rows takes longer than multiplying.
 constexpr std::size_t kStreamQueries = 4;
+// The same for project(): its blocks of P (64 columns, 32 KiB) stay in a 48 KiB L1 cache.
+constexpr std::size_t kProjectBlock = 128;
 // Rows of an outer() tile. Every panel width is a multiple of it.
 constexpr std::size_t kStrip = 4;
 
 using DotsBf16 = void (*)(const void* const* rows, std::size_t offset, std::size_t num_rows,
                           const Bfloat16* queries, std::size_t query_stride, std::size_t num_queries,
                           std::size_t dim, float* out, std::size_t out_stride, bool add);
+
+// out[r * out_stride + k] (= or +=) sum_{d < dim} rows[r][offset + d] * panel[d * width + k] for k < width =
+// vecs * lanes. What lies `ahead` elements after each element read is fetched (a hint: the memory need
+// not exist).
+using ProjectRows = void (*)(const void* const* rows, std::size_t offset, std::size_t num_rows,
+                             std::ptrdiff_t ahead, const float* panel, std::size_t vecs, std::size_t dim,
+                             float* out, std::size_t out_stride, bool add);
+
+using TransposeBf16 = bool (*)(const void* const* rows, Dtype dtype, std::size_t offset, std::size_t n,
+                               float* to, std::size_t to_stride);
+
+// c[r * c_stride + i] += sum_{t < count} a[t][row + r] * b[t][i], in the order of t, for r < num_rows and
+// i < num_cols, a multiple of lanes.
+using OuterTokens = void (*)(const float* const* a, std::size_t row, std::size_t num_rows,
+                             const float* const* b, std::size_t num_cols, std::size_t count, float* c,
+                             std::size_t c_stride);
+using PairBf16 = void (*)(const void* even, const void* odd, std::size_t n, float* to, std::size_t padded);
 
 // Four sums, in the compiler's own vector type.
 typedef float Quad __attribute__((vector_size(16)));
@@ -53,6 +72,15 @@ struct Kernels {
   // for more, a copy of the rows is converted first.
   std::size_t direct_queries;
 
+  // For float32 rows and dim <= kProjectBlock.
+  ProjectRows project_f32;
+  // For bfloat16 rows and dim <= 2 * kProjectBlock; panel[d / 2 * width + k] is a pair of bfloat16 for d and
+  // d + 1, the latter zero where d + 1 = dim. nullptr where the CPU has no such product.
+  ProjectRows project_bf16;
+  // The panels of project_bf16, from rows (float32 or bfloat16) `offset` on. Rounds nothing: false if a value
+  // has more digits than bfloat16, or is subnormal, which project_bf16 takes for zero.
+  TransposeBf16 transpose_bf16;
+
   // c[r * c_stride + i] += sum_{t < count} a[t * a_stride + r] * b[t * b_stride + i], in the order of t, for
   // the rows r < num_rows <= kStrip and the columns i < num_cols + r * slope (and < panel). Rows of a can be
   // read up to kStrip, those of b up to the next multiple of 16 or the panel's width; what lies there must be
@@ -61,6 +89,12 @@ struct Kernels {
   void (*outer_f32)(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
                     std::size_t count, float* c, std::size_t c_stride, std::size_t num_rows,
                     std::size_t num_cols, std::size_t slope);
+  OuterTokens outer_tokens;
+  // The same for pairs of bfloat16 tokens: a[p][row + r] and b[p][i] are pairs of halves, whose two products
+  // are added one after the other. nullptr where the CPU has no such product.
+  OuterTokens outer_pairs;
+  // to[i] = the pair (even[i], odd[i]) for i < n, and 0 for n <= i < padded; odd may be nullptr for zero.
+  PairBf16 pair_bf16;
   std::size_t panel_f64;
   void (*outer_f64)(const double* a, std::size_t a_stride, const double* b, std::size_t b_stride,
                     std::size_t count, double* c, std::size_t c_stride, std::size_t num_rows,
@@ -92,7 +126,7 @@ struct Kernels {
                          std::size_t* last);
   void (*select_ranks)(const float* values, std::size_t n, std::size_t count, std::uint32_t* ranks);
 
-  // For self_influence. Stored rows transposed, `lanes` of them to a vector:
+  // For self_influence, and the panels of project_f32. Rows transposed, `lanes` of them to a vector:
   // to[d * to_stride + i] = rows[i][offset + d] for i < lanes, d < n.
   std::size_t lanes, factor_vecs, factor_rows;
   void (*transpose[3])(const void* const* rows, std::size_t offset, std::size_t n, float* to,
@@ -111,6 +145,10 @@ extern const Kernels kNeonKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const DotsBf16 kAvx512DotsBf16;
+extern const ProjectRows kAvx512ProjectBf16;
+extern const TransposeBf16 kAvx512TransposeBf16;
+extern const OuterTokens kAvx512OuterPairs;
+extern const PairBf16 kAvx512PairBf16;
 
 const Kernels& active_kernels();
 

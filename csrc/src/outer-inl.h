@@ -75,3 +75,64 @@ static void outer_f64(const double* a, std::size_t a_stride, const double* b, st
                       std::size_t num_cols, std::size_t slope) {
   outer<VecD>(a, a_stride, b, b_stride, count, c, c_stride, num_rows, num_cols, slope);
 }
+
+// Tokens' outer products, from wherever the tokens lie: kRows rows of c by kVecs vectors, a multiple of 8
+// chains.
+template <int kRows, int kVecs>
+static void outer_tokens_tile(const float* const* a, std::size_t row, const float* const* b, std::size_t col,
+                              std::size_t count, float* c, std::size_t c_stride) {
+  Vec sum[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(c + r * c_stride + v * Vec::kLanes);
+  }
+  for (std::size_t t = 0; t < count; ++t) {
+    Vec right[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) right[v] = Vec::load(b[t] + col + v * Vec::kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      float element;
+      __builtin_memcpy(&element, a[t] + row + r, sizeof element);
+      const Vec left = Vec::broadcast(element);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) Vec::store(c + r * c_stride + v * Vec::kLanes, sum[r][v]);
+  }
+}
+
+template <int kVecs>
+static void outer_tokens_vecs(const float* const* a, std::size_t row, std::size_t num_rows,
+                              const float* const* b, std::size_t col, std::size_t count, float* c,
+                              std::size_t c_stride) {
+  constexpr int kRows = kVecs > 2 || (kVecs == 2 && Vec::kSums < 16) ? 4 : 8;
+  std::size_t r = 0;
+  for (; r + kRows <= num_rows; r += kRows)
+    outer_tokens_tile<kRows, kVecs>(a, row + r, b, col, count, c + r * c_stride, c_stride);
+  for (; r + 2 <= num_rows; r += 2)
+    outer_tokens_tile<2, kVecs>(a, row + r, b, col, count, c + r * c_stride, c_stride);
+  if (r < num_rows) outer_tokens_tile<1, kVecs>(a, row + r, b, col, count, c + r * c_stride, c_stride);
+}
+
+static void outer_tokens(const float* const* a, std::size_t row, std::size_t num_rows, const float* const* b,
+                         std::size_t num_cols, std::size_t count, float* c, std::size_t c_stride) {
+  constexpr std::size_t kPanel = Vec::kPanelVecs * Vec::kLanes;
+  for (std::size_t col = 0; col < num_cols; col += kPanel) {
+    const std::size_t vecs = (num_cols - col) / Vec::kLanes;
+    float* to = c + col;
+    if (vecs == 1)
+      outer_tokens_vecs<1>(a, row, num_rows, b, col, count, to, c_stride);
+    else if (vecs == 2)
+      outer_tokens_vecs<2>(a, row, num_rows, b, col, count, to, c_stride);
+    else if (Vec::kPanelVecs > 3 && vecs == 3)
+      outer_tokens_vecs<3>(a, row, num_rows, b, col, count, to, c_stride);
+    else
+      outer_tokens_vecs<Vec::kPanelVecs>(a, row, num_rows, b, col, count, to, c_stride);
+  }
+}

@@ -4,8 +4,14 @@ static constexpr Kernels kTable = {
     {stream<float>, stream<Float16>, stream<Bfloat16>},
     nullptr,  // dots_bf16
     Vec::kDirectQueries,
+    project_f32,
+    nullptr,  // project_bf16
+    nullptr,  // transpose_bf16
     Vec::kPanelVecs * Vec::kLanes,
     outer_f32,
+    outer_tokens,
+    nullptr,  // outer_pairs
+    nullptr,  // pair_bf16
     VecD::kPanelVecs * VecD::kLanes,
     outer_f64,
     {widen_f32<float>, widen_f32<Float16>, widen_f32<Bfloat16>},

@@ -84,7 +84,7 @@ void test_products(Dtype dtype, std::size_t dim, std::size_t num_rows, std::size
     for (std::size_t j = 0; j < num_rows; ++j) {
       const float score = out[i * num_rows + j];
       expect(score == dot(queries, i, rows, j, dim), "scores", dim);
-      expect(score == projected[j * num_queries + i], "project has the bits of scores", dim);
+      expect(score == projected[j * num_queries + i], "project", dim);
       best = std::fmax(best, score), worst = std::fmin(worst, score);
     }
     expect(top[i] == best && bottom[i] == worst, "topk_scores", dim);

@@ -1,0 +1,92 @@
+#include "projector.h"
+
+#include <algorithm>
+
+#include "checks.h"
+#include "threads.h"
+
+namespace logra {
+namespace {
+
+constexpr std::size_t kMostLanes = 16;
+
+}  // namespace
+
+Projector::Projector(const Kernels& kernels, const Matrix& proj, Dtype tokens)
+    : kernels_(kernels), proj_(proj), dtype_(tokens) {
+  // Whether tokens are multiplied as bfloat16 depends on P and on their type alone, not on their number.
+  const bool possible = tokens == Dtype::kBfloat16 && proj.dtype != Dtype::kFloat16;
+  if (!possible || kernels.project_bf16 == nullptr || !fill(true)) fill(false);
+}
+
+std::size_t Projector::num_panels() const { return ceil_div(proj_.rows, kernels_.panel_f32); }
+
+std::size_t Projector::columns(std::size_t panel) const {
+  return std::min(kernels_.panel_f32, proj_.rows - panel * kernels_.panel_f32);
+}
+
+std::size_t Projector::vecs(std::size_t panel) const { return ceil_div(columns(panel), kernels_.lanes); }
+
+std::size_t Projector::width(std::size_t panel) const { return vecs(panel) * kernels_.lanes; }
+
+std::size_t Projector::scratch_floats() const {
+  return halves_ || dtype_ == Dtype::kFloat32 ? 0 : kTokenBlock * kProjectBlock;
+}
+
+bool Projector::fill(bool halves) {
+  const std::size_t lanes = kernels_.lanes, dim = proj_.cols, panel = kernels_.panel_f32;
+  halves_ = halves;
+  words_ = halves ? ceil_div(dim, 2) : dim;
+  const std::size_t groups = ceil_div(proj_.rows, lanes), step = halves ? 2 * kProjectBlock : kProjectBlock;
+  panels_ = Scratch<float>(checked_product(checked_product(groups, lanes), words_));
+  int exact = 1;
+  const int threads = num_threads(groups, static_cast<double>(proj_.rows) * static_cast<double>(dim) / 2.0);
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(& : exact)
+  for (std::size_t group = 0; group < groups; ++group) {
+    static constexpr float zeros[2 * kProjectBlock] = {};
+    const std::size_t first = group * lanes, p = first / panel, stride = width(p);
+    float* to = panels_.get() + p * panel * words_ + (first - p * panel);
+    for (std::size_t begin = 0; exact != 0 && begin < dim; begin += step) {
+      const std::size_t length = std::min(step, dim - begin);
+      float* block = to + (halves ? begin / 2 : begin) * stride;
+      const void* rows[kMostLanes];
+      for (std::size_t r = 0; r < lanes; ++r) {
+        const bool there = first + r < proj_.rows;
+        rows[r] = there ? element(proj_.data, proj_.dtype, (first + r) * proj_.row_stride + begin) : zeros;
+      }
+      if (halves)
+        exact &= kernels_.transpose_bf16(rows, proj_.dtype, 0, length, block, stride) ? 1 : 0;
+      else
+        kernels_.transpose[index(proj_.dtype)](rows, 0, length, block, stride);
+    }
+  }
+  return exact != 0;
+}
+
+void Projector::run(const void* const* tokens, std::size_t count, std::ptrdiff_t next, std::size_t panel,
+                    float* out, std::size_t out_stride, float* scratch) const {
+  const std::size_t dim = proj_.cols, some = vecs(panel), stride = width(panel);
+  const float* columns_of = panels_.get() + panel * kernels_.panel_f32 * words_;
+  if (dim == 0)
+    for (std::size_t t = 0; t < count; ++t) std::fill_n(out + t * out_stride, stride, 0.0f);
+  const std::size_t step = halves_ ? 2 * kProjectBlock : kProjectBlock;
+  for (std::size_t begin = 0; begin < dim; begin += step) {
+    const std::size_t length = std::min(step, dim - begin);
+    const float* block = columns_of + (halves_ ? begin / 2 : begin) * stride;
+    // What is read next: the tokens' next block, or the next tokens' first one.
+    const std::ptrdiff_t ahead = static_cast<std::ptrdiff_t>(step), back = static_cast<std::ptrdiff_t>(begin);
+    const std::ptrdiff_t fetched = begin + step < dim ? ahead : next - back;
+    if (halves_) {
+      kernels_.project_bf16(tokens, begin, count, fetched, block, some, length, out, out_stride, begin > 0);
+    } else if (dtype_ == Dtype::kFloat32) {
+      kernels_.project_f32(tokens, begin, count, fetched, block, some, length, out, out_stride, begin > 0);
+    } else {
+      const void* wide[kTokenBlock];
+      for (std::size_t t = 0; t < count; ++t) wide[t] = scratch + t * kProjectBlock;
+      kernels_.widen_f32[index(dtype_)](tokens, begin, count, length, scratch, kProjectBlock, length);
+      kernels_.project_f32(wide, 0, count, 0, block, some, length, out, out_stride, begin > 0);
+    }
+  }
+}
+
+}  // namespace logra
