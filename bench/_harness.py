@@ -4,10 +4,10 @@ Columns: median and interquartile range of the wall time of a call; `x best`, th
 provider that is not ours and solves the same problem, over this one's; GB/s of the bytes the op
 must read and write once; GFLOP/s of the multiplications and additions its definition has (two a
 product, half of them where only a triangle is wanted); `of limit`, the share of the time that those
-bytes take at the measured read bandwidth, or those FLOP at the measured fp32 FMA rate, whichever is
-longer; and the error, as a share of the largest value (of the largest |q||x| for scans). More than
-100 % means cache, a cheaper way to compute the same, or instructions with a higher rate than fp32
-FMA.
+bytes take at the read bandwidth, or those FLOP at the fp32 FMA rate, whichever is longer, both
+measured in turns with the providers; and the error, as a share of the largest value (of the largest
+|q||x| for scans). More than 100 % means cache, a cheaper way to compute the same, or instructions
+with a higher rate than fp32 FMA.
 
 A call shorter than 5 ms is repeated until a sample takes that long, so its operands are in cache.
 """
@@ -154,12 +154,15 @@ def run_case(
     good, errors, left_out = check(case)
     for name, why in left_out.items():
         print(f"  {name:<28} not timed: {why}")
+    timed = {**good, **{name: call for name, (_, call) in _limits.probes().items()}}
     if args.rounds:
-        times = time_providers(good, args.rounds, args.rounds, budget_s=float("inf"))
+        times = time_providers(timed, args.rounds, args.rounds, budget_s=float("inf"))
     else:
         times = time_providers(
-            good, 5, 9 if args.quick else 25, budget_s=0.25 if args.quick else 1.0
+            timed, 5, 9 if args.quick else 25, budget_s=0.25 if args.quick else 1.0
         )
+    read_s, fma_s = (statistics.median(times.pop(name)) for name in (_limits.READ, _limits.FMA))
+    limits = _limits.refined(limits, read_s, fma_s)
     rows = summarise(case, times, errors, limits)
     for row in rows:
         ratio = "" if row.x_best is None else f"{row.x_best:.2f}"

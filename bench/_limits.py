@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from bench._machine import machine
 from logra_kernels import _native
 
+READ, FMA = "(read)", "(fma)"  # the probes' names
+Work = tuple[float, Callable[[], object]]  # bytes or FLOP, and what does them
 READ_BYTES = 1 << 28  # 256 MiB: several times any cache we know of but a server's last level
 
 
@@ -44,19 +47,16 @@ class Limits:
 
 def measure(rounds: int = 7) -> Limits:
     """Interleaved rounds of everything; each limit is the best that any round reached."""
-    data = torch.ones(READ_BYTES // 4)
     a = torch.randn(1536, 1536)
     narrow = a.bfloat16()
     product = 2.0 * 1536**3
-    calls: dict[str, tuple[float, Callable[[], object]]] = {
-        "sum": (READ_BYTES, data.sum),
+    calls: dict[str, Work] = {
+        "sum": (READ_BYTES, _data().sum),
         "sgemm": (product, lambda: a @ a),
+        **probes(),
     }
     if _has_bf16_products():
         calls["bf16"] = (product, lambda: narrow @ narrow)
-    if _native.C is not None:
-        calls["read"] = (READ_BYTES, lambda: _native.C.read_all(data.data_ptr(), data.numel()))
-        calls["fma"] = (_native.C.multiply(1e9), lambda: _native.C.multiply(1e9))
     best = dict.fromkeys(calls, 0.0)
     with torch.no_grad():
         for _ in range(rounds):
@@ -65,12 +65,43 @@ def measure(rounds: int = 7) -> Limits:
                 call()
                 best[name] = max(best[name], work / (time.perf_counter() - start) / 1e9)
     return Limits(
-        read_gb_per_s=max(best["sum"], best.get("read", 0.0)),
-        fma_gflop_per_s=max(best["sgemm"], best.get("fma", 0.0)),
+        read_gb_per_s=max(best["sum"], best[READ]),
+        fma_gflop_per_s=max(best["sgemm"], best[FMA]),
         sgemm_gflop_per_s=best["sgemm"],
         bf16_gflop_per_s=best.get("bf16"),
         amx_gflop_per_s=best.get("bf16") if _has_amx() else None,
     )
+
+
+def probes() -> dict[str, Work]:
+    """What reads memory and what multiplies, to be timed in turns with what they are limits of.
+
+    The speed of a machine that others use too may halve between two tables.
+    """
+    data = _data()
+    if _native.C is None:
+        a = torch.randn(512, 512)
+        return {READ: (READ_BYTES, data.sum), FMA: (2.0 * 512**3, lambda: a @ a)}
+    c, address = _native.C, data.data_ptr()
+    return {
+        READ: (READ_BYTES, lambda: c.read_all(address, data.numel())),
+        FMA: (c.multiply(1e9), lambda: c.multiply(1e9)),
+    }
+
+
+def refined(limits: Limits, read_s: float, fma_s: float) -> Limits:
+    """The limits with what two of the probes' calls took."""
+    work = probes()
+    return replace(
+        limits,
+        read_gb_per_s=work[READ][0] / read_s / 1e9,
+        fma_gflop_per_s=work[FMA][0] / fma_s / 1e9,
+    )
+
+
+@cache
+def _data() -> torch.Tensor:
+    return torch.ones(READ_BYTES // 4)
 
 
 def _has_amx() -> bool:

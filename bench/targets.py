@@ -73,16 +73,19 @@ def medians(providers: dict[str, Provider], setting: Setting) -> dict[str, float
 
 
 def of_case(case: Case, setting: Setting) -> dict[str, float]:
-    """Seconds of the providers that are right."""
+    """Seconds of the providers that are right, and of the probes of the limits."""
     good, _, left_out = check(case)
     for name, why in left_out.items():
         print(f"{case.op}, {name}: {why}")
-    return medians(good, setting)
+    return medians(
+        {**good, **{name: call for name, (_, call) in _limits.probes().items()}}, setting
+    )
 
 
 def over_best(seconds: dict[str, float], names: Callable[[str], bool]) -> float | None:
     """The best of the named over the best of ours."""
-    others = [value for name, value in seconds.items() if names(name)]
+    probes = (_limits.READ, _limits.FMA)
+    others = [value for name, value in seconds.items() if names(name) and name not in probes]
     ours = [value for name, value in seconds.items() if name.startswith(OURS)]
     return min(others) / min(ours) if others and ours else None
 
@@ -94,7 +97,8 @@ def scan(setting: Setting, limits: Limits) -> Iterator[Target]:
         case = bench_scores.case(torch.randn(num_queries, setting.dim), rows)
         seconds = of_case(case, setting)
         ours = min(value for name, value in seconds.items() if name.startswith(OURS))
-        read = case.num_bytes / ours / 1e9 / limits.read_gb_per_s
+        now = _limits.refined(limits, seconds.pop(_limits.READ), seconds.pop(_limits.FMA))
+        read = case.num_bytes / ours / 1e9 / now.read_gb_per_s
         rate = case.flops / ours / 1e9
         if num_queries <= 4:
             yield Target(f"scan, Q={num_queries}, of the read bandwidth", 0.85, read)
@@ -103,7 +107,7 @@ def scan(setting: Setting, limits: Limits) -> Iterator[Target]:
             yield Target(
                 "scan, Q=16, AMX, of the read bandwidth", 0.6, read if amx else None, note=note
             )
-            share = rate / limits.fma_gflop_per_s
+            share = rate / now.fma_gflop_per_s
             yield Target(
                 "scan, Q=16, of the fp32 FMA rate", 0.0, share, note="no bar: for the record"
             )
@@ -120,7 +124,7 @@ def held_scan(setting: Setting) -> Target:
     rows = torch.randn(setting.num_rows, setting.dim).half()
     case = bench_scores.case(torch.randn(16, setting.dim), rows)
     seconds = of_case(case, setting)
-    best = min((v, k) for k, v in seconds.items() if not k.startswith(OURS))[1]
+    best = min((v, k) for k, v in seconds.items() if k.startswith("torch"))[1]
     got = over_best(seconds, lambda name: not name.startswith(OURS))
     what = f"scan, Q=16, both held to {_native.isa()}, best torch over ours"
     return Target(what, 3.0, got, note=f"the best is {best}")
@@ -235,7 +239,8 @@ def _of_peers(records: list[dict]) -> Iterator[Target]:
                 theirs = [
                     r
                     for r in record["providers"]
-                    if r["provider"] == peer or r["provider"].startswith(f"{peer} FAISS")
+                    if r["provider"] in (peer, f"{peer} Scorer, mapped")
+                    or r["provider"].startswith(f"{peer} FAISS")
                 ]
                 if ours and theirs:
                     best = min(r["median_ms"] for r in theirs)

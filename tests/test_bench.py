@@ -146,7 +146,8 @@ def test_json_lines_carry_the_machine(tmp_path: Path) -> None:
         )
         assert line["date"].endswith("+00:00")
         assert line["params"] == {"N": 4}
-        assert line["limits"]["read_gb_per_s"] == 40.0
+        assert line["limits"]["read_gb_per_s"] > 0  # measured in turns with the providers
+        assert line["limits"]["sgemm_gflop_per_s"] == 100.0
     assert socket.gethostname() not in text
     assert str(Path.home()) not in text
     assert str(Path(__file__).parents[1]) not in text
