@@ -159,7 +159,7 @@ def run_case(
         times = time_providers(timed, args.rounds, args.rounds, budget_s=float("inf"))
     else:
         times = time_providers(
-            timed, 5, 9 if args.quick else 25, budget_s=0.25 if args.quick else 1.0
+            timed, 5, 9 if args.quick else 15, budget_s=0.25 if args.quick else 0.6
         )
     read_s, fma_s = (statistics.median(times.pop(name)) for name in (_limits.READ, _limits.FMA))
     limits = _limits.refined(limits, read_s, fma_s)

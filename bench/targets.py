@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bench import _limits, _results, bench_covariance_update, bench_logging, bench_scores
 from bench import bench_projected_gradients as projected
@@ -198,14 +197,9 @@ def logging_ops(setting: Setting, limits: Limits) -> Iterator[Target]:
 
 
 def logging(setting: Setting) -> Iterator[Target]:
-    lm = bench_logging.Setting(*setting.logging)
-
-    def floor() -> Tensor:
-        lm.floor()
-        return torch.zeros(0)
-
-    providers = {"floor": floor, "logra": lm.rows_of_capture}
-    seconds = medians(providers, setting)
+    case = bench_logging.language_model(*setting.logging, setting.rank)
+    case.providers = {name: case.providers[name] for name in ("logra", "floor")}
+    seconds = of_case(case, setting)
     what = "logging a small LM, over its forward and activation-gradient pass"
     yield Target(what, 1.10, seconds["logra"] / seconds["floor"], at_least=False)
 

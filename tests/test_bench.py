@@ -363,3 +363,28 @@ def test_targets_from_stored_results(tmp_path: Path) -> None:
     assert found["logging: LogIX over ours"].verdict == "met"
     assert found["logging: Bergson over ours"].verdict == "missed"
     assert found["l-RelatIF: LogIX over ours"].verdict == "not measured"
+
+
+def test_every_target_can_be_measured() -> None:
+    """On problems so small that the figures mean nothing."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = targets.Setting(
+        num_rows=40,
+        dim=64,
+        rounds=1,
+        budget_s=0.0,
+        logging=(1, 1, 8),
+        rank=8,
+        width=32,
+        tokens=(2, 8),
+    )
+    found = [targets.held_scan(small)]
+    with torch.no_grad():
+        for name in ("scan", "duties", "ops", "logging"):
+            found += list(targets.GROUPS[name](small, LIMITS))
+    assert len(found) == len({target.what for target in found})
+    for target in found:
+        assert target.got is None or 0 < target.got < float("inf"), target
+        assert (target.got is None) == ("AMX" in target.what), target  # LIMITS has none
+        assert target.what in targets.line(target)
