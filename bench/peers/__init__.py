@@ -1,0 +1,69 @@
+"""Other libraries at the same work: LogIX, Bergson, dattri, dattri-llm. None is needed at run time.
+
+`make peers-env` installs them into .venv-peers; `.venv-peers/bin/python -m bench.bench_peers` runs
+what is installed. Each `with_<library>` runs a peer as its documentation says, from its own public
+names where they suffice; what had to be worked round on a CPU, or was repaired for a fair
+comparison, stands in the module's first lines. Patches are undone after each call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # bars of one peer would stand in another's time
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+NAMES = ("logix", "bergson", "dattri", "dattri_llm")
+
+
+def missing(name: str) -> str | None:
+    """Why the peer cannot be run here; None if it can."""
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    if importlib.util.find_spec(name) is None:
+        return f"{name} is not installed (make peers-env)"
+    return None
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """What a peer prints and logs is not part of the table."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        sink = io.StringIO()
+        with (
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def replaced(**attributes: Any) -> Iterator[None]:
+    """Attributes of modules or classes, for a while: replaced(**{"package.module:name": value})."""
+    undo = []
+    try:
+        for path, value in attributes.items():
+            module, _, name = path.partition(":")
+            owner: Any = importlib.import_module(module)
+            *outer, last = name.split(".")
+            for part in outer:
+                owner = getattr(owner, part)
+            undo.append((owner, last, getattr(owner, last)))
+            setattr(owner, last, value)
+        yield
+    finally:
+        for owner, last, value in reversed(undo):
+            setattr(owner, last, value)

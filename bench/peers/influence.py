@@ -1,0 +1,74 @@
+"""The same rows, questions and covariances for every library, and the scores in float64."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from logra_kernels.store import Module
+
+DAMPING_SCALE = 0.1  # λ over the mean eigenvalue: every library's, by default or by request
+CHECKED = 64  # rows whose scores are compared with float64
+
+
+class InfluenceSetting:
+    """N rows of D = modules · rank² numbers whose spectrum decays, as that of gradients does."""
+
+    def __init__(self, rank: int, num_modules: int, num_rows: int, most_queries: int) -> None:
+        torch.manual_seed(0)
+        self.rank = rank
+        self.modules = [Module(f"module.{index}", rank, rank) for index in range(num_modules)]
+        self.rows = torch.empty(num_rows, num_modules * rank**2)
+        self.queries = torch.empty(most_queries, self.rows.shape[1])
+        for columns in range(0, self.rows.shape[1], rank**2):
+            scale = torch.logspace(0, -1.5, rank**2)  # standard deviations of the coordinates
+            for target in (self.rows, self.queries):
+                part = torch.randn(len(target), rank**2) * scale
+                target[:, columns : columns + rank**2] = part.roll(columns // rank**2, dims=1)
+
+    def title(self, num_queries: int) -> str:
+        n, d = self.rows.shape
+        return f"Q={num_queries}, N={n}, D={d} ({len(self.modules)} modules of {self.rank}²)"
+
+    @cached_property
+    def covariances(self) -> dict[str, Tensor]:
+        """(1/N) Σ g gᵀ of each module, [K, K] float64 (from float32 products)."""
+        return {
+            module.name: (part.T @ part).double() / len(part)
+            for module, part in zip(self.modules, self._parts(self.rows), strict=True)
+        }
+
+    @cached_property
+    def _factors(self) -> list[Tensor]:
+        """Cholesky factors of H + λI, float64."""
+        factors = []
+        for covariance in self.covariances.values():
+            damped = covariance.clone()
+            damped.diagonal().add_(DAMPING_SCALE * covariance.diagonal().mean())
+            factors.append(torch.linalg.cholesky(damped))
+        return factors
+
+    def expected(self, num_queries: int, mode: str) -> Tensor:
+        """Scores of the first rows, [Q, CHECKED] float64: identity, dot, l-relatif, whitened."""
+        queries, rows = self.queries[:num_queries], self.rows[:CHECKED]
+        if mode == "identity":
+            return queries.double() @ rows.double().T
+        scores = torch.zeros(num_queries, len(rows), dtype=torch.float64)
+        row_norms, query_norms = torch.zeros(len(rows)), torch.zeros(num_queries)
+        parts = zip(self._factors, self._parts(queries), self._parts(rows), strict=True)
+        for factor, query, row in parts:
+            query = torch.linalg.solve_triangular(factor, query.double().T, upper=False)
+            row = torch.linalg.solve_triangular(factor, row.double().T, upper=False)
+            scores += query.T @ row
+            row_norms = row_norms + row.square().sum(0)
+            query_norms = query_norms + query.square().sum(0)
+        if mode in ("l-relatif", "whitened-cosine"):
+            scores /= row_norms.sqrt()
+        if mode == "whitened-cosine":
+            scores /= query_norms.sqrt()[:, None]
+        return scores
+
+    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.rank**2, dim=1)

@@ -1,0 +1,64 @@
+"""Our own logging and scoring, in the form the peers' have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import logra_kernels as logra
+from bench.peers import replaced, silenced
+from bench.peers.setting import LoggingSetting
+from logra_kernels import ops
+from logra_kernels.attribution import Attributor
+from logra_kernels.curvature import RawCurvature
+from logra_kernels.statistic import Covariance
+from logra_kernels.store import Module, Store, StoreWriter
+
+
+class Logger:
+    """`with run(data_id): loss.backward()`, from init to finalize.
+
+    The projections are made beforehand, for this library as for the others.
+    """
+
+    def __init__(self, setting: LoggingSetting, curvature: bool) -> None:
+        self.setting, self.curvature = setting, curvature
+        self.model = setting.model()
+
+    def __call__(self, folder: Path) -> Path:
+        setting = self.setting
+        run = logra.init(folder.name, root_dir=str(folder.parent), rank=setting.rank)
+        run.watch(self.model, name_filter=["mlp"])
+        with replaced(**{"logra_kernels.run:build_projections": lambda *_: setting.projections}):
+            run.add_lora()
+        kept = {"log": "grad", "save": "grad"}
+        run.setup({**kept, "statistic": {"grad": Covariance}} if self.curvature else kept)
+        for indices, ids in setting.batches():
+            with torch.enable_grad(), run(data_id=indices):
+                setting.summed_loss(self.model, ids).backward()
+        run.finalize()
+        return folder
+
+    def rows(self, folder: Path) -> Tensor:
+        store = Store.open(folder)
+        return torch.from_numpy(store.take(range(store.num_rows)))
+
+
+def write_store(folder: Path, modules: list[Module], rows: Tensor) -> Store:
+    sizes = [module.size for module in modules]
+    with StoreWriter.create(folder, modules=modules) as writer:
+        writer.set_module_exponents([0] * len(modules))
+        for first in range(0, len(rows), 256):
+            block = rows[first : first + 256]
+            packed, scale = ops.pack_rows(block, sizes, [0] * len(modules))
+            writer.append(range(first, first + len(block)), packed.numpy(), scale.numpy())
+    return Store.open(folder)
+
+
+def attributor(folder: Path, modules: list[Module], rows: Tensor, curvature: bool) -> Attributor:
+    """Ready for questions: the preconditioner factorised, the norms not yet computed."""
+    with silenced():
+        store = write_store(folder, modules, rows)
+        return Attributor(store, RawCurvature.rebuild(store) if curvature else "none")

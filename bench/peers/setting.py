@@ -1,0 +1,125 @@
+"""One model, one set of examples and one projection for every library."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from logra_kernels.projection import ModuleProjection, build_projections
+from logra_kernels.store import Module
+
+VOCABULARY = 8192
+
+
+class LoggingSetting:
+    """A Llama with random weights whose MLP layers are logged, N examples of T tokens.
+
+    All examples have the same length, for Bergson hands no attention mask to the model. The loss
+    is summed over tokens and examples.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        num_examples: int = 32,
+        batch_size: int = 8,
+        num_tokens: int = 128,
+        blocks: int = 4,
+        width: int = 576,
+    ) -> None:
+        torch.manual_seed(0)
+        self.rank, self.batch_size = rank, batch_size
+        self.ids = torch.randint(0, VOCABULARY, (num_examples, num_tokens))
+        self._model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=width,
+                intermediate_size=width * 8 // 3,
+                num_hidden_layers=blocks,
+                num_attention_heads=width // 64,
+                num_key_value_heads=width // 64,
+            )
+        ).eval()
+        widths = {
+            name: (module.in_features, module.out_features)
+            for name, module in self._model.named_modules()
+            if "mlp" in name and isinstance(module, nn.Linear)
+        }
+        self.projections: dict[str, ModuleProjection] = build_projections(widths, rank)
+        self.title = (
+            f"Llama, {blocks} blocks of {width}, {num_examples} x {num_tokens} tokens in batches "
+            f"of {batch_size}, rank {rank}, fp32"
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.projections)
+
+    @property
+    def modules(self) -> list[Module]:
+        return [Module(name, p.ko, p.ki) for name, p in self.projections.items()]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids.numel()
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """P_o [Ko, O] and P_i [Ki, I]."""
+        projection = self.projections[name]
+        assert projection.proj_out is not None, "the rank is below every width"
+        assert projection.proj_in is not None
+        return projection.proj_out, projection.proj_in
+
+    def model(self) -> LlamaForCausalLM:
+        """A copy, for each library changes it in its own way."""
+        return copy.deepcopy(self._model)
+
+    def probe(self) -> LlamaForCausalLM:
+        """A copy frozen but for the embedding: no weight gradients, as Bergson sets it up."""
+        model = self.model().requires_grad_(False)
+        model.get_input_embeddings().requires_grad_(True)
+        return model
+
+    def batches(self) -> Iterator[tuple[list[int], Tensor]]:
+        for first in range(0, len(self.ids), self.batch_size):
+            ids = self.ids[first : first + self.batch_size]
+            yield list(range(first, first + len(ids))), ids
+
+    @staticmethod
+    def summed_loss(model: nn.Module, ids: Tensor) -> Tensor:
+        logits = model(ids).logits[:, :-1]
+        return functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        )
+
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """What the first examples' rows are, [4, D] float64: one example at a time, by autograd."""
+        model = self.model().double()
+        rows = []
+        for ids in self.ids[:4]:
+            model.zero_grad()
+            with torch.enable_grad():
+                self.summed_loss(model, ids[None]).backward()
+            parts = []
+            for name in self.names:
+                gradient = model.get_submodule(name).weight.grad
+                proj_out, proj_in = self.matrices(name)
+                parts.append((proj_out.double() @ gradient @ proj_in.double().T).flatten())
+            rows.append(torch.cat(parts))
+        return torch.stack(rows)
+
+    @property
+    def flops(self) -> float:
+        """Forward and activation-gradient pass: 4 a parameter and token."""
+        parameters = sum(
+            m.weight.numel() for m in self._model.modules() if isinstance(m, nn.Linear)
+        )
+        return 4.0 * parameters * self.num_tokens
