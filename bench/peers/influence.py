@@ -10,15 +10,22 @@ from torch import Tensor
 from logra_kernels.store import Module
 
 DAMPING_SCALE = 0.1  # λ over the mean eigenvalue: every library's, by default or by request
-CHECKED = 64  # rows whose scores are compared with float64
 
 
 class InfluenceSetting:
     """N rows of D = modules · rank² numbers whose spectrum decays, as that of gradients does."""
 
-    def __init__(self, rank: int, num_modules: int, num_rows: int, most_queries: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        num_modules: int,
+        num_rows: int,
+        most_queries: int,
+        checked: int | None = None,  # rows whose scores are compared with float64; None: all
+    ) -> None:
         torch.manual_seed(0)
-        self.rank = rank
+        self.rank, self.checked = rank, checked or num_rows
+        self._known: dict[str, Tensor] = {}
         self.modules = [Module(f"module.{index}", rank, rank) for index in range(num_modules)]
         self.rows = torch.empty(num_rows, num_modules * rank**2)
         self.queries = torch.empty(most_queries, self.rows.shape[1])
@@ -51,23 +58,30 @@ class InfluenceSetting:
         return factors
 
     def expected(self, num_queries: int, mode: str) -> Tensor:
-        """Scores of the first rows, [Q, CHECKED] float64: identity, dot, l-relatif, whitened."""
-        queries, rows = self.queries[:num_queries], self.rows[:CHECKED]
+        """[Q, checked] float64, in our modes' names; identity is the gradients' dot product."""
+        if mode not in self._known:
+            self._known[mode] = self._scores(mode)
+        return self._known[mode][:num_queries]
+
+    def _scores(self, mode: str) -> Tensor:
+        rows = self.rows[: self.checked]
         if mode == "identity":
-            return queries.double() @ rows.double().T
-        scores = torch.zeros(num_queries, len(rows), dtype=torch.float64)
-        row_norms, query_norms = torch.zeros(len(rows)), torch.zeros(num_queries)
-        parts = zip(self._factors, self._parts(queries), self._parts(rows), strict=True)
+            return self.queries.double() @ rows.double().T
+        scores = torch.zeros(len(self.queries), len(rows), dtype=torch.float64)
+        row_squares = torch.zeros(len(rows), dtype=torch.float64)
+        query_squares = torch.zeros(len(self.queries), dtype=torch.float64)
+        parts = zip(self._factors, self._parts(self.queries), self._parts(rows), strict=True)
         for factor, query, row in parts:
-            query = torch.linalg.solve_triangular(factor, query.double().T, upper=False)
-            row = torch.linalg.solve_triangular(factor, row.double().T, upper=False)
-            scores += query.T @ row
-            row_norms = row_norms + row.square().sum(0)
-            query_norms = query_norms + query.square().sum(0)
+            query = torch.cholesky_solve(query.double().T, factor)
+            scores += query.T @ row.double().T
+            if mode != "dot":
+                row = torch.linalg.solve_triangular(factor, row.double().T, upper=False)
+                row_squares += row.square().sum(0)
+                query_squares += (factor.T @ query).square().sum(0)
         if mode in ("l-relatif", "whitened-cosine"):
-            scores /= row_norms.sqrt()
+            scores /= row_squares.sqrt()
         if mode == "whitened-cosine":
-            scores /= query_norms.sqrt()[:, None]
+            scores /= query_squares.sqrt()[:, None]
         return scores
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:

@@ -23,6 +23,8 @@ class Logger:
     The projections are made beforehand, for this library as for the others.
     """
 
+    row_files = "shard-*"
+
     def __init__(self, setting: LoggingSetting, curvature: bool) -> None:
         self.setting, self.curvature = setting, curvature
         self.model = setting.model()

@@ -28,7 +28,7 @@ class LoggingSetting:
         self,
         rank: int,
         *,
-        num_examples: int = 32,
+        num_examples: int = 16,
         batch_size: int = 8,
         num_tokens: int = 128,
         blocks: int = 4,
@@ -95,9 +95,7 @@ class LoggingSetting:
     @staticmethod
     def summed_loss(model: nn.Module, ids: Tensor) -> Tensor:
         logits = model(ids).logits[:, :-1]
-        return functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-        )
+        return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
     @cached_property
     def first_rows(self) -> Tensor:

@@ -55,6 +55,8 @@ def prepared(setting: LoggingSetting, names: list[str]) -> GradientProcessor:
 class Logger:
     """What `bergson build` does in its worker, once model and data are loaded."""
 
+    row_files = "gradients.bin"
+
     def __init__(self, setting: LoggingSetting, curvature: bool) -> None:
         self.setting, self.curvature = setting, curvature
         self.model = setting.probe()
@@ -86,7 +88,7 @@ class Logger:
         return folder
 
     def _with_grams(self, config: IndexConfig, processor: GradientProcessor) -> None:
-        sizes = {name: self.setting.rank**2 for name in self.names}
+        sizes = dict.fromkeys(self.names, self.setting.rank**2)
         collector = InMemoryCollector(
             model=self.model.base_model,
             cfg=config,

@@ -33,6 +33,8 @@ from logra_kernels.store import Module
 class Logger:
     """HookManager.collect() around the loop, with an OffloadCallback."""
 
+    row_files = "batch_*"
+
     def __init__(self, setting: LoggingSetting) -> None:
         self.setting = setting
         self.model = setting.probe()
@@ -43,7 +45,7 @@ class Logger:
             return lambda x: x @ matrices[proj_seed].T
 
         self.config = HookManagerConfig(
-            hook_types={name: "linear_io" for name in setting.names},
+            hook_types=dict.fromkeys(setting.names, "linear_io"),
             capture_style="auto",
             include_frozen=True,
             projector=projector,
@@ -89,9 +91,10 @@ class Influence:
 
     def __init__(self, folder: Path, modules: list[Module], rows: Tensor, batch: int = 64) -> None:
         self.folder, self.modules = folder, modules
-        self.arguments = AttributionArguments(
-            output_dir=str(folder / "scores"), per_device_train_batch_size=batch, use_cpu=True
-        )
+        with silenced():
+            self.arguments = AttributionArguments(
+                output_dir=str(folder / "scores"), per_device_train_batch_size=batch, use_cpu=True
+            )
         self._write("train", rows, batch)
 
     def _write(self, name: str, rows: Tensor, batch: int) -> None:

@@ -60,6 +60,8 @@ def start(folder: Path, rank: int) -> LogIX:
 class Logger:
     """From init to finalize; the LoRA layers are inserted beforehand."""
 
+    row_files = "*.mmap"
+
     def __init__(
         self, setting: LoggingSetting, curvature: bool, patches: dict[str, Any] | None = None
     ) -> None:
