@@ -5,7 +5,8 @@ logging     tokens/s of a small language model: forward and backward pass, rows 
             same matrices, the store finished. Without curvature, and with the raw covariances.
             "nothing kept" is the two passes alone, down to the embedding.
 l-relatif   pairs/s of LogIX's "cosine" over a store, the norms of our rows known already, LogIX's
-            inverses too.
+            inverses too. LogIX has the first rows only: its time is proportional to their number.
+            Repaired, it also takes 256 rows at a time instead of 16.
 influence   pairs/s of Eq. 3 with the questions preconditioned in the call; then of the gradients'
             plain dot product, for dattri-llm has no curvature of rows.
 whitened    pairs/s where both sides are normalised: Bergson's two-sided mode.
@@ -54,6 +55,10 @@ class Comparison:
     unit: str
     count: float  # of the unit, in a call
     bytes_per_example: dict[str, Callable[[], float]] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)  # of providers with another count
+
+    def count_of(self, provider: str) -> float:
+        return self.counts.get(provider, self.count)
 
 
 class Watched:
@@ -116,9 +121,6 @@ def logging_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
 
             loggers["LogIX"] = with_logix.Logger(setting, curvature)
             loggers["LogIX, repaired"] = with_logix.Logger(setting, curvature, with_logix.REPAIRED)
-            loggers["LogIX with logra's ops"] = with_logix.Logger(
-                setting, curvature, with_logix.WITH_OUR_OPS
-            )
         if missing("bergson") is None:
             from bench.peers import with_bergson
 
@@ -152,7 +154,7 @@ def logging_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
                 rtol=FLOAT32,
                 our_rtol=HALF,
                 errors=errors,
-                apart=frozenset({passes, "LogIX with logra's ops"}),
+                apart=frozenset({passes}),
                 num_bytes=0.0,
                 flops=setting.flops,
             ),
@@ -239,34 +241,36 @@ def l_relatif_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
         return
     from bench.peers import with_logix
 
-    setting = (
-        InfluenceSetting(16, 4, 500, 16, 64) if quick else InfluenceSetting(64, 8, 2000, 16, 64)
-    )
+    shape = (16, 4, 2000) if quick else (64, 4, 20_000)
+    setting = InfluenceSetting(*shape, most_queries=16, checked=64)
     attributor = ours.attributor(folder / "logra", setting.modules, setting.rows, curvature=True)
     attributor.self_influence()  # the norms are known from here on
+    few = 256 if quick else 512
     peer = with_logix.Influence(
-        folder / "logix", setting.modules, setting.rows, setting.covariances
+        folder / "logix", setting.modules, setting.rows[:few], setting.covariances
     )
-    patched = {
-        "LogIX": None,
-        "LogIX, repaired": with_logix.REPAIRED,
-        "LogIX with logra's ops": with_logix.WITH_OUR_OPS,
-    }
     for num_queries in (1, 16):
         queries = setting.queries[:num_queries]
-        full = {"logra": lambda q=queries: attributor.scores(q, "l-relatif").scores}
-        for name, patches in patched.items():
-            full[name] = lambda q=queries, p=patches: peer.scores(q, p)
-        yield influence_case(
+        comparison = influence_case(
             setting,
-            "l-RelatIF",
+            f"l-RelatIF (LogIX: of the first {few} rows)",
             num_queries,
             "l-relatif",
-            full,
+            {
+                "logra": lambda q=queries: attributor.scores(q, "l-relatif").scores,
+                "LogIX": lambda q=queries: peer.scores(q),
+                "LogIX, repaired": lambda q=queries: peer.scores(q, with_logix.REPAIRED, 256),
+            },
             {},
-            frozenset({"LogIX with logra's ops"}),
-            {"logra": [folder / "logra"], "LogIX": [folder / "logix"]},
         )
+        theirs = dict.fromkeys(("LogIX", "LogIX, repaired"), float(num_queries * few))
+        comparison.counts = theirs
+        comparison.case.apart = frozenset(theirs)  # fewer rows: another problem
+        comparison.bytes_per_example = {
+            "logra": _share([folder / "logra"], len(setting.rows)),
+            "LogIX": _share(list((folder / "logix").glob("*.mmap")), few),
+        }
+        yield comparison
 
 
 def influence_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
@@ -436,19 +440,20 @@ PARTS: dict[str, Callable[[bool, Path], Iterator[Comparison]]] = {
 
 def show(comparison: Comparison, rows: list[Row]) -> None:
     """Rates and ratios, and what only this bench knows."""
-    ours_ms = next((row.median_ms for row in rows if row.provider.startswith(OURS)), None)
     unit = f"{comparison.unit}/s"
-    print(f"  {'':<28}{unit:>14}{'least ms':>11}{'ours is':>11}{'bytes':>11}{'MiB':>7}")
+    rates = {row.provider: comparison.count_of(row.provider) / row.median_ms * 1e3 for row in rows}
+    our_rate = next((rate for name, rate in rates.items() if name.startswith(OURS)), None)
+    print(f"  {'':<28}{unit:>14}{'ours is':>11}{'least ms':>11}{'bytes':>11}{'MiB':>7}")
     for row in rows:
-        rate = comparison.count / row.median_ms * 1e3
-        times = "" if ours_ms is None else f"{row.median_ms / ours_ms:.2f} x"
+        rate = rates[row.provider]
+        times = "" if our_rate is None else f"{our_rate / rate:,.2f} x"
         size = comparison.bytes_per_example.get(row.provider)
         bytes_text = f"{size():,.0f}" if size else ""
         provider = comparison.case.providers[row.provider]
         grown = provider.grown_mib if isinstance(provider, Watched) else None
         grown_text = "" if grown is None else f"{grown:.0f}"
         print(
-            f"  {row.provider:<28}{rate:>14,.0f}{row.least_ms:>11.3f}{times:>11}{bytes_text:>11}"
+            f"  {row.provider:<28}{rate:>14,.0f}{times:>11}{row.least_ms:>11.3f}{bytes_text:>11}"
             f"{grown_text:>7}"
         )
 
@@ -460,6 +465,12 @@ def run(parts: list[str], args: Any, folder: Path) -> None:
         inside = folder / part
         inside.mkdir()
         for comparison in PARTS[part](args.quick, inside):
+            names = comparison.case.providers
+            comparison.case.params |= {
+                "part": part,
+                "unit": comparison.unit,
+                "count": {name: comparison.count_of(name) for name in names},
+            }
             rows = run_case(comparison.case, limits, args)
             show(comparison, rows)
         shutil.rmtree(inside)

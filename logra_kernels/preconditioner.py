@@ -168,7 +168,9 @@ class CholeskyPreconditioner(Preconditioner):
         factor = self._factorise(i)
         if factor is None:
             return torch.zeros_like(columns)
-        return torch.cholesky_solve(columns, factor)
+        # cholesky_solve copies the factor first, which for few columns is ten times the work
+        half = torch.linalg.solve_triangular(factor, columns, upper=False)
+        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
     def _root(self, i: int) -> Tensor:
         factor = self._factorise(i)

@@ -132,8 +132,12 @@ class Influence:
             for module, part in zip(self.modules, parts, strict=True)
         }
 
-    def scores(self, queries: Tensor, patches: dict[str, Any] | None = None) -> Tensor:
-        """[Q, N]."""
+    def scores(
+        self, queries: Tensor, patches: dict[str, Any] | None = None, batch_rows: int = 16
+    ) -> Tensor:
+        """[Q, N]; its loader takes 16 rows at a time by default."""
         asked = ([str(index) for index in range(len(queries))], self.nested(queries))
         with silenced(), replaced(**(patches or {})):
-            return self.run.compute_influence_all(asked, mode="cosine")["influence"]
+            self.run.log_dataloader = None  # it keeps the first one it made
+            loader = self.run.build_log_dataloader(batch_size=batch_rows)
+            return self.run.compute_influence_all(asked, loader, mode="cosine")["influence"]
