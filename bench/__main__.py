@@ -124,7 +124,7 @@ PARTS = (
     Part("grid-avx512", "the same, both sides held to AVX-512", "bench.grid", FULL, held),
     Part("grid-avx2", "the same, both sides held to AVX2", "bench.grid", FULL, held),
     Part("pytest", "pytest-benchmark of the ops", "bench.test_ops", FULL, by_pytest),
-    Part("peers", "LogIX, Bergson, dattri, kronfluence", "bench.bench_peers", FULL, with_peers),
+    Part("peers", "LogIX, Bergson, dattri, dattri-llm", "bench.bench_peers", FULL, with_peers),
     Part("table1", "LoGra beside EKFAC", "bench.table1", FULL, alone),
     Part("plots", "pictures of the stored results", "bench.plots", FULL, pictures),
 )
