@@ -57,6 +57,8 @@ def measure(rounds: int = 7) -> Limits:
     }
     if _has_bf16_products():
         calls["bf16"] = (product, lambda: narrow @ narrow)
+    if _native.C is not None and (tiles := _native.C.multiply_tiles(1e9)):
+        calls["tiles"] = (tiles, lambda: _native.C.multiply_tiles(1e9))
     best = dict.fromkeys(calls, 0.0)
     with torch.no_grad():
         for _ in range(rounds):
@@ -69,7 +71,7 @@ def measure(rounds: int = 7) -> Limits:
         fma_gflop_per_s=max(best["sgemm"], best[FMA]),
         sgemm_gflop_per_s=best["sgemm"],
         bf16_gflop_per_s=best.get("bf16"),
-        amx_gflop_per_s=best.get("bf16") if _has_amx() else None,
+        amx_gflop_per_s=best.get("tiles", best.get("bf16") if _has_amx() else None),
     )
 
 

@@ -186,6 +186,11 @@ double multiply(double per_thread) {
   return logra::multiply(per_thread);
 }
 
+double multiply_tiles(double per_thread) {
+  py::gil_scoped_release release;
+  return logra::multiply_tiles(per_thread);
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const logra::Isa isa : logra::available_isas()) names.emplace_back(logra::isa_name(isa));
@@ -207,6 +212,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpack_rows", &unpack_rows);
   m.def("read_all", &read_all);
   m.def("multiply", &multiply);
+  m.def("multiply_tiles", &multiply_tiles);
 #ifdef __clang__
   m.attr("compiler") = __VERSION__;
 #else

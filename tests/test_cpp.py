@@ -1,5 +1,6 @@
 """The C++ core by itself: installed, found by find_package(logra), linked without Python."""
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -97,14 +98,15 @@ EXPECTED = [
 ]
 
 
+def cmake(*arguments: str) -> None:
+    done = subprocess.run(["cmake", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(
     not all(map(shutil.which, ("cmake", "ninja", "g++"))), reason="needs cmake, ninja and g++"
 )
 def test_a_program_links_the_installed_core(tmp_path: Path) -> None:
-    def cmake(*arguments: str) -> None:
-        done = subprocess.run(["cmake", *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
     build, prefix, consumer = tmp_path / "build", tmp_path / "prefix", tmp_path / "consumer"
     # -O1: the numbers are the same, in a third of the time
     cmake("-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
@@ -124,3 +126,30 @@ def test_a_program_links_the_installed_core(tmp_path: Path) -> None:
     assert lines[-1] == "rows: expected as many columns as queries"
     assert lines[:-1] == EXPECTED * ((len(lines) - 1) // len(EXPECTED))
     assert len(lines) > len(EXPECTED)
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not all(map(shutil.which, ("cmake", "ninja", "g++"))),
+    reason="needs x86-64, cmake, ninja and g++",
+)
+def test_the_kernels_of_amx_over_emulated_tiles(tmp_path: Path) -> None:
+    """csrc/tests: every instruction set's ops, then the tiles; nothing of it can be installed."""
+    cmake(
+        *("-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"),
+        *("-DLOGRA_TESTS=ON", "-DLOGRA_EMULATE_AMX=ON"),
+    )
+    cmake("--build", str(tmp_path))
+    core = subprocess.run(
+        [tmp_path / "logra_core_test"], capture_output=True, text=True, check=False
+    )
+    assert core.returncode == 0, core.stdout
+    tiles = subprocess.run(
+        [tmp_path / "logra_tiles_test"], capture_output=True, text=True, check=False
+    )
+    if tiles.returncode == 77:
+        pytest.skip(tiles.stdout.strip())
+    assert tiles.returncode == 0, tiles.stdout + tiles.stderr
+    assert "amx_emulated: ok" in core.stdout
+    install = ["cmake", "--install", str(tmp_path), "--prefix", str(tmp_path / "prefix")]
+    subprocess.run(install, capture_output=True, check=False)
+    assert not (tmp_path / "prefix").exists()

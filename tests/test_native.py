@@ -53,7 +53,7 @@ def test_an_unavailable_isa_is_refused_with_the_list() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_isas_stand_in_order() -> None:
-    wanted = ["baseline", "neon", "avx2", "avx512", "avx512_bf16"]
+    wanted = ["baseline", "neon", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"]
     got = _native.available_isas()
     assert got == [name for name in wanted if name in got]
     if platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text():
@@ -116,6 +116,7 @@ def test_objects_with_isa_flags_show_nothing_but_their_table(tmp_path: Path) -> 
         flags["isa_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
         flags["isa_avx512"] = avx512
         flags["isa_avx512_bf16"] = [*avx512, "-mavx512bf16"]
+        flags["isa_amx"] = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
     elif platform.machine() == "aarch64":
         flags["isa_neon"] = []
     for name, isa_flags in flags.items():
@@ -140,5 +141,5 @@ def test_only_the_isa_files_have_isa_flags() -> None:
     text = (ROOT / "CMakeLists.txt").read_text()
     assert "native" not in text.replace("LOGRA_NO_NATIVE", "")
     for line in text.splitlines():
-        if "-mavx" in line or "-mfma" in line:
+        if "-mavx" in line or "-mfma" in line or "-mamx" in line:
             assert "target_compile_options" not in line

@@ -5,6 +5,13 @@
 #include <stdexcept>
 
 #include "kernels.h"
+#include "tiles.h"
+
+#if LOGRA_HAVE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace logra {
 namespace {
@@ -13,6 +20,23 @@ struct Entry {
   Isa isa;
   const Kernels* kernels;
 };
+
+#if LOGRA_HAVE_AMX
+/// Whether the CPU has bfloat16 tiles and the system saves them, and leave to use them. Linux wants to be
+/// asked, once for the process.
+bool ask_for_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kOsXsave = 1u << 27, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & kOsXsave) == 0) return false;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  constexpr unsigned kTileState = 3u << 17;  // their configuration and their data
+  if ((eax & kTileState) != kTileState) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
 std::vector<Entry> available() {
@@ -39,6 +63,21 @@ std::vector<Entry> available() {
       return table;
     }();
     entries.push_back({Isa::kAvx512Bf16, &kernels});
+  }
+#endif
+#if LOGRA_HAVE_AMX || LOGRA_EMULATE_AMX
+#if LOGRA_EMULATE_AMX
+  static const bool permitted = true;
+#else
+  static const bool permitted = ask_for_amx();
+#endif
+  if (entries.back().isa == Isa::kAvx512Bf16 && permitted) {
+    static const Kernels kernels = [&] {
+      Kernels table = *entries.back().kernels;
+      table.tiles = &kAmxTiles;
+      return table;
+    }();
+    entries.push_back({Isa::kAmx, &kernels});
   }
 #endif
   return entries;
@@ -87,6 +126,12 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
+    case Isa::kAmx:
+#if LOGRA_EMULATE_AMX
+      return "amx_emulated";
+#else
+      return "amx";
+#endif
   }
   return "unknown";
 }

@@ -50,6 +50,8 @@ using PairBf16 = void (*)(const void* even, const void* odd, std::size_t n, floa
 // Four sums, in the compiler's own vector type.
 typedef float Quad __attribute__((vector_size(16)));
 
+struct TileKernels;  // tiles.h
+
 struct Kernels {
   // out[r * out_stride + q] (= or +=) sum_{d < dim} rows[r][offset + d] * queries[q * query_stride + d]
   // for dim <= kDimBlock. dims, if not null, gives each group of four queries a dim of its own, because the
@@ -138,6 +140,9 @@ struct Kernels {
   void (*square_sums)(const float* factor, std::size_t factor_stride, std::size_t count, const float* columns,
                       std::size_t column_stride, std::size_t num_vecs, std::size_t dim, float* partial,
                       bool first, bool last, bool fetch, float* squares);
+
+  // Products on matrix tiles, which Products then prefers; nullptr where the CPU has none.
+  const TileKernels* tiles = nullptr;
 };
 
 extern const Kernels kBaselineKernels;

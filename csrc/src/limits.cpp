@@ -2,24 +2,13 @@
 
 #include "kernels.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace logra {
-namespace {
-
-int all_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
-
-}  // namespace
-
 float read_all(const float* data, std::size_t count) {
   constexpr std::size_t kMultiple = 1024;  // of every instruction set's 4 streams of 4 vectors
   const Kernels& kernels = active_kernels();
-  const std::size_t threads = static_cast<std::size_t>(all_threads());
+  const std::size_t threads = static_cast<std::size_t>(max_threads());
   const std::size_t share = count / threads / kMultiple * kMultiple;
   float total = 0.0f, rest = 0.0f;
 #pragma omp parallel num_threads(static_cast<int>(threads)) reduction(+ : total)
@@ -32,12 +21,26 @@ double multiply(double per_thread) {
   const Kernels& kernels = active_kernels();
   const double round = 2.0 * static_cast<double>(kStrip * kernels.panel_f32);
   const std::size_t rounds = static_cast<std::size_t>(per_thread / round);
-  const int threads = all_threads();
+  const int threads = max_threads();
   float total = 0.0f;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   total += kernels.multiply(rounds);
   // Always so (every chain tends to 2), but it keeps the result in use.
   return total > 0.0f ? round * static_cast<double>(rounds) * threads : 0.0;
+}
+
+double multiply_tiles(double per_thread) {
+  const TileKernels* tiles = active_kernels().tiles;
+  if (tiles == nullptr) return 0.0;
+  const std::size_t rounds = static_cast<std::size_t>(per_thread / TileKernels::kSpinFlop);
+  const int threads = max_threads();
+#pragma omp parallel num_threads(threads)
+  {
+    tiles->configure(kTile);
+    tiles->spin(rounds);
+    tiles->release();
+  }
+  return TileKernels::kSpinFlop * static_cast<double>(rounds) * threads;
 }
 
 }  // namespace logra

@@ -28,6 +28,10 @@ bool narrow_exactly(const float* from, Bfloat16* to, std::size_t n) {
 Products::Products(const Kernels& kernels, const Matrix& queries, Dtype rows, std::size_t num_rows,
                    bool skip_zeros)
     : kernels_(kernels), queries_(queries), dtype_(rows) {
+  if (TileProducts::wanted(kernels, rows, queries.cols, skip_zeros)) {
+    tiles_ = std::make_unique<TileProducts>(kernels, queries, rows, num_rows, skip_zeros, skip_zeros);
+    return;
+  }
   // Whether rows and queries are multiplied as bfloat16 must not depend on the number of rows: another split
   // of them would have other bits.
   if (rows == Dtype::kBfloat16 && kernels.dots_bf16 != nullptr && !skip_zeros) {
@@ -102,11 +106,13 @@ bool Products::direct() const {
 }
 
 std::size_t Products::scratch_floats() const {
+  if (tiles_) return tiles_->scratch_floats();
   return direct() ? 0 : kRowBlock * std::min(kDimBlock, 16 * ceil_div(queries_.cols, 16));
 }
 
 void Products::run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end,
                    float* out, std::size_t out_stride, float* scratch, std::size_t num_ahead) const {
+  if (tiles_) return tiles_->run(rows, num_rows, begin, end, out, out_stride, scratch, num_ahead);
   const std::size_t count = end - begin;
   if (num_blocks_ == 0)
     for (std::size_t r = 0; r < num_rows; ++r) std::fill_n(out + r * out_stride, count, 0.0f);

@@ -2,11 +2,13 @@
 // self_influence share. `queries` may be a projection's or a factor's rows.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
 #include "logra/types.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace logra {
 
@@ -23,13 +25,19 @@ class Products {
            bool skip_zeros = false);
 
   std::size_t num_queries() const { return queries_.rows; }
-  std::size_t query_blocks() const { return (queries_.rows + kQueryBlock - 1) / kQueryBlock; }
+  bool on_tiles() const { return tiles_ != nullptr; }
+  /// Rows that are best handed to run() at a time: no more than these; and how many that follow it looks at.
+  std::size_t row_block() const { return tiles_ ? tiles_->row_block() : kRowBlock; }
+  std::size_t ahead() const { return tiles_ ? kStageRows : 6; }
+  std::size_t query_block() const { return tiles_ ? tiles_->query_block() : kQueryBlock; }
+  std::size_t query_blocks() const { return (queries_.rows + query_block() - 1) / query_block(); }
 
   /// Floats that one thread needs: run()'s scratch.
   std::size_t scratch_floats() const;
 
-  /// out[r * out_stride + q - begin] = <rows[r], queries[q]> for r < num_rows <= kRowBlock, begin <= q < end;
-  /// begin is a multiple of 4. num_ahead pointers after those of the rows say what will be read next.
+  /// out[r * out_stride + q - begin] = <rows[r], queries[q]> for r < num_rows <= row_block(),
+  /// begin <= q < end <= begin + query_block(); begin is a multiple of 16. num_ahead pointers after those of
+  /// the rows say what will be read next.
   void run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end, float* out,
            std::size_t out_stride, float* scratch, std::size_t num_ahead = 0) const;
 
@@ -43,6 +51,7 @@ class Products {
   const std::uint32_t* dims(std::size_t block, std::size_t begin) const;
 
   const Kernels& kernels_;
+  std::unique_ptr<TileProducts> tiles_;  // if there, does it all
   Matrix queries_;
   Dtype dtype_;                    // of the rows
   std::size_t block_ = 0;          // kDimBlock or kDimBlockBf16

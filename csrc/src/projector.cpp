@@ -14,6 +14,10 @@ constexpr std::size_t kMostLanes = 16;
 
 Projector::Projector(const Kernels& kernels, const Matrix& proj, Dtype tokens)
     : kernels_(kernels), proj_(proj), dtype_(tokens) {
+  if (TileProducts::wanted(kernels, tokens, proj.cols, false)) {
+    tiles_ = std::make_unique<TileProducts>(kernels, proj, tokens, kTokenBlock, false, false);
+    return;
+  }
   // Whether tokens are multiplied as bfloat16 depends on P and on their type alone, not on their number.
   const bool possible = tokens == Dtype::kBfloat16 && proj.dtype != Dtype::kFloat16;
   if (!possible || kernels.project_bf16 == nullptr || !fill(true)) fill(false);
@@ -30,6 +34,7 @@ std::size_t Projector::vecs(std::size_t panel) const { return ceil_div(columns(p
 std::size_t Projector::width(std::size_t panel) const { return vecs(panel) * kernels_.lanes; }
 
 std::size_t Projector::scratch_floats() const {
+  if (tiles_) return tiles_->scratch_floats();
   return halves_ || dtype_ == Dtype::kFloat32 ? 0 : kTokenBlock * kProjectBlock;
 }
 
@@ -66,6 +71,13 @@ bool Projector::fill(bool halves) {
 void Projector::run(const void* const* tokens, std::size_t count, std::ptrdiff_t next, std::size_t panel,
                     float* out, std::size_t out_stride, float* scratch) const {
   const std::size_t dim = proj_.cols, some = vecs(panel), stride = width(panel);
+  if (tiles_) {
+    const std::size_t first = panel * kernels_.panel_f32, last = first + columns(panel);
+    tiles_->run(tokens, count, first, last, out, out_stride, scratch, 0);
+    for (std::size_t t = 0; t < count; ++t)
+      std::fill(out + t * out_stride + (last - first), out + t * out_stride + stride, 0.0f);
+    return;
+  }
   const float* columns_of = panels_.get() + panel * kernels_.panel_f32 * words_;
   if (dim == 0)
     for (std::size_t t = 0; t < count; ++t) std::fill_n(out + t * out_stride, stride, 0.0f);

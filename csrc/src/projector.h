@@ -1,9 +1,12 @@
 // Private: tokens times a projection, which project and projected_gradients share.
 #pragma once
 
+#include <memory>
+
 #include "kernels.h"
 #include "logra/types.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace logra {
 
@@ -34,6 +37,7 @@ class Projector {
   std::size_t vecs(std::size_t panel) const;
 
   const Kernels& kernels_;
+  std::unique_ptr<TileProducts> tiles_;  // if there, does it all
   Matrix proj_;
   Dtype dtype_;            // of the tokens
   bool halves_ = false;    // pairs of bfloat16 in the place of floats

@@ -11,10 +11,11 @@
 
 namespace logra {
 
-/// What a thread sees of the products: c[r * kQueryBlock + q] for the rows first_row + r and the queries
+/// What a thread sees of the products: c[r * stride + q] for the rows first_row + r and the queries
 /// first_query + q.
 struct ScanBlock {
   float* c;
+  std::size_t stride;
   std::size_t first_row, num_rows;
   std::size_t first_query, num_queries;
 };
@@ -22,14 +23,16 @@ struct ScanBlock {
 // Rows of a register tile; 12 is a multiple of every kernel's.
 constexpr std::size_t kScanTile = 12;
 
-inline int scan_threads(std::size_t num_rows, std::size_t num_queries, std::size_t dim) {
-  const std::size_t tasks = ceil_div(num_rows, kScanTile) * ceil_div(num_queries, kQueryBlock);
-  return num_threads(tasks, static_cast<double>(num_rows) * static_cast<double>(dim) *
-                                (1.0 + static_cast<double>(num_queries) / 4.0));
+inline int scan_threads(const Products& products, const Matrix& rows) {
+  const std::size_t tile = products.on_tiles() ? kStageRows : kScanTile;
+  const std::size_t tasks = ceil_div(rows.rows, tile) * products.query_blocks();
+  return num_threads(tasks, static_cast<double>(rows.rows) * static_cast<double>(rows.cols) *
+                                (1.0 + static_cast<double>(products.num_queries()) / 4.0));
 }
 
-/// Rows of a task: kRowBlock, or fewer so that every thread has some.
-inline std::size_t scan_row_block(std::size_t num_rows, int threads) {
+/// Rows of a task: as many as the products want, or fewer so that every thread has some.
+inline std::size_t scan_row_block(const Products& products, std::size_t num_rows, int threads) {
+  if (products.on_tiles()) return products.row_block();
   const std::size_t share = ceil_div(num_rows, static_cast<std::size_t>(threads));
   return std::min(kRowBlock, kScanTile * std::max<std::size_t>(1, ceil_div(share, kScanTile)));
 }
@@ -64,13 +67,13 @@ class Shares {
 /// thread, if rows_together.
 template <class Use>
 void scan(const Products& products, const Matrix& rows, int threads, bool rows_together, const Use& use) {
-  constexpr std::size_t kAhead = 6;  // rows fetched while those of a task are read
   const std::size_t query_blocks = products.query_blocks();
   const std::size_t outer = rows_together ? 1 : query_blocks, inner = rows_together ? query_blocks : 1;
-  const std::size_t row_block = scan_row_block(rows.rows, threads);
+  const std::size_t row_block = scan_row_block(products, rows.rows, threads);
+  const std::size_t query_block = products.query_block();
   const std::size_t tasks = ceil_div(rows.rows, row_block) * outer;
   const std::size_t scratch_floats = products.scratch_floats();
-  const std::size_t per_thread = scratch_floats + kRowBlock * kQueryBlock;
+  const std::size_t per_thread = scratch_floats + row_block * query_block;
   const Scratch<float> scratch(checked_product(per_thread, static_cast<std::size_t>(threads)));
   Shares shares(tasks, threads);
 #pragma omp parallel num_threads(threads)
@@ -79,17 +82,18 @@ void scan(const Products& products, const Matrix& rows, int threads, bool rows_t
     shares.run(thread_id(), [&](std::size_t task) {
       ScanBlock block;
       block.c = own + scratch_floats;
+      block.stride = query_block;
       block.first_row = task / outer * row_block;
       block.num_rows = std::min(row_block, rows.rows - block.first_row);
-      const std::size_t ahead = std::min(kAhead, rows.rows - block.first_row - block.num_rows);
-      const void* pointers[kRowBlock + kAhead];
+      const std::size_t ahead = std::min(products.ahead(), rows.rows - block.first_row - block.num_rows);
+      const void* pointers[TileProducts::kMaxRowBlock + kStageRows];
       for (std::size_t r = 0; r < block.num_rows + ahead; ++r)
         pointers[r] = element(rows.data, rows.dtype, (block.first_row + r) * rows.row_stride);
       for (std::size_t i = 0; i < inner; ++i) {
-        block.first_query = (task % outer + i) * kQueryBlock;
-        block.num_queries = std::min(kQueryBlock, products.num_queries() - block.first_query);
+        block.first_query = (task % outer + i) * query_block;
+        block.num_queries = std::min(query_block, products.num_queries() - block.first_query);
         products.run(pointers, block.num_rows, block.first_query, block.first_query + block.num_queries,
-                     block.c, kQueryBlock, own, ahead);
+                     block.c, query_block, own, ahead);
         use(block, thread_id());
       }
     });

@@ -133,6 +133,20 @@ class Task {
   float *squares_, *columns_, *partial_;
 };
 
+/// By products on tiles: a row's in the order of the factor.
+void sum_squares(const Products& products, const Matrix& rows, float* out) {
+  const int threads = scan_threads(products, rows);
+  scan(products, rows, threads, /*rows_together=*/true, [&](const ScanBlock& block, std::size_t) {
+    for (std::size_t r = 0; r < block.num_rows; ++r) {
+      // Four chains, by the index in the factor modulo 4, within a block of it.
+      float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      const float* c = block.c + r * block.stride;
+      for (std::size_t m = 0; m < block.num_queries; ++m) sums[m % 4] += c[m] * c[m];
+      out[block.first_row + r] += (sums[0] + sums[2]) + (sums[1] + sums[3]);
+    }
+  });
+}
+
 }  // namespace
 
 void self_influence(const Matrix& rows, const Matrix& factor, float* out) {
@@ -142,6 +156,8 @@ void self_influence(const Matrix& rows, const Matrix& factor, float* out) {
   std::fill_n(out, rows.rows, 0.0f);
   if (rows.rows == 0 || factor.rows == 0 || factor.cols == 0) return;
   const Kernels& kernels = active_kernels();
+  if (TileProducts::wanted(kernels, rows.dtype, rows.cols, /*exactly=*/true))
+    return sum_squares(Products(kernels, factor, rows.dtype, rows.rows, /*skip_zeros=*/true), rows, out);
   const Factor prepared(kernels, factor);
   const std::size_t vectors = ceil_div(rows.rows, kernels.lanes);
   const int threads = num_threads(vectors, static_cast<double>(rows.rows) * static_cast<double>(rows.cols) *

@@ -9,6 +9,14 @@
 
 namespace logra {
 
+inline int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 /// Threads worth starting for `tasks` tasks of about `work` operations altogether.
 inline int num_threads(std::size_t tasks, double work) {
 #ifdef _OPENMP

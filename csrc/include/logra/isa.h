@@ -8,9 +8,9 @@
 
 namespace logra {
 
-enum class Isa { kBaseline, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kBaseline, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-/// "baseline", "neon", "avx2", "avx512" or "avx512_bf16".
+/// "baseline", "neon", "avx2", "avx512", "avx512_bf16" or "amx".
 const char* isa_name(Isa isa);
 
 /// Those compiled in that this machine can run, least first; the last is the default.
