@@ -67,6 +67,18 @@ def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> 
         assert torch.equal(torch.cat(by_queries), whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native", "set_threads")
+def test_few_queries_have_the_bits_of_many(isa: str, dtype: torch.dtype) -> None:
+    """Up to four have a kernel of their own; 600 rows are several tasks of each thread."""
+    for num_rows, dim in ((600, 70), (125, 2100), (13, 1024)):
+        rows, queries = randn(num_rows, dim, dtype=dtype), randn(9, dim, seed=1)
+        whole = scores(queries, rows)
+        for count in (1, 2, 3, 4):
+            assert torch.equal(scores(queries[:count], rows), whole[:count])
+            assert_threads_do_not_matter(lambda n=count, q=queries, r=rows: scores(q[:n], r))
+
+
 def test_empty(isa: str) -> None:
     assert scores(randn(0, 5), randn(3, 5)).shape == (0, 3)
     assert scores(randn(2, 5), randn(0, 5)).shape == (2, 0)

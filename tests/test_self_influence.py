@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from op_cases import (
@@ -31,11 +33,12 @@ def check(rows: Tensor, factor: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_float64(isa: str, dtype: torch.dtype) -> None:
     sizes = [(5, 6, k) for k in TAILS] + [(r, 6, 20) for r in TAILS] + [(5, m, 20) for m in TAILS]
-    for num_rows, m, size in [*sizes, (50, 130, 130), (3, 70, 1100)]:
+    for num_rows, m, size in [*sizes, (50, 130, 130), (3, 70, 1100), (210, 9, 513)]:
         rows, factor = randn(num_rows, size, dtype=dtype), randn(m, size, seed=1)
         check(rows, factor)
         check(rows, factor.tril())
         check(rows, factor.triu())
+    check(randn(20, 33, dtype=dtype), torch.zeros(12, 33))
 
 
 def test_inverse_cholesky_factor_gives_the_quadratic_form(isa: str) -> None:
@@ -59,11 +62,15 @@ def test_zero_rows_and_bad_values(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("native", "set_threads")
 def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> None:
-    rows, factor = randn(200, 140, dtype=dtype), randn(140, 140, seed=1).tril()
-    assert_threads_do_not_matter(lambda: self_influence(rows, factor))
-    whole = self_influence(rows, factor)
-    parts = [self_influence(rows[a:b], factor) for a, b in ((0, 1), (1, 51), (51, 200))]
-    assert torch.equal(torch.cat(parts), whole)
+    for num_rows, size in ((200, 140), (430, 600)):  # 600: more columns than one chain sums
+        shard = randn(num_rows, 3 * size, dtype=dtype)
+        rows, factor = shard[:, size : 2 * size], randn(size, size, seed=1).tril()
+        assert_threads_do_not_matter(lambda r=rows, f=factor: self_influence(r, f))
+        whole = self_influence(rows, factor)
+        assert torch.equal(self_influence(rows.contiguous(), factor), whole)
+        cuts = (0, 1, 51, 200, num_rows)
+        parts = [self_influence(rows[a:b], factor) for a, b in itertools.pairwise(cuts)]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -30,6 +30,9 @@ def test_equals_a_stable_sort(isa: str, dtype: torch.dtype) -> None:
         (9, 500, 33, 17),
         (66, 130, 8, 130),
         (2, 300, 4, 1),
+        (2, 2000, 8, 127),  # one chunk of 128 entries, two, and more than are sorted by counting
+        (2, 2000, 8, 129),
+        (1, 3000, 8, 700),
     ):
         queries, rows = randn(num_queries, dim), randn(num_rows, dim, dtype=dtype, seed=1)
         scale, bias = torch.rand(num_rows), randn(num_rows, seed=2)
@@ -41,12 +44,22 @@ def test_ties_go_to_the_lower_id(isa: str) -> None:
     """Scores of a few values only, so that ties cross every border, also between calls."""
     queries = torch.eye(3)
     rows = torch.randint(-2, 3, (700, 3), generator=torch.Generator().manual_seed(0)).half()
-    expected = sorted_scores(rows.float().T, 100)
-    assert same_bits(topk_scores(queries, rows, 100), expected)
-    state = None
-    for a, b in ((300, 700), (0, 1), (1, 300)):  # in any order
-        state = topk_scores(queries, rows[a:b], 100, state=state, row_offset=a)
-    assert same_bits(state, expected)
+    for k in (100, 260):
+        expected = sorted_scores(rows.float().T, k)
+        assert same_bits(topk_scores(queries, rows, k), expected)
+        state = None
+        for a, b in ((300, 700), (0, 1), (1, 300)):  # in any order
+            state = topk_scores(queries, rows[a:b], k, state=state, row_offset=a)
+        assert same_bits(state, expected)
+
+
+def test_every_row_better_than_those_before(isa: str) -> None:
+    """Each replaces the worst of what is kept; the infinities fill places like any score."""
+    rows = torch.arange(1000.0)[:, None]
+    rows[-3:] = torch.inf
+    for k in (3, 5, 130):
+        expected = sorted_scores(torch.cat([rows, -rows], 1).T, k)
+        assert same_bits(topk_scores(torch.tensor([[1.0], [-1.0]]), rows, k), expected)
 
 
 def test_k_above_the_number_of_rows(isa: str) -> None:

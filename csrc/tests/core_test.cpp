@@ -153,6 +153,8 @@ int main() {
         test_pack(dtype, size);
       }
       test_products(dtype, 1030, 50, 67);
+      test_products(dtype, 2060, 110, 4);
+      test_products(dtype, 600, 230, 20);
       test_outer(dtype, 70, 66, 130);
     }
     std::printf("%s: %s\n", logra::isa_name(isa), failures == 0 ? "ok" : "failed");
