@@ -76,37 +76,34 @@ static void dots_tile(const T* const* rows, const float* queries, std::size_t qu
 // kRows rows against all queries: the rows stay in L1 while the queries pass.
 template <int kRows, class T>
 static void dots_rows(const void* const* rows, std::size_t offset, const float* queries,
-                      std::size_t query_stride, std::size_t num_queries, std::size_t dim,
-                      const std::uint32_t* dims, float* out, std::size_t out_stride, bool add) {
+                      std::size_t query_stride, std::size_t num_queries, std::size_t dim, float* out,
+                      std::size_t out_stride, bool add) {
   constexpr std::size_t kWide = Vec::kTileQueries;
   const T* tile[kRows];
   for (int r = 0; r < kRows; ++r) tile[r] = static_cast<const T*>(rows[r]) + offset;
   std::size_t q = 0;
   for (; q + kWide <= num_queries; q += kWide)
-    dots_tile<kRows, kWide>(tile, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim, out + q,
-                            out_stride, add);
+    dots_tile<kRows, kWide>(tile, queries + q * query_stride, query_stride, dim, out + q, out_stride, add);
   for (; q + 2 <= num_queries; q += 2)
-    dots_tile<kRows, 2>(tile, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim, out + q,
-                        out_stride, add);
+    dots_tile<kRows, 2>(tile, queries + q * query_stride, query_stride, dim, out + q, out_stride, add);
   if (q < num_queries)
-    dots_tile<kRows, 1>(tile, queries + q * query_stride, query_stride, dims ? dims[q / 4] : dim, out + q,
-                        out_stride, add);
+    dots_tile<kRows, 1>(tile, queries + q * query_stride, query_stride, dim, out + q, out_stride, add);
 }
 
 template <class T>
 static void dots(const void* const* rows, std::size_t offset, std::size_t num_rows, const float* queries,
-                 std::size_t query_stride, std::size_t num_queries, std::size_t dim,
-                 const std::uint32_t* dims, float* out, std::size_t out_stride, bool add) {
+                 std::size_t query_stride, std::size_t num_queries, std::size_t dim, float* out,
+                 std::size_t out_stride, bool add) {
   constexpr int kTile = Vec::kTileRows;
   std::size_t r = 0;
   for (; r + kTile <= num_rows; r += kTile)
-    dots_rows<kTile, T>(rows + r, offset, queries, query_stride, num_queries, dim, dims, out + r * out_stride,
+    dots_rows<kTile, T>(rows + r, offset, queries, query_stride, num_queries, dim, out + r * out_stride,
                         out_stride, add);
   for (; r + 2 <= num_rows; r += 2)
-    dots_rows<2, T>(rows + r, offset, queries, query_stride, num_queries, dim, dims, out + r * out_stride,
+    dots_rows<2, T>(rows + r, offset, queries, query_stride, num_queries, dim, out + r * out_stride,
                     out_stride, add);
   if (r < num_rows)
-    dots_rows<1, T>(rows + r, offset, queries, query_stride, num_queries, dim, dims, out + r * out_stride,
+    dots_rows<1, T>(rows + r, offset, queries, query_stride, num_queries, dim, out + r * out_stride,
                     out_stride, add);
 }
 

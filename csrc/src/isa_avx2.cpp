@@ -17,7 +17,7 @@ struct Vec {
   static constexpr int kPanelVecs = 3;
   // 12 sums + 3 vectors + 1 number of 16 registers; 7 loads for 12 FMA
   static constexpr int kFactorRows = 4, kFactorVecs = 3;
-  static constexpr std::size_t kDirectQueries = 8;
+  static constexpr std::size_t kDirectQueries = 16;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }

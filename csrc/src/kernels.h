@@ -23,6 +23,8 @@ constexpr std::size_t kDimBlockBf16 = 2048;
 constexpr std::size_t kStreamQueries = 4;
 // The same for project(): its blocks of P (64 columns, 32 KiB) stay in a 48 KiB L1 cache.
 constexpr std::size_t kProjectBlock = 128;
+// The most lanes of a vector.
+constexpr std::size_t kMostLanes = 16;
 // Rows of an outer() tile. Every panel width is a multiple of it.
 constexpr std::size_t kStrip = 4;
 
@@ -54,11 +56,10 @@ struct TileKernels;  // tiles.h
 
 struct Kernels {
   // out[r * out_stride + q] (= or +=) sum_{d < dim} rows[r][offset + d] * queries[q * query_stride + d]
-  // for dim <= kDimBlock. dims, if not null, gives each group of four queries a dim of its own, because the
-  // rest of those queries is zero. The element of the array is for rows of that Dtype.
+  // for dim <= kDimBlock. The element of the array is for rows of that Dtype.
   void (*dots[3])(const void* const* rows, std::size_t offset, std::size_t num_rows, const float* queries,
-                  std::size_t query_stride, std::size_t num_queries, std::size_t dim,
-                  const std::uint32_t* dims, float* out, std::size_t out_stride, bool add);
+                  std::size_t query_stride, std::size_t num_queries, std::size_t dim, float* out,
+                  std::size_t out_stride, bool add);
 
   // The whole of D for kStreamQueries or fewer, with the bits of dots over its blocks; block b of query q is
   // at queries + b * block_stride + q * query_stride. num_ahead pointers follow those of the rows: what will

@@ -34,17 +34,20 @@ Products::Products(const Kernels& kernels, const Matrix& queries, Dtype rows, st
   }
   // Whether rows and queries are multiplied as bfloat16 must not depend on the number of rows: another split
   // of them would have other bits.
-  if (rows == Dtype::kBfloat16 && kernels.dots_bf16 != nullptr && !skip_zeros) {
+  if (rows == Dtype::kBfloat16 && kernels.dots_bf16 != nullptr) {
     set_block(kDimBlockBf16);
     if (pack_bf16()) return;
   }
   set_block(kDimBlock);
-  if (queries.dtype == Dtype::kFloat32 && !skip_zeros && (queries.rows <= 4 || num_rows < 16)) {
+  // Packing pays for a stride that suits the cache, and for whole cache lines where many rows will read them.
+  const bool aligned = num_blocks_ <= 1 && queries.row_stride % 16 == 0;
+  const bool few = queries.rows <= kStreamQueries || num_rows < 16 || (num_blocks_ <= 1 && num_rows < 128);
+  if (queries.dtype == Dtype::kFloat32 && (few || aligned)) {
     packed_ = static_cast<const float*>(queries.data);
     block_stride_ = block_;
     query_stride_ = queries.row_stride;
   } else {
-    pack(skip_zeros);
+    pack();
   }
 }
 
@@ -55,27 +58,19 @@ void Products::set_block(std::size_t block) {
   block_stride_ = checked_product(queries_.rows, query_stride_);
 }
 
-void Products::pack(bool skip_zeros) {
-  const std::size_t count = queries_.rows, dim = queries_.cols, groups = ceil_div(count, 4);
+void Products::pack() {
+  const std::size_t count = queries_.rows, dim = queries_.cols;
   storage_ = Scratch<float>(checked_product(num_blocks_, block_stride_));
   float* packed = storage_.get();
   packed_ = packed;
-  if (skip_zeros) dims_.assign(checked_product(num_blocks_, groups), 0);
-  const int threads = num_threads(groups, static_cast<double>(count) * static_cast<double>(dim));
+  const int threads = num_threads(count, static_cast<double>(count) * static_cast<double>(dim));
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (std::size_t group = 0; group < groups; ++group) {
+  for (std::size_t q = 0; q < count; ++q) {
+    const void* query = element(queries_.data, queries_.dtype, q * queries_.row_stride);
     for (std::size_t b = 0; b < num_blocks_; ++b) {
       const std::size_t begin = b * block_, length = std::min(block_, dim - begin);
-      std::size_t used = 0;
-      for (std::size_t q = 4 * group; q < std::min(count, 4 * group + 4); ++q) {
-        float* to = packed + b * block_stride_ + q * query_stride_;
-        const void* query = element(queries_.data, queries_.dtype, q * queries_.row_stride);
-        kernels_.widen_f32[index(queries_.dtype)](&query, begin, 1, length, to, query_stride_, length);
-        std::size_t last = skip_zeros ? length : 0;
-        while (last > used && to[last - 1] == 0.0f) --last;
-        used = std::max(used, last);
-      }
-      if (skip_zeros) dims_[b * groups + group] = static_cast<std::uint32_t>(used);
+      float* to = packed + b * block_stride_ + q * query_stride_;
+      kernels_.widen_f32[index(queries_.dtype)](&query, begin, 1, length, to, query_stride_, length);
     }
   }
 }
@@ -117,7 +112,7 @@ void Products::run(const void* const* rows, std::size_t num_rows, std::size_t be
   if (num_blocks_ == 0)
     for (std::size_t r = 0; r < num_rows; ++r) std::fill_n(out + r * out_stride, count, 0.0f);
   if (!direct()) return run_widened(rows, num_rows, begin, count, out, out_stride, scratch);
-  if (count <= kStreamQueries && storage_bf16_.get() == nullptr && dims_.empty())
+  if (count <= kStreamQueries && storage_bf16_.get() == nullptr)
     return kernels_.stream[index(dtype_)](rows, num_rows, num_ahead, packed_ + begin * query_stride_,
                                           query_stride_, block_stride_, count, queries_.cols, out,
                                           out_stride);
@@ -133,7 +128,7 @@ void Products::run(const void* const* rows, std::size_t num_rows, std::size_t be
                            out + r * out_stride, out_stride, b > 0);
       else
         kernels_.dots[index(dtype_)](rows + r, offset, some, packed_ + first, query_stride_, count, length,
-                                     dims(b, begin), out + r * out_stride, out_stride, b > 0);
+                                     out + r * out_stride, out_stride, b > 0);
     }
   }
 }
@@ -148,12 +143,8 @@ void Products::run_widened(const void* const* rows, std::size_t num_rows, std::s
     kernels_.widen_f32[index(dtype_)](rows, offset, num_rows, length, scratch, stride, length);
     kernels_.dots[index(Dtype::kFloat32)](wide, 0, num_rows,
                                           packed_ + b * block_stride_ + begin * query_stride_, query_stride_,
-                                          count, length, dims(b, begin), out, out_stride, b > 0);
+                                          count, length, out, out_stride, b > 0);
   }
-}
-
-const std::uint32_t* Products::dims(std::size_t block, std::size_t begin) const {
-  return dims_.empty() ? nullptr : dims_.data() + block * ceil_div(queries_.rows, 4) + begin / 4;
 }
 
 }  // namespace logra

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <memory>
-#include <vector>
 
 #include "kernels.h"
 #include "logra/types.h"
@@ -19,8 +18,8 @@ constexpr std::size_t kQueryBlock = 64;
 class Products {
  public:
   /// Copies the queries block by block of D (a stride of a power of two would map them all to a few cache
-  /// sets), unless they are few. skip_zeros leaves out a query's trailing zeros within a block; it must not
-  /// be used where a row's NaN has to meet them.
+  /// sets), unless they are few. On tiles, skip_zeros leaves out a query's trailing zeros within a block; it
+  /// must not be used where a row's NaN has to meet them.
   Products(const Kernels& kernels, const Matrix& queries, Dtype rows, std::size_t num_rows,
            bool skip_zeros = false);
 
@@ -44,11 +43,10 @@ class Products {
  private:
   void set_block(std::size_t block);
   bool direct() const;
-  void pack(bool skip_zeros);
+  void pack();
   bool pack_bf16();  // false if the queries are not exact in bfloat16
   void run_widened(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
                    float* out, std::size_t out_stride, float* scratch) const;
-  const std::uint32_t* dims(std::size_t block, std::size_t begin) const;
 
   const Kernels& kernels_;
   std::unique_ptr<TileProducts> tiles_;  // if there, does it all
@@ -62,7 +60,6 @@ class Products {
   Scratch<float> storage_;
   Scratch<Bfloat16>
       storage_bf16_;  // in place of storage_, where the products are the CPU's own bfloat16 ones
-  std::vector<std::uint32_t> dims_;  // [num_blocks_, ceil(Q / 4)], if zeros are skipped
 };
 
 }  // namespace logra

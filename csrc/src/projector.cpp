@@ -6,11 +6,6 @@
 #include "threads.h"
 
 namespace logra {
-namespace {
-
-constexpr std::size_t kMostLanes = 16;
-
-}  // namespace
 
 Projector::Projector(const Kernels& kernels, const Matrix& proj, Dtype tokens)
     : kernels_(kernels), proj_(proj), dtype_(tokens) {

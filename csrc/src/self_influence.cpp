@@ -125,7 +125,6 @@ class Task {
     }
   }
 
-  static constexpr std::size_t kMostLanes = 16;
   const Kernels& kernels_;
   const Factor& factor_;
   const Matrix& rows_;

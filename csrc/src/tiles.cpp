@@ -248,7 +248,7 @@ void TileProducts::again(const void* row, std::size_t query, float* out) const {
   for (std::size_t begin = 0; begin < queries_.cols; begin += kDimBlock) {
     const std::size_t length = std::min(kDimBlock, queries_.cols - begin);
     kernels_.widen_f32[index(queries_.dtype)](&data, begin, 1, length, wide, length, length);
-    kernels_.dots[index(dtype_)](&row, begin, 1, wide, kDimBlock, 1, length, nullptr, out, 1, begin > 0);
+    kernels_.dots[index(dtype_)](&row, begin, 1, wide, kDimBlock, 1, length, out, 1, begin > 0);
   }
 }
 
