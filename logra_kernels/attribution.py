@@ -7,7 +7,8 @@ row costs one dot product; a normaliser such as l-RelatIF's 1 / sqrt(sigma) is a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.influence_result import TOTAL, InfluenceResult, StoredIds
+from logra_kernels.memory import SHARE_FOR_ROWS, available_bytes
+from logra_kernels.pipeline import HostLanes, Lanes, feed, lanes_of
 from logra_kernels.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.progress import Progress, track
 from logra_kernels.rows import layout, share
@@ -26,6 +29,7 @@ from logra_kernels.scan import (
     Block,
     Groups,
     Norms,
+    ShardNorms,
     Sink,
     check_mode,
     check_query_ids,
@@ -33,15 +37,21 @@ from logra_kernels.scan import (
     collect,
     find_groups,
     plan_queries,
-    true_norm,
+    true_norms,
 )
-from logra_kernels.store import Module, Store
+from logra_kernels.store import BlockReader, Module, RowBlock, Store, huge_buffer
 
 __all__ = ["Attributor", "Groups", "InfluenceResult", "find_groups", "influence_between"]
 
 # A block this large outweighs a call, and still leaves the shard hot between sigma and the scores.
 BLOCK_BYTES = 32 << 20
 SMALLEST_BLOCK_ROWS, LARGEST_BLOCK_ROWS = 256, 1 << 16
+# A streamed block is held in memory, three of them at a time.
+SMALLEST_STREAMED_ROWS = 16
+# Several groups read a block's rows several times: so few of them that they stay in cache.
+GROUPED_BYTES = 4 << 20
+
+READINGS = ("auto", "mapped", "streamed", "resident")
 
 
 class Attributor:
@@ -56,9 +66,20 @@ class Attributor:
         solver: "cholesky" or "eigh" (pseudo-inverse), see RawCurvature.damped.
         device: where the scan runs; the CPU by default, which reads the mapped file in place.
         block_rows: rows per step of the scan; None for about 32 MiB.
+        reading: how the rows come from the disk.
+            "mapped": through the page cache, where they stay for the next query; on the CPU they
+            are used in place.
+            "streamed": around the page cache, through a ring of three blocks, so that memory does
+            not grow with the store; what the page cache has already is used from there.
+            "auto": mapped if the rows take at most `memory_bytes`, else streamed.
+            "resident": the first scan copies the rows to the device's memory (on the CPU: to this
+            process's), where they stay as long as the Attributor does.
+        memory_bytes: what the rows may take, in "auto" and "resident"; by default 0.7 of what the
+            machine (and the control group) has left, or the GPU.
 
     Raises:
-        ValueError: an empty store, no curvature, a damping that is not a number >= 0.
+        ValueError: an empty store, no curvature, a damping that is not a number >= 0, an unknown
+            reading, a resident store that does not fit.
     """
 
     def __init__(
@@ -71,6 +92,8 @@ class Attributor:
         solver: str = "cholesky",
         device: torch.device | str | None = None,
         block_rows: int | None = None,
+        reading: str = "auto",
+        memory_bytes: int | None = None,
     ) -> None:
         self.store = store if isinstance(store, Store) else Store.open(Path(store))
         if self.store.num_rows == 0:
@@ -79,12 +102,17 @@ class Attributor:
             raise ValueError(f"block_rows: expected at least 1, got {block_rows}")
         self.modules: list[Module] = list(self.store.modules)
         self.device = torch.device(device or "cpu")
-        row_bytes = self.store.dim * np.dtype(self.store.dtype).itemsize
-        self.block_rows = block_rows or _block_rows(row_bytes)
+        self._row_bytes = self.store.dim * np.dtype(self.store.dtype).itemsize
+        self.reading = self._choose(reading, memory_bytes)
+        streamed = self.reading == "streamed" or self.device.type == "cuda"
+        self.block_rows = block_rows or _block_rows(
+            self._row_bytes, SMALLEST_STREAMED_ROWS if streamed else SMALLEST_BLOCK_ROWS
+        )
         self.preconditioner = self._preconditioner(curvature, damping_scale, damping, solver)
         self.dampings = self.preconditioner.dampings
         self._exponents = self.store.module_exponents
         self._norms: dict[str, Norms] = {}
+        self._held: dict[int, Tensor] = {}  # shard -> [r, D] on the device, if resident
 
     def precondition(self, queries: Tensor) -> Tensor:
         """(H + lambda I)^-1 g for queries [Q, D]; [Q, D] of the same dtype."""
@@ -157,10 +185,28 @@ class Attributor:
         """
         chosen = {TOTAL: list(range(len(self.modules))), **find_groups(groups, self.modules)}
         out = {name: torch.empty(self.store.num_rows, dtype=torch.float64) for name in chosen}
-        for block in self._blocks("sigma", progress, rows_needed=False):
+
+        def use(first_row: int, norms: np.ndarray, row_scale: np.ndarray | None) -> None:
             for name, members in chosen.items():
-                sigma = true_norm(block, members) ** 2
-                out[name][block.first_row : block.first_row + len(sigma)] = share(sigma)
+                sigma = true_norms(norms, row_scale, kept.units, members) ** 2
+                out[name][first_row : first_row + len(sigma)] = share(sigma)
+
+        kept = self._norms_of("sigma")
+        done = track(progress, self.store.num_rows, "scan")
+        shards = self.store.shards
+        known = [index for index in range(len(shards)) if kept.known(index)]
+        for index in known:
+            use(shards[index].first_row, kept.load(index), self._row_scale(index))
+            done(shards[index].num_rows)
+        with closing(lanes_of(self.device)) as lanes:
+            missing = [index for index in range(len(shards)) if index not in set(known)]
+            self._scan(
+                lambda block: use(block.first_row, _known(block.norms), block.row_scale),
+                "sigma",
+                lanes,
+                done,
+                missing,
+            )
         return out if groups else out[TOTAL]
 
     def _preconditioner(
@@ -213,49 +259,97 @@ class Attributor:
         plans = plan_queries(
             queries, names, mode, groups, self.modules, self._exponents, self.preconditioner
         )
-        sinks = [Sink(plan.to(self.device), self.store.num_rows, k) for plan in plans]
-        for block in self._blocks(NORM_OF_MODE[mode], progress):
-            for sink in sinks:
-                sink.add(block, mode)
-        row_ids = StoredIds(self.store.ids)
-        return collect(sinks, mode, names, row_ids, self.dampings)
+        with closing(lanes_of(self.device)) as lanes:
+            sinks = [
+                Sink(plan.to(self.device), self.store.num_rows, k, lanes.upload) for plan in plans
+            ]
+            part_rows = max(1, GROUPED_BYTES // self._row_bytes) if len(sinks) > 1 else None
 
-    def _blocks(
-        self, kind: str | None, progress: Progress, rows_needed: bool = True
-    ) -> Iterator[Block]:
-        """The store's rows, block by block, with the norms of that kind.
+            def use(block: Block) -> None:
+                for part in block.parts(part_rows) if part_rows else [block]:
+                    for sink in sinks:
+                        sink.add(part, mode)
+
+            done = track(progress, self.store.num_rows, "scan")
+            self._scan(use, NORM_OF_MODE[mode], lanes, done, range(len(self.store.shards)))
+            return collect(sinks, mode, names, StoredIds(self.store), self.dampings)
+
+    def _scan(
+        self,
+        use: Callable[[Block], None],
+        kind: str | None,
+        lanes: Lanes | HostLanes,
+        done: Callable[[int], None],
+        shards: Sequence[int],
+    ) -> None:
+        """use(block) for all rows of the shards, in order, with the norms of that kind.
 
         Norms that no earlier pass left are computed here, while the block is in cache, and
         committed shard by shard: an interrupted pass keeps the shards it finished.
         """
-        done = track(progress, self.store.num_rows, "scan")
         norms = self._norms_of(kind) if kind else None
-        for index, shard in enumerate(self.store.shards):
-            count = shard.num_rows
-            known = norms.load(index) if norms else None
-            fresh = None
-            if norms and known is None:
-                fresh = np.empty((count, len(self.modules)), np.float32)
-            for start in range(0, count, self.block_rows):
-                end = min(start + self.block_rows, count)
-                rows = share(shard.rows[start:end])
-                if rows_needed or fresh is not None:
-                    rows = rows.to(self.device)
-                scale = None
-                if self.store.dtype != "float32":  # whose scales are ones
-                    scale = shard.row_scale[start:end]
-                first_row = shard.first_row + start
-                block = Block(first_row, rows, scale, None, norms.units if norms else [])
-                if norms and known is not None:
-                    block.norms = known[start:end]
-                elif norms and fresh is not None:
-                    block.norms = norms.compute(rows, self.modules)
-                    self._check_norms(block.norms, first_row)
-                    fresh[start:end] = block.norms
-                yield block
-                done(end - start)
-            if norms and fresh is not None:
-                norms.keep(index, fresh)
+        current: _ShardPass | None = None
+
+        def work(rows_of: RowBlock, rows: Tensor) -> None:
+            nonlocal current
+            if current is None or current.index != rows_of.shard:
+                current = _ShardPass(self, rows_of.shard, norms)
+            block = current.block(rows_of.start, rows)
+            use(block)
+            done(rows.shape[0])
+            if rows_of.start + rows.shape[0] == current.num_rows:
+                current.finish()
+
+        for index in shards:
+            if index in self._held:
+                held = self._held[index]
+                for start in range(0, len(held), self.block_rows):
+                    rows = held[start : start + self.block_rows]
+                    work(RowBlock(index, start, np.empty(0), lambda: None), rows)
+        away = [index for index in shards if index not in self._held]
+        on_host = isinstance(lanes, HostLanes)
+        if away:
+            with BlockReader(
+                self.store,
+                self.block_rows,
+                shards=away,
+                keep=self.reading == "mapped",
+                in_place=on_host,
+                allocate=None if isinstance(lanes, HostLanes) else lanes.host_buffer,
+            ) as blocks:
+                feed(blocks, lanes, work, self.block_rows * self._row_bytes)
+
+    def _choose(self, reading: str, memory_bytes: int | None) -> str:
+        """How rows are read: what was asked for, or, for "auto", what fits."""
+        if reading not in READINGS:
+            raise ValueError(f"reading: expected one of {', '.join(READINGS)}, got {reading!r}")
+        if memory_bytes is not None and memory_bytes < 0:
+            raise ValueError(f"memory_bytes: expected at least 0, got {memory_bytes}")
+        if reading in ("mapped", "streamed"):
+            if memory_bytes is not None:
+                raise ValueError(f"memory_bytes: expected none with reading='{reading}', got one")
+            return reading
+        needed = self.store.num_rows * self._row_bytes
+        if memory_bytes is None:
+            on_gpu = reading == "resident" and self.device.type == "cuda"
+            left = torch.cuda.mem_get_info(self.device)[0] if on_gpu else available_bytes()
+            memory_bytes = int(SHARE_FOR_ROWS * left)
+        if needed <= memory_bytes:
+            return "mapped" if reading == "auto" else "resident"
+        if reading == "resident":
+            raise ValueError(
+                f"reading: 'resident' needs {needed / 1e9:.2f} GB for the rows of "
+                f"{self.store.path}, and may take {memory_bytes / 1e9:.2f} GB of the memory of "
+                f"'{self.device}'; 'auto' streams what does not fit"
+            )
+        return "streamed"
+
+    def _row_scale(self, index: int) -> np.ndarray | None:
+        """[r] float32 of a shard; None where the rows are float32, whose scales are ones."""
+        if self.store.dtype == "float32":
+            return None
+        shard = self.store.shards[index]
+        return shard.read_row_scale() if self.reading == "streamed" else shard.row_scale
 
     def _norms_of(self, kind: str) -> Norms:
         if kind not in self._norms:
@@ -273,6 +367,57 @@ class Attributor:
             f"row '{self.store.ids[first_row + row].as_py()}': its self-influence in module "
             f"'{self.modules[module].name}' is not finite"
         )
+
+
+class _ShardPass:
+    """A shard's part of a scan: its norms, found or computed, and its rows if they are to stay."""
+
+    def __init__(self, attributor: Attributor, index: int, norms: Norms | None) -> None:
+        self.index = index
+        self.num_rows = attributor.store.shards[index].num_rows
+        self._attributor = attributor
+        self._norms = norms
+        self._row_scale = attributor._row_scale(index)
+        self._first_row = attributor.store.shards[index].first_row
+        self._remembered: ShardNorms | None = None
+        self._known: np.ndarray | None = None
+        self._fresh: np.ndarray | None = None
+        self._held: Tensor | None = None
+        if norms is not None and not norms.known(index):
+            self._fresh = np.empty((self.num_rows, len(attributor.modules)), np.float32)
+        elif norms is not None and attributor.reading == "streamed":
+            self._known = norms.load(index)
+        elif norms is not None:
+            self._remembered = norms.remembered(index)
+        if attributor.reading == "resident" and index not in attributor._held:
+            shape = (self.num_rows, attributor.store.dim)
+            self._held = _room(shape, attributor.store.dtype, attributor.device)
+
+    def block(self, start: int, rows: Tensor) -> Block:
+        here = slice(start, start + rows.shape[0])
+        if self._held is not None:
+            rows = self._held[here].copy_(rows)
+        block = Block(self._first_row + start, rows, start=start)
+        if self._row_scale is not None:
+            block.row_scale = self._row_scale[here]
+        if self._norms is None:
+            return block
+        block.units = self._norms.units
+        if self._fresh is not None:
+            block.norms = self._norms.compute(rows, self._attributor.modules)
+            self._attributor._check_norms(block.norms, block.first_row)
+            self._fresh[here] = block.norms
+        elif self._known is not None:
+            block.norms = self._known[here]
+        else:
+            block.shard, block.shard_scale = self._remembered, self._row_scale
+        return block
+
+    def finish(self) -> None:
+        if self._norms is not None and self._fresh is not None:
+            self._norms.keep(self.index, self._fresh)
+        if self._held is not None:
+            self._attributor._held[self.index] = self._held
 
 
 def influence_between(
@@ -303,13 +448,14 @@ def influence_between(
     names = check_query_ids(query_ids, queries)
     exponents = [0] * len(modules)
     plans = plan_queries(queries, names, mode, groups, modules, exponents, preconditioner)
-    sinks = [Sink(plan.to(rows.device), rows.shape[0], None) for plan in plans]
+    lanes = HostLanes(rows.device)
+    sinks = [Sink(plan.to(rows.device), rows.shape[0], None, lanes.upload) for plan in plans]
     kind = NORM_OF_MODE[mode]
     norms = Norms(preconditioner, kind, exponents, rows.device) if kind else None
-    block_rows = _block_rows(4 * rows.shape[1])
+    block_rows = _block_rows(4 * rows.shape[1], SMALLEST_BLOCK_ROWS)
     for first_row in range(0, rows.shape[0], block_rows):
         part = rows[first_row : first_row + block_rows]
-        block = Block(first_row, part, None, None, [])
+        block = Block(first_row, part)
         if norms:
             block.norms, block.units = norms.compute(part, modules), norms.units
         for sink in sinks:
@@ -317,6 +463,18 @@ def influence_between(
     return collect(sinks, mode, names, ids, preconditioner.dampings)
 
 
-def _block_rows(row_bytes: int) -> int:
-    rows = BLOCK_BYTES // row_bytes
-    return max(SMALLEST_BLOCK_ROWS, min(LARGEST_BLOCK_ROWS, rows))
+def _block_rows(row_bytes: int, least: int) -> int:
+    return max(least, min(LARGEST_BLOCK_ROWS, BLOCK_BYTES // row_bytes))
+
+
+def _room(shape: tuple[int, int], dtype: str, device: torch.device) -> Tensor:
+    """Memory for a resident shard; on the CPU in huge pages."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    num_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    return share(huge_buffer(num_bytes).view(dtype).reshape(shape))
+
+
+def _known(norms: np.ndarray | None) -> np.ndarray:
+    assert norms is not None
+    return norms

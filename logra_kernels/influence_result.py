@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-import pyarrow as pa
 from torch import Tensor
+
+from logra_kernels.store import Store
 
 TOTAL = "total"
 
@@ -111,13 +112,13 @@ class InfluenceResult(Mapping[str, Any]):
 
 
 class StoredIds(Sequence[str]):
-    """Stored ids, read when asked for."""
+    """A store's ids, read when asked for, from the shards that have them."""
 
-    def __init__(self, ids: pa.Array | pa.ChunkedArray) -> None:
-        self._ids = ids
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return self._store.num_rows
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -126,5 +127,8 @@ class StoredIds(Sequence[str]):
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return self._ids[index].to_pylist()
-        return self._ids[index].as_py()
+            return self._store.ids[index].to_pylist()
+        count = self._store.num_rows
+        if not -count <= index < count:
+            raise IndexError(f"row {index} of {count}")
+        return self._store.id_of(index % count)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from logra_kernels import ops
 from logra_kernels.influence_result import TOTAL, InfluenceResult
 from logra_kernels.modes import SCAN_MODES
 from logra_kernels.preconditioner import Preconditioner
-from logra_kernels.rows import dtype_name, module_of, share, split_columns
+from logra_kernels.rows import dtype_name, module_of, split_columns
 from logra_kernels.store import Module, Store, StoreError
 
 # What each mode divides by: "sigma" is |W g| = sqrt(sigma), "theta" is |(H + lambda I)^-1 g|.
@@ -35,15 +36,56 @@ Groups = Mapping[str, str | Sequence[str]] | Sequence[str] | None
 _warned: set[str] = set()
 
 
+class ShardNorms:
+    """The norms of a whole shard that lie in its cache, and what was made of them for a scan."""
+
+    def __init__(self, load: Callable[[], np.ndarray]) -> None:
+        self._load = load
+        self._made: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """[r, M] float32, mapped."""
+        return self._load()
+
+    def per_row(
+        self, key: Any, make: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `make` gives for all rows of the shard, made once; 5 bytes a row stay in memory."""
+        if key not in self._made:
+            self._made[key] = make(self.norms)
+            del self.norms
+        return self._made[key]
+
+
 @dataclass
 class Block:
     """Some rows of a shard on the scan's device, and what is known of them, on the host."""
 
     first_row: int
     rows: Tensor  # [R, D], as in the file
-    row_scale: np.ndarray | None  # [R], the pack's powers of two
-    norms: np.ndarray | None  # [R, M], in units of 2**units[m]
-    units: list[int]
+    row_scale: np.ndarray | None = None  # [R], the pack's powers of two
+    norms: np.ndarray | None = None  # [R, M], in units of 2**units[m]
+    units: list[int] = field(default_factory=list)
+    # Where norms of the whole shard are known and to be remembered: they, and its row scales.
+    shard: ShardNorms | None = None
+    start: int = 0  # the block's first row in the shard
+    shard_scale: np.ndarray | None = None
+
+    def parts(self, rows: int) -> Iterator[Block]:
+        """The same in smaller blocks."""
+        for start in range(0, self.rows.shape[0], rows):
+            part = slice(start, start + rows)
+            yield Block(
+                self.first_row + start,
+                self.rows[part],
+                None if self.row_scale is None else self.row_scale[part],
+                None if self.norms is None else self.norms[part],
+                self.units,
+                self.shard,
+                self.start + start,
+                self.shard_scale,
+            )
 
 
 @dataclass
@@ -90,6 +132,7 @@ class Norms:
         self._factor_units = preconditioner.units(kind)
         self.units = [e + u for e, u in zip(exponents, self._factor_units, strict=True)]
         self._memory: dict[int, np.ndarray] = {}
+        self._remembered: dict[int, ShardNorms] = {}
         self._cache = None
         if store is not None:
             meta = {
@@ -101,12 +144,20 @@ class Norms:
             self._cache = store.self_influence_cache(f"{kind}-{preconditioner.key}", meta)
             self._missing = set(self._cache.missing())
 
-    def load(self, shard: int) -> np.ndarray | None:
-        """The norms [r, M] an earlier pass left for a shard."""
+    def known(self, shard: int) -> bool:
+        """Whether an earlier pass left a shard's norms."""
+        return shard not in self._missing or shard in self._memory
+
+    def load(self, shard: int) -> np.ndarray:
+        """The norms [r, M] of a known shard."""
         assert self._cache is not None
-        if shard in self._missing:
-            return self._memory.get(shard)
-        return self._cache.read(shard)
+        return self._memory[shard] if shard in self._missing else self._cache.read(shard)
+
+    def remembered(self, shard: int) -> ShardNorms:
+        """What scans made of a known shard's norms."""
+        if shard not in self._remembered:
+            self._remembered[shard] = ShardNorms(lambda: self.load(shard))
+        return self._remembered[shard]
 
     def keep(self, shard: int, norms: np.ndarray) -> None:
         """Commit a shard's norms beside the store, or in memory where that cannot be written."""
@@ -134,17 +185,23 @@ class Norms:
 class Sink:
     """Where one group's scores go: the whole matrix, or a running top k."""
 
-    def __init__(self, plan: Plan, num_rows: int, k: int | None) -> None:
+    def __init__(
+        self, plan: Plan, num_rows: int, k: int | None, upload: Callable[[np.ndarray], Tensor]
+    ) -> None:
         self.plan = plan
         self.zero_rows: int | None = None
         self._k = k
+        self._upload = upload
         self._state: Any = None
         self._unit = 0  # row scales are 2**unit too large
+        self._factors: list[Tensor] | None = None
         self._scores = torch.empty(plan.queries.shape[0], num_rows) if k is None else None
 
     def add(self, block: Block, mode: str) -> None:
         scale, bias = self._row_scale(block, mode)
-        rows = block.rows[:, self.plan.columns]
+        rows = block.rows
+        if self.plan.columns != slice(0, rows.shape[1]):
+            rows = rows[:, self.plan.columns]
         if self._scores is None:
             assert self._k is not None
             self._state = ops.topk_scores(
@@ -152,8 +209,9 @@ class Sink:
             )
             return
         values = ops.scores(self.plan.queries, rows, scale, bias)  # [Q, R]
-        values = self._true_scale(values)
-        self._scores[:, block.first_row : block.first_row + rows.shape[0]] = values.cpu()
+        for factor in self._true_scale():
+            values *= factor
+        self._scores[:, block.first_row : block.first_row + rows.shape[0]] = values
 
     def result(
         self, mode: str, query_ids: list[str], row_ids: Sequence[str], dampings: dict[str, float]
@@ -161,10 +219,10 @@ class Sink:
         result = InfluenceResult(mode, query_ids, row_ids, dampings, self.zero_rows, self._scores)
         if self._state is not None:
             top, top_rows, bottom, bottom_rows = self._state
-            result.top_scores = self._true_scale(top).cpu()
-            result.top_rows = top_rows.cpu()
-            result.bottom_scores = self._true_scale(bottom).cpu()
-            result.bottom_rows = bottom_rows.cpu()
+            for factor in self._true_scale():
+                top, bottom = top * factor, bottom * factor
+            result.top_scores, result.top_rows = top.cpu(), top_rows.cpu()
+            result.bottom_scores, result.bottom_rows = bottom.cpu(), bottom_rows.cpu()
         return result
 
     def _row_scale(self, block: Block, mode: str) -> tuple[Tensor | None, Tensor | None]:
@@ -172,30 +230,46 @@ class Sink:
 
         Computed by NumPy, on one thread: a vector of R is not worth waking the others.
         """
-        scale, bias = block.row_scale, None
-        if mode == "l2":
-            norm = true_norm(block, self.plan.members)  # [R] float64
-            self._count_zeros(norm)
-            with np.errstate(over="ignore"):
-                bias = (-0.5 * norm**2).astype(np.float32)
-        elif block.norms is not None:
+        plain = None if block.row_scale is None else self._upload(block.row_scale)
+        if mode == "dot" or not block.units:
+            return plain, None
+        members = self.plan.members
+        if mode != "l2":
             # the scale of the pack is in the score and in the norm, and cancels
-            self._unit = max(block.units[i] for i in self.plan.members)
-            norm = _combine(block, self.plan.members, self._unit)
-            self._count_zeros(norm)
-            inverse = np.divide(1, norm, out=np.zeros_like(norm), where=norm != 0)
-            scale = inverse.astype(np.float32)
-        device = self.plan.queries.device
-        return (
-            None if scale is None else share(scale).to(device),
-            None if bias is None else share(bias).to(device),
-        )
+            self._unit = max(block.units[i] for i in members)
+        if block.shard is None:
+            assert block.norms is not None
+            values, zero = self._of_norms(block.norms, block.row_scale, block.units, mode)
+        else:
+            whole = block.shard.per_row(
+                (mode == "l2", *members),
+                lambda norms: self._of_norms(norms, block.shard_scale, block.units, mode),
+            )
+            here = slice(block.start, block.start + block.rows.shape[0])
+            values, zero = whole[0][here], whole[1][here]
+        self.zero_rows = (self.zero_rows or 0) + int(np.count_nonzero(zero))
+        ready = self._upload(values)
+        return (plain, ready) if mode == "l2" else (ready, None)
 
-    def _count_zeros(self, norm: np.ndarray) -> None:
-        self.zero_rows = (self.zero_rows or 0) + int((norm == 0).sum())
+    def _of_norms(
+        self, norms: np.ndarray, row_scale: np.ndarray | None, units: list[int], mode: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What a score is multiplied with (in "l2": what is added), and where the norm is zero."""
+        if mode == "l2":
+            norm = true_norms(norms, row_scale, units, self.plan.members)  # [R] float64
+            with np.errstate(over="ignore"):
+                return (-0.5 * norm**2).astype(np.float32), norm == 0
+        norm = _combine(norms, units, self.plan.members, self._unit)
+        zero = norm == 0
+        inverse = np.divide(1, norm, out=np.zeros_like(norm), where=~zero)
+        return inverse.astype(np.float32), zero
 
-    def _true_scale(self, values: Tensor) -> Tensor:
-        return _scale_exponent(values, self.plan.exponents[:, None] - self._unit)
+    def _true_scale(self) -> list[Tensor]:
+        """Factors [Q, 1] that bring scores to their true scale, each of which float32 can hold."""
+        if self._factors is None:
+            exponent = self.plan.exponents[:, None] - self._unit
+            self._factors = _powers_of_two(exponent) if bool(exponent.any()) else []
+        return self._factors
 
 
 def plan_queries(
@@ -339,28 +413,41 @@ def _sum_columns(values: Tensor) -> Tensor:
     return values[:, 0]
 
 
-def _combine(block: Block, members: Sequence[int], unit: int) -> np.ndarray:
+def _combine(
+    norms: np.ndarray, units: Sequence[int], members: Sequence[int], unit: int
+) -> np.ndarray:
     """The norm over several modules, of the row as in the file, / 2**unit: [R] float64."""
-    assert block.norms is not None
-    norms = block.norms if len(members) == len(block.units) else block.norms[:, list(members)]
-    weights = np.ldexp(1.0, [2 * (block.units[i] - unit) for i in members])
+    if len(members) < len(units):
+        norms = norms[:, list(members)]
+    wide = norms.astype(np.float64)
+    wide *= wide
+    wide *= np.ldexp(1.0, [2 * (units[i] - unit) for i in members])
     # NumPy adds along a contiguous row by its length alone: the bits do not depend on the block
-    return np.sqrt((np.square(norms, dtype=np.float64) * weights).sum(axis=1))
+    return np.sqrt(wide.sum(axis=1))
 
 
-def true_norm(block: Block, members: Sequence[int]) -> np.ndarray:
+def true_norms(
+    norms: np.ndarray, row_scale: np.ndarray | None, units: Sequence[int], members: Sequence[int]
+) -> np.ndarray:
     """sqrt(sigma) over several modules, of the row itself: [R] float64."""
-    norm = _combine(block, members, 0)
-    return norm if block.row_scale is None else norm * block.row_scale
+    norm = _combine(norms, units, members, 0)
+    return norm if row_scale is None else norm * row_scale
 
 
-def _scale_exponent(values: Tensor, exponent: Tensor | int) -> Tensor:
-    """values * 2**exponent in two steps, each of which float32 can hold."""
-    exponent = torch.as_tensor(exponent, device=values.device)
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    for step in (half, exponent - half):
-        values = values * torch.ldexp(torch.ones_like(step, dtype=torch.float32), step)
+def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
+    """values * 2**exponent."""
+    for factor in _powers_of_two(exponent):
+        values = values * factor
     return values
+
+
+def _powers_of_two(exponent: Tensor) -> list[Tensor]:
+    """Two factors, each of which float32 can hold, whose product is 2**exponent."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return [
+        torch.ldexp(torch.ones_like(step, dtype=torch.float32), step)
+        for step in (half, exponent - half)
+    ]
 
 
 def warn_once(message: str) -> None:

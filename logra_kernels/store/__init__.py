@@ -13,14 +13,17 @@ from logra_kernels.store.errors import (
     StoreWriteError,
 )
 from logra_kernels.store.manifest import Module
+from logra_kernels.store.read_ahead import BlockReader, RowBlock, huge_buffer
 from logra_kernels.store.reader import Shard, Store
 from logra_kernels.store.self_influence import SelfInfluenceCache
 from logra_kernels.store.verify import verify_store
 from logra_kernels.store.writer import StoreWriter
 
 __all__ = [
+    "BlockReader",
     "DuplicateIdError",
     "Module",
+    "RowBlock",
     "SelfInfluenceCache",
     "Shard",
     "Store",
@@ -31,5 +34,6 @@ __all__ = [
     "StoreMismatchError",
     "StoreWriteError",
     "StoreWriter",
+    "huge_buffer",
     "verify_store",
 ]

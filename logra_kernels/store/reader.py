@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logra_kernels.store.errors import StoreError
+from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
     locked,
+    npy_bytes,
     remove,
     sync_folder,
     write_error,
@@ -41,21 +42,29 @@ class Shard:
     def __init__(self, folder: Path, entry: Mapping[str, Any], dtype: str, width: int) -> None:
         self.num_rows: int = entry["rows"]
         self.first_row: int = entry["first_row"]
+        self.path: Path = folder / entry["data"]["file"]
+        self.dtype = np.dtype(NPY_DTYPES[dtype])
+        self.file_bytes: int = npy_bytes(NPY_DTYPES[dtype], (self.num_rows, width))
         self._folder = folder
         self._entry = entry
-        self._dtype = NPY_DTYPES[dtype]
         self._width = width
 
     @cached_property
     def rows(self) -> np.memmap:
         """[r, D], as stored, read in place from the mapped file."""
         shape = (self.num_rows, self._width)
-        path = self._folder / self._entry["data"]["file"]
-        return np.memmap(path, self._dtype, "r", DATA_OFFSET_BYTES, shape)
+        try:
+            return np.memmap(self.path, self.dtype, "r", DATA_OFFSET_BYTES, shape)
+        except (OSError, ValueError) as error:  # ValueError: shorter than the shape
+            raise StoreFormatError(f"{self.path}: cannot be mapped: {error}") from None
 
     @cached_property
     def row_scale(self) -> np.ndarray:
         """[r] float32 powers of two; ones where the rows are float32."""
+        return self.read_row_scale()
+
+    def read_row_scale(self) -> np.ndarray:
+        """`row_scale`, read anew: for who does not want all shards' in memory."""
         if self._entry["scale"] is None:
             return np.ones(self.num_rows, np.float32)
         path = self._folder / self._entry["scale"]["file"]
@@ -125,6 +134,11 @@ class Store:
         if row is None:
             raise StoreError(f"id: the store has no {str(id)!r}")
         return row
+
+    def id_of(self, row: int) -> str:
+        """The id of a row, from its shard's file alone."""
+        shard, place = self._place(row)
+        return shard.table["id"][place].as_py()
 
     def metadata(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any] | None]:
         """What was said about each row when it was appended; None where nothing was."""

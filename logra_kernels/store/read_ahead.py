@@ -1,0 +1,336 @@
+"""A store's rows in order, block by block, read before they are asked for.
+
+A block that lies in the page cache is handed out mapped, without a copy. Another is read by
+threads while the caller works on those before it: either around the page cache (O_DIRECT) into a
+ring of buffers, so that neither this process nor the page cache grows with the store; or, for a
+store that is to stay in memory, into the page cache, and then handed out mapped.
+
+Large requests are what makes a disk fast, and a request is as large as the memory behind it is
+contiguous: the buffers lie in huge pages where the system has them (bench/NOTES.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from logra_kernels.store.errors import StoreError, StoreFormatError
+from logra_kernels.store.files import DATA_OFFSET_BYTES
+
+if TYPE_CHECKING:
+    from logra_kernels.store.reader import Shard, Store
+
+READ_BYTES = 4 << 20  # one request of one thread
+READ_THREADS = 2
+BLOCKS_AHEAD = 3  # buffers of the ring: one in use, two being filled
+ALIGN_BYTES = 4096  # of O_DIRECT's addresses, offsets and lengths, on every disk in use
+HUGE_PAGE_BYTES = 2 << 20
+SAMPLED_PAGES = 8  # of a block, to see whether it is cached
+
+Allocate = Callable[[int], np.ndarray]
+
+_DIRECT: int = getattr(os, "O_DIRECT", 0)
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python knows no name for it
+_MADV_DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class RowBlock:
+    """Rows [start, start + r) of a shard."""
+
+    def __init__(self, shard: int, start: int, rows: np.ndarray, free: Callable[[], None]) -> None:
+        self.shard = shard  # index in store.shards
+        self.start = start
+        self.rows = rows  # [r, D], as stored; valid until release()
+        self._free: Callable[[], None] | None = free
+
+    def release(self) -> None:
+        """The rows are not used any more: their buffer may be filled again."""
+        free, self._free = self._free, None
+        if free is not None:
+            free()
+
+
+class BlockReader:
+    """Reads a store's blocks in order; iterate over it once, inside a with block.
+
+    Args:
+        store: the store.
+        block_rows: rows of a block; the last one of a shard may be shorter.
+        shards: indices of the shards to read, ascending; all by default.
+        keep: the store fits into memory: what is read stays in the page cache. Otherwise the
+            pages that were not there before do not stay, and memory is bounded by the ring:
+            `BLOCKS_AHEAD` times a block.
+        in_place: hand out mapped memory where the page cache has a block. If not, every block
+            comes in a buffer from `allocate`.
+        allocate: memory for the ring, [n] uint8 aligned to 4,096 bytes; huge pages by default.
+
+    At most `BLOCKS_AHEAD - 1` blocks may be held unreleased when the next one is asked for.
+
+    Raises (while iterating):
+        StoreFormatError: a file was removed or cut short meanwhile.
+        StoreError: the system refuses to read a file.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        block_rows: int,
+        *,
+        shards: Sequence[int] | None = None,
+        keep: bool = False,
+        in_place: bool = True,
+        allocate: Allocate | None = None,
+    ) -> None:
+        if block_rows < 1:
+            raise StoreError(f"block_rows: expected at least 1, got {block_rows}")
+        self._store = store
+        self._block_rows = block_rows
+        self._shards = range(len(store.shards)) if shards is None else shards
+        self._row_bytes = store.dim * np.dtype(store.dtype).itemsize
+        self._keep = keep
+        self._in_place = in_place
+        self._allocate = allocate or huge_buffer
+        self._free: list[np.ndarray] = []
+        self._num_buffers = 0
+        self._files: dict[int, _File] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> BlockReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the threads, close the files, let go of the buffers."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._free.clear()
+
+    def __iter__(self) -> Iterator[RowBlock]:
+        plan = deque(
+            (index, start)
+            for index in self._shards
+            for start in range(0, self._store.shards[index].num_rows, self._block_rows)
+        )
+        ahead: deque[tuple[RowBlock, list[Future[None]]]] = deque()
+        while plan or ahead:
+            while plan and len(ahead) < BLOCKS_AHEAD and self._may_begin():
+                ahead.append(self._begin(*plan.popleft()))
+            if not ahead:
+                raise RuntimeError(f"more than {BLOCKS_AHEAD - 1} blocks are held unreleased")
+            block, reads = ahead.popleft()
+            for read in reads:
+                read.result()
+            if not plan or plan[0][0] != block.shard:
+                self._close_behind(block.shard, ahead)
+            yield block
+
+    def _may_begin(self) -> bool:
+        return bool(self._free) or self._num_buffers < BLOCKS_AHEAD
+
+    def _begin(self, index: int, start: int) -> tuple[RowBlock, list[Future[None]]]:
+        """A block, and the reads that are to be waited for before it is used."""
+        shard = self._store.shards[index]
+        end = min(start + self._block_rows, shard.num_rows)
+        first_byte, last_byte = start * self._row_bytes, end * self._row_bytes
+        file = self._file(index, shard)
+        cached = file.tells_cached and _is_cached(shard, first_byte, last_byte)
+        if self._in_place and (cached or self._keep):
+            file.check_size()
+            rows = shard.rows[start:end]
+            reads = []
+            if not cached:
+                for part in _parts(first_byte, last_byte):
+                    reads.append(self._submit(_populate, file, shard, *part))
+
+            def forget() -> None:
+                if not self._keep:
+                    _advise(shard, first_byte, last_byte, _MADV_DONTNEED)
+
+            return RowBlock(index, start, rows, forget), reads
+        buffer = self._buffer()
+        # The file's offset and the buffer's are equal modulo a page: what O_DIRECT asks for.
+        first_byte, last_byte = first_byte + DATA_OFFSET_BYTES, last_byte + DATA_OFFSET_BYTES
+        base = first_byte // ALIGN_BYTES * ALIGN_BYTES
+        reads = [
+            self._submit(file.read, buffer.data, base, *part, cached)
+            for part in _parts(base, last_byte)
+        ]
+        raw = buffer[first_byte - base : last_byte - base]
+        rows = raw.view(shard.dtype).reshape(end - start, self._store.dim)
+        return RowBlock(index, start, rows, lambda: self._free.append(buffer)), reads
+
+    def _buffer(self) -> np.ndarray:
+        if self._free:
+            return self._free.pop()
+        self._num_buffers += 1
+        return self._allocate(self._block_rows * self._row_bytes + 2 * ALIGN_BYTES)
+
+    def _file(self, index: int, shard: Shard) -> _File:
+        if index not in self._files:
+            self._files[index] = _File(shard, self._keep)
+        return self._files[index]
+
+    def _close_behind(self, index: int, ahead: deque[tuple[RowBlock, list[Future[None]]]]) -> None:
+        if all(block.shard != index for block, _ in ahead):
+            self._files.pop(index).close()
+
+    def _submit(self, work: Callable[..., None], *args: object) -> Future[None]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="logra-read")
+        return self._pool.submit(work, *args)
+
+
+class _File:
+    """A shard's file, open for reading: around the page cache where that is possible."""
+
+    def __init__(self, shard: Shard, keep: bool) -> None:
+        self.path = shard.path
+        self._want_bytes = shard.file_bytes
+        self._keep = keep
+        self._descriptor = self._open(0)
+        # To those who may not write the file the system says of every page that it is cached.
+        owned = os.fstat(self._descriptor).st_uid == os.geteuid()
+        self.tells_cached = owned or os.access(self.path, os.W_OK)
+        self._direct: int | None = None
+        if _DIRECT and not keep:
+            with contextlib.suppress(StoreError):  # tmpfs and others have no O_DIRECT
+                self._direct = self._open(_DIRECT)
+
+    def check_size(self) -> None:
+        """A page behind the end of a mapped file is no error but a signal, so look before."""
+        got = os.fstat(self._descriptor).st_size
+        if got < self._want_bytes:
+            raise StoreFormatError(
+                f"{self.path}: expected {self._want_bytes} bytes, got {got}: "
+                "the file was cut short while it was read"
+            )
+
+    def read(self, buffer: memoryview, base: int, first: int, last: int, cached: bool) -> None:
+        """The file's bytes [first, last) to buffer[first - base:]; first is aligned."""
+        length = -(-(last - first) // ALIGN_BYTES) * ALIGN_BYTES
+        place = buffer[first - base : first - base + length]
+        try:
+            if self._direct is not None and not cached:
+                try:
+                    return self._fill(self._direct, place, first, last - first)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # "not at all", or not from this address
+                        raise
+            self._fill(self._descriptor, place, first, last - first)
+            if not (self._keep or cached):
+                self._forget(first, last)
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def _fill(self, descriptor: int, place: memoryview, offset: int, least: int) -> None:
+        """Read until `least` bytes are there; more may lie behind the file's end."""
+        got = 0
+        while got < least:
+            from_here = got // ALIGN_BYTES * ALIGN_BYTES
+            read = os.preadv(descriptor, [place[from_here:]], offset + from_here)
+            if from_here + read <= got:
+                self.check_size()
+                raise StoreError(f"{self.path}: cannot be read: nothing came at {offset + got}")
+            got = from_here + read
+
+    def _forget(self, first: int, last: int) -> None:
+        """Drop [first, last) from the page cache, by whole huge pages: a part of one would stay."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        first -= first % HUGE_PAGE_BYTES
+        length = last - last % HUGE_PAGE_BYTES - first
+        if last == self._want_bytes:
+            length = 0  # to the end
+        if length or last == self._want_bytes:
+            os.posix_fadvise(self._descriptor, first, length, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def _open(self, flags: int) -> int:
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | flags)
+        except OSError as error:
+            raise StoreFormatError(f"{self.path}: cannot be read: {error.strerror}") from None
+
+
+def huge_buffer(num_bytes: int) -> np.ndarray:
+    """[num_bytes] uint8 of its own, in huge pages and aligned to them where the system has them."""
+    length = -(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    memory = mmap.mmap(-1, length + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    skip = -whole.ctypes.data % HUGE_PAGE_BYTES
+    return whole[skip : skip + num_bytes]
+
+
+def _parts(first: int, last: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, last, READ_BYTES):
+        yield start, min(start + READ_BYTES, last)
+
+
+def _is_cached(shard: Shard, first: int, last: int) -> bool:
+    """Whether the page cache has a block's bytes [first, last), by a few of its pages."""
+    address = shard.rows.ctypes.data
+    page = ctypes.c_ubyte()
+    steps = max(1, SAMPLED_PAGES - 1)
+    for i in range(SAMPLED_PAGES):
+        at = address + first + (last - 1 - first) * i // steps
+        at -= at % mmap.PAGESIZE
+        if _libc.mincore(ctypes.c_void_p(at), ctypes.c_size_t(1), ctypes.byref(page)):
+            return False
+        if not page.value & 1:
+            return False
+    return True
+
+
+def _populate(file: _File, shard: Shard, first: int, last: int) -> None:
+    """Read a part of a map into the page cache."""
+    code = _advise(shard, first, last, _MADV_POPULATE_READ)
+    if code in (0, errno.EINVAL):  # EINVAL: an older kernel; the pages come when they are used
+        return
+    file.check_size()
+    raise StoreError(f"{file.path}: cannot be read: {os.strerror(code)}")
+
+
+def _advise(shard: Shard, first: int, last: int, advice: int | None) -> int:
+    """madvise over a part of a map; 0, or the system's error."""
+    if advice is None:
+        return 0
+    address = shard.rows.ctypes.data
+    begin = (address + first) // mmap.PAGESIZE * mmap.PAGESIZE
+    length = ctypes.c_size_t(address + last - begin)
+    if _libc.madvise(ctypes.c_void_p(begin), length, ctypes.c_int(advice)):
+        return ctypes.get_errno()
+    return 0
+
+
+def cached_bytes(path: Path) -> int:
+    """How many bytes of a file the page cache holds; for benches and tests."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+        view = np.frombuffer(memory, np.uint8)
+        pages = np.zeros(-(-len(view) // mmap.PAGESIZE), np.uint8)
+        address, length = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view))
+        failed = _libc.mincore(address, length, ctypes.c_void_p(pages.ctypes.data))
+        del view
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore", str(path))
+    return int((pages & 1).sum()) * mmap.PAGESIZE
