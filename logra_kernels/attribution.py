@@ -48,8 +48,6 @@ BLOCK_BYTES = 32 << 20
 SMALLEST_BLOCK_ROWS, LARGEST_BLOCK_ROWS = 256, 1 << 16
 # A streamed block is held in memory, three of them at a time.
 SMALLEST_STREAMED_ROWS = 16
-# Several groups read a block's rows several times: so few of them that they stay in cache.
-GROUPED_BYTES = 4 << 20
 
 READINGS = ("auto", "mapped", "streamed", "resident")
 
@@ -263,12 +261,10 @@ class Attributor:
             sinks = [
                 Sink(plan.to(self.device), self.store.num_rows, k, lanes.upload) for plan in plans
             ]
-            part_rows = max(1, GROUPED_BYTES // self._row_bytes) if len(sinks) > 1 else None
 
             def use(block: Block) -> None:
-                for part in block.parts(part_rows) if part_rows else [block]:
-                    for sink in sinks:
-                        sink.add(part, mode)
+                for sink in sinks:
+                    sink.add(block, mode)
 
             done = track(progress, self.store.num_rows, "scan")
             self._scan(use, NORM_OF_MODE[mode], lanes, done, range(len(self.store.shards)))

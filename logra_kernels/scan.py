@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -71,21 +71,6 @@ class Block:
     shard: ShardNorms | None = None
     start: int = 0  # the block's first row in the shard
     shard_scale: np.ndarray | None = None
-
-    def parts(self, rows: int) -> Iterator[Block]:
-        """The same in smaller blocks."""
-        for start in range(0, self.rows.shape[0], rows):
-            part = slice(start, start + rows)
-            yield Block(
-                self.first_row + start,
-                self.rows[part],
-                None if self.row_scale is None else self.row_scale[part],
-                None if self.norms is None else self.norms[part],
-                self.units,
-                self.shard,
-                self.start + start,
-                self.shard_scale,
-            )
 
 
 @dataclass

@@ -13,7 +13,8 @@ from logra_kernels.store.errors import (
     StoreWriteError,
 )
 from logra_kernels.store.manifest import Module
-from logra_kernels.store.read_ahead import BlockReader, RowBlock, huge_buffer
+from logra_kernels.store.maps import huge_buffer
+from logra_kernels.store.read_ahead import BlockReader, RowBlock
 from logra_kernels.store.reader import Shard, Store
 from logra_kernels.store.self_influence import SelfInfluenceCache
 from logra_kernels.store.verify import verify_store

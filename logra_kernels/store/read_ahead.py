@@ -12,20 +12,18 @@ contiguous: the buffers lie in huge pages where the system has them (bench/NOTES
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import DATA_OFFSET_BYTES
+from logra_kernels.store.maps import HUGE_PAGE_BYTES, forget, huge_buffer, is_cached, populate
 
 if TYPE_CHECKING:
     from logra_kernels.store.reader import Shard, Store
@@ -34,15 +32,10 @@ READ_BYTES = 4 << 20  # one request of one thread
 READ_THREADS = 2
 BLOCKS_AHEAD = 3  # buffers of the ring: one in use, two being filled
 ALIGN_BYTES = 4096  # of O_DIRECT's addresses, offsets and lengths, on every disk in use
-HUGE_PAGE_BYTES = 2 << 20
-SAMPLED_PAGES = 8  # of a block, to see whether it is cached
 
 Allocate = Callable[[int], np.ndarray]
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
-_MADV_POPULATE_READ = 22  # Linux 5.14; Python knows no name for it
-_MADV_DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class RowBlock:
@@ -147,20 +140,21 @@ class BlockReader:
         end = min(start + self._block_rows, shard.num_rows)
         first_byte, last_byte = start * self._row_bytes, end * self._row_bytes
         file = self._file(index, shard)
-        cached = file.tells_cached and _is_cached(shard, first_byte, last_byte)
+        file.check_size()
+        whole = shard.rows
+        cached = file.tells_cached and is_cached(whole, first_byte, last_byte)
         if self._in_place and (cached or self._keep):
-            file.check_size()
-            rows = shard.rows[start:end]
+            rows = whole[start:end]
             reads = []
             if not cached:
                 for part in _parts(first_byte, last_byte):
-                    reads.append(self._submit(_populate, file, shard, *part))
+                    reads.append(self._submit(_populate, file, whole, *part))
 
-            def forget() -> None:
+            def leave() -> None:
                 if not self._keep:
-                    _advise(shard, first_byte, last_byte, _MADV_DONTNEED)
+                    forget(whole, first_byte, last_byte)
 
-            return RowBlock(index, start, rows, forget), reads
+            return RowBlock(index, start, rows, leave), reads
         buffer = self._buffer()
         # The file's offset and the buffer's are equal modulo a page: what O_DIRECT asks for.
         first_byte, last_byte = first_byte + DATA_OFFSET_BYTES, last_byte + DATA_OFFSET_BYTES
@@ -270,67 +264,14 @@ class _File:
             raise StoreFormatError(f"{self.path}: cannot be read: {error.strerror}") from None
 
 
-def huge_buffer(num_bytes: int) -> np.ndarray:
-    """[num_bytes] uint8 of its own, in huge pages and aligned to them where the system has them."""
-    length = -(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    memory = mmap.mmap(-1, length + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    skip = -whole.ctypes.data % HUGE_PAGE_BYTES
-    return whole[skip : skip + num_bytes]
-
-
 def _parts(first: int, last: int) -> Iterator[tuple[int, int]]:
     for start in range(first, last, READ_BYTES):
         yield start, min(start + READ_BYTES, last)
 
 
-def _is_cached(shard: Shard, first: int, last: int) -> bool:
-    """Whether the page cache has a block's bytes [first, last), by a few of its pages."""
-    address = shard.rows.ctypes.data
-    page = ctypes.c_ubyte()
-    steps = max(1, SAMPLED_PAGES - 1)
-    for i in range(SAMPLED_PAGES):
-        at = address + first + (last - 1 - first) * i // steps
-        at -= at % mmap.PAGESIZE
-        if _libc.mincore(ctypes.c_void_p(at), ctypes.c_size_t(1), ctypes.byref(page)):
-            return False
-        if not page.value & 1:
-            return False
-    return True
-
-
-def _populate(file: _File, shard: Shard, first: int, last: int) -> None:
+def _populate(file: _File, rows: np.ndarray, first: int, last: int) -> None:
     """Read a part of a map into the page cache."""
-    code = _advise(shard, first, last, _MADV_POPULATE_READ)
-    if code in (0, errno.EINVAL):  # EINVAL: an older kernel; the pages come when they are used
-        return
-    file.check_size()
-    raise StoreError(f"{file.path}: cannot be read: {os.strerror(code)}")
-
-
-def _advise(shard: Shard, first: int, last: int, advice: int | None) -> int:
-    """madvise over a part of a map; 0, or the system's error."""
-    if advice is None:
-        return 0
-    address = shard.rows.ctypes.data
-    begin = (address + first) // mmap.PAGESIZE * mmap.PAGESIZE
-    length = ctypes.c_size_t(address + last - begin)
-    if _libc.madvise(ctypes.c_void_p(begin), length, ctypes.c_int(advice)):
-        return ctypes.get_errno()
-    return 0
-
-
-def cached_bytes(path: Path) -> int:
-    """How many bytes of a file the page cache holds; for benches and tests."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
-        view = np.frombuffer(memory, np.uint8)
-        pages = np.zeros(-(-len(view) // mmap.PAGESIZE), np.uint8)
-        address, length = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view))
-        failed = _libc.mincore(address, length, ctypes.c_void_p(pages.ctypes.data))
-        del view
-    if failed:
-        raise OSError(ctypes.get_errno(), "mincore", str(path))
-    return int((pages & 1).sum()) * mmap.PAGESIZE
+    code = populate(rows, first, last)
+    if code:
+        file.check_size()
+        raise StoreError(f"{file.path}: cannot be read: {os.strerror(code)}")

@@ -31,6 +31,7 @@ from logra_kernels.store.manifest import (
     width_of,
     write_manifest,
 )
+from logra_kernels.store.maps import map_array
 from logra_kernels.store.self_influence import SelfInfluenceCache
 from logra_kernels.store.tensors import check_name, check_tensors, read_tensors, write_tensors
 from logra_kernels.store.verify import verify_store
@@ -50,11 +51,11 @@ class Shard:
         self._width = width
 
     @cached_property
-    def rows(self) -> np.memmap:
+    def rows(self) -> np.ndarray:
         """[r, D], as stored, read in place from the mapped file."""
         shape = (self.num_rows, self._width)
         try:
-            return np.memmap(self.path, self.dtype, "r", DATA_OFFSET_BYTES, shape)
+            return map_array(self.path, self.dtype, shape, DATA_OFFSET_BYTES)
         except (OSError, ValueError) as error:  # ValueError: shorter than the shape
             raise StoreFormatError(f"{self.path}: cannot be mapped: {error}") from None
 

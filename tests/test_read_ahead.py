@@ -1,0 +1,347 @@
+"""Blocks of a store, read ahead: the same rows whichever way, errors by name, nothing left."""
+
+import errno
+import os
+import tempfile
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_samples import append, writer_of
+
+from logra_kernels.store import (
+    BlockReader,
+    Module,
+    RowBlock,
+    Store,
+    StoreError,
+    StoreFormatError,
+    StoreWriter,
+    read_ahead,
+)
+from logra_kernels.store.files import DATA_OFFSET_BYTES
+from logra_kernels.store.maps import cached_bytes
+from logra_kernels.store.read_ahead import BLOCKS_AHEAD
+
+
+def evict(store: Store) -> int:
+    """Drop the shards from the page cache; the bytes that stayed (a tmpfs keeps all)."""
+    for shard in store.shards:
+        shard.__dict__.pop("rows", None)  # pages that a process has mapped stay
+        descriptor = os.open(shard.path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return sum(cached_bytes(shard.path) for shard in store.shards)
+
+
+def wide_store(path: Path, dtype: str = "float16", shard_rows: int = 7, dim: int = 3001) -> Store:
+    """23 rows of 6,002 or 12,004 bytes: no block ends on a page."""
+    rows = np.arange(23 * dim).reshape(23, dim) % 2039
+    with StoreWriter.create(
+        path, modules=[Module("m", 1, dim)], dtype=dtype, shard_rows=shard_rows
+    ) as writer:
+        if dtype == "float16":
+            writer.set_module_exponents([0])
+            writer.append(range(23), rows.astype(dtype), np.ones(23, np.float32))
+        else:
+            writer.append(range(23), rows.astype(dtype))
+    return Store.open(path)
+
+
+def all_rows(store: Store) -> np.ndarray:
+    parts = [np.fromfile(s.path, s.dtype, offset=DATA_OFFSET_BYTES) for s in store.shards]
+    return np.concatenate(parts).reshape(-1, store.dim)
+
+
+def read(store: Store, block_rows: int, **options: object) -> np.ndarray:
+    """Every row, copied out of its block; checks that blocks come in order, and where they lie."""
+    parts, expected = [], []
+    for index, shard in enumerate(store.shards):
+        expected += [(index, start) for start in range(0, shard.num_rows, block_rows)]
+    got = []
+    with BlockReader(store, block_rows, **options) as blocks:
+        for block in blocks:
+            got.append((block.shard, block.start))
+            parts.append(np.array(block.rows))
+            block.release()
+    assert got == expected
+    return np.concatenate(parts)
+
+
+def drain(blocks: Iterable[RowBlock], last: tuple[int, int]) -> None:
+    """Go through the blocks, none of which may lie behind the last one named (shard, start)."""
+    for block in blocks:
+        assert (block.shard, block.start) <= last
+        block.release()
+
+
+def left_behind() -> tuple[int, list[str]]:
+    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("logra")]
+    return len(os.listdir("/proc/self/fd")), names
+
+
+WAYS = {
+    "streamed": {},
+    "kept": {"keep": True},
+    "buffers": {"in_place": False},
+    "kept in buffers": {"keep": True, "in_place": False},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("cold", [True, False])
+def test_every_way_gives_the_rows(tmp_path, dtype, options, cold):
+    store = wide_store(tmp_path / "s", dtype)
+    want = all_rows(store)
+    for block_rows in (1, 3, 7, 100):
+        if cold:
+            evict(store)
+        assert np.array_equal(read(store, block_rows, **options), want)
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_large_blocks_in_many_reads(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(read_ahead, "READ_BYTES", 8192)
+    for shard_rows in (4, 23):
+        store = wide_store(tmp_path / f"s{shard_rows}", shard_rows=shard_rows)
+        want = all_rows(store)
+        for block_rows in (2, 5, 23):
+            evict(store)
+            assert np.array_equal(read(store, block_rows, **options), want)
+
+
+def test_an_empty_store_and_some_shards_only(tmp_path):
+    with StoreWriter.create(tmp_path / "empty", modules=[Module("m", 1, 2)], dtype="float32"):
+        pass
+    with BlockReader(Store.open(tmp_path / "empty"), 4) as blocks:
+        assert list(blocks) == []
+    store = wide_store(tmp_path / "s")
+    with BlockReader(store, 4, shards=[1, 3]) as blocks:
+        assert [(block.shard, block.start) for block in blocks if block.release() is None] == [
+            (1, 0),
+            (1, 4),
+            (3, 0),
+        ]
+    with pytest.raises(StoreError, match="block_rows: expected at least 1, got 0"):
+        BlockReader(store, 0)
+
+
+def test_streaming_leaves_the_page_cache_as_it_was(tmp_path):
+    store = wide_store(tmp_path / "s", dim=1 << 16, shard_rows=10)  # 3 MB
+    if evict(store):
+        pytest.skip("this file system keeps its files in memory")
+    read(store, 4)
+    assert sum(cached_bytes(shard.path) for shard in store.shards) == 0
+    read(store, 4, keep=True)
+    size = sum(shard.file_bytes for shard in store.shards)
+    kept = sum(cached_bytes(shard.path) for shard in store.shards)
+    assert kept >= size - 3 * 4096  # the headers
+    read(store, 4)
+    assert sum(cached_bytes(shard.path) for shard in store.shards) == kept
+
+
+def test_without_direct_reads_the_page_cache_is_emptied_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_ahead, "_DIRECT", 0)
+    store = wide_store(tmp_path / "s", dim=1 << 16, shard_rows=10)
+    want = all_rows(store)
+    if evict(store):
+        pytest.skip("this file system keeps its files in memory")
+    assert np.array_equal(read(store, 4), want)
+    assert sum(cached_bytes(shard.path) for shard in store.shards) == 0
+
+
+def refuse_direct_open(monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *args):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+        return real(path, flags, *args)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def refuse_direct_read(monkeypatch):
+    real = os.preadv
+
+    def refuse(descriptor, buffers, offset):
+        if oct(int(flags_of(descriptor), 8) & os.O_DIRECT)[2:] != "0":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+
+
+def flags_of(descriptor: int) -> str:
+    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith("flags"))
+
+
+@pytest.mark.parametrize("refuse", [refuse_direct_open, refuse_direct_read])
+def test_a_file_system_that_refuses_direct_reads(tmp_path, monkeypatch, refuse):
+    store = wide_store(tmp_path / "s")
+    want = all_rows(store)
+    evict(store)
+    refuse(monkeypatch)
+    assert np.array_equal(read(store, 3, in_place=False), want)
+
+
+def test_a_store_in_memory(tmp_path):
+    """tmpfs: O_DIRECT is refused, or taken and ignored; pages are always cached."""
+    folder = Path("/dev/shm")
+    if not os.access(folder, os.W_OK):
+        pytest.skip("no /dev/shm")
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        store = wide_store(Path(name) / "s")
+        want = all_rows(store)
+        for options in WAYS.values():
+            assert np.array_equal(read(store, 3, **options), want)
+
+
+def test_short_reads_are_continued(tmp_path, monkeypatch):
+    """A read may give less than it was asked for, also in the middle of a page."""
+    store = wide_store(tmp_path / "s")
+    want = all_rows(store)
+    evict(store)
+    real = os.preadv
+
+    def short(descriptor, buffers, offset):
+        (buffer,) = buffers
+        return real(descriptor, [buffer[: max(4096, len(buffer) // 8192 * 4096)]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    assert np.array_equal(read(store, 5), want)
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_file_cut_short_while_it_is_read(tmp_path, options, cold):
+    store = wide_store(tmp_path / "s")
+    for shard in store.shards:
+        _ = shard.rows  # mapped before it is cut
+    if cold:
+        evict(store)
+    before = left_behind()
+    last = store.shards[-1].path
+    message = f"{last}: expected {last.stat().st_size} bytes, got 5000: the file was cut short"
+    with BlockReader(store, 1, **options) as blocks:
+        stream = iter(blocks)
+        next(stream).release()
+        os.truncate(last, 5000)
+        with pytest.raises(StoreFormatError) as error:
+            drain(stream, last=(len(store.shards) - 1, 0))
+        assert message in str(error.value)
+    assert left_behind() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"in_place": False}], ids=["in place", "buffers"])
+def test_an_error_of_the_disk_is_raised_in_the_caller(tmp_path, monkeypatch, options):
+    store = wide_store(tmp_path / "s")
+    evict(store)
+    if options == {} and evict(store):
+        pytest.skip("this file system keeps its files in memory")
+    before = left_behind()
+    bad = store.shards[2].path
+    real = os.preadv
+
+    def fail(descriptor, buffers, offset):
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(bad):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    message = f"{bad}: cannot be read: Input/output error"
+    with BlockReader(store, 3, **options) as blocks, pytest.raises(StoreError, match=message):
+        drain(blocks, last=(1, 6))
+    assert left_behind() == before
+
+
+def test_a_file_that_is_gone(tmp_path):
+    store = wide_store(tmp_path / "s")
+    bad = store.shards[1].path
+    bad.unlink()
+    message = f"{bad}: cannot be read: No such file"
+    with BlockReader(store, 3) as blocks, pytest.raises(StoreFormatError, match=message):
+        drain(blocks, last=(0, 6))
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path):
+    store = wide_store(tmp_path / "s")
+    evict(store)
+    before = left_behind()
+
+    def interrupted():
+        with BlockReader(store, 1, in_place=False) as blocks:
+            for number, block in enumerate(blocks):
+                if number == 5:
+                    assert left_behind() != before
+                    raise KeyboardInterrupt
+                block.release()
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert left_behind() == before
+
+
+def test_blocks_are_read_before_they_are_asked_for(tmp_path, monkeypatch):
+    store = wide_store(tmp_path / "s", shard_rows=23)
+    evict(store)
+    begun = threading.Semaphore(0)
+    real = os.preadv
+
+    def count(*args):
+        begun.release()
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", count)
+    with BlockReader(store, 1, in_place=False) as blocks:
+        first = next(iter(blocks))
+        for _ in range(BLOCKS_AHEAD):  # while the first block is in use
+            assert begun.acquire(timeout=60)
+        assert not begun.acquire(blocking=False)  # nor more than there are buffers
+        first.release()
+
+
+def test_a_buffer_in_use_is_not_filled_again(tmp_path):
+    store = wide_store(tmp_path / "s", shard_rows=23)
+    want = all_rows(store)
+    held = []
+    with BlockReader(store, 1, in_place=False) as blocks:
+        for block in blocks:
+            held.append(block)
+            if len(held) == BLOCKS_AHEAD:  # two are held when the next is asked for
+                old = held.pop(0)
+                assert np.array_equal(old.rows[0], want[old.start])
+                old.release()
+                old.release()  # twice is once
+    with BlockReader(store, 1, in_place=False) as blocks:
+        stream = iter(blocks)
+        keep = [next(stream) for _ in range(BLOCKS_AHEAD)]
+        with pytest.raises(RuntimeError, match="more than 2 blocks are held unreleased"):
+            next(stream)
+        assert [block.start for block in keep] == [0, 1, 2]
+
+
+def test_a_file_of_someone_else_is_not_taken_for_cached(tmp_path, monkeypatch):
+    """Of a file that it may not write, a process is told that every page is in memory."""
+    store = wide_store(tmp_path / "s")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with BlockReader(store, 3) as blocks:
+        for block in blocks:
+            assert not np.shares_memory(block.rows, store.shards[block.shard].rows)
+            block.release()
+
+
+def test_cached_blocks_are_used_in_place(tmp_path):
+    with writer_of(tmp_path / "s") as writer:
+        append(writer, list(range(8)))
+    store = Store.open(tmp_path / "s")
+    _ = all_rows(store)
+    with BlockReader(store, 3, allocate=pytest.fail) as blocks:
+        for block in blocks:
+            assert np.shares_memory(block.rows, store.shards[block.shard].rows)
+            block.release()
