@@ -101,7 +101,7 @@ def lanes_of(device: torch.device) -> Lanes | HostLanes:
 def feed(
     blocks: Iterable[RowBlock], lanes: Lanes | HostLanes, work: Work, block_bytes: int
 ) -> None:
-    """work(block, its rows on the device) for every block, in order.
+    """work(block, its rows on the device) for every block, in order; done when it returns.
 
     A block's copy is under way before the work on the block before it begins. Three waits keep
     lanes off each other's memory, and nothing else is waited for:
@@ -130,6 +130,7 @@ def feed(
         before = copied
     if before is not None:
         _compute(before, lanes, work)
+        lanes.wait(before.slot.used)
 
 
 def _copy(block: RowBlock, slot: _Slot, lanes: Lanes) -> _Copied:

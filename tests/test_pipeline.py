@@ -1,0 +1,286 @@
+"""The pipeline's waits, on a device that does everything as late, or as early, as it may."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from logra_kernels.pipeline import HostLanes, feed, lanes_of
+from logra_kernels.rows import share
+from logra_kernels.store import RowBlock
+
+BLOCKS, ROWS, DIM = 9, 3, 5
+POLICIES = ["copies first", "work first", "copies late", *range(20)]
+WAITS = ["copy_waits_for", "compute_waits_for", "wait"]
+
+
+class LateLanes:
+    """Two queues of what was asked for; nothing is done before something waits for it.
+
+    Whoever waits lets the queues run in an order that the waits they were given allow, chosen by
+    the policy: one queue as far ahead of the other as it may, or by lot.
+    """
+
+    def __init__(self, policy: str | int, without: str = "") -> None:
+        self.device = torch.device("cpu")
+        self._policy = policy
+        self._without = without  # a wait that is left out
+        self._chance = random.Random(policy)
+        self._queues: dict[str, list[tuple[Callable[[], None], list[Flag]]]] = {
+            "copy": [],
+            "compute": [],
+        }
+        self._before: dict[str, list[Flag]] = {"copy": [], "compute": []}
+        self.closed = False
+
+    def host_buffer(self, num_bytes: int) -> np.ndarray:
+        return np.zeros(num_bytes, np.uint8)
+
+    def device_buffer(self, num_bytes: int) -> Tensor:
+        return torch.full([num_bytes], 0xFF, dtype=torch.uint8)  # NaN in every float
+
+    def copy(self, target: Tensor, source: Tensor) -> Flag:
+        return self._ask("copy", lambda: target.copy_(source))
+
+    def compute(self, work: Callable[[], None]) -> Flag:
+        return self._ask("compute", work)
+
+    def copy_waits_for(self, event: Flag) -> None:
+        if self._without != "copy_waits_for":
+            self._before["copy"].append(event)
+
+    def compute_waits_for(self, event: Flag) -> None:
+        if self._without != "compute_waits_for":
+            self._before["compute"].append(event)
+
+    def wait(self, event: Flag) -> None:
+        if self._without != "wait":
+            self._run_until(lambda: event.done)
+
+    def upload(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.copy())
+
+    def close(self) -> None:
+        self._run_until(lambda: not any(self._queues.values()))
+        self.closed = True
+
+    def _ask(self, lane: str, work: Callable[[], None]) -> Flag:
+        done = Flag()
+
+        def run() -> None:
+            work()
+            done.done = True
+
+        self._queues[lane].append((run, self._before[lane]))
+        self._before[lane] = []
+        return done
+
+    def _run_until(self, enough: Callable[[], bool]) -> None:
+        while not enough():
+            ready = [
+                lane
+                for lane, queue in self._queues.items()
+                if queue and all(event.done for event in queue[0][1])
+            ]
+            assert ready, "every lane waits for the other"
+            if isinstance(self._policy, int):
+                lane = self._chance.choice(ready)
+            else:
+                favourite = "compute" if self._policy == "work first" else "copy"
+                lane = favourite if favourite in ready else ready[0]
+            self._queues[lane].pop(0)[0]()
+
+
+class Flag:
+    done = False
+
+
+def truth() -> np.ndarray:
+    return np.arange(BLOCKS * ROWS * DIM, dtype=np.float16).reshape(BLOCKS, ROWS, DIM)
+
+
+def blocks(buffers: int = 3) -> Iterator[RowBlock]:
+    """Blocks in a ring of buffers; a buffer that is given back is overwritten at once."""
+    free = [np.empty((ROWS, DIM), np.float16) for _ in range(buffers)]
+
+    def give_back(buffer: np.ndarray) -> None:
+        buffer[:] = np.nan
+        free.append(buffer)
+
+    for number, rows in enumerate(truth()):
+        assert free, "the pipeline holds more blocks than it may"
+        buffer = free.pop(0)
+        buffer[:] = rows
+        last = ROWS - 1 if number == BLOCKS - 1 else ROWS  # a short block at the end
+        yield RowBlock(0, number * ROWS, buffer[:last], lambda b=buffer: give_back(b))
+
+
+def scan(lanes: object) -> Tensor:
+    """All rows as the work saw them, [N, D]."""
+    seen = torch.zeros(BLOCKS * ROWS, DIM)
+
+    def work(block: RowBlock, rows: Tensor) -> None:
+        seen[block.start : block.start + len(rows)] = rows
+
+    feed(blocks(), lanes, work, ROWS * DIM * 2)
+    return seen
+
+
+def wanted() -> Tensor:
+    rows = torch.from_numpy(truth().reshape(-1, DIM)).float()
+    rows[-1] = 0
+    return rows
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_order_that_the_waits_allow_gives_the_rows(policy):
+    assert torch.equal(scan(LateLanes(policy)), wanted())
+
+
+def test_the_host_in_place():
+    assert torch.equal(scan(HostLanes(torch.device("cpu"))), wanted())
+    assert isinstance(lanes_of(torch.device("cpu")), HostLanes)
+
+
+@pytest.mark.parametrize("without", WAITS)
+def test_each_wait_is_needed(without):
+    """Leaving any one of them out gives wrong rows under some order: the test above can fail."""
+    wrong = [p for p in POLICIES if not torch.equal(scan(LateLanes(p, without)), wanted())]
+    assert wrong
+
+
+def test_a_copy_is_under_way_before_the_work_on_the_block_before_it():
+    asked = []
+
+    class Recorder(LateLanes):
+        def copy(self, target, source):
+            asked.append("copy")
+            return super().copy(target, source)
+
+        def compute(self, work):
+            asked.append("work")
+            return super().compute(work)
+
+    scan(Recorder("copies late"))
+    assert asked == ["copy", *["copy", "work"] * (BLOCKS - 1), "work"]
+
+
+def test_an_error_of_the_work_passes_through():
+    lanes = LateLanes("copies first")
+
+    def work(block: RowBlock, rows: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        feed(blocks(), lanes, work, ROWS * DIM * 2)
+
+
+class FakeCuda:
+    """What CudaLanes asks of torch.cuda, written down in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.current = "compute"
+
+    def stream(self, stream):
+        return _Inside(self, stream)
+
+    def Stream(self, device):  # torch's name
+        return _Stream("copies", self)
+
+    def current_stream(self, device):
+        return _Stream("compute", self)
+
+    def cudart(self):
+        return self
+
+    def cudaHostRegister(self, address, size, flags):
+        self.calls.append("pin")
+        return 0
+
+    def cudaHostUnregister(self, address):
+        self.calls.append("unpin")
+        return 0
+
+    def check_error(self, code):
+        assert code == 0
+
+
+class _Stream:
+    def __init__(self, name, cuda):
+        self.name, self.cuda = name, cuda
+
+    def record_event(self):
+        self.cuda.calls.append(f"event on {self.name}")
+        return _Event(self.name, self.cuda)
+
+    def wait_event(self, event):
+        self.cuda.calls.append(f"{self.name} waits for {event.name}")
+
+    def wait_stream(self, stream):
+        self.cuda.calls.append(f"{self.name} waits for all of {stream.name}")
+
+    def synchronize(self):
+        self.cuda.calls.append(f"host waits for all of {self.name}")
+
+
+class _Event:
+    def __init__(self, name, cuda):
+        self.name, self.cuda = name, cuda
+
+    def synchronize(self):
+        self.cuda.calls.append(f"host waits for {self.name}")
+
+
+class _Inside:
+    def __init__(self, cuda, stream):
+        self.cuda, self.stream = cuda, stream
+
+    def __enter__(self):
+        self.before, self.cuda.current = self.cuda.current, self.stream.name
+
+    def __exit__(self, *_):
+        self.cuda.current = self.before
+
+
+def test_the_calls_that_cuda_gets(monkeypatch):
+    """Which stream copies and which computes, and who waits for whom; no GPU was asked."""
+    from logra_kernels import cuda_lanes
+
+    cuda = FakeCuda()
+    monkeypatch.setattr(cuda_lanes.torch, "cuda", cuda)
+    lanes = cuda_lanes.CudaLanes(torch.device("cpu"))
+    source = lanes.host_buffer(4096)
+    assert source.ctypes.data % 4096 == 0
+    target = lanes.device_buffer(4096)
+
+    class Spy:
+        def copy_(self, other, non_blocking):
+            cuda.calls.append(f"copy on {cuda.current}, non_blocking={non_blocking}")
+
+    copied = lanes.copy(Spy(), share(source))
+    lanes.compute_waits_for(copied)
+    used = lanes.compute(lambda: cuda.calls.append(f"work on {cuda.current}"))
+    lanes.copy_waits_for(used)
+    lanes.wait(copied)
+    lanes.close()
+    assert target.shape == (4096,)
+    assert cuda.calls == [
+        "pin",
+        "copies waits for all of compute",
+        "copy on copies, non_blocking=True",
+        "event on copies",
+        "compute waits for copies",
+        "work on compute",
+        "event on compute",
+        "copies waits for compute",
+        "host waits for copies",
+        "host waits for all of copies",
+        "host waits for all of compute",
+        "unpin",
+    ]
