@@ -46,8 +46,8 @@ __all__ = ["Attributor", "Groups", "InfluenceResult", "find_groups", "influence_
 # A block this large outweighs a call, and still leaves the shard hot between sigma and the scores.
 BLOCK_BYTES = 32 << 20
 SMALLEST_BLOCK_ROWS, LARGEST_BLOCK_ROWS = 256, 1 << 16
-# A streamed block is held in memory, three of them at a time.
-SMALLEST_STREAMED_ROWS = 16
+# Streamed blocks are held in memory, four of them at a time.
+STREAMED_BYTES, SMALLEST_STREAMED_ROWS = 8 << 20, 16
 
 READINGS = ("auto", "mapped", "streamed", "resident")
 
@@ -63,11 +63,12 @@ class Attributor:
         damping: lambda itself; only one of the two.
         solver: "cholesky" or "eigh" (pseudo-inverse), see RawCurvature.damped.
         device: where the scan runs; the CPU by default, which reads the mapped file in place.
-        block_rows: rows per step of the scan; None for about 32 MiB.
+        block_rows: rows per step of the scan; None for about 32 MiB (8 MiB if streamed on the
+            CPU), but at least 16.
         reading: how the rows come from the disk.
             "mapped": through the page cache, where they stay for the next query; on the CPU they
             are used in place.
-            "streamed": around the page cache, through a ring of three blocks, so that memory does
+            "streamed": around the page cache, through a ring of four blocks, so that memory does
             not grow with the store; what the page cache has already is used from there.
             "auto": mapped if the rows take at most `memory_bytes`, else streamed.
             "resident": the first scan copies the rows to the device's memory (on the CPU: to this
@@ -102,10 +103,14 @@ class Attributor:
         self.device = torch.device(device or "cpu")
         self._row_bytes = self.store.dim * np.dtype(self.store.dtype).itemsize
         self.reading = self._choose(reading, memory_bytes)
-        streamed = self.reading == "streamed" or self.device.type == "cuda"
-        self.block_rows = block_rows or _block_rows(
-            self._row_bytes, SMALLEST_STREAMED_ROWS if streamed else SMALLEST_BLOCK_ROWS
-        )
+        if block_rows is not None:
+            self.block_rows = block_rows
+        elif self.device.type == "cuda":
+            self.block_rows = _block_rows(BLOCK_BYTES, self._row_bytes, SMALLEST_STREAMED_ROWS)
+        elif self.reading == "streamed":
+            self.block_rows = _block_rows(STREAMED_BYTES, self._row_bytes, SMALLEST_STREAMED_ROWS)
+        else:
+            self.block_rows = _block_rows(BLOCK_BYTES, self._row_bytes, SMALLEST_BLOCK_ROWS)
         self.preconditioner = self._preconditioner(curvature, damping_scale, damping, solver)
         self.dampings = self.preconditioner.dampings
         self._exponents = self.store.module_exponents
@@ -448,7 +453,7 @@ def influence_between(
     sinks = [Sink(plan.to(rows.device), rows.shape[0], None, lanes.upload) for plan in plans]
     kind = NORM_OF_MODE[mode]
     norms = Norms(preconditioner, kind, exponents, rows.device) if kind else None
-    block_rows = _block_rows(4 * rows.shape[1], SMALLEST_BLOCK_ROWS)
+    block_rows = _block_rows(BLOCK_BYTES, 4 * rows.shape[1], SMALLEST_BLOCK_ROWS)
     for first_row in range(0, rows.shape[0], block_rows):
         part = rows[first_row : first_row + block_rows]
         block = Block(first_row, part)
@@ -459,8 +464,8 @@ def influence_between(
     return collect(sinks, mode, names, ids, preconditioner.dampings)
 
 
-def _block_rows(row_bytes: int, least: int) -> int:
-    return max(least, min(LARGEST_BLOCK_ROWS, BLOCK_BYTES // row_bytes))
+def _block_rows(num_bytes: int, row_bytes: int, least: int) -> int:
+    return max(least, min(LARGEST_BLOCK_ROWS, num_bytes // row_bytes))
 
 
 def _room(shape: tuple[int, int], dtype: str, device: torch.device) -> Tensor:

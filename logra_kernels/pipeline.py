@@ -9,6 +9,7 @@ the host's memory in place.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,6 +73,44 @@ class HostLanes:
         """Nothing is under way."""
 
 
+class _Threads:
+    """One compute thread where that is enough for what the disk brings, else all.
+
+    A team of threads that waits for the next block spins, and so takes from the threads (and, in
+    a virtual machine, from the host) what reads need. Results do not depend on the choice.
+    """
+
+    ENOUGH = 0.6  # of the time of a block: the most that one thread's work may take
+    BUSY = 0.1  # of the work: less waiting than this, and the disk is no longer what is slow
+    MEMORY = 0.7  # weight of the blocks before
+
+    def __init__(self) -> None:
+        self._all = self._now = torch.get_num_threads()
+        self._waited_s = self._worked_s = 0.0
+
+    def __enter__(self) -> _Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._use(self._all)
+
+    def saw(self, waited_s: float, worked_s: float) -> None:
+        """A block came after so much waiting, and took so much work."""
+        self._waited_s = self.MEMORY * self._waited_s + waited_s
+        self._worked_s = self.MEMORY * self._worked_s + worked_s
+        if self._now == 1:
+            if self._waited_s < self.BUSY * self._worked_s:
+                self._use(self._all)
+        elif self._worked_s * self._now < self.ENOUGH * (self._waited_s + self._worked_s):
+            self._use(1)
+
+    def _use(self, threads: int) -> None:
+        if threads != self._now:
+            torch.set_num_threads(threads)
+            self._now = threads
+            self._waited_s = self._worked_s = 0.0
+
+
 @dataclass
 class _Slot:
     """A device buffer, and the last work that reads it."""
@@ -117,9 +156,15 @@ def feed(
         block_bytes: the size of the largest block.
     """
     if isinstance(lanes, HostLanes):
-        for block in blocks:
-            work(block, share(block.rows).to(lanes.device))
-            block.release()
+        with _Threads() as threads:
+            before_s = time.perf_counter()
+            for block in blocks:
+                come_s = time.perf_counter()
+                work(block, share(block.rows).to(lanes.device))
+                block.release()
+                done_s = time.perf_counter()
+                threads.saw(come_s - before_s, done_s - come_s)
+                before_s = done_s
         return
     slots = [_Slot(lanes.device_buffer(block_bytes)) for _ in range(DEVICE_BUFFERS)]
     before: _Copied | None = None

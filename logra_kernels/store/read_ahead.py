@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 READ_BYTES = 4 << 20  # one request of one thread
 READ_THREADS = 2
-BLOCKS_AHEAD = 3  # buffers of the ring: one in use, two being filled
+BLOCKS_AHEAD = 4  # buffers of the ring: one in use, the others read or being read
 ALIGN_BYTES = 4096  # of O_DIRECT's addresses, offsets and lengths, on every disk in use
 
 Allocate = Callable[[int], np.ndarray]
