@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from logra_kernels.store.reader import Shard, Store
 
 READ_BYTES = 4 << 20  # one request of one thread
-READ_THREADS = 2
+DIRECT_THREADS = 2
+CACHED_THREADS = 1  # two would hide from the system that the file is read in order
 BLOCKS_AHEAD = 4  # buffers of the ring: one in use, the others read or being read
 ALIGN_BYTES = 4096  # of O_DIRECT's addresses, offsets and lengths, on every disk in use
 
@@ -184,7 +185,8 @@ class BlockReader:
 
     def _submit(self, work: Callable[..., None], *args: object) -> Future[None]:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="logra-read")
+            threads = DIRECT_THREADS if _DIRECT and not self._keep else CACHED_THREADS
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="logra-read")
         return self._pool.submit(work, *args)
 
 
@@ -199,6 +201,7 @@ class _File:
         # To those who may not write the file the system says of every page that it is cached.
         owned = os.fstat(self._descriptor).st_uid == os.geteuid()
         self.tells_cached = owned or os.access(self.path, os.W_OK)
+        self._streamed: list[tuple[int, int]] = []  # what came through the page cache
         self._direct: int | None = None
         if _DIRECT and not keep:
             with contextlib.suppress(StoreError):  # tmpfs and others have no O_DIRECT
@@ -226,6 +229,7 @@ class _File:
                         raise
             self._fill(self._descriptor, place, first, last - first)
             if not (self._keep or cached):
+                self._streamed.append((first, last))
                 self._forget(first, last)
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be read: {error.strerror}") from error
@@ -253,6 +257,8 @@ class _File:
             os.posix_fadvise(self._descriptor, first, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
+        for part in self._streamed:  # again: the system reads ahead, also of a part just dropped
+            self._forget(*part)
         os.close(self._descriptor)
         if self._direct is not None:
             os.close(self._direct)
