@@ -71,7 +71,8 @@ def cases(quick: bool, folder: Path) -> Iterator[Case]:
     modules = [Module(f"module.{i}", RANK, RANK) for i in range(num_modules)]
     store = make_store(folder / "store", num_rows, modules)
     curvature = RawCurvature.rebuild(store)
-    attributor = Attributor(store, curvature)
+    attributor = Attributor(store, curvature, reading="mapped")
+    resident = Attributor(store, curvature, reading="resident")
     dampings = itertools.count(1)
     for num_queries in (1, 16) if quick else (1, 16, 64):
         # 1 / 64: so that torch's fp16 products with rows of up to 2**15 do not overflow
@@ -96,6 +97,7 @@ def cases(quick: bool, folder: Path) -> Iterator[Case]:
             title=f"{title}, sigma known",
             providers={
                 "logra Attributor.top_k": lambda q=queries: attributor.top_k(q, TOP).top_scores,
+                "logra resident": lambda q=queries: resident.top_k(q, TOP).top_scores,
                 "torch fp16 mm, topk": lambda b=baseline: b.top(half=True, sigma_known=True),
                 "torch fp32 mm, topk": lambda b=baseline: b.top(half=False, sigma_known=True),
             },
