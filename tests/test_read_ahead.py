@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import tempfile
 import threading
 from collections.abc import Iterable
@@ -345,3 +346,19 @@ def test_cached_blocks_are_used_in_place(tmp_path):
         for block in blocks:
             assert np.shares_memory(block.rows, store.shards[block.shard].rows)
             block.release()
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_more_shards_than_a_process_may_open_files(tmp_path, options):
+    store = wide_store(tmp_path / "s", shard_rows=1, dim=8)  # 23 shards
+    want = all_rows(store)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(name) for name in os.listdir("/proc/self/fd"))
+    try:
+        # two descriptors a shard, for as many as are read ahead, and the file that is mapped
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2 * (BLOCKS_AHEAD + 2), before[1]))
+        evict(store)
+        assert np.array_equal(read(store, 1, **options), want)
+        assert all(shard.rows.shape == (1, 8) for shard in store.shards)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
