@@ -126,7 +126,8 @@ class Baseline:
 
 
 def mapped_file(shard: Shard, start: int, count: int) -> np.ndarray:
-    return np.load(shard.path, mmap_mode="r")[start : start + count]
+    # "c": torch warns about memory that may not be written
+    return np.load(shard.path, mmap_mode="c")[start : start + count]
 
 
 def read_file(shard: Shard, start: int, count: int) -> np.ndarray:
@@ -227,7 +228,6 @@ def run(store: Store, args: argparse.Namespace) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "the curvature is of 2048 rows")
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     parser = common_parser(__doc__)
     parser.add_argument("--gib", type=float, help="size of the store (default: 3; quick: 1)")
     parser.add_argument("--folder", help="where the store is made (default: the temporary folder)")
