@@ -48,6 +48,8 @@ BLOCK_BYTES = 32 << 20
 SMALLEST_BLOCK_ROWS, LARGEST_BLOCK_ROWS = 256, 1 << 16
 # Streamed blocks are held in memory, four of them at a time.
 STREAMED_BYTES, SMALLEST_STREAMED_ROWS = 8 << 20, 16
+# A query is packed for every block: with this many rows to a query that is a small part of the work.
+ROWS_PER_QUERY = 4
 
 READINGS = ("auto", "mapped", "streamed", "resident")
 
@@ -63,8 +65,8 @@ class Attributor:
         damping: lambda itself; only one of the two.
         solver: "cholesky" or "eigh" (pseudo-inverse), see RawCurvature.damped.
         device: where the scan runs; the CPU by default, which reads the mapped file in place.
-        block_rows: rows per step of the scan; None for about 32 MiB (8 MiB if streamed on the
-            CPU), but at least 16.
+        block_rows: rows per step of the scan; None for about 32 MiB, or, if streamed on the CPU,
+            8 MiB (up to 32 MiB for many queries), but at least 16 rows.
         reading: how the rows come from the disk.
             "mapped": through the page cache, where they stay for the next query; on the CPU they
             are used in place.
@@ -103,12 +105,14 @@ class Attributor:
         self.device = torch.device(device or "cpu")
         self._row_bytes = self.store.dim * np.dtype(self.store.dtype).itemsize
         self.reading = self._choose(reading, memory_bytes)
+        self._most_rows = 0  # where many queries want larger blocks
         if block_rows is not None:
             self.block_rows = block_rows
         elif self.device.type == "cuda":
             self.block_rows = _block_rows(BLOCK_BYTES, self._row_bytes, SMALLEST_STREAMED_ROWS)
         elif self.reading == "streamed":
             self.block_rows = _block_rows(STREAMED_BYTES, self._row_bytes, SMALLEST_STREAMED_ROWS)
+            self._most_rows = BLOCK_BYTES // self._row_bytes
         else:
             self.block_rows = _block_rows(BLOCK_BYTES, self._row_bytes, SMALLEST_BLOCK_ROWS)
         self.preconditioner = self._preconditioner(curvature, damping_scale, damping, solver)
@@ -209,6 +213,7 @@ class Attributor:
                 lanes,
                 done,
                 missing,
+                self.block_rows,
             )
         return out if groups else out[TOTAL]
 
@@ -272,7 +277,14 @@ class Attributor:
                     sink.add(block, mode)
 
             done = track(progress, self.store.num_rows, "scan")
-            self._scan(use, NORM_OF_MODE[mode], lanes, done, range(len(self.store.shards)))
+            self._scan(
+                use,
+                NORM_OF_MODE[mode],
+                lanes,
+                done,
+                range(len(self.store.shards)),
+                max(self.block_rows, min(self._most_rows, ROWS_PER_QUERY * queries.shape[0])),
+            )
             return collect(sinks, mode, names, StoredIds(self.store), self.dampings)
 
     def _scan(
@@ -282,6 +294,7 @@ class Attributor:
         lanes: Lanes | HostLanes,
         done: Callable[[int], None],
         shards: Sequence[int],
+        block_rows: int,
     ) -> None:
         """use(block) for all rows of the shards, in order, with the norms of that kind.
 
@@ -304,21 +317,21 @@ class Attributor:
         for index in shards:
             if index in self._held:
                 held = self._held[index]
-                for start in range(0, len(held), self.block_rows):
-                    rows = held[start : start + self.block_rows]
+                for start in range(0, len(held), block_rows):
+                    rows = held[start : start + block_rows]
                     work(RowBlock(index, start, np.empty(0), lambda: None), rows)
         away = [index for index in shards if index not in self._held]
         on_host = isinstance(lanes, HostLanes)
         if away:
             with BlockReader(
                 self.store,
-                self.block_rows,
+                block_rows,
                 shards=away,
                 keep=self.reading == "mapped",
                 in_place=on_host,
                 allocate=None if isinstance(lanes, HostLanes) else lanes.host_buffer,
             ) as blocks:
-                feed(blocks, lanes, work, self.block_rows * self._row_bytes)
+                feed(blocks, lanes, work, block_rows * self._row_bytes)
 
     def _choose(self, reading: str, memory_bytes: int | None) -> str:
         """How rows are read: what was asked for, or, for "auto", what fits."""

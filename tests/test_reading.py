@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from dense_influence import DIM, gradients, make_store
+from test_attribution import assert_same
 from test_pipeline import LateLanes
 from test_read_ahead import evict, left_behind
 
@@ -117,6 +118,20 @@ def test_what_fits_is_mapped_and_what_does_not_is_streamed(store, monkeypatch):
         Attributor(store, curvature, memory_bytes=-1)
     with pytest.raises(ValueError, match="memory_bytes: expected none with reading='mapped'"):
         Attributor(store, curvature, reading="mapped", memory_bytes=1)
+
+
+def test_streamed_blocks_have_rows_for_their_queries(store, blocks_read, monkeypatch):
+    """Packing queries is work per block: many queries want more rows of it."""
+    monkeypatch.setattr(attribution, "STREAMED_BYTES", 1)
+    curvature = RawCurvature.rebuild(store)
+    attributor = Attributor(store, curvature, reading="streamed")
+    want = Attributor(store, curvature).scores(gradients(6)).scores
+    blocks_read.clear()
+    attributor.scores(QUERIES)
+    assert [start for shard, start in blocks_read if shard == 0] == [0, 16, 32]
+    blocks_read.clear()
+    assert_same(attributor.scores(gradients(6)).scores, want)
+    assert [start for shard, start in blocks_read if shard == 0] == [0, 24]
 
 
 def test_resident_rows_are_read_once_and_must_fit(store, blocks_read, monkeypatch):
