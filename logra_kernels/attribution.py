@@ -48,7 +48,7 @@ BLOCK_BYTES = 32 << 20
 SMALLEST_BLOCK_ROWS, LARGEST_BLOCK_ROWS = 256, 1 << 16
 # Streamed blocks are held in memory, four of them at a time.
 STREAMED_BYTES, SMALLEST_STREAMED_ROWS = 8 << 20, 16
-# A query is packed for every block: with this many rows to a query that is a small part of the work.
+# A query is packed for every block: with this many rows to a query that is little of the work.
 ROWS_PER_QUERY = 4
 
 READINGS = ("auto", "mapped", "streamed", "resident")
