@@ -201,12 +201,11 @@ class Attributor:
         kept = self._norms_of("sigma")
         done = track(progress, self.store.num_rows, "scan")
         shards = self.store.shards
-        known = [index for index in range(len(shards)) if kept.known(index)]
-        for index in known:
+        missing = [index for index in range(len(shards)) if not kept.known(index)]
+        for index in sorted(set(range(len(shards))).difference(missing)):
             use(shards[index].first_row, kept.load(index), self._row_scale(index))
             done(shards[index].num_rows)
         with closing(lanes_of(self.device)) as lanes:
-            missing = [index for index in range(len(shards)) if index not in set(known)]
             self._scan(
                 lambda block: use(block.first_row, _known(block.norms), block.row_scale),
                 "sigma",
