@@ -68,6 +68,15 @@ def median_ms(record: dict[str, Any], provider: str) -> float | None:
     return None
 
 
+def rates(record: dict[str, Any]) -> dict[str, float]:
+    """What each provider of a record of the peers' bench does in a second: pairs, or tokens."""
+    counts = record["params"]["count"]
+    return {
+        row["provider"]: counts[row["provider"]] / row["median_ms"] * 1e3
+        for row in record["providers"]
+    }
+
+
 def _short(value: Any) -> Any:
     """Floats to five digits: the sixth is noise."""
     if isinstance(value, float) and math.isfinite(value):

@@ -27,6 +27,8 @@ COLOURS = {
     "faiss SQfp16": "#7e22ce",
     "faiss flat": "#c084fc",
 }
+# Of the peers' parts, the cases that are drawn; "influence" also has one without curvature.
+PEERS_CASES = {"l-relatif": "l-RelatIF", "influence": "influence"}
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 MOST_BYTES = 80_000
 
@@ -50,7 +52,9 @@ def scan(folder: Path) -> Any:
         ("torch fp16 mm", ("torch fp16",)),
         ("logra_kernels", ("logra",)),
     ):
-        lines[name] = [_best(record, matches) for record in records]
+        values = [_best(record, matches) for record in records]
+        if any(values):
+            lines[name] = values
     floors = []
     for r in records:
         p, limits = r["params"], r["limits"]
@@ -70,8 +74,6 @@ def scan(folder: Path) -> Any:
     ends = []
     for name, values in lines.items():
         points = [(x, y) for x, y in zip(at, values, strict=True) if y is not None]
-        if not points:
-            continue
         ours = name == "logra_kernels"
         colour = OURS if ours else COLOURS[name]
         xs, ys = zip(*points, strict=True)
@@ -87,7 +89,7 @@ def scan(folder: Path) -> Any:
     _label_ends(axis, ends)
     machine = records[0]["machine"]
     title = f"A scan of {first['R']:,} rows of {first['D']:,} in fp16, milliseconds"
-    _title(figure, axis, title, _where(machine))
+    _title(figure, axis, title, f"{_where(machine)}; faiss: the ten best rows only")
     figure.subplots_adjust(left=0.08, right=0.74, top=0.84, bottom=0.12)
     return figure
 
@@ -97,7 +99,7 @@ def logging(folder: Path) -> Any:
     records = _results.latest("logging", folder)
     if not records:
         return None
-    record = records[0]
+    record = next((r for r in records if r["params"].get("model") == "llama"), records[0])
     names = {
         "floor": "forward and activation gradients alone",
         "logra": "logra_kernels: with every row",
@@ -133,21 +135,17 @@ def pairs(folder: Path) -> Any:
     """Bars of pairs a second on a logarithmic axis, grouped by what is computed."""
     groups: list[tuple[str, dict[str, float]]] = []
     machine = None
-    wanted = ("l-RelatIF", "influence")
-    peers = _results.latest("peers", folder)
-    for start in wanted:
-        found = [r for r in peers if r["case"].startswith(start) and "Q=16," in r["case"]]
-        for record in found[:1]:
-            machine = record["machine"]
-            numbers = re.search(r"Q=(\d+), N=(\d+)", record["case"])
-            assert numbers is not None
-            count = int(numbers[1]) * int(numbers[2])
-            rates = {}
-            for row in record["providers"]:
-                if "logra's ops" not in row["provider"]:
-                    rates[row["provider"]] = count / row["median_ms"] * 1e3
-            what = {"l-RelatIF": "l-RelatIF", "influence": "Influence (Eq. 3)"}[start]
-            groups.append((f"{what}, {numbers[1]} queries, {int(numbers[2]):,} rows", rates))
+    titles = {"l-relatif": "l-RelatIF", "influence": "Influence (Eq. 3)"}
+    for record in _results.latest("peers", folder):
+        numbers = re.search(r"Q=16, N=(\d+)", record["case"])
+        part = record["params"].get("part")
+        if numbers is None or not record["case"].startswith(PEERS_CASES.get(part, "none of these")):
+            continue
+        machine = record["machine"]
+        rates = {
+            name: rate for name, rate in _results.rates(record).items() if "logra's ops" not in name
+        }
+        groups.append((f"{titles[part]}, 16 queries, {int(numbers[1]):,} rows", rates))
     for record in _results.latest("table1", folder)[-1:]:
         machine = record["machine"]
         rates = {}

@@ -26,6 +26,7 @@ from bench import (
     bench_self_influence,
     bench_topk_scores,
     grid,
+    plots,
     targets,
 )
 from bench._harness import Case, Held, check, isa_providers, run_case, time_providers
@@ -351,18 +352,54 @@ def test_targets_are_met_or_missed() -> None:
     assert targets.Target("a", 2.0, None).verdict == "not measured"
 
 
-def test_targets_from_stored_results(tmp_path: Path) -> None:
-    def peers(case: str, **medians: float) -> None:
-        providers = [{"provider": name, "median_ms": value} for name, value in medians.items()]
-        _results.append("peers", {"case": case, "providers": providers}, tmp_path)
+def peers_record(folder: Path, part: str, case: str, **rates: float) -> None:
+    """As bench_peers writes them; every call of 10 ms."""
+    _results.append(
+        "peers",
+        {
+            "case": case,
+            "params": {"part": part, "count": {name: rate / 100 for name, rate in rates.items()}},
+            "providers": [{"provider": name, "median_ms": 10.0} for name in rates],
+        },
+        folder,
+    )
 
-    peers("logging rows: N=8", **{"logra": 10.0, "LogIX": 30.0, "LogIX, repaired": 12.0})
-    peers("logging rows: N=9", logra=10.0, LogIX=25.0, Bergson=14.0)
+
+def test_targets_from_stored_results(tmp_path: Path) -> None:
+    rates = {"logra": 30.0, "LogIX": 10.0, "LogIX, repaired": 25.0}
+    peers_record(tmp_path, "logging", "logging rows: N=8", **rates)
+    peers_record(tmp_path, "logging", "logging rows: N=9", logra=25.0, LogIX=10.0, Bergson=20.0)
+    ways = {"Bergson FAISS Flat": 5.0, "Bergson, index in memory": 40.0, "logra, top 10": 55.0}
+    peers_record(tmp_path, "influence", "influence: Q=1, N=9", logra=50.0, **ways)
     found = {target.what: target for target in targets.stored(tmp_path)}
-    assert found["logging: LogIX over ours"].got == 2.5  # the least of its cases
-    assert found["logging: LogIX over ours"].verdict == "met"
-    assert found["logging: Bergson over ours"].verdict == "missed"
-    assert found["l-RelatIF: LogIX over ours"].verdict == "not measured"
+    assert found["logging a small LM, over LogIX"].got == 2.5  # the least of its cases
+    assert found["logging a small LM, over LogIX"].verdict == "met"
+    assert found["logging a small LM, over Bergson"].verdict == "missed"
+    assert found["influence pairs/s, over Bergson out of core"].got == pytest.approx(11.0)
+    assert found["l-RelatIF pairs/s, over LogIX"].verdict == "not measured"
+
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_pictures_of_stored_results(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    torch.manual_seed(0)
+    plots.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "images")])
+    assert f"{name}.png is left out: there are no results for it" in capsys.readouterr().out
+    rows = torch.randn(16, 32).half()
+    for num_queries in (1, 4):
+        one = bench_scores.case(torch.randn(num_queries, 32), rows, numpy_too=True)
+        run_case(one, LIMITS, arguments(), tmp_path)
+    logging = case(logra=FAST, floor=FAST)
+    logging.op = "logging"
+    run_case(logging, LIMITS, arguments(), tmp_path)
+    peers_record(tmp_path, "l-relatif", "l-RelatIF: Q=16, N=2000, D=4", logra=1e6, LogIX=1e3)
+    plots.main(["--results", str(tmp_path), "--out", str(tmp_path / "images")])
+    picture = (tmp_path / "images" / f"{name}.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert 5_000 < len(picture) < plots.MOST_BYTES
+    assert f"{name}.png: {len(picture):,} bytes\n" in capsys.readouterr().out
 
 
 def test_every_target_can_be_measured() -> None:
