@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "logra/types.h"
@@ -41,25 +42,34 @@ class Products {
            std::size_t out_stride, float* scratch, std::size_t num_ahead = 0) const;
 
  private:
-  void set_block(std::size_t block);
+  /// How queries are laid out: block b of query q is at b * block_stride + q * query_stride.
+  struct Blocks {
+    std::size_t length = 0, count = 0, query_stride = 0, block_stride = 0;  // count: blocks of D
+    Blocks() = default;
+    Blocks(const Matrix& queries, std::size_t block);
+  };
   bool direct() const;
+  std::size_t wide_floats() const;  // scratch for rows converted to float32
   void pack();
-  bool pack_bf16();  // false if the queries are not exact in bfloat16
+  std::size_t pack_bf16();  // returns how many queries are exact in bfloat16
+  void run_f32(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
+               float* out, std::size_t out_stride, float* scratch, std::size_t num_ahead) const;
   void run_widened(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
                    float* out, std::size_t out_stride, float* scratch) const;
+  void run_bf16(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
+                float* out, std::size_t out_stride) const;
 
   const Kernels& kernels_;
   std::unique_ptr<TileProducts> tiles_;  // if there, does it all
   Matrix queries_;
   Dtype dtype_;                    // of the rows
-  std::size_t block_ = 0;          // kDimBlock or kDimBlockBf16
-  std::size_t num_blocks_ = 0;     // of D
-  const float* packed_ = nullptr;  // block b of query q: packed_ + b * block_stride_ + q * query_stride_
-  std::size_t block_stride_ = 0;
-  std::size_t query_stride_ = 0;
+  const float* packed_ = nullptr;  // null if every query is exact in bfloat16
+  Blocks blocks_;                  // of packed_
   Scratch<float> storage_;
-  Scratch<Bfloat16>
-      storage_bf16_;  // in place of storage_, where the products are the CPU's own bfloat16 ones
+  // Where the CPU multiplies bfloat16 itself: the queries that are exact in it, and which they are.
+  Scratch<Bfloat16> storage_bf16_;
+  Blocks blocks_bf16_;
+  std::vector<std::uint8_t> exact_;  // [Q], empty if none is
 };
 
 }  // namespace logra
