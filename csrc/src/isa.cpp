@@ -55,11 +55,11 @@ std::vector<Entry> available() {
   if (entries.back().isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
     static const Kernels kernels = [] {
       Kernels table = kAvx512Kernels;
-      table.dots_bf16 = kAvx512DotsBf16;
-      table.project_bf16 = kAvx512ProjectBf16;
-      table.transpose_bf16 = kAvx512TransposeBf16;
-      table.outer_pairs = kAvx512OuterPairs;
-      table.pair_bf16 = kAvx512PairBf16;
+      table.dots_bf16 = kAvx512Bf16Kernels.dots;
+      table.project_bf16 = kAvx512Bf16Kernels.project;
+      table.transpose_bf16 = kAvx512Bf16Kernels.transpose;
+      table.outer_pairs = kAvx512Bf16Kernels.outer_pairs;
+      table.pair_bf16 = kAvx512Bf16Kernels.pair;
       return table;
     }();
     entries.push_back({Isa::kAvx512Bf16, &kernels});

@@ -311,10 +311,6 @@ static void outer_pairs(const float* const* a, std::size_t row, std::size_t num_
 
 }  // namespace
 
-const DotsBf16 kAvx512DotsBf16 = dots_bf16;
-const ProjectRows kAvx512ProjectBf16 = project_bf16;
-const TransposeBf16 kAvx512TransposeBf16 = transpose_bf16;
-const OuterTokens kAvx512OuterPairs = outer_pairs;
-const PairBf16 kAvx512PairBf16 = pair_bf16;
+const Bf16Kernels kAvx512Bf16Kernels = {dots_bf16, project_bf16, transpose_bf16, outer_pairs, pair_bf16};
 
 }  // namespace logra

@@ -146,15 +146,20 @@ struct Kernels {
   const TileKernels* tiles = nullptr;
 };
 
+// What a CPU with bfloat16 products adds to the table of its instruction set.
+struct Bf16Kernels {
+  DotsBf16 dots;
+  ProjectRows project;
+  TransposeBf16 transpose;
+  OuterTokens outer_pairs;
+  PairBf16 pair;
+};
+
 extern const Kernels kBaselineKernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
-extern const DotsBf16 kAvx512DotsBf16;
-extern const ProjectRows kAvx512ProjectBf16;
-extern const TransposeBf16 kAvx512TransposeBf16;
-extern const OuterTokens kAvx512OuterPairs;
-extern const PairBf16 kAvx512PairBf16;
+extern const Bf16Kernels kAvx512Bf16Kernels;
 
 const Kernels& active_kernels();
 

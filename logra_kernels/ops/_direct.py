@@ -17,6 +17,7 @@ from logra_kernels import _native
 NARROW = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 _TYPES = frozenset((Tensor, nn.Parameter))
+_compiling = torch.compiler.is_compiling
 _keys_of: Any = getattr(torch._C, "_dispatch_keys", None)
 _included_keys: Any = getattr(torch._C, "_dispatch_tls_local_include_set", None)
 _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
@@ -44,7 +45,7 @@ except (AttributeError, TypeError):  # another torch: the long way is always rig
 
 def direct(*tensors: Tensor | None) -> bool:
     """Whether these are plain CPU tensors and nobody intercepts, traces or profiles operations."""
-    if torch.compiler.is_compiling() or not _known or _native.C is None:
+    if _compiling() or not _known or _native.C is None:
         return False
     if _included_keys().raw_repr() & ~_THREAD_BITS or _function_modes() or _profiled():
         return False

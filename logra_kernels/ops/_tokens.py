@@ -100,7 +100,8 @@ def direct_gradients(
             return None
         kept = mask.data_ptr()
     out = x.new_empty((num, ko, ki), dtype=torch.float32)
-    kernels().projected_gradients(view(x), view(dy), in_view, out_view, kept, 0, view(out))
+    rows = (out.data_ptr(), 0, (num, ko, ki), (ko * ki, ki, 1))
+    kernels().projected_gradients(view(x), view(dy), in_view, out_view, kept, 0, rows)
     return out
 
 
