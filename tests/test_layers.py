@@ -136,3 +136,55 @@ def test_input_given_by_keyword():
         model(x).sum().backward()
     want = x[:, None, :].expand(4, 2, 3)
     assert torch.equal(capture.gradients()["linear"], want)
+
+
+@pytest.mark.parametrize(
+    ("init", "tokens", "given"),
+    [
+        ("normal", torch.bfloat16, torch.bfloat16),
+        ("normal", torch.float32, torch.float32),
+        ("normal", torch.float64, torch.float64),
+        ("rademacher", torch.float16, torch.float16),  # 1 / sqrt(4) is exact
+    ],
+)
+def test_a_projection_meets_tokens_in_their_own_type(init, tokens, given):
+    layer = LinearLayer("layer", nn.Linear(40, 30).to(tokens))
+    layer.projection = build_projections({"layer": (40, 30)}, 4, init)["layer"]
+    proj = layer._proj_out(torch.zeros(2, 30, dtype=tokens))
+    assert proj.dtype == given
+    assert torch.equal(proj.double(), layer.projection.proj_out.double())
+
+
+def test_a_projection_that_the_tokens_type_cannot_hold_stays_in_float32():
+    layer = LinearLayer("layer", nn.Linear(40, 30))
+    layer.projection = build_projections({"layer": (40, 30)}, 2, "rademacher")["layer"]
+    assert layer._proj_out(torch.zeros(2, 30).bfloat16()).dtype == torch.float32
+    assert layer._proj_out(torch.zeros(2, 30).half()).dtype == torch.float32
+
+
+def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32():
+    """x, dy and P are exact in float32, so only the sums' order may differ."""
+    model = nn.Sequential(nn.Linear(40, 36), nn.ReLU(), nn.Linear(36, 30)).bfloat16()
+    layers = make_layers(model, rank=4)
+    seen = {}
+
+    def keep(layer, module, args, output):
+        output.register_hook(lambda dy: seen.update({layer.name: (args[0].detach(), dy)}))
+
+    for layer in layers:
+        layer.module.register_forward_hook(lambda *call, layer=layer: keep(layer, *call))
+    x = torch.randn(3, 7, 40).bfloat16().requires_grad_()
+    with Capture(model, layers, 3) as capture:
+        model(x).square().sum().backward()
+    for layer in layers:
+        tokens, dy = (t.double() for t in seen[layer.name])
+        projection = layer.projection
+        wanted = torch.einsum(
+            "nto,nti->noi",
+            dy @ projection.proj_out.double().T,
+            tokens @ projection.proj_in.double().T,
+        )
+        got = capture.gradients()[layer.name]
+        torch.testing.assert_close(
+            got.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
+        )
