@@ -98,6 +98,15 @@ def test_layout_does_not_change_bits(isa: str, dtype: torch.dtype) -> None:
     assert_same(per_sample_gradients(by_token, dy), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_rows_that_end_within_a_vector(isa: str, dtype: torch.dtype) -> None:
+    """The result's rows go through a copy, some at a time."""
+    x, dy = randn(2, 67, 701, dtype=dtype), randn(2, 67, 97, dtype=dtype, seed=1)
+    exact = dy.double().transpose(1, 2) @ x.double()
+    size = dy.double().abs().transpose(1, 2) @ x.double().abs()
+    assert_within(per_sample_gradients(x, dy), exact, gamma(67) * size)
+
+
 @pytest.mark.usefixtures("native", "set_threads")
 def test_threads_and_splits_do_not_change_bits(isa: str) -> None:
     x, dy, mask = randn(7, 400, 70), randn(7, 400, 65, seed=1), ragged_mask(7, 400)

@@ -160,13 +160,15 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
   // Few examples are cut into strips of rows too, for all threads to have a part.
   const std::size_t parts =
       std::min(ceil_div(ko, kStrips), ceil_div(4 * static_cast<std::size_t>(threads), examples.num_examples));
-  const std::size_t rows = kStrips * ceil_div(ceil_div(ko, kStrips), threads > 1 ? parts : 1);
+  const bool edge = ki != right.width();  // rows of the result that end within a vector go through a copy
+  const std::size_t fit = std::max<std::size_t>(1, (std::size_t{1} << 16) / (kStrips * right.width()));
+  const std::size_t strip_groups = ceil_div(ceil_div(ko, kStrips), threads > 1 ? parts : 1);
+  const std::size_t rows = kStrips * (edge ? std::min(fit, strip_groups) : strip_groups);
   const std::size_t strips = ceil_div(ko, rows);
 
   const Scratch<float> buffer(checked_product(floats, group));
   float* const dy_projected = buffer.get();
   float* const x_projected = dy_projected + left_floats * group;
-  const bool edge = ki != right.width();
   const std::size_t copies = (left.copied() ? left.width() : 0) + (right.copied() ? right.width() : 0);
   const std::size_t scratch_floats =
       std::max(std::max(left.scratch_floats(), right.scratch_floats()),

@@ -10,7 +10,8 @@ namespace logra {
 /// dy   tokens of Ko elements, likewise
 /// out  [num_examples, Ko, Ki] float32, contiguous, written in full
 ///
-/// Accumulates in float32, over the tokens that are kept, in order: so padding does not change a bit.
+/// Accumulates in float32, over the tokens that are kept, in order: so padding does not change a bit. Where
+/// both sides are bfloat16 and the CPU multiplies them itself, values and sums below 2^-126 count as zero.
 /// Throws std::invalid_argument for other types and for segments out of range.
 void per_sample_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, float* out);
 
