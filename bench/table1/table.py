@@ -1,0 +1,212 @@
+"""From what was measured to the table, its ratios, the JSON record and the plot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TARGET = 6500
+EKFAC, LOGRA = "EKFAC", "LoGra"
+
+
+@dataclass
+class LoggingRow:
+    """Fitting EKFAC's factors, or logging rows and curvature: one line."""
+
+    system: str  # EKFAC or LOGRA
+    variant: str
+    batch: int
+    tokens_per_s: float
+    memory_bytes: int
+    storage_bytes: int
+    storage_bytes_per_example: float  # of `storage_bytes`, what grows with the examples
+    once: str  # what follows once, and its seconds
+
+
+@dataclass
+class InfluenceRow:
+    """Scores of training examples for queries: one line."""
+
+    system: str
+    variant: str
+    train_batch: int
+    test_batch: int
+    num_train: int  # measured over so many
+    pairs_per_s: float  # the training side alone
+    pairs_per_s_with_queries: float  # with the queries' gradients, over `corpus` examples
+    query_s: float  # the queries' gradients, preconditioned
+    memory_bytes: int
+    relatif_over_dot: float | None = None  # time of an l-RelatIF scan, sigma known, over dot's
+
+    @property
+    def batches(self) -> str:
+        return f"({self.train_batch}, {self.test_batch})"
+
+
+@dataclass
+class Table:
+    title: str
+    corpus: int
+    check: dict[str, float]
+    logging: list[LoggingRow]
+    influence: list[InfluenceRow]
+    left_out: str | None = None  # why there is no EKFAC
+
+    def ratios(self) -> dict[str, float]:
+        """Pairs/s of LoGra over EKFAC's; empty without EKFAC.
+
+        "largest over smallest batch" sets LoGra's largest test batch against EKFAC's smallest;
+        "best over best" sets the best row of each against the other, and is the strictest;
+        "same batch Q" takes the best rows of each with that test batch. Each is of LoGra's smallest
+        rank. "with queries" has the queries' gradients in both.
+        """
+        ekfac = [row for row in self.influence if row.system == EKFAC]
+        ours = [row for row in self.influence if row.system == LOGRA]
+        if not ekfac or not ours:
+            return {}
+        ours = [row for row in ours if row.variant == ours[0].variant]
+        smallest = min(ekfac, key=lambda row: (row.test_batch, row.train_batch, -row.pairs_per_s))
+        largest = max(ours, key=lambda row: (row.test_batch, row.pairs_per_s))
+        found = {
+            "largest over smallest batch": largest.pairs_per_s / smallest.pairs_per_s,
+            "best over best": _best(ours) / _best(ekfac),
+            "best over best, with queries": _best(ours, True) / _best(ekfac, True),
+        }
+        for test_batch in sorted({row.test_batch for row in ours}):
+            theirs = [row for row in ekfac if row.test_batch == test_batch]
+            if theirs:
+                mine = [row for row in ours if row.test_batch == test_batch]
+                found[f"same batch {test_batch}"] = _best(mine) / _best(theirs)
+        return found
+
+    def text(self) -> str:
+        lines = [self.title, ""]
+        for name, value in self.check.items():
+            shown = f"{value:.3f}" if "correlation" in name else f"{value:.1e} of the largest score"
+            lines.append(f"  check: {name}: {shown}")
+        lines += ["", *self._logging_lines(), "", *self._influence_lines()]
+        if self.left_out:
+            lines += ["", f"  EKFAC left out: {self.left_out}"]
+        ratios = self.ratios()
+        if ratios:
+            lines += ["", f"  LoGra's pairs/s over EKFAC's (target: {TARGET:,}x):"]
+            for name, value in ratios.items():
+                verdict = "" if value >= TARGET else "  below the target"
+                lines.append(f"    {name:<32}{value:>10,.0f}x{verdict}")
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "case": self.title,
+            "corpus": self.corpus,
+            "check": self.check,
+            "logging": [asdict(row) for row in self.logging],
+            "influence": [asdict(row) for row in self.influence],
+            "ratios": self.ratios(),
+            "left_out": self.left_out,
+        }
+
+    def _logging_lines(self) -> list[str]:
+        lines = [
+            f"  {'logging':<30}{'batch':>6}{'tokens/s':>10}{'memory':>10}{'storage':>10}"
+            f"{'of it/example':>15}  then once"
+        ]
+        for row in self.logging:
+            lines.append(
+                f"  {row.system + ' ' + row.variant:<30}{row.batch:>6}{row.tokens_per_s:>10,.0f}"
+                f"{size(row.memory_bytes):>10}{size(row.storage_bytes):>10}"
+                f"{size(row.storage_bytes_per_example):>15}  {row.once}"
+            )
+        return lines
+
+    def _influence_lines(self) -> list[str]:
+        with_queries = f"with queries, N={self.corpus:,}"
+        lines = [
+            f"  {'influence':<30}{'(train, test)':>14}{'pairs/s':>14}{with_queries:>28}"
+            f"{'queries s':>11}{'memory':>10}"
+        ]
+        for row in self.influence:
+            note = ""
+            if row.relatif_over_dot is not None:
+                note = f"  l-RelatIF {row.relatif_over_dot:.2f}x dot's time"
+            lines.append(
+                f"  {row.system + ' ' + row.variant:<30}{row.batches:>14}{row.pairs_per_s:>14,.0f}"
+                f"{row.pairs_per_s_with_queries:>28,.0f}{row.query_s:>11.2f}"
+                f"{size(row.memory_bytes):>10}{note}"
+            )
+        return lines
+
+
+def pairs_per_s(measured: dict[str, Any]) -> float:
+    """All training examples times all queries, over the time of the training side."""
+    return measured["num_train"] * measured["num_queries"] / measured["train_s"]
+
+
+def pairs_per_s_with_queries(measured: dict[str, Any], corpus: int) -> float:
+    """The same over `corpus` examples, with the time of the queries' gradients.
+
+    The training side is as long as the examples are many, for either system; the queries' is not.
+    """
+    train_s = measured["train_s"] * corpus / measured["num_train"]
+    return corpus * measured["num_queries"] / (train_s + measured["query_s"])
+
+
+def memory_bytes(measured: dict[str, Any]) -> int:
+    """The peak above the loaded model: of the device, or of what the process allocated."""
+    memory = measured["memory"]
+    return int(memory["device"] or memory["anonymous"] or memory["resident"])
+
+
+def size(num_bytes: float) -> str:
+    """1536 -> 1.5 KB, in powers of 1024."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} TB"
+
+
+def plot(table: Table, path: Path) -> bool:
+    """Bars of tokens/s and of pairs/s, the latter on a logarithmic axis; False: no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {EKFAC: "#b0b7c3", LOGRA: "#2f6fde"}
+    count = max(len(table.logging), len(table.influence))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.4 + 0.42 * count))
+    for axis, rows, title in (
+        (left, table.logging, "logging, tokens/s"),
+        (right, table.influence, "influence, (train, test) pairs/s"),
+    ):
+        values, names = [], []
+        for row in rows:
+            values.append(row.tokens_per_s if isinstance(row, LoggingRow) else row.pairs_per_s)
+            batches = row.batch if isinstance(row, LoggingRow) else row.batches
+            names.append(f"{row.system} {row.variant} {batches}")
+        bars = axis.barh(range(len(rows)), values, color=[colours[row.system] for row in rows])
+        axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=8)
+        axis.set_yticks(range(len(rows)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.margins(x=0.15)
+    right.set_xscale("log")
+    right.margins(x=0.25)
+    figure.suptitle(table.title, fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+    return True
+
+
+def _best(rows: list[InfluenceRow], with_queries: bool = False) -> float:
+    if with_queries:
+        return max(row.pairs_per_s_with_queries for row in rows)
+    return max(row.pairs_per_s for row in rows)
