@@ -20,6 +20,7 @@ from bench.table1.table import (
     InfluenceRow,
     LoggingRow,
     Table,
+    duration,
     memory_bytes,
     pairs_per_s,
     pairs_per_s_with_queries,
@@ -171,6 +172,15 @@ def test_sizes_in_words() -> None:
     ]  # fmt: skip
 
 
+def test_durations_in_words() -> None:
+    assert [duration(s) for s in (0.123, 90, 5400, 200000)] == [
+        "0.12 s",
+        "1.5 min",
+        "1.5 h",
+        "2.31 d",
+    ]
+
+
 def test_peak_memory_sees_what_was_freed() -> None:
     memory = PeakMemory("cpu")
     block = torch.ones(64 << 20, dtype=torch.uint8)
@@ -195,8 +205,8 @@ def influence(system: str, variant: str, test_batch: int, pairs: float, whole: f
 @pytest.fixture
 def table() -> Table:
     logging = [
-        LoggingRow(EKFAC, "", 8, 900.0, 1 << 28, 1 << 27, 0.0, "eigendecomposition 3.0 s"),
-        LoggingRow(LOGRA, "rank 16", 8, 3000.0, 1 << 27, 1 << 22, 6144.0, ""),
+        LoggingRow(EKFAC, "", 8, 900.0, 1 << 28, 1 << 27, 0.0, "eigendecomposition 3 s", 3.0),
+        LoggingRow(LOGRA, "rank 16", 8, 3000.0, 1 << 27, 1 << 22, 6144.0, "", 0.5),
     ]
     rows = [
         influence(EKFAC, "", 4, 50.0, 40.0),
@@ -206,7 +216,7 @@ def table() -> Table:
         influence(LOGRA, "rank 16", 64, 4e6, 1.4e6),
         influence(LOGRA, "rank 64", 64, 9e6, 9e6),  # another rank: not in the ratios
     ]
-    return Table("toy", 1000, {"ours - autograd": 1e-7}, logging, rows)
+    return Table("toy", 1000, 90, {"ours - autograd": 1e-7}, logging, rows)
 
 
 def test_ratios(table: Table) -> None:
@@ -222,17 +232,30 @@ def test_ratios(table: Table) -> None:
     assert "EKFAC left out: not installed" in alone.text()
 
 
+def test_from_nothing(table: Table) -> None:
+    found = table.from_nothing()
+    assert found[EKFAC] == {"queries": 64, "once": 1000 * 90 / 900 + 3, "each": 64000 / 700}
+    assert found[LOGRA] == {"queries": 64, "once": 1000 * 90 / 3000 + 0.5, "each": 64000 / 1.4e6}
+    large = replace(table, corpus=1_000_000).from_nothing()
+    assert large[EKFAC]["once"] == 100_000 * 90 / 900 + 3  # kronfluence fits to no more
+    assert large[LOGRA]["once"] == 1_000_000 * 90 / 3000 + 0.5
+    del table.influence[1:3]  # EKFAC has 4 queries only
+    assert {row["queries"] for row in table.from_nothing().values()} == {4}
+
+
 def test_text_says_what_falls_short(table: Table) -> None:
     lines = table.text().splitlines()
-    verdicts = {line.split("  ")[2]: line for line in lines if line.endswith(("x", "target"))}
-    assert "below the target" in verdicts["best over best"]
-    assert "below the target" not in verdicts["same batch 4"]
+    (best,) = [line for line in lines if line.startswith("    best over best  ")]
+    (same,) = [line for line in lines if line.startswith("    same batch 4 ")]
+    assert best.endswith("4,000x  below the target")
+    assert same.endswith("20,000x")
+    assert any("LoGra   once" in line and "every 64 queries" in line for line in lines)
     json.dumps(table.record(), allow_nan=False)
 
 
 def test_plot(table: Table, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plot is made by matplotlib (make peers-env)")
-    assert plot(table, tmp_path / "table1.png")
+    assert plot(table.record(), tmp_path / "table1.png")
     assert (tmp_path / "table1.png").read_bytes().startswith(b"\x89PNG")
 
 

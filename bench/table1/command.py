@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from bench import _results
+from bench.__main__ import PEERS_PYTHON
 from bench.table1 import check, prepare
 from bench.table1.setting import DTYPES, Setting
 from bench.table1.table import (
@@ -47,7 +48,6 @@ from bench.table1.table import (
 )
 
 ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".venv-peers" / "bin" / "python"
 WHOLE = {"width": 384, "inner": 1024, "blocks": 4}
 QUICK = {"width": 128, "inner": 352, "blocks": 2}
 
@@ -79,7 +79,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="default: torch's")
     add("--num-train", type=int, help="training examples (default: 64; 32 if quick)")
     add("--length", type=int, help="tokens of an example (default: 128; 32 if quick)")
-    add("--ranks", type=int, nargs="+", help="LoGra's ranks (default: 16 64; 16 if quick)")
+    add("--ranks", type=int, nargs="+", help="LoGra's ranks (default: 16 32; 16 if quick)")
     add("--fit", nargs="+", help="EKFAC's batches while fitting, 8 or 8:bf16 (default: 8 8:bf16)")
     add("--ekfac", nargs="+", metavar="ROW", help="EKFAC's rows (default: see NOTES.md)")
     add("--log-batch", type=int, nargs="+", help="LoGra's batches while logging (default: 1 8)")
@@ -99,7 +99,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     defaults = {
         "num_train": 32 if quick else 64,
         "length": 32 if quick else 128,
-        "ranks": [16] if quick else [16, 64],
+        "ranks": [16] if quick else [16, 32],
         "fit": ["8"] if quick else ["8", "8:bf16"],
         "ekfac": ["4x4", "16x16"] if quick else ["4x4", "16x64", "16x256", "16x256:bf16",
                                                 "16x64:r32"],
@@ -200,14 +200,14 @@ def run(args: argparse.Namespace, work: Path) -> None:
     steps = Steps(work, python)
     checked = run_check(steps, work / "check")
     setting = make_setting(args, work)
-    table = Table(title(args, setting), args.corpus, checked, [], [], left_out)
+    table = Table(title(args, setting), args.corpus, args.length, checked, [], [], left_out)
     if python:
         add_ekfac(table, steps, setting, args)
     add_logra(table, steps, setting, args)
     print(table.text())
     if args.json:
         _results.append("table1", {"bench": "table1", **table.record()})
-    if args.plot and not plot(table, args.plot):
+    if args.plot and not plot(table.record(), args.plot):
         print(f"\n  no {args.plot.name}: matplotlib is not installed")
 
 
@@ -221,8 +221,8 @@ def find_kronfluence(args: argparse.Namespace) -> tuple[Path | None, str | None]
         return args.ekfac_python.absolute(), None
     if importlib.util.find_spec("kronfluence"):
         return Path(sys.executable), None
-    if PEERS.exists():
-        return PEERS, None
+    if PEERS_PYTHON.exists():
+        return PEERS_PYTHON, None
     return None, "kronfluence is not installed; make peers-env"
 
 
@@ -309,6 +309,7 @@ def add_ekfac(table: Table, steps: Steps, setting: Setting, args: argparse.Names
                 found["storage_bytes"],
                 0.0,
                 f"eigendecomposition {found['eigendecomposition_s']:.1f} s",
+                found["eigendecomposition_s"],
             )
         )
     for row in args.ekfac_rows:
@@ -340,6 +341,7 @@ def add_logra(table: Table, steps: Steps, setting: Setting, args: argparse.Names
                     found["storage_bytes"],
                     found["rows_bytes"] / setting.num_train,
                     "",
+                    0.0,
                 )
             )
         large = f"rank-{rank}-large"
@@ -353,7 +355,7 @@ def add_logra(table: Table, steps: Steps, setting: Setting, args: argparse.Names
                 "test_batch": test_batch,
                 "query_batch": max(args.log_batch),
                 "repeats": args.repeats,
-                "relatif": test_batch == max(args.logra),
+                "relatif": rank == args.ranks[0] and test_batch == max(args.logra),
             }
             found = steps.run("logra-query", f"rank-{rank}-{test_batch}", setting, options)
             row = influence_row(LOGRA, variant, found["block_rows"], found, args)
@@ -363,7 +365,7 @@ def add_logra(table: Table, steps: Steps, setting: Setting, args: argparse.Names
                 once += f", sigma {found['sigma_s'] / found['num_train'] * 1e6:.1f} us/example"
             for logged in table.logging:
                 if logged.system == LOGRA and logged.variant == variant:
-                    logged.once = once
+                    logged.once, logged.once_s = once, found["factorise_s"]
             table.influence.append(row)
         shutil.rmtree(steps.work / "logra" / large, ignore_errors=True)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 TARGET = 6500
+FITTED = 100_000  # examples that kronfluence fits its factors to, at most, unless told otherwise
 EKFAC, LOGRA = "EKFAC", "LoGra"
 
 
@@ -22,6 +23,7 @@ class LoggingRow:
     storage_bytes: int
     storage_bytes_per_example: float  # of `storage_bytes`, what grows with the examples
     once: str  # what follows once, and its seconds
+    once_s: float
 
 
 @dataclass
@@ -48,6 +50,7 @@ class InfluenceRow:
 class Table:
     title: str
     corpus: int
+    length: int  # tokens of an example
     check: dict[str, float]
     logging: list[LoggingRow]
     influence: list[InfluenceRow]
@@ -80,6 +83,30 @@ class Table:
                 found[f"same batch {test_batch}"] = _best(mine) / _best(theirs)
         return found
 
+    def from_nothing(self) -> dict[str, dict[str, float]]:
+        """Seconds of asking `queries` queries of `corpus` examples, for each system.
+
+        {"once": fitting or logging and what follows it, "each": such a batch of queries}, from the
+        fastest rows (of LoGra's smallest rank) with the largest test batch that both have.
+        """
+        found = {}
+        batches = [{r.test_batch for r in self.influence if r.system == s} for s in (EKFAC, LOGRA)]
+        common = batches[0] & batches[1] or batches[1]
+        for system in (EKFAC, LOGRA):
+            rows = [r for r in self.influence if r.system == system and r.test_batch == max(common)]
+            if not rows:
+                continue
+            logged = [row for row in self.logging if row.system == system]
+            if system == LOGRA:
+                logged = [row for row in logged if row.variant == logged[0].variant]
+                rows = [row for row in rows if row.variant == logged[0].variant]
+            fastest = max(logged, key=lambda row: row.tokens_per_s)
+            examples = min(self.corpus, FITTED) if system == EKFAC else self.corpus
+            once_s = examples * self.length / fastest.tokens_per_s + fastest.once_s
+            each_s = self.corpus * max(common) / _best(rows, True)
+            found[system] = {"queries": max(common), "once": once_s, "each": each_s}
+        return found
+
     def text(self) -> str:
         lines = [self.title, ""]
         for name, value in self.check.items():
@@ -94,6 +121,12 @@ class Table:
             for name, value in ratios.items():
                 verdict = "" if value >= TARGET else "  below the target"
                 lines.append(f"    {name:<32}{value:>10,.0f}x{verdict}")
+        lines += ["", f"  extrapolated to {self.corpus:,} examples:"]
+        for system, seconds in self.from_nothing().items():
+            lines.append(
+                f"    {system:<8}once {duration(seconds['once']):>8}, then"
+                f" {duration(seconds['each']):>8} for every {seconds['queries']:.0f} queries"
+            )
         return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
@@ -105,6 +138,7 @@ class Table:
             "logging": [asdict(row) for row in self.logging],
             "influence": [asdict(row) for row in self.influence],
             "ratios": self.ratios(),
+            "from_nothing": self.from_nothing(),
             "left_out": self.left_out,
         }
 
@@ -168,8 +202,22 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
-def plot(table: Table, path: Path) -> bool:
-    """Bars of tokens/s and of pairs/s, the latter on a logarithmic axis; False: no matplotlib."""
+def duration(seconds: float) -> str:
+    """90 -> 1.5 min"""
+    for unit, length in (("s", 60), ("min", 60), ("h", 24)):
+        if seconds < length:
+            return f"{seconds:.2g} {unit}"
+        seconds /= length
+    return f"{seconds:.3g} d"
+
+
+def plot(record: dict[str, Any], path: Path) -> bool:
+    """Bars of tokens/s and of pairs/s, the latter on a logarithmic axis; False: no matplotlib.
+
+    Args:
+        record: Table.record(), or a line of bench/results/table1.jsonl.
+        path: .png or .svg.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -178,11 +226,13 @@ def plot(table: Table, path: Path) -> bool:
     from matplotlib import pyplot
 
     colours = {EKFAC: "#b0b7c3", LOGRA: "#2f6fde"}
-    count = max(len(table.logging), len(table.influence))
+    logging = [LoggingRow(**row) for row in record["logging"]]
+    influence = [InfluenceRow(**row) for row in record["influence"]]
+    count = max(len(logging), len(influence))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.4 + 0.42 * count))
     for axis, rows, title in (
-        (left, table.logging, "logging, tokens/s"),
-        (right, table.influence, "influence, (train, test) pairs/s"),
+        (left, logging, "logging, tokens/s"),
+        (right, influence, "influence, (train, test) pairs/s"),
     ):
         values, names = [], []
         for row in rows:
@@ -198,7 +248,7 @@ def plot(table: Table, path: Path) -> bool:
     left.margins(x=0.15)
     right.set_xscale("log")
     right.margins(x=0.25)
-    figure.suptitle(table.title, fontsize=9)
+    figure.suptitle(record["case"], fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
