@@ -110,7 +110,10 @@ class Baseline:
 
     def __init__(self, attributor: Attributor, queries: Tensor) -> None:
         self.store = attributor.store
-        self.halves = attributor.precondition(queries).half()  # [Q, D]
+        ready = attributor.precondition(queries)  # [Q, D]
+        # In float16's range: neither are queries subnormal, nor do products with rows overflow.
+        self.unit = 0.005 / float(ready.square().mean().sqrt())
+        self.halves = (ready * self.unit).half()
         self.norms = attributor.self_influence().sqrt().float()  # [N]
 
     def top(self, load: Callable[[Shard, int, int], np.ndarray]) -> Tensor:
@@ -120,7 +123,8 @@ class Baseline:
                 block = torch.from_numpy(load(shard, start, min(1024, shard.num_rows - start)))
                 here = slice(shard.first_row + start, shard.first_row + start + len(block))
                 scale = torch.from_numpy(shard.row_scale[start : start + len(block)])
-                scores = (self.halves @ block.T).float() * (scale / self.norms[here])
+                scale = scale / self.norms[here] / self.unit
+                scores = (self.halves @ block.T).float() * scale
                 best = [torch.cat([*best, scores.topk(TOP).values], dim=1).topk(TOP).values]
         return best[0]
 
