@@ -29,6 +29,7 @@ _HOMES = {
     "per_sample_gradients": "ops",
     "project": "ops",
     "projected_gradients": "ops",
+    "projected_gradients_grouped": "ops",
     "scores": "ops",
     "self_influence": "ops",
     "setup": "current",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from logra_kernels.gradient_queue import GradientQueue
 from logra_kernels.layers import Batch, Call, Layer
 from logra_kernels.loss_reduction import averaged_by
 
@@ -75,6 +76,7 @@ class Capture:
         self._queries = self._split_queries(token_queries)
         self._token_scores: Tensor | None = None
         self._gradients: dict[str, Tensor] = {}
+        self._queue = GradientQueue(self._add_gradients)
         self._called_without_grad: set[str] = set()
         self._passes = _Passes()
         self._thread = 0
@@ -132,6 +134,8 @@ class Capture:
         self._leave()
         if exc_type is None:
             self.check_complete()
+        else:
+            self._queue.clear()
 
     def _leave(self) -> None:
         while self._undo:
@@ -150,6 +154,8 @@ class Capture:
 
     def check_complete(self) -> None:
         """Raise if the backward pass, or a module's part in it, is missing; done on leaving."""
+        with torch.no_grad():
+            self._queue.flush()
         if not self._passes.seen:
             raise RuntimeError(
                 "no gradient reached a watched module: call loss.backward() once inside the "
@@ -208,15 +214,20 @@ class Capture:
         self._passes.enter(layer.name)
         with _plain_arithmetic(dy):
             dy = dy.detach()
-            gradients = layer.gradients(call, dy)  # [N, Ko, Ki]
+            if self._queue.takes(layer, dy):
+                self._queue.add(layer, call, dy)
+            else:
+                self._add_gradients(layer.name, layer.gradients(call, dy))
             if self._queries is not None:
                 self._add_token_scores(layer, call, dy)
         # the graph, and this hook with it, lives as long as the user's loss does
         call.release()
-        if layer.name in self._gradients:
-            self._gradients[layer.name] = self._gradients[layer.name] + gradients
-        else:
-            self._gradients[layer.name] = gradients
+
+    def _add_gradients(self, name: str, gradients: Tensor) -> None:
+        """gradients [N, Ko, Ki] of one call of the module."""
+        if name in self._gradients:
+            gradients = self._gradients[name] + gradients
+        self._gradients[name] = gradients
 
     def _split_queries(self, queries: Tensor | None) -> dict[str, Tensor] | None:
         if queries is None:

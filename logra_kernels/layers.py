@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,15 @@ class Call:
     def release(self) -> None:
         """Let go of the activations."""
         self.projected = self.input = None
+
+
+class Operands(NamedTuple):
+    """What gradients [N, Ko, Ki] are made of: P_i x [N, T, Ki], dy [N, T, O], P_o, mask [N, T]."""
+
+    inputs: Tensor
+    outputs: Tensor
+    proj_out: Tensor | None
+    mask: Tensor | None
 
 
 class Layer(ABC):
@@ -106,8 +115,21 @@ class Layer(ABC):
 
     def gradients(self, call: Call, dy: Tensor) -> Tensor:
         """dy, shaped like the module's output -> [N, Ko, Ki]."""
-        inputs, outputs = self.input_tokens(call, dy), self._output_tokens(dy, call)
-        return ops.projected_gradients(inputs, outputs, None, self._proj_out(dy), call.mask)
+        inputs, outputs, proj_out, mask = self.operands(call, dy)
+        return ops.projected_gradients(inputs, outputs, None, proj_out, mask)
+
+    @property
+    def groupable(self) -> bool:
+        """Whether `operands` are all that `gradients` needs."""
+        return True
+
+    def operands(self, call: Call, dy: Tensor) -> Operands:
+        return Operands(
+            self.input_tokens(call, dy),
+            self._output_tokens(dy, call),
+            self._proj_out(dy),
+            call.mask,
+        )
 
     def input_tokens(self, call: Call, dy: Tensor) -> Tensor:
         """P_i x of a call, [N, T, Ki]."""
@@ -275,6 +297,10 @@ class Conv2dLayer(Layer):
         if batch.mask is not None and batch.mask.shape[1] != tokens:
             raise _mask_error(self.name, batch, tokens)
         return tokens, True
+
+    @property
+    def groupable(self) -> bool:
+        return self.module.groups == 1
 
     def gradients(self, call: Call, dy: Tensor) -> Tensor:
         groups = self.module.groups

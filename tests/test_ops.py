@@ -28,6 +28,11 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (X.bfloat16(), DY, None, PROJ_OUT, None, None, torch.bfloat16),
         (X[0], DY[0], PROJ_IN, None, MASK[0], BOUNDS.int(), None),
     ],
+    "projected_gradients_grouped": [
+        ([X, X + 1], [DY, 2 * DY], [PROJ_IN] * 2, [PROJ_OUT] * 2, MASK, None, None),
+        ([X.half()], [DY], [], [], None, None, torch.float16),
+        ([X[0]] * 2, [DY[0].bfloat16()] * 2, [], [PROJ_OUT] * 2, None, BOUNDS, None),
+    ],
     "covariance_update_": [
         (torch.zeros(20, 20), ROWS),
         (torch.zeros(20, 20, dtype=torch.float64), ROWS),
@@ -61,6 +66,9 @@ PUBLIC: dict[str, Callable[[], Any]] = {
         X, DY, PROJ_IN, PROJ_OUT, segment_ids=MASK.long() - 1, num_segments=2
     ),
     "projected_gradients": lambda: ops.projected_gradients(X, DY, PROJ_IN, PROJ_OUT, MASK.float()),
+    "projected_gradients_grouped": lambda: ops.projected_gradients_grouped(
+        [X, X + 1], [DY, 2 * DY], [PROJ_IN] * 2, None, MASK
+    ),
     "covariance_update_": lambda: ops.covariance_update_(torch.zeros(20, 20), ROWS),
     "scores": lambda: ops.scores(QUERIES, ROWS, SCALE),
     "topk_scores": lambda: tuple(

@@ -48,7 +48,7 @@ def problems(line: dict[str, Any], target: str) -> list[str]:
                 found.append(f"tensor cores round float32: {line['matrix']}")
         elif not line["matrix"]:
             found.append("no matrix instruction")
-        if not line["async_wide"]:
+        if not line["async_wide" if line["pipelined"] else "wide"]:
             found.append("no asynchronous copy of 16 bytes")
         if line["async_narrow"]:
             found.append(f"{line['async_narrow']} asynchronous copies of less than 16 bytes")

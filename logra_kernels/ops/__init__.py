@@ -5,6 +5,7 @@ from logra_kernels.ops.pack_rows import pack_rows, unpack_rows
 from logra_kernels.ops.per_sample_gradients import per_sample_gradients
 from logra_kernels.ops.project import project
 from logra_kernels.ops.projected_gradients import projected_gradients
+from logra_kernels.ops.projected_gradients_grouped import projected_gradients_grouped
 from logra_kernels.ops.scores import scores
 from logra_kernels.ops.self_influence import self_influence
 from logra_kernels.ops.topk_scores import TopK, topk_scores
@@ -16,6 +17,7 @@ __all__ = [
     "per_sample_gradients",
     "project",
     "projected_gradients",
+    "projected_gradients_grouped",
     "scores",
     "self_influence",
     "topk_scores",

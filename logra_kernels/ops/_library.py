@@ -90,7 +90,7 @@ def tensors_in(args: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 def has_float64(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+    return any(tensor.dtype == torch.float64 for tensor in tensors_in(args))
 
 
 @cache

@@ -8,6 +8,7 @@ from logra_kernels.reference.pack_rows import pack_rows, unpack_rows
 from logra_kernels.reference.per_sample_gradients import per_sample_gradients
 from logra_kernels.reference.project import project
 from logra_kernels.reference.projected_gradients import projected_gradients
+from logra_kernels.reference.projected_gradients_grouped import projected_gradients_grouped
 from logra_kernels.reference.scores import scores
 from logra_kernels.reference.self_influence import self_influence
 from logra_kernels.reference.topk_scores import topk_scores
@@ -18,6 +19,7 @@ __all__ = [
     "per_sample_gradients",
     "project",
     "projected_gradients",
+    "projected_gradients_grouped",
     "scores",
     "self_influence",
     "topk_scores",

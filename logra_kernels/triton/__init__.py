@@ -17,6 +17,7 @@ from logra_kernels.triton.pack_rows import pack_rows, unpack_rows
 from logra_kernels.triton.per_sample_gradients import per_sample_gradients
 from logra_kernels.triton.project import project
 from logra_kernels.triton.projected_gradients import projected_gradients
+from logra_kernels.triton.projected_gradients_grouped import projected_gradients_grouped
 from logra_kernels.triton.scores import scores
 from logra_kernels.triton.self_influence import self_influence
 from logra_kernels.triton.topk_scores import topk_scores
@@ -27,6 +28,7 @@ __all__ = [
     "per_sample_gradients",
     "project",
     "projected_gradients",
+    "projected_gradients_grouped",
     "scores",
     "self_influence",
     "topk_scores",

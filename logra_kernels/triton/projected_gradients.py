@@ -379,7 +379,7 @@ def gradients_of_modules(
         mask_example=0 if packed or flags is None else flags.stride(0),
         mask_token=flags.stride(-1) if flags is not None else 0,
         GROUPED=grouped,
-        ALIGNED=all(_aligned(t) for t in (*xs, *dys, *projs_in, *projs_out)),
+        ALIGNED=all(is_aligned(t) for t in (*xs, *dys, *projs_in, *projs_out)),
         PROJECT_IN=proj_in is not None,
         PROJECT_OUT=proj_out is not None,
         MASKED=flags is not None,
@@ -448,5 +448,5 @@ def _addresses(*sides: Sequence[Tensor | None]) -> Tensor:
     return table.to(device, non_blocking=True)
 
 
-def _aligned(tensor: Tensor | None) -> bool:
+def is_aligned(tensor: Tensor | None) -> bool:
     return tensor is None or tensor.data_ptr() % 16 == 0

@@ -40,9 +40,13 @@ from logra_kernels.triton.catalogue import Entry, calls, defaults, recorded
 
 def line(entry: Entry, kernel: Any) -> dict[str, Any]:
     # exact products of float32 use no tensor cores on NVIDIA: those would round to tf32
-    exact = entry.arguments.get("PRECISION") == "ieee" and entry.types == {"fp32"}
-    about = {"case": entry.name, "kernel": entry.kernel_name, "exact": exact}
-    return about | report(kernel)
+    precisions = {entry.arguments.get(p, "ieee") for p in ("PRECISION", "OUTER_PRECISION")}
+    return {
+        "case": entry.name,
+        "kernel": entry.kernel_name,
+        "exact": entry.types == {"fp32"} and precisions == {"ieee"},
+        "pipelined": entry.num_stages > 1,
+    } | report(kernel)
 
 
 def controls(architecture: str) -> Iterator[dict[str, Any]]:
