@@ -1,7 +1,6 @@
 """Every Triton kernel, compiled for GPUs that are not here, stays in registers and uses their
 matrix units. That is neither "correct on a GPU" nor "fast": nothing is run."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,50 +10,14 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+pytest.importorskip("triton")
+from bench._assembly import PRODUCTS, STREAMS, problems
 
 SCRIPT = Path(__file__).parent / "triton_kernels" / "compile_ahead.py"
 
-# kernels that hold a matrix product: they stream their operands through shared memory
-PRODUCTS = {
-    "_candidates_kernel",
-    "_covariance_kernel",
-    "_gradients_kernel",
-    "_project_kernel",
-    "_scores_kernel",
-    "_self_influence_kernel",
-}
-# kernels that only move and add: they load 16 bytes at a time into registers
-STREAMS = {"_add_kernel", "_pack_kernel", "_reduce_kernel", "_unpack_kernel"}
-# the least that GPUs of the target offer a program: 99 KiB on sm_86 and sm_89, which run sm_80
-# code; 227 KiB on sm_90 and sm_100; 64 KiB on gfx942
-SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # the matrix instruction that came with it
 NEWEST = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
-
-
-def problems(line: dict[str, Any], target: str) -> list[str]:
-    """What the gate has against a kernel."""
-    found = []
-    if line["spills"] or line["stack"]:
-        found.append(f"spills: {line['spills']}, {line['stack']} bytes of stack")
-    if line["shared"] > SHARED_BYTES[target]:
-        found.append(f"{line['shared']} bytes of shared memory")
-    if line["kernel"] in PRODUCTS:
-        if line["exact"] and target != "gfx942":
-            if line["matrix"]:
-                found.append(f"tensor cores round float32: {line['matrix']}")
-        elif not line["matrix"]:
-            found.append("no matrix instruction")
-        if not line["async_wide" if line["pipelined"] else "wide"]:
-            found.append("no asynchronous copy of 16 bytes")
-        if line["async_narrow"]:
-            found.append(f"{line['async_narrow']} asynchronous copies of less than 16 bytes")
-    if line["kernel"] in STREAMS and not line["wide"]:
-        found.append("no load of 16 bytes")
-    return found
 
 
 def compiled(*arguments: str) -> list[dict[str, Any]]:
@@ -70,7 +33,7 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", SHARED_BYTES)
+@pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target: str) -> None:
     lines = compiled(target)
     controls = {line["case"]: line for line in lines if line["case"].startswith("control")}

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from assembly import report
 from triton.compiler import ASTSource
 
+from bench._assembly import about
 from logra_kernels.triton import (
     covariance_update_,
     pack_rows,
@@ -38,17 +38,6 @@ from logra_kernels.triton import (
 from logra_kernels.triton.catalogue import Entry, calls, defaults, recorded
 
 
-def line(entry: Entry, kernel: Any) -> dict[str, Any]:
-    # exact products of float32 use no tensor cores on NVIDIA: those would round to tf32
-    precisions = {entry.arguments.get(p, "ieee") for p in ("PRECISION", "OUTER_PRECISION")}
-    return {
-        "case": entry.name,
-        "kernel": entry.kernel_name,
-        "exact": entry.types == {"fp32"} and precisions == {"ieee"},
-        "pipelined": entry.num_stages > 1,
-    } | report(kernel)
-
-
 def controls(architecture: str) -> Iterator[dict[str, Any]]:
     """Each breaks one property."""
     known = dict(calls())
@@ -57,7 +46,7 @@ def controls(architecture: str) -> Iterator[dict[str, Any]]:
         return recorded(name, architecture, known[name])[0]
 
     def control(what: str, entry: Entry, kernel: Any) -> dict[str, Any]:
-        return line(replace(entry, name=f"control: {what}"), kernel)
+        return about(replace(entry, name=f"control: {what}"), kernel)
 
     project_entry, gradients = of("project"), of("projected_gradients")
     for entry in (project_entry, gradients, of("scores, Q=64")):
@@ -72,7 +61,7 @@ def controls(architecture: str) -> Iterator[dict[str, Any]]:
     # tensor cores would round float32 to tf32
     exact = of("project, float32")
     rounded = replace(exact, arguments=exact.arguments | {"PRECISION": "tf32"})
-    yield line(replace(exact, name="control: tf32"), rounded.compile()) | {"exact": True}
+    yield about(replace(exact, name="control: tf32"), rounded.compile()) | {"exact": True}
 
 
 @triton.jit
@@ -154,7 +143,7 @@ def main(architecture: str, which: str = "defaults") -> None:
                 put({"case": case, "kernel": entry.kernel_name})
         return
     for entry in defaults(architecture):
-        put(line(entry, entry.compile()))
+        put(about(entry, entry.compile()))
     for found in controls(architecture):
         put(found)
 

@@ -1,4 +1,5 @@
-"""What a compiled kernel holds: spills, matrix instructions, the width of its copies."""
+"""What a compiled kernel holds (spills, matrix instructions, the width of its copies), and what
+speaks against it: the gate of tests/test_triton_ahead_of_time.py, and of what bench.tune tries."""
 
 import collections
 import re
@@ -9,10 +10,62 @@ from typing import Any
 
 import triton
 
+from logra_kernels.triton.catalogue import Entry
+
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # NVIDIA: the tensor cores of sm_80, of sm_90 and of sm_100. AMD: the matrix cores
 MATRIX = r"HMMA|HGMMA|DMMA|UTC\w*MMA|v_mfma"
+
+# kernels that hold a matrix product: they stream their operands through shared memory
+PRODUCTS = {
+    "_candidates_kernel",
+    "_covariance_kernel",
+    "_gradients_kernel",
+    "_project_kernel",
+    "_scores_kernel",
+    "_self_influence_kernel",
+}
+# kernels that only move and add: they load 16 bytes at a time into registers
+STREAMS = {"_add_kernel", "_pack_kernel", "_reduce_kernel", "_unpack_kernel"}
+# the most that a program gets: 227 KiB on sm_90 and sm_100, 64 KiB on gfx942; for sm_80, whose code
+# runs on sm_86 and sm_89 too, their 99 KiB
+SHARED_BYTES = {"sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+LEAST_SHARED_BYTES = 99 << 10
+
+
+def about(entry: Entry, kernel: Any) -> dict[str, Any]:
+    """What `problems` looks at, of a launch and its compiled kernel."""
+    precisions = {entry.arguments.get(p, "ieee") for p in ("PRECISION", "OUTER_PRECISION")}
+    return {
+        "case": entry.name,
+        "kernel": entry.kernel_name,
+        "exact": entry.types == {"fp32"} and precisions == {"ieee"},
+        "pipelined": entry.num_stages > 1,
+    } | report(kernel)
+
+
+def problems(line: dict[str, Any], architecture: str) -> list[str]:
+    """What speaks against a kernel; an empty list if nothing does."""
+    found = []
+    if line["spills"] or line["stack"]:
+        found.append(f"spills: {line['spills']}, {line['stack']} bytes of stack")
+    if line["shared"] > SHARED_BYTES.get(architecture, LEAST_SHARED_BYTES):
+        found.append(f"{line['shared']} bytes of shared memory")
+    if line["kernel"] in PRODUCTS:
+        # exact products of float32 use no tensor cores on NVIDIA: those would round to tf32
+        if line["exact"] and architecture.startswith("sm_"):
+            if line["matrix"]:
+                found.append(f"tensor cores round float32: {line['matrix']}")
+        elif not line["matrix"]:
+            found.append("no matrix instruction")
+        if not line["async_wide" if line["pipelined"] else "wide"]:
+            found.append("no asynchronous copy of 16 bytes")
+        if line["async_narrow"]:
+            found.append(f"{line['async_narrow']} asynchronous copies of less than 16 bytes")
+    if line["kernel"] in STREAMS and not line["wide"]:
+        found.append("no load of 16 bytes")
+    return found
 
 
 def report(kernel: Any) -> dict[str, Any]:
