@@ -362,7 +362,7 @@ def rewritten(table: Rules, architecture: str, problems: list[Problem], results:
             some = [problem for problem in mine if problem.types == types]
             rules += _rules(op, some, results)
         if rules:
-            before = new[op].get(architecture, new[op]["default"])
+            before = heuristics.rules_of(new[op], architecture)
             measured = {rule.get("types") for rule in rules}
             kept = [] if None in measured else [r for r in before if r["types"] not in measured]
             new[op][architecture] = rules + kept

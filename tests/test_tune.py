@@ -82,6 +82,12 @@ def test_rules_are_found_by_architecture_types_and_sizes() -> None:
     assert unknown == TABLE["projected_gradients"]["default"][0]["config"]
     known = heuristics.choose("projected_gradients", "half", "sm_90", rank=64)
     assert known == TABLE["projected_gradients"]["sm_90"][0]["config"]
+    assert heuristics.choose("projected_gradients", "full", "sm_103", rank=64) == (
+        heuristics.choose("projected_gradients", "full", "sm_100", rank=64)
+    )
+    assert heuristics.choose("projected_gradients", "full", "sm_120", rank=64) == (
+        heuristics.choose("projected_gradients", "full", "sm_80", rank=64)
+    )
     known["BLOCK"] = 0  # a caller's copy
     assert heuristics.choose("projected_gradients", "half", "sm_90", rank=64)["BLOCK"]
 

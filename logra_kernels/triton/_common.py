@@ -34,13 +34,7 @@ def _mma(a, b, acc, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
-    if a.dtype == b.dtype and a.dtype != tl.float32:
-        return _mma(a, b, acc, TRANSPOSED)
-    if a.dtype == b.dtype and PRECISION != "bf16x6":
-        if TRANSPOSED:
-            a = tl.trans(a)
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+def _split_dot(a, b, acc, TRANSPOSED: tl.constexpr):
     A_PIECES: tl.constexpr = 1 if a.dtype == tl.bfloat16 else (2 if a.dtype == tl.float16 else 3)
     B_PIECES: tl.constexpr = 1 if b.dtype == tl.bfloat16 else (2 if b.dtype == tl.float16 else 3)
     a = a.to(tl.float32)
@@ -63,6 +57,18 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
     if B_PIECES > 1:
         acc = _mma(a0, b1, acc, TRANSPOSED)
     return _mma(a0, b0, acc, TRANSPOSED)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    # no early return: the compiler would read what follows it, too
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        acc = _mma(a, b, acc, TRANSPOSED)
+    elif a.dtype == b.dtype and PRECISION != "bf16x6":
+        acc = tl.dot(tl.trans(a) if TRANSPOSED else a, b, acc, input_precision=PRECISION)
+    else:
+        acc = _split_dot(a, b, acc, TRANSPOSED)
+    return acc
 
 
 @triton.jit

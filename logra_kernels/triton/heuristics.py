@@ -3,8 +3,9 @@
     {op: {architecture | "default": [{"types": …, "up_to": {size: n}, "config": {…}}, …]}}
 
 The first rule counts that has these types (or names none) and whose every size is at least the
-call's. An architecture that has rules for an op uses only these. `python -m bench.tune` measures on
-a GPU and rewrites the table. Nothing is measured while a program runs.
+call's. An architecture that has rules for an op uses only these; one that has none uses those of
+its family (`FAMILIES`), else the default's. `python -m bench.tune` measures on a GPU and rewrites
+the table. Nothing is measured while a program runs.
 
 types: "half" (both operands of one half type, or rows of one whose queries were split into it),
 "full" (float32, exact products), "tf32" (float32 on tensor cores), "split" (the rest: each operand
@@ -50,6 +51,9 @@ SIZES = {
 UNSPLIT = ("rank",)
 SUMMED = ("CHUNK", "BLOCK", "WIDTH", "DIM")
 OPTIONS = ("num_warps", "num_stages")
+# beginnings of architectures' names -> whose rules they use: the same matrix units, and at least
+# the shared memory
+FAMILIES = {"sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "gfx9": "gfx942"}
 
 
 def choose(op: str, types: str, architecture: str, **sizes: int) -> dict[str, int]:
@@ -61,13 +65,18 @@ def choose(op: str, types: str, architecture: str, **sizes: int) -> dict[str, in
 def _choose(
     op: str, types: str, architecture: str, sizes: tuple[tuple[str, int], ...]
 ) -> dict[str, int]:
-    of_op = table()[op]
-    for rule in of_op.get(architecture, of_op["default"]):
+    for rule in rules_of(table()[op], architecture):
         if rule.get("types", types) == types and all(
             size <= rule.get("up_to", {}).get(name, size) for name, size in sizes
         ):
             return rule["config"]
     raise LookupError(f"heuristics.json: {op} has no rule for {types} on {architecture}")
+
+
+def rules_of(of_op: dict[str, list[dict[str, Any]]], architecture: str) -> list[dict[str, Any]]:
+    """An op's rules that hold on an architecture."""
+    families = [name for start, name in FAMILIES.items() if architecture.startswith(start)]
+    return next(of_op[name] for name in (architecture, *families, "default") if name in of_op)
 
 
 @cache
