@@ -133,6 +133,47 @@ def test_fakes_of_gpu_tensors(name: str) -> None:
             assert got.stride() == wanted.stride()
 
 
+class EveryOp(torch.nn.Module):
+    def forward(
+        self, x: torch.Tensor, dy: torch.Tensor, proj: torch.Tensor, keep: torch.Tensor
+    ) -> Any:
+        gradients = ops.projected_gradients(x, dy, proj, proj, keep)
+        grouped = ops.projected_gradients_grouped([x, dy], [dy, x], [proj] * 2, [proj] * 2, keep)
+        single = ops.per_sample_gradients(ops.project(x, proj), ops.project(dy, proj), keep)
+        parts = gradients, grouped.transpose(0, 1), single
+        rows = torch.cat([part.flatten(1) for part in parts], dim=1)
+        packed, scale = ops.pack_rows(rows, [rows.shape[1]], [1])
+        wide = ops.unpack_rows(packed, scale, [rows.shape[1]], [1])
+        cov = wide.new_zeros(wide.shape[1], wide.shape[1])
+        ops.covariance_update_(cov, wide)
+        sigma = ops.self_influence(packed, cov)
+        top = ops.topk_scores(wide, packed, 2, sigma.rsqrt())
+        return ops.scores(wide, packed, sigma), *ops.topk_scores(wide, packed, 2, state=top)
+
+
+def test_a_module_of_every_op_compiles_for_a_gpu_that_is_not_there() -> None:
+    """Traced with fake CUDA tensors into one graph that calls every op."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, dy = (torch.empty(3, 5, 8, device="cuda", dtype=torch.float16) for _ in range(2))
+        proj = torch.empty(4, 8, device="cuda", dtype=torch.float16)
+        keep = torch.empty(3, 5, device="cuda", dtype=torch.bool)
+        results = torch.compile(EveryOp(), fullgraph=True, backend=backend)(x, dy, proj, keep)
+    (graph,) = graphs
+    called = {str(node.target).split(".")[1] for node in graph.graph.nodes
+              if str(node.target).startswith("logra.")}  # fmt: skip
+    assert called == set(CALLS)
+    assert [(r.shape, r.device.type) for r in results] == [((3, 3), "cuda")] + 4 * [
+        ((3, 2), "cuda")
+    ]
+
+
 def to_fake(argument: Any) -> Any:
     if isinstance(argument, list) and all(torch.is_tensor(t) for t in argument):
         return [to_fake(t) for t in argument]

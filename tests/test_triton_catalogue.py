@@ -55,6 +55,26 @@ def test_hints_follow_widths_and_addresses() -> None:
     assert "x_inner" not in aligned(torch.empty(3, 40, 50, dtype=torch.float16, device="meta"))
 
 
+def test_float32_products_are_exact_unless_torch_is_told_otherwise() -> None:
+    x = torch.empty(3, 40, 64, device="meta")
+
+    def precision(**how: str) -> str:
+        with _launch.recording("sm_90") as launches:
+            project(x, x[0], **how)
+        return launches[0].arguments["PRECISION"]
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert precision() == "ieee"
+        for rounded in ("high", "medium"):
+            torch.set_float32_matmul_precision(rounded)
+            assert precision() == "tf32"
+            assert precision(input_precision="ieee") == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match="architecture: expected sm_80, gfx942 or the like, got"):
         catalogue.target("h100")
