@@ -120,7 +120,8 @@ def test_packed_equals_padded_bit_for_bit(device: str) -> None:
 
 
 def test_an_example_does_not_depend_on_its_batch(device: str) -> None:
-    x, dy = tokens(5, 200, 20, device=device), tokens(5, 200, 18, device=device)
+    # four chunks: their order shows, where that of two would not
+    x, dy = tokens(5, 400, 20, device=device), tokens(5, 400, 18, device=device)
     proj = tokens(5, 20, device=device)
     whole = projected_gradients(x, dy, proj, None)
     assert torch.equal(whole[3:], projected_gradients(x[3:], dy[3:], proj, None))
@@ -154,6 +155,14 @@ def test_extremes(device: str) -> None:
     eye = torch.eye(2, device=device).half()
     got = projected_gradients(x, dy, eye, eye[:1, :1])
     assert got.flatten().tolist() == pytest.approx(want, rel=3 * 2.0**-23 + 2.0**-19)
+
+
+def test_pieces_hold_24_bits(device: str) -> None:
+    """float32 beside a bfloat16 one: products with one, alone in their sum, lose nothing more."""
+    values = torch.randn(3, 1, 20, device=device)
+    ones = torch.ones(3, 1, 1, device=device).bfloat16()
+    for got in (per_sample_gradients(ones, values), per_sample_gradients(values, ones)):
+        torch.testing.assert_close(got.flatten(1), values[:, 0], rtol=2.0**-22, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
