@@ -1,0 +1,96 @@
+# mypy: allow-untyped-defs
+# a kernel's arguments are Triton's values, which have no Python types
+"""float32 queries as sums of pieces in the rows' half type, for the tensor cores, on a GPU."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logra_kernels.triton._common import device_of, last_axis_contiguous, tile
+
+# the largest element of a scaled query is in [2**14, 2**15): fp16's largest is just under 2**16
+_LARGEST_EXPONENT = tl.constexpr(14)
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """2**exponent as float32, exponent int32 in [-126, 127]."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split_queries_kernel(
+    queries,  # [Q, D] float32
+    pieces,  # [PIECES, Q, D padded]
+    scale,  # [Q] float32
+    dim,
+    query_stride,
+    piece_stride,
+    piece_query_stride,
+    PIECES: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    q = tl.program_id(0).to(tl.int64)
+    unscale = 1.0
+    if SCALED:
+        # the exponent field of the largest element, as bits: they order like the values
+        largest = tl.zeros((BLOCK,), dtype=tl.int32)
+        for start in range(0, dim, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            value = tl.load(queries + q * query_stride + d, mask=d < dim, other=0.0)
+            largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        field = tl.max(largest, axis=0) >> 23
+        # subnormal and zero (0) stay as near as a normal scale brings them; infinity and NaN (255)
+        # are not scaled
+        exponent = tl.maximum(field - 127 - _LARGEST_EXPONENT, -126)
+        exponent = tl.where((field == 255) | (tl.max(largest, axis=0) == 0), 0, exponent)
+        unscale = _power_of_two(-exponent)
+        tl.store(scale + q, _power_of_two(exponent))
+    for start in range(0, dim, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        rest = tl.load(queries + q * query_stride + d, mask=d < dim, other=0.0) * unscale
+        for piece in tl.static_range(PIECES):
+            part = rest.to(pieces.dtype.element_ty)
+            at = pieces + piece * tl.cast(piece_stride, tl.int64) + q * piece_query_stride + d
+            tl.store(at, part, mask=d < dim)
+            # an infinity is one piece: infinity less infinity would make NaN of its scores
+            rest = tl.where(part.to(tl.float32) == rest, 0.0, rest - part.to(tl.float32))
+
+
+def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """queries [Q, D] -> pieces [PIECES, Q, D] of the rows' dtype, and the scale [Q] to multiply by.
+
+    Two float16 pieces add up to query / scale within 2**-22 of each element, or within 2**-39 of
+    the query's largest; three bfloat16 pieces hold all 24 bits and need no scale. Queries that
+    have the rows' dtype, and those for float32 rows, are one piece.
+    """
+    queries = last_axis_contiguous(queries)
+    count, dim = queries.shape
+    if queries.dtype == dtype or count == 0 or dim == 0:
+        return queries.to(dtype)[None], None
+    wide = queries.float()
+    if dtype == torch.float32:
+        return wide[None], None
+    scaled = dtype == torch.float16
+    # 16 bytes: rows of pieces that the scan reads in whole vectors, whatever D is
+    padded = -(-dim // 8) * 8
+    shape = (2 if scaled else 3, count, padded)
+    pieces = torch.empty(shape, device=queries.device, dtype=dtype)
+    scale = torch.empty(count, device=queries.device, dtype=torch.float32)
+    with device_of(queries):
+        _split_queries_kernel[(count,)](
+            wide,
+            pieces,
+            scale,
+            dim,
+            wide.stride(0),
+            pieces.stride(0),
+            pieces.stride(1),
+            PIECES=shape[0],
+            SCALED=scaled,
+            BLOCK=tile(dim, 1024),
+            num_warps=4,
+        )
+    return pieces[:, :, :dim], scale if scaled else None
