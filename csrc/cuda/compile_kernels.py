@@ -67,6 +67,8 @@ class Compiled:
     sha256: str
     arguments: str  # a letter each: p, i, l
     names: list[str] = field(default_factory=list)
+    types: list[str | None] = field(default_factory=list)
+    aligned: tuple[str, ...] = ()
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 0
     shared_bytes: int = 0
@@ -432,6 +434,8 @@ def compile_one(job: tuple[Variant, int], out: Path) -> Compiled:
         sha256=digest,
         arguments=letters,
         names=runtime,
+        types=[variant.types[name] for name in runtime],
+        aligned=variant.aligned,
         constants=constants,
         num_warps=variant.num_warps,
         shared_bytes=compiled.metadata.shared,

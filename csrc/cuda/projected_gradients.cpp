@@ -1,0 +1,125 @@
+#include "arguments.h"
+
+namespace logra::cuda {
+namespace {
+
+constexpr std::int64_t kChunk = 128;  // the kernels' CHUNK, which is checked below
+
+void check_side(const logra_cuda_tokens* tokens, const logra_cuda_matrix* proj, bool packed, const char* name,
+                const char* proj_name) {
+  expect(tokens != nullptr, std::string(name) + ": expected tokens, got NULL");
+  const char* dtype = dtype_name(tokens->dtype, name);
+  check_size(tokens->dim, std::string(name) + ".dim");
+  expect(tokens->token_stride >= 0 && (packed || tokens->example_stride >= 0),
+         std::string(name) + ": expected strides of 0 or more");
+  if (proj == nullptr) return;
+  check(proj, proj_name);
+  expect(proj->cols == tokens->dim, std::string(proj_name) + ".cols: expected " + std::to_string(tokens->dim) +
+                                        " as " + name + " has, got " + std::to_string(proj->cols));
+  expect(proj->dtype == tokens->dtype, std::string(proj_name) + ".dtype: expected " + dtype + " as " + name +
+                                           " has, got " + dtype_name(proj->dtype, proj_name));
+}
+
+bool aligned_side(const logra_cuda_tokens& tokens, const logra_cuda_matrix* proj, bool packed, std::int64_t rank) {
+  return divides(tokens.data) && divides(tokens.dim) && divides(tokens.token_stride) && divides(rank) &&
+         (packed || divides(tokens.example_stride)) && (proj == nullptr || aligned(*proj));
+}
+
+struct Plan {
+  bool packed;
+  std::int64_t rank_in, rank_out, chunks, slots;
+  std::uint8_t* keep_all;
+  float* partial = nullptr;
+
+  Plan(const logra_cuda_examples* examples, const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+       const logra_cuda_matrix* proj_in, const logra_cuda_matrix* proj_out, Workspace& workspace) {
+    expect(examples != nullptr, "examples: expected a description, got NULL");
+    check_size(examples->num_examples, "num_examples");
+    check_size(examples->num_tokens, "num_tokens");
+    packed = examples->cu_seqlens != nullptr;
+    check_side(x, proj_in, packed, "x", "proj_in");
+    check_side(dy, proj_out, packed, "dy", "proj_out");
+    const bool projected = x->dtype == LOGRA_CUDA_FLOAT32 && proj_in == nullptr;
+    expect(x->dtype == dy->dtype || projected,
+           std::string("dy.dtype: expected ") + dtype_name(x->dtype, "x") + " as x has, got " +
+               dtype_name(dy->dtype, "dy") + "; only an x that is projected already may differ, in float32");
+    rank_in = proj_in != nullptr ? proj_in->rows : x->dim;
+    rank_out = proj_out != nullptr ? proj_out->rows : dy->dim;
+    expect(rank_in * rank_out <= INT32_MAX, "proj_in, proj_out: the gradient has 2^31 elements or more");
+    chunks = std::max<std::int64_t>(1, ceil_div(examples->num_tokens, kChunk));
+    slots = packed ? examples->num_tokens / kChunk + examples->num_examples : examples->num_examples * chunks;
+    keep_all = workspace.take<std::uint8_t>(1);
+    if (chunks > 1) partial = workspace.take<float>(slots * rank_in * rank_out);
+  }
+};
+
+}  // namespace
+}  // namespace logra::cuda
+
+using namespace logra::cuda;
+
+std::size_t logra_cuda_projected_gradients_workspace(const logra_cuda_examples* examples,
+                                                     const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+                                                     const logra_cuda_matrix* proj_in,
+                                                     const logra_cuda_matrix* proj_out) {
+  return workspace_bytes(
+      [&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, workspace); });
+}
+
+logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* examples, const logra_cuda_tokens* x,
+                                                 const logra_cuda_tokens* dy, const logra_cuda_matrix* proj_in,
+                                                 const logra_cuda_matrix* proj_out, float* out, void* workspace,
+                                                 std::size_t workspace_bytes, logra_cuda_stream stream) {
+  return guarded([&] {
+    Workspace memory(workspace, workspace_bytes);
+    const Plan plan(examples, x, dy, proj_in, proj_out, memory);
+    const std::int64_t size = plan.rank_in * plan.rank_out;
+    if (examples->num_examples == 0 || size == 0) return;
+    expect(out != nullptr, "out: expected a pointer, got NULL");
+    expect(examples->num_tokens == 0 || (x->data != nullptr && dy->data != nullptr),
+           "x.data, dy.data: expected pointers, got NULL");
+    memory.expect_room();
+    float* partial = plan.partial != nullptr ? plan.partial : out;
+    const bool fast = divides(out) && divides(partial) && aligned_side(*x, proj_in, plan.packed, plan.rank_in) &&
+                      aligned_side(*dy, proj_out, plan.packed, plan.rank_out);
+    const Kernel& chosen = kernel(std::string("gradients.x=") + dtype_name(x->dtype, "x") + ",dy=" +
+                                  dtype_name(dy->dtype, "dy") + "," + part("project_in", proj_in != nullptr) +
+                                  "," + part("project_out", proj_out != nullptr) + "," +
+                                  part("packed", plan.packed) + "," + part("aligned", fast));
+    expect(constant(chosen, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
+    const std::uint8_t* mask = examples->mask;
+    if (mask == nullptr) {
+      expect_success(driver().fill8(address(plan.keep_all), 1, 1, stream), "mask");
+      mask = plan.keep_all;
+    }
+    const bool masked = examples->mask != nullptr;
+    Launch launch(chosen);
+    launch.pointer(x->data).pointer(dy->data);
+    if (proj_in != nullptr) launch.pointer(proj_in->data);
+    if (proj_out != nullptr) launch.pointer(proj_out->data);
+    launch.pointer(mask);
+    if (plan.packed) launch.pointer(examples->cu_seqlens);
+    launch.pointer(out).pointer(partial);
+    launch.number("num_examples", examples->num_examples).number("num_tokens", examples->num_tokens);
+    launch.number("num_tokens", plan.chunks);
+    launch.number("x.dim", x->dim).number("dy.dim", dy->dim);
+    launch.number("proj_in.rows", plan.rank_in).number("proj_out.rows", plan.rank_out);
+    launch.wide(plan.packed ? 0 : x->example_stride).number("x.token_stride", x->token_stride);
+    launch.wide(plan.packed ? 0 : dy->example_stride).number("dy.token_stride", dy->token_stride);
+    launch.number("proj_in.row_stride", proj_in != nullptr ? proj_in->row_stride : 0);
+    launch.number("proj_out.row_stride", proj_out != nullptr ? proj_out->row_stride : 0);
+    launch.wide(masked && !plan.packed ? examples->num_tokens : 0).wide(masked);
+    launch.run(plan.slots * ceil_div(plan.rank_in, constant(chosen, "RANK_IN")) *
+                   ceil_div(plan.rank_out, constant(chosen, "RANK_OUT")),
+               stream);
+    if (plan.chunks == 1) return;
+    const Kernel& reduce = kernel("reduce." + part("packed", plan.packed));
+    expect(constant(reduce, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
+    Launch sums(reduce);
+    sums.pointer(partial);
+    if (plan.packed) sums.pointer(examples->cu_seqlens);
+    sums.pointer(out).number("num_tokens", examples->num_tokens).number("num_tokens", plan.chunks);
+    sums.number("proj_in.rows", size);
+    sums.run(examples->num_examples * ceil_div(size, constant(reduce, "REDUCE")), stream);
+  });
+}
