@@ -11,7 +11,7 @@ PEERS ?= .venv-peers
 
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/include/logra/*.h csrc/src/* python/*)
 
-.PHONY: help install demo test lint format bench bench-full peers-env clean
+.PHONY: help install demo test lint format bench bench-full gpu-report gpu-check gpu-bench cuda-library cuda-check peers-env clean
 
 help:
 	@echo "make demo    explain a real language model's answers by its corpus (report in $(DEMO)/)"
@@ -20,6 +20,10 @@ help:
 	@echo "make bench   the ops, logging and queries against PyTorch, NumPy and FAISS (1.5 min)"
 	@echo "make bench-full   every part of python -m bench --help, into bench/results/"
 	@echo "make peers-env   the other libraries that bench-full compares with, into $(PEERS)/"
+	@echo "make gpu-check    on a GPU: every op against float64, splits, a run end to end"
+	@echo "make gpu-bench    on a GPU: what each op reaches; logging; Table 1"
+	@echo "make gpu-report   without a GPU: what the kernels should reach, by arithmetic"
+	@echo "make cuda-library the GPU kernels for C and C++ (liblogra_cuda)"
 	@echo "make format  rewrite Python and C++ in the house style"
 
 install: $(VENV)/installed
@@ -74,6 +78,29 @@ $(PEERS)/installed: bench/peers/requirements.txt bench/peers/requirements-no-dep
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --ignore-requires-python \
 		--requirement bench/peers/requirements-no-deps.txt
 	@touch $@
+
+# What the GPU kernels should reach, by arithmetic; needs no GPU.
+gpu-report: install
+	$(BIN)/python -m bench.gpu_report --out docs/gpu_report.md
+
+# The GPU kernels for C and C++ programs; needs no GPU.
+cuda-library: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DLOGRA_CUDA=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/cuda --target logra_cuda
+
+# Every launcher and variant of it, by Triton's interpreter under a driver without a GPU (some minutes).
+cuda-check: cuda-library
+	cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o build/cuda/libcuda.so.1 tests/cuda_library/fake_driver.c
+	TRITON_INTERPRET=1 $(BIN)/python tests/cuda_library/check_library.py build/cuda/csrc/cuda/liblogra_cuda.so \
+	  build/cuda/csrc/cuda/cubins/kernels.json build/cuda/libcuda.so.1
+
+# The GPU kernels on a GPU: that they are right, and what they reach.
+gpu-check: install
+	$(BIN)/python -m bench.gpu_check --json
+
+gpu-bench: $(PEERS)/installed
+	$(BIN)/python -m bench.gpu_bench --json
 
 clean:
 	rm -rf build dist *.egg-info $(DEMO)

@@ -1,4 +1,4 @@
-"""liblogra_cuda: builds without a GPU, says so when it is used, and launches its kernels rightly."""
+"""liblogra_cuda: builds without a GPU, says so when it is used, launches its kernels rightly."""
 
 import importlib.util
 import json
@@ -72,7 +72,16 @@ def test_a_c_program_is_told_that_there_is_no_gpu(build: Path) -> None:
     program = build / "use_library"
     folder = build / "csrc/cuda"
     run(
-        *("cc", "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "csrc/include"),
+        *(
+            "cc",
+            "-std=c99",
+            "-pedantic",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-I",
+            ROOT / "csrc/include",
+        ),
         *(SOURCES / "use_library.c", "-o", program, f"-L{folder}", "-llogra_cuda"),
         f"-Wl,-rpath,{folder}",
     )

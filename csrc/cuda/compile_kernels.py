@@ -1,60 +1,119 @@
-"""Compile the Triton kernels for liblogra_cuda: machine code, and the table that the launchers read.
+"""Compile the Triton kernels for liblogra_cuda: machine code, and the launchers' table.
 
-    python compile_kernels.py OUT [--architectures 80,90,100] [--only scores,pack_rows] [--jobs 2]
+    python compile_kernels.py OUT [--architectures 80,90,100] [--match REGEX] [--jobs 2]
 
-writes to the folder OUT one .cubin per kernel, variant and architecture, kernels.json that describes
-them, kernels.S that embeds them and kernels.inc, the table in C++. A variant is named
-op.part=value…; a launcher asks for it by that name, and reads its tile sizes from the table.
+writes to the folder OUT one .cubin per kernel, variant and architecture, kernels.json that
+describes them, kernels.S that embeds them and kernels.inc, the table in C++. A variant is named
+kernel.part=value…; a launcher asks for it by that name, and reads its tile sizes from the table.
 
-Nothing is run: no GPU is needed. A kernel that spills registers ends the build.
+The Python launchers are called on tensors without memory, and what they would launch on each
+architecture is compiled: so the tiles are those of heuristics.json. Nothing is run: no GPU is
+needed. A kernel that spills registers ends the build.
 """
 
 import argparse
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # a third of the size
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32"}
-HALVES = ("f16", "bf16")
-ALIGNMENTS = (True, False)
+from logra_kernels import triton as launchers
+from logra_kernels.triton._launch import Launch, recording, trying
+from logra_kernels.triton.catalogue import resources
+
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 # one letter an argument, as the C++ launchers check them
 LETTERS = {"i32": "i", "i64": "l"}
+
+# what an aligned variant takes for multiples of 16: bytes of addresses; elements of sizes, strides
+SCAN = ("queries", "rows", "dim", "piece_stride", "query_stride", "row_stride")
+ALIGNED = {
+    "_scores_kernel": SCAN,
+    "_candidates_kernel": SCAN,
+    "_self_influence_kernel": (
+        *("factor", "rows", "dim", "piece_stride", "factor_stride", "row_stride"),
+    ),
+    "_gradients_kernel": (
+        *("x", "dy", "proj_in", "proj_out", "out", "partial"),
+        *("width_in", "width_out", "rank_in", "rank_out", "x_example", "x_token"),
+        *("dy_example", "dy_token", "proj_in_stride", "proj_out_stride"),
+    ),
+    "_project_kernel": ("x", "proj", "out", "width", "rank", "x_outer", "x_inner", "proj_stride"),
+    "_covariance_kernel": ("cov", "rows", "size", "cov_row", "rows_stride"),
+}
+# arguments that have one value in this library
+FIXED = {"cov_column": 1}
+
+
+def _ladder(names: tuple[str, ...], *rungs: tuple[int, ...]) -> list[dict[str, int]]:
+    return [dict(zip((*names, "num_warps", "num_stages"), rung, strict=True)) for rung in rungs]
+
+
+# Where the table's tiles spill registers, as they may where addresses are not aligned (loads of
+# single elements take a register each) or types are rare, the first of these that do not.
+_SCAN = _ladder(
+    ("ROWS", "QUERIES", "DIM"),
+    *((64, 64, 64, 8, 3), (64, 32, 64, 4, 3), (64, 32, 32, 8, 3), (64, 32, 32, 8, 2)),
+    *((64, 16, 32, 8, 2), (64, 16, 32, 4, 2), (64, 16, 16, 4, 1)),
+)
+_GRADIENTS = _ladder(
+    ("CHUNK", "BLOCK", "WIDTH", "RANK"),
+    *((128, 64, 32, 32, 8, 3), (128, 32, 32, 32, 4, 3), (128, 32, 32, 32, 8, 3)),
+    *((128, 32, 16, 32, 4, 2), (128, 16, 16, 32, 4, 2), (128, 16, 16, 32, 8, 2)),
+    *((128, 16, 16, 32, 4, 1), (128, 16, 16, 32, 2, 1)),
+)
+LADDERS = {
+    "scores": _SCAN,
+    "topk_scores": _SCAN,
+    "self_influence": _SCAN,
+    "projected_gradients": _GRADIENTS,
+    "one_sided_gradients": _GRADIENTS,
+    "per_sample_gradients": _GRADIENTS,
+    "project": _ladder(
+        ("TOKENS", "WIDTH", "RANK"),
+        *((64, 64, 64, 4, 3), (64, 32, 64, 8, 3), (32, 32, 32, 4, 3), (32, 32, 32, 4, 2)),
+    ),
+    "covariance_update_": _ladder(
+        ("BLOCK", "TILE"), (32, 128, 8, 3), (32, 64, 4, 3), (32, 32, 4, 3), (16, 32, 4, 2)
+    ),
+    "state_topk": _ladder(("OTHERS",), (16, 8, 1), (8, 8, 1)),
+}
 
 
 @dataclass
 class Variant:
-    """One kernel with its compile-time choices.
-
-    types: argument -> "*fp16", "i32", …; None for an argument that this variant does not have.
-    aligned: arguments that are multiples of 16 (bytes of a pointer; elements of a number).
-    """
+    """A kernel of a launcher's call. hints: whether it is the aligned variant."""
 
     name: str
-    op: str
-    kernel: str  # in logra_kernels.triton.<module>
-    module: str
-    types: dict[str, str | None]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int = 3
-    aligned: tuple[str, ...] = ()
+    kernel: str
+    call: Callable[[], Any]
+    hints: bool = False
+    op: str = ""  # of LADDERS
 
 
 @dataclass
@@ -67,8 +126,8 @@ class Compiled:
     sha256: str
     arguments: str  # a letter each: p, i, l
     names: list[str] = field(default_factory=list)
-    types: list[str | None] = field(default_factory=list)
-    aligned: tuple[str, ...] = ()
+    types: list[str] = field(default_factory=list)
+    aligned: list[str] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 0
     shared_bytes: int = 0
@@ -80,382 +139,193 @@ def flags(**values: Any) -> str:
     return ",".join(f"{key}={int(v) if isinstance(v, bool) else v}" for key, v in values.items())
 
 
+def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def variants() -> Iterator[Variant]:
+    yield from scan_variants()
+    yield from gradient_variants()
+    yield from other_variants()
+
+
 def scan_variants() -> Iterator[Variant]:
-    """scores, topk_scores and self_influence, which share score_tile."""
-    from logra_kernels.triton.scores import tile_sizes
-    import torch
-
-    dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-    pieces = {"f16": 2, "bf16": 3, "f32": 1}
-    for name, dtype in dtypes.items():
-        types = {
-            "queries": POINTERS[name],
-            "rows": POINTERS[name],
-            "query_scale": "*fp32",
-            "num_queries": "i32",
-            "num_rows": "i32",
-            "dim": "i32",
-            "piece_stride": "i32",
-            "query_stride": "i32",
-            "row_stride": "i32",
-        }
-        epilogue = {
-            "row_scale": "*fp32",
-            "row_bias": "*fp32",
-            "row_scale_stride": "i32",
-            "row_bias_stride": "i32",
-        }
-        common = {"PIECES": pieces[name], "PRECISION": "ieee"}
-        scaled = {"QUERY_SCALED": name == "f16", "ROW_SCALED": True, "BIASED": True}
-        for aligned in ALIGNMENTS:
-            vectors = ("queries", "rows", "dim", "piece_stride", "query_stride", "row_stride")
-            hints = vectors if aligned else ()
-            # loads of single elements take a register each: smaller tiles
-            wide = 64 if aligned and name != "f32" else 32
-            for queries in (16, wide):
-                tiles = tile_sizes(queries, dtype, largest=queries)
-                stages = tiles.pop("num_stages")
-                yield Variant(
-                    "scores." + flags(rows=name, aligned=aligned, queries=tiles["QUERIES"]),
-                    "scores",
-                    "_scores_kernel",
-                    "scores",
-                    types | epilogue | {"out": "*fp32"},
-                    common | scaled | tiles,
-                    num_warps=4,
-                    num_stages=stages,
-                    aligned=hints,
-                )
-            for select in (True, False):
-                narrow = 32 if aligned else 16
-                tiles = tile_sizes(narrow, dtype, largest=narrow)
-                stages = tiles.pop("num_stages")
-                yield Variant(
-                    "candidates." + flags(rows=name, aligned=aligned, select=select),
-                    "topk_scores",
-                    "_candidates_kernel",
-                    "topk_scores",
-                    types | epilogue | {"keys": "*i64", "keep": "i32"},
-                    common | scaled | tiles | {"SELECT": select},
-                    num_warps=8,
-                    num_stages=stages,
-                    aligned=hints,
-                )
-            narrow = 16 if name == "f32" and not aligned else wide
-            tiles = tile_sizes(narrow, dtype, largest=narrow)
-            stages = tiles.pop("num_stages")
-            renamed = {
-                "queries": "factor",
-                "query_scale": "factor_scale",
-                "num_queries": "num_factors",
-                "query_stride": "factor_stride",
-            }
+    """scores, topk_scores and self_influence; rows always have a scale and a bias."""
+    one = make(1000)
+    for name, dtype in DTYPES.items():
+        rows = make(1000, 4096, dtype=dtype)
+        for aligned in (True, False):
+            for count in (16, 64):
+                call = partial(launchers.scores, make(count, 4096), rows, one, one)
+                parts = flags(rows=name, aligned=aligned, queries=count)
+                yield Variant(f"scores.{parts}", "_scores_kernel", call, aligned, "scores")
+                for select in (True, False):
+                    k = 16 if select else 128
+                    queries = make(count, 4096)
+                    call = partial(launchers.topk_scores, queries, rows, k, one, one)
+                    parts = flags(rows=name, aligned=aligned, queries=count, select=select)
+                    yield Variant(
+                        f"candidates.{parts}", "_candidates_kernel", call, aligned, "topk_scores"
+                    )
+            call = partial(launchers.self_influence, rows, make(4096, 4096))
+            parts = flags(rows=name, aligned=aligned)
             yield Variant(
-                "self_influence." + flags(rows=name, aligned=aligned),
-                "self_influence",
-                "_self_influence_kernel",
-                "self_influence",
-                {renamed.get(key, key): value for key, value in types.items()} | {"out": "*fp32"},
-                common | {"SCALED": name == "f16"} | tiles,
-                num_warps=8 if name == "f32" or not aligned else 4,
-                num_stages=stages,
-                aligned=tuple(renamed.get(key, key) for key in hints),
+                f"self_influence.{parts}", "_self_influence_kernel", call, aligned, "self_influence"
             )
-    for name in HALVES:
-        yield Variant(
-            "split_queries." + flags(rows=name),
-            "split_queries",
-            "_split_queries_kernel",
-            "split_queries",
-            {
-                "queries": "*fp32",
-                "pieces": POINTERS[name],
-                "scale": "*fp32",
-                "dim": "i32",
-                "query_stride": "i32",
-                "piece_stride": "i32",
-                "piece_query_stride": "i32",
-            },
-            {"PIECES": pieces[name], "SCALED": name == "f16", "BLOCK": 1024},
-            num_warps=4,
-        )
-
-
-def topk_variants() -> Iterator[Variant]:
-    from logra_kernels.triton import topk_scores  # noqa: F401  (its module's constants)
-
-    merge = importlib.import_module("logra_kernels.triton.topk_scores")._MERGE
-    numbers = {"count": "i32", "groups": "i32", "keep": "i32"}
-    yield Variant(
-        "merge.",
-        "topk_scores",
-        "_merge_kernel",
-        "topk_scores",
-        {"keys": "*i64", "merged": "*i64", **numbers},
-        {"MERGE": merge},
-        num_warps=4,
-    )
+        if name != "f32":
+            call = partial(launchers.scores, make(64, 4096), rows)
+            yield Variant(f"split_queries.rows={name}", "_split_queries_kernel", call)
+    rows = make(1000, 4096, dtype=torch.float16)
     for width in (16, 32, 64, 128):
-        for sign in (1.0, -1.0):
-            yield Variant(
-                "state." + flags(width=width, top=sign > 0),
-                "topk_scores",
-                "_state_kernel",
-                "topk_scores",
-                {
-                    "keys": "*i64",
-                    "old_scores": "*fp32",
-                    "old_ids": "*i64",
-                    "scores": "*fp32",
-                    "ids": "*i64",
-                    "old_count": "i32",
-                    "old_scores_stride": "i32",
-                    "old_ids_stride": "i32",
-                    "row_offset": "i64",
-                    "k": "i32",
-                },
-                {"SIGN": sign, "NEW": width, "OLD": width, "OTHERS": 16},
-                num_warps=8 if width == 128 else 4,
-            )
+        state = [make(64, width, dtype=t) for t in (torch.float32, torch.int64) * 2]
+        call = partial(launchers.topk_scores, make(64, 4096), rows, width, one, one, state, 7)
+        if width == 16:
+            yield Variant("merge.", "_merge_kernel", call)
+        for top in (True, False):
+            name, kernel = "state." + flags(width=width, top=top), f"_state_kernel {int(top)}"
+            yield Variant(name, kernel, call, op="state_topk")
 
 
 def gradient_variants() -> Iterator[Variant]:
-    module = importlib.import_module("logra_kernels.triton.projected_gradients")
-    sides = [(x, x) for x in POINTERS] + [("f32", half) for half in HALVES]
-    for x, dy in sides:
-        for project_in, project_out in ((1, 1), (1, 0), (0, 1), (0, 0)):
-            if x != dy and project_in:
+    mask = make(16, 512, dtype=torch.uint8)
+    bounds = make(17, dtype=torch.int64)
+    sides = [(x, x) for x in DTYPES] + [("f32", half) for half in DTYPES if half != "f32"]
+    for x_name, dy_name in sides:
+        for project_in, project_out in ((True, True), (True, False), (False, True), (False, False)):
+            if x_name != dy_name and project_in:
                 continue  # a float32 x beside a half dy is one that was projected in forward
-            alike = project_in == project_out
-            for packed in (False, True):
-                for aligned in ALIGNMENTS:
-                    large = alike and aligned and x in HALVES and dy in HALVES
-                    edge = 64 if large else (32 if alike or aligned else 16)
-                    # found by compiling: what does not spill on any of the three
-                    both = project_in and project_out
-                    block = 32 if both or (project_out and not aligned) else 16
-                    block = 64 if large else block
-                    types: dict[str, str | None] = {
-                        "x": POINTERS[x],
-                        "dy": POINTERS[dy],
-                        "proj_in": POINTERS[x] if project_in else None,
-                        "proj_out": POINTERS[dy] if project_out else None,
-                        "mask": "*u8",
-                        "cu_seqlens": "*i64" if packed else None,
-                        "out": "*fp32",
-                        "partial": "*fp32",
-                    }
-                    for name in (
-                        *("segments", "tokens", "chunks"),
-                        *("width_in", "width_out", "rank_in", "rank_out"),
-                    ):
-                        types[name] = "i32"
-                    for name in ("x_token", "dy_token", "proj_in_stride", "proj_out_stride"):
-                        types[name] = "i32"
-                    # T tokens of many columns can pass 2**31 elements
-                    for name in ("x_example", "dy_example", "mask_example", "mask_token"):
-                        types[name] = "i64"
-                    hints = (
-                        *("x", "dy", "out", "partial", "width_in", "width_out"),
-                        *("rank_in", "rank_out", "x_example", "x_token"),
-                        *("dy_example", "dy_token", "proj_in_stride", "proj_out_stride"),
-                        *(("proj_in",) if project_in else ()),
-                        *(("proj_out",) if project_out else ()),
+            for packed, aligned in product((False, True), (True, False)):
+                wide, rank = 2048, 64
+                x = make(16, 512, wide if project_in else rank, dtype=DTYPES[x_name])
+                dy = make(16, 512, wide if project_out else rank, dtype=DTYPES[dy_name])
+                proj_in = make(rank, wide, dtype=x.dtype) if project_in else None
+                proj_out = make(rank, wide, dtype=dy.dtype) if project_out else None
+                tokens = x, dy, proj_in, proj_out, mask, None
+                if packed:
+                    flat = x.flatten(0, 1), dy.flatten(0, 1)
+                    tokens = *flat, proj_in, proj_out, mask.flatten(), bounds
+                call = partial(launchers.projected_gradients, *tokens)
+                if True:
+                    parts = flags(
+                        x=x_name,
+                        dy=dy_name,
+                        project_in=project_in,
+                        project_out=project_out,
+                        packed=packed,
+                        aligned=aligned,
                     )
                     yield Variant(
-                        "gradients."
-                        + flags(
-                            x=x,
-                            dy=dy,
-                            project_in=project_in,
-                            project_out=project_out,
-                            packed=packed,
-                            aligned=aligned,
-                        ),
-                        "projected_gradients",
-                        "_gradients_kernel",
-                        "projected_gradients",
-                        types,
-                        {
-                            "PROJECT_IN": bool(project_in),
-                            "PROJECT_OUT": bool(project_out),
-                            "MASKED": True,
-                            "PACKED": packed,
-                            "PRECISION": "ieee",
-                            "OUTER_PRECISION": "ieee" if x == dy == "f32" else "bf16x6",
-                            "CHUNK": module._CHUNK,
-                            "BLOCK": block,
-                            "WIDTH": 64 if large else 16,
-                            "RANK_IN": edge,
-                            "RANK_OUT": edge,
-                        },
-                        num_warps=8 if large else 4,
-                        aligned=hints if aligned else (),
+                        f"gradients.{parts}", "_gradients_kernel", call, aligned, not aligned
                     )
-    for packed in (False, True):
-        yield Variant(
-            "reduce." + flags(packed=packed),
-            "projected_gradients",
-            "_reduce_kernel",
-            "projected_gradients",
-            {
-                "partial": "*fp32",
-                "cu_seqlens": "*i64" if packed else None,
-                "out": "*fp32",
-                "tokens": "i32",
-                "chunks": "i32",
-                "size": "i32",
-            },
-            {"PACKED": packed, "CHUNK": module._CHUNK, "REDUCE": module._REDUCE},
-            num_warps=4,
-        )
+                if (x_name, dy_name, project_in, project_out) == ("f16", "f16", True, True):
+                    yield Variant("reduce." + flags(packed=packed), "_reduce_kernel", call)
 
 
-def dense_variants() -> Iterator[Variant]:
+def other_variants() -> Iterator[Variant]:
     """project, covariance_update, pack_rows and unpack_rows."""
-    covariance = importlib.import_module("logra_kernels.triton.covariance_update")
-    for name, pointer in POINTERS.items():
-        full = name == "f32"
-        for aligned in ALIGNMENTS:
-            yield Variant(
-                "project." + flags(x=name, aligned=aligned),
-                "project",
-                "_project_kernel",
-                "project",
-                {
-                    **{"x": pointer, "proj": pointer, "out": "*fp32"},
-                    **{"tokens": "i32", "inner": "i32", "width": "i32", "rank": "i32"},
-                    **{"x_outer": "i32", "x_inner": "i32", "proj_stride": "i32"},
-                },
-                {
-                    **{"PRECISION": "ieee", "TOKENS": 32 if full else 64},
-                    **{"WIDTH": 16 if full else (64 if aligned else 32)},
-                    **{"RANK": 64 if aligned and not full else 32},
-                },
-                num_warps=4,
-                aligned=(
-                    *("x", "proj", "out", "width", "rank"),
-                    *("x_outer", "x_inner", "proj_stride"),
-                )
-                if aligned
-                else (),
+    for name, dtype in DTYPES.items():
+        for aligned in (True, False):
+            x, proj = make(8192, 2048, dtype=dtype), make(128, 2048, dtype=dtype)
+            parts = flags(x=name, aligned=aligned)
+            call = partial(launchers.project, x, proj)
+            yield Variant(f"project.{parts}", "_project_kernel", call, aligned, "project")
+            parts = flags(rows=name, aligned=aligned)
+            # enough tiles that the rows' spans are not split
+            call = partial(
+                launchers.covariance_update_, make(4096, 4096), make(1000, 4096, dtype=dtype)
             )
-            yield Variant(
-                "covariance." + flags(rows=name, aligned=aligned),
-                "covariance_update",
-                "_covariance_kernel",
-                "covariance_update",
-                {
-                    **{"cov": "*fp32", "rows": pointer, "partial": None},
-                    **{"count": "i32", "size": "i32"},
-                    **{"cov_row": "i32", "rows_stride": "i32"},
-                    **{"tiles": "i32", "spans": "i32"},
-                },
-                {
-                    **{"SPLIT": False, "PRECISION": "ieee", "SPAN": covariance._SPAN},
-                    "cov_column": 1,
-                    **{"BLOCK": 16 if full else 32, "TILE": 64},
-                },
-                num_warps=4,
-                aligned=("cov", "rows", "size", "cov_row", "rows_stride") if aligned else (),
-            )
-    yield Variant(
-        "pack_rows.",
-        "pack_rows",
-        "_pack_kernel",
-        "pack_rows",
-        {
-            **{"rows": "*fp32", "exponents": "*i32", "packed": "*fp16", "row_scale": "*fp32"},
-            **{"dim": "i32", "row_stride": "i32"},
-        },
-        {"BLOCK": 1024},
-        num_warps=4,
-    )
-    yield Variant(
-        "unpack_rows.",
-        "pack_rows",
-        "_unpack_kernel",
-        "pack_rows",
-        {
-            **{"packed": "*fp16", "row_scale": "*fp32", "exponents": "*i32", "out": "*fp32"},
-            **{"dim": "i32", "row_stride": "i32", "scale_stride": "i32"},
-        },
-        {"BLOCK": 1024},
-        num_warps=4,
-    )
+            name, kernel = f"covariance.{parts}", "_covariance_kernel"
+            yield Variant(name, kernel, call, aligned, "covariance_update_")
+    call = partial(launchers.pack_rows, make(100, 4096), [4096], [0])
+    yield Variant("pack_rows.", "_pack_kernel", call)
+    packed = make(100, 4096, dtype=torch.float16)
+    call = partial(launchers.unpack_rows, packed, make(100), [4096], [0])
+    yield Variant("unpack_rows.", "_unpack_kernel", call)
 
 
-def variants() -> list[Variant]:
-    every = [*scan_variants(), *topk_variants(), *gradient_variants(), *dense_variants()]
-    names = [variant.name for variant in every]
-    assert len(set(names)) == len(names), "two variants of one name"
-    return every
+def recorded(variant: Variant, architecture: int, config: dict[str, int] | None) -> Launch:
+    """What the launcher launches, with the table's tiles or with config's."""
+    with ExitStack() as stack:
+        launches = stack.enter_context(recording(f"sm_{architecture}"))
+        if config is not None:
+            stack.enter_context(trying(variant.op, config))
+        variant.call()
+    name, _, top = variant.kernel.partition(" ")
+    found = [one for one in launches if one.kernel.__name__ == name]
+    if top:  # the same kernel merges the best and the worst
+        found = [one for one in found if (one.arguments["SIGN"] > 0) == (top == "1")]
+    if not found:
+        raise ValueError(f"{variant.name}: its call launches no {name}")
+    return found[0]
 
 
 def compile_one(job: tuple[Variant, int], out: Path) -> Compiled:
+    """The variant with the first tiles that do not spill."""
     variant, architecture = job
-    kernel = getattr(
-        importlib.import_module(f"logra_kernels.triton.{variant.module}"), variant.kernel
-    )
-    given = set(variant.types) | set(variant.constants)
-    if given != set(kernel.arg_names):
-        difference = sorted(given ^ set(kernel.arg_names))
-        raise ValueError(f"{variant.name}: {variant.kernel} does not have, or was not given: {difference}")
-    constants = dict(variant.constants)
-    constants |= {name: None for name, kind in variant.types.items() if kind is None}
-    signature = {n: "constexpr" if n in constants else variant.types[n] for n in kernel.arg_names}
-    place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    for config in (None, *LADDERS.get(variant.op, ())):
+        one = compile_with(variant, architecture, config, out)
+        if not one.spilled_bytes:
+            break
+    return one
+
+
+def compile_with(
+    variant: Variant, architecture: int, config: dict[str, int] | None, out: Path
+) -> Compiled:
+    launch = recorded(variant, architecture, config)
+    kernel = launch.kernel
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    for param in kernel.params:
+        name, value = param.name, launch.arguments[param.name]
+        if name in FIXED and value != FIXED[name]:
+            raise ValueError(f"{variant.name}: {name} is {value}, not {FIXED[name]}")
+        if param.is_constexpr or value is None or name in FIXED:
+            constants[name] = value
+        elif isinstance(value, Tensor):
+            types[name] = POINTERS[value.dtype]
+        else:
+            types[name] = param.annotation_type or "i32"
+    names = list(kernel.arg_names)
+    hints = ALIGNED.get(kernel.__name__, ()) if variant.hints else ()
+    aligned = [name for name in hints if name in types]
     source = ASTSource(
         kernel,
-        signature,
-        constexprs={place[name]: value for name, value in constants.items()},
-        attrs={place[name]: [["tt.divisibility", 16]] for name in variant.aligned},
+        {name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options={**launch.config, "enable_fp_fusion": True},
     )
     cubin = compiled.asm["cubin"]
     if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
         raise ValueError(f"{variant.name}: needs scratch memory, which the launchers do not give")
     digest = hashlib.sha256(cubin).hexdigest()
     path = out / f"sm_{architecture}-{digest[:16]}.cubin"
-    path.write_bytes(cubin)
-    registers, spilled = resources(path)
-    runtime = [name for name in kernel.arg_names if name not in constants]
-    letters = "".join(LETTERS.get(variant.types[name] or "", "p") for name in runtime)
+    registers, spilled, shared = resources(compiled)
+    if not spilled:
+        path.write_bytes(cubin)
     return Compiled(
         variant=variant.name,
         architecture=architecture,
         function=compiled.metadata.name,
-        module=variant.module,
+        module=kernel.fn.__module__,
         file=path.name,
         sha256=digest,
-        arguments=letters,
-        names=runtime,
-        types=[variant.types[name] for name in runtime],
-        aligned=variant.aligned,
+        arguments="".join(LETTERS.get(kind, "p") for kind in types.values()),
+        names=list(types),
+        types=list(types.values()),
+        aligned=aligned,
         constants=constants,
-        num_warps=variant.num_warps,
-        shared_bytes=compiled.metadata.shared,
+        num_warps=compiled.metadata.num_warps,
+        shared_bytes=shared,
         registers=registers,
         spilled_bytes=spilled,
     )
-
-
-def resources(cubin: Path) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory, of each thread."""
-    usage = subprocess.run(
-        [str(TOOLS / "cuobjdump"), "-res-usage", str(cubin)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if found is None:
-        raise ValueError(f"cuobjdump said nothing of registers: {usage}")
-    return int(found[1]), int(found[2]) + int(found[3])
 
 
 def write_table(out: Path, kernels: list[Compiled]) -> None:
@@ -463,7 +333,9 @@ def write_table(out: Path, kernels: list[Compiled]) -> None:
     described = [vars(kernel) for kernel in kernels]
     (out / "kernels.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     files = sorted({kernel.file for kernel in kernels})
-    labels = {file: "logra_cubin_" + file.removesuffix(".cubin").replace("-", "_") for file in files}
+    labels = {
+        file: "logra_cubin_" + file.removesuffix(".cubin").replace("-", "_") for file in files
+    }
     assembly = ['.section .rodata, "a"']
     for file, label in labels.items():
         assembly += [f".hidden {label}", f".global {label}", ".balign 16", f"{label}:"]
@@ -482,7 +354,10 @@ def write_table(out: Path, kernels: list[Compiled]) -> None:
             f'"{k.arguments}", "{text}", {32 * k.num_warps}, {k.shared_bytes}}},'
         )
     architectures = sorted({kernel.architecture for kernel in kernels})
-    lines += ["};", f"static const int kArchitectures[] = {{{', '.join(map(str, architectures))}}};"]
+    lines += [
+        "};",
+        f"static const int kArchitectures[] = {{{', '.join(map(str, architectures))}}};",
+    ]
     named = " ".join(f"sm_{a}" for a in architectures)
     lines += [f'static const char kArchitectureNames[] = "{named}";']
     (out / "kernels.inc").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -494,19 +369,13 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--architectures", default="80,90,100")
-    parser.add_argument("--only", help="ops, by name, with commas between them")
     parser.add_argument("--match", help="a regular expression for the names of variants")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     architectures = [int(a) for a in args.architectures.split(",")]
-    wanted = [
-        v
-        for v in variants()
-        if (args.only is None or v.op in args.only.split(","))
-        and (args.match is None or re.search(args.match, v.name))
-    ]
+    wanted = [v for v in variants() if args.match is None or re.search(args.match, v.name)]
     if not wanted:
-        sys.exit(f"--only, --match: no variant of {args.only!r}, {args.match!r}")
+        sys.exit(f"--match: no variant's name matches {args.match!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [(variant, a) for a in architectures for variant in wanted]
     kernels: list[Compiled] = []

@@ -2,8 +2,8 @@
 
 using namespace logra::cuda;
 
-logra_cuda_status logra_cuda_covariance_update(float* cov, std::int64_t cov_stride, const logra_cuda_matrix* rows,
-                                               logra_cuda_stream stream) {
+logra_cuda_status logra_cuda_covariance_update(float* cov, std::int64_t cov_stride,
+                                               const logra_cuda_matrix* rows, logra_cuda_stream stream) {
   return guarded([&] {
     check(rows, "rows");
     if (rows->rows == 0 || rows->cols == 0) return;
@@ -16,7 +16,7 @@ logra_cuda_status logra_cuda_covariance_update(float* cov, std::int64_t cov_stri
     const std::int64_t side = ceil_div(rows->cols, constant(chosen, "TILE")), tiles = side * (side + 1) / 2;
     Launch launch(chosen);
     launch.pointer(cov).pointer(rows->data).number("rows.rows", rows->rows).number("rows.cols", rows->cols);
-    launch.number("cov_stride", cov_stride).number("rows.row_stride", rows->row_stride);
+    launch.wide(cov_stride).wide(rows->row_stride);
     launch.number("rows.cols", tiles).number("rows.rows", ceil_div(rows->rows, constant(chosen, "SPAN")));
     launch.run(tiles, stream);
   });

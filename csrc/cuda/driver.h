@@ -1,5 +1,5 @@
-// Private: the calls of NVIDIA's driver that the launchers need, found when they are first used. The types are
-// declared here, so that building needs no CUDA toolkit.
+// Private: the calls of NVIDIA's driver that the launchers need, found when they are first used. The types
+// are declared here, so that building needs no CUDA toolkit.
 #pragma once
 
 #include <cstddef>
@@ -33,8 +33,8 @@ struct Driver {
   int (*load_module)(Module*, const void*);
   int (*function_of)(Function*, Module, const char*);
   int (*set_function_attribute)(Function, int, int);
-  int (*launch)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**,
-                void**);
+  int (*launch)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream,
+                void**, void**);
   int (*fill8)(Address, unsigned char, std::size_t, Stream);
   int (*fill32)(Address, unsigned, std::size_t, Stream);
   int (*copy)(Address, Address, std::size_t, Stream);

@@ -27,7 +27,8 @@ Context context() {
   expect_success(driver().current_context(&current), "cuCtxGetCurrent");
   if (current == nullptr)
     throw Error(LOGRA_CUDA_NO_CONTEXT,
-                "no CUDA context is current on this thread; cuCtxSetCurrent or any call of the CUDA runtime makes one");
+                "no CUDA context is current on this thread; cuCtxSetCurrent or any call of the CUDA runtime "
+                "makes one");
   return current;
 }
 
@@ -43,13 +44,14 @@ int architecture() {
     if (runs) best = candidate;
   }
   if (best == 0)
-    throw Error(LOGRA_CUDA_UNSUPPORTED_GPU, "the GPU is of compute capability " + std::to_string(major) + "." +
-                                                std::to_string(minor) + "; there is code for " + kArchitectureNames);
+    throw Error(LOGRA_CUDA_UNSUPPORTED_GPU, "the GPU is of compute capability " + std::to_string(major) +
+                                                "." + std::to_string(minor) + "; there is code for " +
+                                                kArchitectureNames);
   return best;
 }
 
-/// Loaded once per context. Contexts that are destroyed leave their entries; a new one at the same address would find
-/// them, which the driver answers with an error.
+/// Loaded once per context. Contexts that are destroyed leave their entries; a new one at the same address
+/// would find them, which the driver answers with an error.
 Function load(const Kernel& kernel) {
   static std::mutex mutex;
   static std::map<std::pair<Context, const Kernel*>, Function> loaded;
@@ -57,10 +59,9 @@ Function load(const Kernel& kernel) {
   Function& function = loaded[{context(), &kernel}];
   if (function != nullptr) return function;
   if (kernel.shared_bytes > 48 << 10 && kernel.shared_bytes > attribute(kMaxSharedBytes))
-    throw Error(LOGRA_CUDA_UNSUPPORTED_GPU, std::string(kernel.variant) + " needs " +
-                                                std::to_string(kernel.shared_bytes) +
-                                                " bytes of shared memory; the GPU has " +
-                                                std::to_string(attribute(kMaxSharedBytes)));
+    throw Error(LOGRA_CUDA_UNSUPPORTED_GPU,
+                std::string(kernel.variant) + " needs " + std::to_string(kernel.shared_bytes) +
+                    " bytes of shared memory; the GPU has " + std::to_string(attribute(kMaxSharedBytes)));
   Module module = nullptr;
   Function found = nullptr;
   expect_success(driver().load_module(&module, kernel.image), kernel.variant);
@@ -95,8 +96,8 @@ std::int64_t constant(const Kernel& kernel, const char* name) {
 Launch& Launch::add(char letter, std::uint64_t value) {
   if (count_ == kMost || kernel_.arguments[count_] != letter)
     throw Error(LOGRA_CUDA_INVALID_ARGUMENT, std::string(kernel_.variant) + ": its launcher gives argument " +
-                                                 std::to_string(count_) + " as " + letter + ", the kernel takes " +
-                                                 kernel_.arguments);
+                                                 std::to_string(count_) + " as " + letter +
+                                                 ", the kernel takes " + kernel_.arguments);
   values_[count_++] = value;
   return *this;
 }
@@ -117,8 +118,8 @@ void Launch::run(std::int64_t programs, Stream stream) {
   if (programs > INT32_MAX)
     throw Error(LOGRA_CUDA_INVALID_ARGUMENT, std::string(kernel_.variant) + ": a grid of " +
                                                  std::to_string(programs) + " programs is too large");
-  // little endian: a 32-bit argument is read from the front of its 64 bits. Triton's kernels end with two pointers to
-  // scratch memory, of which these need none.
+  // little endian: a 32-bit argument is read from the front of its 64 bits. Triton's kernels end with two
+  // pointers to scratch memory, of which these need none.
   std::uint64_t none = 0;
   void* pointers[kMost + 2];
   for (std::size_t i = 0; i < count_; ++i) pointers[i] = &values_[i];

@@ -20,8 +20,8 @@ struct Kernel {
   int shared_bytes;
 };
 
-/// The variant for the current context's GPU. Throws Error if there is no context, no code for the GPU, or none of
-/// that name.
+/// The variant for the current context's GPU. Throws Error if there is no context, no code for the GPU, or
+/// none of that name.
 const Kernel& kernel(const std::string& variant);
 
 /// A compile-time integer of the kernel, such as a tile's size.

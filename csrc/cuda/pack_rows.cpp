@@ -12,13 +12,14 @@ logra_cuda_status logra_cuda_pack_rows(const logra_cuda_matrix* rows, const std:
            "exponents, packed: expected pointers, got NULL");
     Launch launch(kernel("pack_rows."));
     launch.pointer(rows->data).pointer(exponents).pointer(packed).pointer(row_scale);
-    launch.number("rows.cols", rows->cols).number("rows.row_stride", rows->row_stride);
+    launch.number("rows.rows", rows->rows).number("rows.cols", rows->cols).wide(rows->row_stride);
     launch.run(rows->rows, stream);
   });
 }
 
 logra_cuda_status logra_cuda_unpack_rows(const logra_cuda_matrix* packed, const float* row_scale,
-                                         const std::int32_t* exponents, float* out, logra_cuda_stream stream) {
+                                         const std::int32_t* exponents, float* out,
+                                         logra_cuda_stream stream) {
   return guarded([&] {
     check(packed, "packed");
     expect(packed->dtype == LOGRA_CUDA_FLOAT16,
@@ -29,8 +30,8 @@ logra_cuda_status logra_cuda_unpack_rows(const logra_cuda_matrix* packed, const 
     const Kernel& chosen = kernel("unpack_rows.");
     Launch launch(chosen);
     launch.pointer(packed->data).pointer(row_scale).pointer(exponents).pointer(out);
-    launch.number("packed.cols", packed->cols).number("packed.row_stride", packed->row_stride);
-    launch.number("row_scale", 1);
+    launch.number("packed.rows", packed->rows).number("packed.cols", packed->cols);
+    launch.wide(packed->row_stride).wide(1);
     launch.run(packed->rows * ceil_div(packed->cols, constant(chosen, "BLOCK")), stream);
   });
 }

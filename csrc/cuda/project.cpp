@@ -7,8 +7,8 @@ logra_cuda_status logra_cuda_project(const logra_cuda_matrix* x, const logra_cud
   return guarded([&] {
     check(x, "x");
     check(proj, "proj");
-    expect(x->cols == proj->cols, "proj.cols: expected " + std::to_string(x->cols) + " as x has, got " +
-                                      std::to_string(proj->cols));
+    expect(x->cols == proj->cols,
+           "proj.cols: expected " + std::to_string(x->cols) + " as x has, got " + std::to_string(proj->cols));
     expect(x->dtype == proj->dtype, std::string("proj.dtype: expected ") + dtype_name(x->dtype, "x") +
                                         " as x has, got " + dtype_name(proj->dtype, "proj"));
     if (x->rows == 0 || proj->rows == 0) return;
@@ -20,7 +20,7 @@ logra_cuda_status logra_cuda_project(const logra_cuda_matrix* x, const logra_cud
     launch.pointer(x->data).pointer(proj->data).pointer(out);
     launch.number("x.rows", x->rows).number("x.rows", x->rows);  // all tokens in one run: no outer axis
     launch.number("x.cols", x->cols).number("proj.rows", proj->rows);
-    launch.number("x", 0).number("x.row_stride", x->row_stride).number("proj.row_stride", proj->row_stride);
+    launch.wide(0).wide(x->row_stride).wide(proj->row_stride);
     launch.run(ceil_div(x->rows, constant(chosen, "TOKENS")) * ceil_div(proj->rows, constant(chosen, "RANK")),
                stream);
   });

@@ -14,13 +14,15 @@ void check_side(const logra_cuda_tokens* tokens, const logra_cuda_matrix* proj, 
          std::string(name) + ": expected strides of 0 or more");
   if (proj == nullptr) return;
   check(proj, proj_name);
-  expect(proj->cols == tokens->dim, std::string(proj_name) + ".cols: expected " + std::to_string(tokens->dim) +
-                                        " as " + name + " has, got " + std::to_string(proj->cols));
+  expect(proj->cols == tokens->dim, std::string(proj_name) + ".cols: expected " +
+                                        std::to_string(tokens->dim) + " as " + name + " has, got " +
+                                        std::to_string(proj->cols));
   expect(proj->dtype == tokens->dtype, std::string(proj_name) + ".dtype: expected " + dtype + " as " + name +
                                            " has, got " + dtype_name(proj->dtype, proj_name));
 }
 
-bool aligned_side(const logra_cuda_tokens& tokens, const logra_cuda_matrix* proj, bool packed, std::int64_t rank) {
+bool aligned_side(const logra_cuda_tokens& tokens, const logra_cuda_matrix* proj, bool packed,
+                  std::int64_t rank) {
   return divides(tokens.data) && divides(tokens.dim) && divides(tokens.token_stride) && divides(rank) &&
          (packed || divides(tokens.example_stride)) && (proj == nullptr || aligned(*proj));
 }
@@ -62,14 +64,15 @@ std::size_t logra_cuda_projected_gradients_workspace(const logra_cuda_examples* 
                                                      const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
                                                      const logra_cuda_matrix* proj_in,
                                                      const logra_cuda_matrix* proj_out) {
-  return workspace_bytes(
-      [&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, workspace); });
+  return workspace_bytes([&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, workspace); });
 }
 
-logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* examples, const logra_cuda_tokens* x,
-                                                 const logra_cuda_tokens* dy, const logra_cuda_matrix* proj_in,
-                                                 const logra_cuda_matrix* proj_out, float* out, void* workspace,
-                                                 std::size_t workspace_bytes, logra_cuda_stream stream) {
+logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* examples,
+                                                 const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+                                                 const logra_cuda_matrix* proj_in,
+                                                 const logra_cuda_matrix* proj_out, float* out,
+                                                 void* workspace, std::size_t workspace_bytes,
+                                                 logra_cuda_stream stream) {
   return guarded([&] {
     Workspace memory(workspace, workspace_bytes);
     const Plan plan(examples, x, dy, proj_in, proj_out, memory);
@@ -80,12 +83,13 @@ logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* exam
            "x.data, dy.data: expected pointers, got NULL");
     memory.expect_room();
     float* partial = plan.partial != nullptr ? plan.partial : out;
-    const bool fast = divides(out) && divides(partial) && aligned_side(*x, proj_in, plan.packed, plan.rank_in) &&
+    const bool fast = divides(out) && divides(partial) &&
+                      aligned_side(*x, proj_in, plan.packed, plan.rank_in) &&
                       aligned_side(*dy, proj_out, plan.packed, plan.rank_out);
-    const Kernel& chosen = kernel(std::string("gradients.x=") + dtype_name(x->dtype, "x") + ",dy=" +
-                                  dtype_name(dy->dtype, "dy") + "," + part("project_in", proj_in != nullptr) +
-                                  "," + part("project_out", proj_out != nullptr) + "," +
-                                  part("packed", plan.packed) + "," + part("aligned", fast));
+    const Kernel& chosen = kernel(
+        std::string("gradients.x=") + dtype_name(x->dtype, "x") + ",dy=" + dtype_name(dy->dtype, "dy") + "," +
+        part("project_in", proj_in != nullptr) + "," + part("project_out", proj_out != nullptr) + "," +
+        part("packed", plan.packed) + "," + part("aligned", fast));
     expect(constant(chosen, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
     const std::uint8_t* mask = examples->mask;
     if (mask == nullptr) {
@@ -100,14 +104,16 @@ logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* exam
     launch.pointer(mask);
     if (plan.packed) launch.pointer(examples->cu_seqlens);
     launch.pointer(out).pointer(partial);
-    launch.number("num_examples", examples->num_examples).number("num_tokens", examples->num_tokens);
-    launch.number("num_tokens", plan.chunks);
+    launch.number("modules", 1)
+        .number("num_examples", examples->num_examples)
+        .number("num_tokens", plan.slots);
+    launch.number("num_tokens", examples->num_tokens).number("num_tokens", plan.chunks);
     launch.number("x.dim", x->dim).number("dy.dim", dy->dim);
     launch.number("proj_in.rows", plan.rank_in).number("proj_out.rows", plan.rank_out);
-    launch.wide(plan.packed ? 0 : x->example_stride).number("x.token_stride", x->token_stride);
-    launch.wide(plan.packed ? 0 : dy->example_stride).number("dy.token_stride", dy->token_stride);
-    launch.number("proj_in.row_stride", proj_in != nullptr ? proj_in->row_stride : 0);
-    launch.number("proj_out.row_stride", proj_out != nullptr ? proj_out->row_stride : 0);
+    launch.wide(plan.packed ? 0 : x->example_stride).wide(x->token_stride);
+    launch.wide(plan.packed ? 0 : dy->example_stride).wide(dy->token_stride);
+    launch.wide(proj_in != nullptr ? proj_in->row_stride : 0);
+    launch.wide(proj_out != nullptr ? proj_out->row_stride : 0);
     launch.wide(masked && !plan.packed ? examples->num_tokens : 0).wide(masked);
     launch.run(plan.slots * ceil_div(plan.rank_in, constant(chosen, "RANK_IN")) *
                    ceil_div(plan.rank_out, constant(chosen, "RANK_OUT")),
@@ -118,8 +124,9 @@ logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* exam
     Launch sums(reduce);
     sums.pointer(partial);
     if (plan.packed) sums.pointer(examples->cu_seqlens);
-    sums.pointer(out).number("num_tokens", examples->num_tokens).number("num_tokens", plan.chunks);
-    sums.number("proj_in.rows", size);
+    sums.pointer(out).number("modules", 1).number("num_examples", examples->num_examples);
+    sums.number("num_tokens", plan.slots).number("num_tokens", examples->num_tokens);
+    sums.number("num_tokens", plan.chunks).number("proj_in.rows", size);
     sums.run(examples->num_examples * ceil_div(size, constant(reduce, "REDUCE")), stream);
   });
 }

@@ -1,11 +1,13 @@
-// Private: what scores, topk_scores and self_influence share: queries in pieces, and the scale and bias of rows.
+// Private: what scores, topk_scores and self_influence share: queries in pieces, and the scale and bias of
+// rows.
 #pragma once
 
 #include "arguments.h"
 
 namespace logra::cuda {
 
-/// float32 queries (or a factor's rows) as pieces of the rows' dtype: see logra_kernels/triton/split_queries.py.
+/// float32 queries (or a factor's rows) as pieces of the rows' dtype: see
+/// logra_kernels/triton/split_queries.py.
 struct Pieces {
   const void* data = nullptr;
   std::int64_t count = 1, piece_stride = 0, query_stride = 0;
@@ -27,13 +29,17 @@ struct Epilogue {
   std::int64_t scale_stride, bias_stride;
 
   Epilogue(const float* row_scale, const float* row_bias, Workspace& workspace)
-      : scale(row_scale), bias(row_bias), scale_stride(row_scale != nullptr), bias_stride(row_bias != nullptr) {
+      : scale(row_scale),
+        bias(row_bias),
+        scale_stride(row_scale != nullptr),
+        bias_stride(row_bias != nullptr) {
     float* constants = workspace.take<float>(2);
     if (scale == nullptr) scale = constants;
     if (bias == nullptr && constants != nullptr) bias = constants + 1;
   }
   void make(Stream stream) const {
-    if (scale_stride == 0) expect_success(driver().fill32(address(scale), 0x3f800000u, 1, stream), "row_scale");
+    if (scale_stride == 0)
+      expect_success(driver().fill32(address(scale), 0x3f800000u, 1, stream), "row_scale");
     if (bias_stride == 0) expect_success(driver().fill32(address(bias), 0, 1, stream), "row_bias");
   }
 };
@@ -46,14 +52,14 @@ inline Launch& add_scan(Launch& launch, const Pieces& pieces, const logra_cuda_m
   return launch.number("queries.rows", num_queries)
       .number("rows.rows", rows.rows)
       .number("rows.cols", rows.cols)
-      .number("queries", pieces.piece_stride)
-      .number("queries.row_stride", pieces.query_stride)
-      .number("rows.row_stride", rows.row_stride);
+      .wide(pieces.piece_stride)
+      .wide(pieces.query_stride)
+      .wide(rows.row_stride);
 }
 
 /// The strides of the epilogue, behind add_scan's.
 inline Launch& add_epilogue(Launch& launch, const Epilogue& epilogue) {
-  return launch.number("row_scale", epilogue.scale_stride).number("row_bias", epilogue.bias_stride);
+  return launch.wide(epilogue.scale_stride).wide(epilogue.bias_stride);
 }
 
 }  // namespace logra::cuda

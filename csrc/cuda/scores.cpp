@@ -18,8 +18,8 @@ void Pieces::make(const logra_cuda_matrix& queries, Stream stream) const {
   if (count == 1) return;
   Launch launch(kernel(std::string("split_queries.rows=") + dtype_name(dtype_, "rows")));
   launch.pointer(queries.data).pointer(data).pointer(scale);
-  launch.number("queries.cols", queries.cols).number("queries.row_stride", queries.row_stride);
-  launch.number("queries", piece_stride).number("queries", query_stride);
+  launch.number("queries.rows", queries.rows).number("queries.cols", queries.cols);
+  launch.wide(queries.row_stride).wide(piece_stride).wide(query_stride);
   launch.run(queries.rows, stream);
 }
 
@@ -51,8 +51,8 @@ std::size_t logra_cuda_scores_workspace(const logra_cuda_matrix* queries, const 
 }
 
 logra_cuda_status logra_cuda_scores(const logra_cuda_matrix* queries, const logra_cuda_matrix* rows,
-                                    const float* row_scale, const float* row_bias, float* out, void* workspace,
-                                    std::size_t workspace_bytes, logra_cuda_stream stream) {
+                                    const float* row_scale, const float* row_bias, float* out,
+                                    void* workspace, std::size_t workspace_bytes, logra_cuda_stream stream) {
   return guarded([&] {
     Workspace memory(workspace, workspace_bytes);
     const Plan plan(queries, rows, row_scale, row_bias, memory);
@@ -60,19 +60,17 @@ logra_cuda_status logra_cuda_scores(const logra_cuda_matrix* queries, const logr
     expect(out != nullptr, "out: expected a pointer, got NULL");
     memory.expect_room();
     const bool fast = aligned(*rows) && plan.pieces.aligned();
-    const bool full = rows->dtype == LOGRA_CUDA_FLOAT32;
-    const std::int64_t widest = fast && !full ? 64 : 32;
-    const Kernel& chosen = kernel(std::string("scores.rows=") + dtype_name(rows->dtype, "rows") + "," +
-                                  part("aligned", fast) + "," +
-                                  part("queries", queries->rows <= 16 ? 16 : widest));
+    const Kernel& chosen =
+        kernel(std::string("scores.rows=") + dtype_name(rows->dtype, "rows") + "," + part("aligned", fast) +
+               "," + part("queries", queries->rows <= 16 ? 16 : 64));
     plan.pieces.make(*queries, stream);
     plan.epilogue.make(stream);
     Launch launch(chosen);
     launch.pointer(plan.pieces.data).pointer(rows->data).pointer(plan.pieces.scale);
     launch.pointer(plan.epilogue.scale).pointer(plan.epilogue.bias).pointer(out);
     add_epilogue(add_scan(launch, plan.pieces, *rows, queries->rows), plan.epilogue);
-    launch.run(ceil_div(rows->rows, constant(chosen, "ROWS")) *
-                   ceil_div(queries->rows, constant(chosen, "QUERIES")),
-               stream);
+    launch.run(
+        ceil_div(rows->rows, constant(chosen, "ROWS")) * ceil_div(queries->rows, constant(chosen, "QUERIES")),
+        stream);
   });
 }

@@ -2,7 +2,8 @@
 
 using namespace logra::cuda;
 
-std::size_t logra_cuda_self_influence_workspace(const logra_cuda_matrix* rows, const logra_cuda_matrix* factor) {
+std::size_t logra_cuda_self_influence_workspace(const logra_cuda_matrix* rows,
+                                                const logra_cuda_matrix* factor) {
   return workspace_bytes([&](Workspace& workspace) {
     check_scan(factor, rows, "factor");
     Pieces(*factor, rows->dtype, workspace);
@@ -20,8 +21,8 @@ logra_cuda_status logra_cuda_self_influence(const logra_cuda_matrix* rows, const
     expect(out != nullptr, "out: expected a pointer, got NULL");
     memory.expect_room();
     const bool fast = aligned(*rows) && pieces.aligned();
-    const Kernel& chosen = kernel(std::string("self_influence.rows=") + dtype_name(rows->dtype, "rows") + "," +
-                                  part("aligned", fast));
+    const Kernel& chosen = kernel(std::string("self_influence.rows=") + dtype_name(rows->dtype, "rows") +
+                                  "," + part("aligned", fast));
     pieces.make(*factor, stream);
     Launch launch(chosen);
     launch.pointer(pieces.data).pointer(rows->data).pointer(pieces.scale).pointer(out);

@@ -8,9 +8,13 @@ types, tiles and hints are those that a user gets. Counts (of tokens, rows, quer
 Widths, strides and addresses carry the one that 16-byte copies need: multiples of 16.
 """
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -258,3 +262,23 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         partial(topk_scores, queries, rows, 20, None, None, state, 7),
     )
     yield "unpack_rows", partial(unpack_rows, make(n, d), make(n, dtype=full), [d], [0])
+
+
+def resources(compiled: Any) -> tuple[int, int, int]:
+    """Registers and bytes of stack (spills) of a thread, shared bytes of a program."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+        spilled = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    else:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [str(tool), "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers = re.search(r"REG:(\d+)", text)
+        spilled = re.search(r"STACK:(\d+)", text)
+    if registers is None or spilled is None:
+        raise ValueError(f"compiled code: expected its registers and stack, got: {text[:200]}")
+    return int(registers[1]), int(spilled[1]), int(compiled.metadata.shared)

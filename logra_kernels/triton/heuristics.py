@@ -37,6 +37,7 @@ TILES = {
     "merge_topk": ("MERGE",),
     "state_topk": ("OTHERS",),
     "self_influence": ("ROWS", "QUERIES", "DIM"),
+    "split_queries": ("BLOCK",),
     "pack_rows": ("BLOCK",),
     "unpack_rows": ("BLOCK",),
 }

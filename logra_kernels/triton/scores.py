@@ -24,9 +24,8 @@ from logra_kernels.triton._common import (
 )
 from logra_kernels.triton._launch import choose, launch
 from logra_kernels.triton.heuristics import SIZES
+from logra_kernels.triton.split_queries import split_queries
 
-# the largest element of a scaled query is in [2**14, 2**15): fp16's largest is just under 2**16
-_LARGEST_EXPONENT = 14
 # and the strides of one number a row
 COUNTS = ["num_queries", "num_rows", "row_scale_stride", "row_bias_stride"]
 
@@ -145,31 +144,6 @@ def _scores_kernel(
         acc,
         mask=(r < num_rows)[:, None] & (q < num_queries)[None, :],
     )
-
-
-def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """queries [Q, D] -> pieces [PIECES, Q, D] of the rows' dtype, and the scale [Q] to multiply by.
-
-    Two float16 pieces add up to query / scale within 2**-22 of each element, or within 2**-39 of
-    the query's largest.
-    """
-    if queries.dtype == dtype or queries.shape[1] == 0:
-        return queries.to(dtype)[None], None
-    wide = queries.float()
-    if dtype == torch.float32:
-        return wide[None], None
-    if dtype == torch.bfloat16:
-        first = wide.to(dtype)
-        rest = wide - first.float()
-        second = rest.to(dtype)
-        return torch.stack((first, second, (rest - second.float()).to(dtype))), None
-    largest = wide.abs().amax(dim=1)  # [Q]
-    exponent = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
-    exponent = torch.where(largest.isfinite() & (largest > 0), exponent, 0).clamp(-126, 127)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    wide = wide / scale[:, None]
-    first = wide.to(dtype)
-    return torch.stack((first, (wide - first.float()).to(dtype))), scale
 
 
 def row_tiles(op: str, pieces: Tensor, rows: Tensor, input_precision: str) -> dict[str, int]:

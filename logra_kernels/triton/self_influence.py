@@ -13,7 +13,8 @@ from logra_kernels.triton._common import (
     precision,
 )
 from logra_kernels.triton._launch import launch
-from logra_kernels.triton.scores import row_tiles, score_tile, split_queries
+from logra_kernels.triton.scores import row_tiles, score_tile
+from logra_kernels.triton.split_queries import split_queries
 
 
 @triton.jit(do_not_specialize=["num_rows"])

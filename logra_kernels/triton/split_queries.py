@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import device_of, last_axis_contiguous, tile
+from logra_kernels.triton._common import last_axis_contiguous, tile
+from logra_kernels.triton._launch import choose, launch
 
 # the largest element of a scaled query is in [2**14, 2**15): fp16's largest is just under 2**16
 _LARGEST_EXPONENT = tl.constexpr(14)
@@ -19,15 +20,16 @@ def _power_of_two(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _split_queries_kernel(
     queries,  # [Q, D] float32
     pieces,  # [PIECES, Q, D padded]
     scale,  # [Q] float32
+    count,  # Q
     dim,
-    query_stride,
-    piece_stride,
-    piece_query_stride,
+    query_stride: tl.int64,
+    piece_stride: tl.int64,
+    piece_query_stride: tl.int64,
     PIECES: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -53,7 +55,7 @@ def _split_queries_kernel(
         rest = tl.load(queries + q * query_stride + d, mask=d < dim, other=0.0) * unscale
         for piece in tl.static_range(PIECES):
             part = rest.to(pieces.dtype.element_ty)
-            at = pieces + piece * tl.cast(piece_stride, tl.int64) + q * piece_query_stride + d
+            at = pieces + piece * piece_stride + q * piece_query_stride + d
             tl.store(at, part, mask=d < dim)
             # an infinity is one piece: infinity less infinity would make NaN of its scores
             rest = tl.where(part.to(tl.float32) == rest, 0.0, rest - part.to(tl.float32))
@@ -74,23 +76,27 @@ def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     if dtype == torch.float32:
         return wide[None], None
     scaled = dtype == torch.float16
-    # 16 bytes: rows of pieces that the scan reads in whole vectors, whatever D is
-    padded = -(-dim // 8) * 8
+    # so that the scan reads pieces in whole vectors, whatever D is
+    padded = -(-dim // 16) * 16
     shape = (2 if scaled else 3, count, padded)
     pieces = torch.empty(shape, device=queries.device, dtype=dtype)
     scale = torch.empty(count, device=queries.device, dtype=torch.float32)
-    with device_of(queries):
-        _split_queries_kernel[(count,)](
-            wide,
-            pieces,
-            scale,
-            dim,
-            wide.stride(0),
-            pieces.stride(0),
-            pieces.stride(1),
-            PIECES=shape[0],
-            SCALED=scaled,
-            BLOCK=tile(dim, 1024),
-            num_warps=4,
-        )
+    config = choose("split_queries", "half", queries)
+    config["BLOCK"] = tile(dim, config["BLOCK"])
+    launch(
+        _split_queries_kernel,
+        "count",
+        queries,
+        config,
+        queries=wide,
+        pieces=pieces,
+        scale=scale,
+        count=count,
+        dim=dim,
+        query_stride=wide.stride(0),
+        piece_stride=pieces.stride(0),
+        piece_query_stride=pieces.stride(1),
+        PIECES=shape[0],
+        SCALED=scaled,
+    )
     return pieces[:, :, :dim], scale if scaled else None

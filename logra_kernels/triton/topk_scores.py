@@ -23,7 +23,8 @@ from logra_kernels.triton._common import (
     precision,
 )
 from logra_kernels.triton._launch import choose, launch
-from logra_kernels.triton.scores import COUNTS, row_tiles, score_tile, scores, split_queries
+from logra_kernels.triton.scores import COUNTS, row_tiles, score_tile, scores
+from logra_kernels.triton.split_queries import split_queries
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 

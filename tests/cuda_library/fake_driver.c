@@ -57,8 +57,8 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   (void)function;
   return attribute == 8 && value <= 227 << 10 ? 0 : 1;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz,
-                   unsigned shared, void* stream, void** arguments, void** extra) {
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty,
+                   unsigned tz, unsigned shared, void* stream, void** arguments, void** extra) {
   (void)stream;
   const struct function* one = function;
   if (y != 1 || z != 1 || ty != 1 || tz != 1 || extra != NULL || callback == NULL) return 1;

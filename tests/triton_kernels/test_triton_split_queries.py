@@ -24,7 +24,10 @@ def test_two_float16_pieces_keep_22_bits(device: str, dim: int, size: float) -> 
 
 
 def test_three_bfloat16_pieces_are_exact(device: str) -> None:
-    queries = torch.randn(4, 300, device=device) * 10.0 ** torch.arange(-9, 11, 5, device=device)[:4, None]
+    queries = (
+        torch.randn(4, 300, device=device)
+        * 10.0 ** torch.arange(-9, 11, 5, device=device)[:4, None]
+    )
     pieces, scale = split_queries(queries, torch.bfloat16)
     assert scale is None
     assert torch.equal(pieces.double().sum(0), queries.double())
