@@ -331,7 +331,8 @@ def table(rows: list[Prediction]) -> Iterator[str]:
         yield (
             f"| {one.case} | `{one.kernel.strip('_').removesuffix('_kernel')}` | {one.registers} "
             f"| {one.shared / 1024:.0f} | {one.programs} | {one.resident} | {one.memory_us:.0f} "
-            f"| {one.arithmetic_us:.0f} | {one.predicted_us:.0f} | {one.of_memory:.2f} | {one.bound} |"
+            f"| {one.arithmetic_us:.0f} | {one.predicted_us:.0f} | {one.of_memory:.2f} "
+            f"| {one.bound} |"
         )
 
 
