@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,8 @@ _GRADIENTS = _ladder(
     ("CHUNK", "BLOCK", "WIDTH", "RANK"),
     *((128, 64, 32, 32, 8, 3), (128, 32, 32, 32, 4, 3), (128, 32, 32, 32, 8, 3)),
     *((128, 32, 16, 32, 4, 2), (128, 16, 16, 32, 4, 2), (128, 16, 16, 32, 8, 2)),
-    *((128, 16, 16, 32, 4, 1), (128, 16, 16, 32, 2, 1)),
+    *((128, 16, 16, 32, 4, 1), (128, 32, 32, 32, 4, 2), (128, 32, 16, 32, 4, 1)),
+    *((128, 16, 32, 32, 4, 2), (128, 32, 16, 32, 8, 1), (128, 16, 16, 32, 2, 1)),
 )
 LADDERS = {
     "scores": _SCAN,
@@ -195,18 +195,19 @@ def gradient_variants() -> Iterator[Variant]:
         for project_in, project_out in ((True, True), (True, False), (False, True), (False, False)):
             if x_name != dy_name and project_in:
                 continue  # a float32 x beside a half dy is one that was projected in forward
-            for packed, aligned in product((False, True), (True, False)):
-                wide, rank = 2048, 64
-                x = make(16, 512, wide if project_in else rank, dtype=DTYPES[x_name])
-                dy = make(16, 512, wide if project_out else rank, dtype=DTYPES[dy_name])
-                proj_in = make(rank, wide, dtype=x.dtype) if project_in else None
-                proj_out = make(rank, wide, dtype=dy.dtype) if project_out else None
-                tokens = x, dy, proj_in, proj_out, mask, None
-                if packed:
-                    flat = x.flatten(0, 1), dy.flatten(0, 1)
-                    tokens = *flat, proj_in, proj_out, mask.flatten(), bounds
-                call = partial(launchers.projected_gradients, *tokens)
-                if True:
+            wide, rank = 2048, 64
+            x = make(16, 512, wide if project_in else rank, dtype=DTYPES[x_name])
+            dy = make(16, 512, wide if project_out else rank, dtype=DTYPES[dy_name])
+            proj_in = make(rank, wide, dtype=x.dtype) if project_in else None
+            proj_out = make(rank, wide, dtype=dy.dtype) if project_out else None
+            dense = x, dy, proj_in, proj_out, mask
+            flat = x.flatten(0, 1), dy.flatten(0, 1), proj_in, proj_out, mask.flatten(), bounds
+            op = ("per_sample_gradients", "one_sided_gradients", "projected_gradients")[
+                int(project_in) + int(project_out)
+            ]
+            for packed in (False, True):
+                call = partial(launchers.projected_gradients, *(flat if packed else dense))
+                for aligned in (True, False):
                     parts = flags(
                         x=x_name,
                         dy=dy_name,
@@ -215,9 +216,7 @@ def gradient_variants() -> Iterator[Variant]:
                         packed=packed,
                         aligned=aligned,
                     )
-                    yield Variant(
-                        f"gradients.{parts}", "_gradients_kernel", call, aligned, not aligned
-                    )
+                    yield Variant(f"gradients.{parts}", "_gradients_kernel", call, aligned, op)
                 if (x_name, dy_name, project_in, project_out) == ("f16", "f16", True, True):
                     yield Variant("reduce." + flags(packed=packed), "_reduce_kernel", call)
 
@@ -235,8 +234,8 @@ def other_variants() -> Iterator[Variant]:
             call = partial(
                 launchers.covariance_update_, make(4096, 4096), make(1000, 4096, dtype=dtype)
             )
-            name, kernel = f"covariance.{parts}", "_covariance_kernel"
-            yield Variant(name, kernel, call, aligned, "covariance_update_")
+            kernel = "_covariance_kernel"
+            yield Variant(f"covariance.{parts}", kernel, call, aligned, "covariance_update_")
     call = partial(launchers.pack_rows, make(100, 4096), [4096], [0])
     yield Variant("pack_rows.", "_pack_kernel", call)
     packed = make(100, 4096, dtype=torch.float16)
@@ -373,6 +372,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     architectures = [int(a) for a in args.architectures.split(",")]
+    names = [variant.name for variant in variants()]
+    assert len(set(names)) == len(names), "two variants of one name"
     wanted = [v for v in variants() if args.match is None or re.search(args.match, v.name)]
     if not wanted:
         sys.exit(f"--match: no variant's name matches {args.match!r}")

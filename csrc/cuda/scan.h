@@ -11,11 +11,16 @@ namespace logra::cuda {
 struct Pieces {
   const void* data = nullptr;
   std::int64_t count = 1, piece_stride = 0, query_stride = 0;
-  float* scale = nullptr;  // of float16 pieces
+  float* scale = nullptr;  // what float16 pieces are to be multiplied by
 
   Pieces(const logra_cuda_matrix& queries, logra_cuda_dtype rows, Workspace& workspace);
   /// Puts the splitting on the stream.
   void make(const logra_cuda_matrix& queries, Stream stream) const;
+  /// The pointers that every scan begins with; only float16 pieces have a scale.
+  Launch& add(Launch& launch, const void* rows) const {
+    launch.pointer(data).pointer(rows);
+    return dtype_ == LOGRA_CUDA_FLOAT16 ? launch.pointer(scale) : launch;
+  }
   bool aligned() const { return divides(data) && divides(piece_stride) && divides(query_stride); }
 
  private:

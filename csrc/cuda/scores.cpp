@@ -66,7 +66,7 @@ logra_cuda_status logra_cuda_scores(const logra_cuda_matrix* queries, const logr
     plan.pieces.make(*queries, stream);
     plan.epilogue.make(stream);
     Launch launch(chosen);
-    launch.pointer(plan.pieces.data).pointer(rows->data).pointer(plan.pieces.scale);
+    plan.pieces.add(launch, rows->data);
     launch.pointer(plan.epilogue.scale).pointer(plan.epilogue.bias).pointer(out);
     add_epilogue(add_scan(launch, plan.pieces, *rows, queries->rows), plan.epilogue);
     launch.run(

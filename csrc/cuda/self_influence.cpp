@@ -25,7 +25,7 @@ logra_cuda_status logra_cuda_self_influence(const logra_cuda_matrix* rows, const
                                   "," + part("aligned", fast));
     pieces.make(*factor, stream);
     Launch launch(chosen);
-    launch.pointer(pieces.data).pointer(rows->data).pointer(pieces.scale).pointer(out);
+    pieces.add(launch, rows->data).pointer(out);
     add_scan(launch, pieces, *rows, factor->rows);
     launch.run(ceil_div(rows->rows, constant(chosen, "ROWS")), stream);
   });

@@ -134,7 +134,7 @@ logra_cuda_status logra_cuda_topk_scores(const logra_cuda_matrix* queries, const
           static_cast<const char*>(rows->data) + first * rows->row_stride * element_bytes(rows->dtype);
       const std::int64_t tiles = ceil_div(some.rows, row_tile);
       Launch launch(chosen);
-      launch.pointer(plan.pieces.data).pointer(some.data).pointer(plan.pieces.scale);
+      plan.pieces.add(launch, some.data);
       launch.pointer(plan.epilogue.scale + first * plan.epilogue.scale_stride);
       launch.pointer(plan.epilogue.bias + first * plan.epilogue.bias_stride);
       launch.pointer(plan.candidates).number("k", keep);

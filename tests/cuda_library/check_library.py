@@ -14,6 +14,7 @@ import ctypes
 import importlib
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -221,29 +222,25 @@ def check_scores(library: Library) -> None:
 
 
 def check_topk(library: Library) -> None:
-    half, brain, full = torch.float16, torch.bfloat16, torch.float32
-    cases = (
-        *((half, 3, 32), (half, 64, 32), (half, 9, 7), (half, 64, 7)),
-        *((brain, 64, 7), (brain, 30, 16), (brain, 20, 9), (brain, 64, 16)),
-        *((full, 100, 16), (full, 64, 5), (full, 10, 16), (full, 20, 5)),
-    )
-    for dtype, k, dim in cases:
-        if dtype not in library.dtypes("candidates", "rows"):
-            continue
-        rows, queries = torch.randn(4300, dim).to(dtype), torch.randn(3, dim)
-        rows[100] = rows[4200]  # a tie across blocks
-        scale = torch.rand(4300) + 0.5
-        state = [torch.empty(3, k, dtype=t) for t in (torch.float32, torch.int64) * 2]
+    # few and many queries, aligned or not, a k within a tile of rows or of all of it
+    cases = product(library.dtypes("candidates", "rows"), (3, 17), (16, 7), (9, 64, 128))
+    for dtype, count, dim, k in cases:
+        num_rows = 4300 if (count, k) == (3, 9) else 300
+        rows, queries = torch.randn(num_rows, dim).to(dtype), torch.randn(count, dim)
+        rows[100] = rows[-100]  # a tie, for some across blocks
+        scale = torch.rand(num_rows) + 0.5
+        scale[100] = scale[-100]
+        state = [torch.empty(count, k, dtype=t) for t in (torch.float32, torch.int64) * 2]
         held = ctypes.byref(TopK(*(t.data_ptr() for t in state)))
-        library.call("topk_reset", held, ctypes.c_int64(3), ctypes.c_int64(k))
-        for first, last in ((0, 5), (5, 4300)):
+        library.call("topk_reset", held, ctypes.c_int64(count), ctypes.c_int64(k))
+        for first, last in ((0, 5), (5, num_rows)):
             some = rows[first:last]
             asked = matrix(queries), matrix(some), ctypes.c_int64(k)
             memory, needed, whole = library.workspace("topk_scores", *asked)
             arguments = at(scale[first:last]), None, ctypes.c_int64(first), held
             library.call("topk_scores", *asked, *arguments, memory, needed)
             unchanged(whole, needed.value)
-        out = torch.empty(3, 4300)
+        out = torch.empty(count, num_rows)
         asked = matrix(queries), matrix(rows)
         memory, needed, whole = library.workspace("scores", *asked)
         library.call("scores", *asked, at(scale), None, at(out), memory, needed)
@@ -325,9 +322,9 @@ def check_project(library: Library) -> None:
 
 def check_covariance(library: Library) -> None:
     for dtype in library.dtypes("covariance", "rows"):
-        for num_rows, width in ((40, 160), (2100, 21)):
+        for num_rows, width, gap in ((40, 160, 16), (2100, 21, 11)):
             rows = torch.randn(num_rows, width).to(dtype)
-            cov = torch.randn(width, width + 11)[:, :width]
+            cov = torch.randn(width, width + gap)[:, :width]
             before = cov.double()
             stride = ctypes.c_int64(cov.stride(0))
             library.call("covariance_update", at(cov), stride, matrix(rows))
