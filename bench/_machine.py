@@ -71,7 +71,7 @@ def _fixed() -> dict[str, object]:
         "flags": [flag for flag in FLAGS if flag in flags],
         "cpus": os.cpu_count(),
         "memory_gib": round(int(memory_kib.split()[0]) / 2**20, 1) if memory_kib else None,
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
