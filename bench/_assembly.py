@@ -27,7 +27,13 @@ PRODUCTS = {
     "_self_influence_kernel",
 }
 # kernels that only move and add: they load 16 bytes at a time into registers
-STREAMS = {"_add_kernel", "_pack_kernel", "_reduce_kernel", "_unpack_kernel"}
+STREAMS = {
+    "_add_kernel",
+    "_pack_kernel",
+    "_reduce_kernel",
+    "_split_queries_kernel",
+    "_unpack_kernel",
+}
 # the most that a program gets: 227 KiB on sm_90 and sm_100, 64 KiB on gfx942; for sm_80, whose code
 # runs on sm_86 and sm_89 too, their 99 KiB
 SHARED_BYTES = {"sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}

@@ -203,11 +203,12 @@ def environment() -> dict[str, str]:
 
 
 def test_interrupted_run_resumes_to_the_same_store(files, tmp_path, monkeypatch, request):
-    # Long enough that the signal arrives in the middle: 600 examples in batches of eight or less.
-    rows = [{"uid": f"s{i}", "body": text} for i, text in enumerate(sentences(600, seed=2))]
+    # Long enough that the signal arrives in the middle: some seconds, in batches of eight or less.
+    texts = sentences(4000, seed=2)
+    rows = [{"uid": f"s{i}", "body": text} for i, text in enumerate(texts)]
     write_jsonl(tmp_path / "long.jsonl", rows)
     words = ["log", "--model", str(files / "model"), "--data", str(tmp_path / "long.jsonl")]
-    words += ["--text-field", "body", "--id-field", "uid", "--rank", "4", "--shard-rows", "50"]
+    words += ["--text-field", "body", "--id-field", "uid", "--rank", "4", "--shard-rows", "300"]
     words += ["--batch-tokens", "256", "--batch-size", "8"]
     # One thread on both sides: the bits of a matrix product may depend on their number, and two
     # processes of two threads each stand in each other's way.
@@ -219,7 +220,7 @@ def test_interrupted_run_resumes_to_the_same_store(files, tmp_path, monkeypatch,
     ended = start_and_interrupt([*words, "--out", str(tmp_path / "a")])
     assert ended.returncode == 130, ended.stderr
     partial = Store.open(tmp_path / "a")
-    assert 0 < partial.num_rows < 600
+    assert 0 < partial.num_rows < len(texts)
     assert not partial.finalized
 
     printed = next(

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from bench._assembly import about
+from bench._assembly import PRODUCTS, about
 from logra_kernels.triton import (
     covariance_update_,
     pack_rows,
@@ -43,7 +43,8 @@ def controls(architecture: str) -> Iterator[dict[str, Any]]:
     known = dict(calls())
 
     def of(name: str) -> Entry:
-        return recorded(name, architecture, known[name])[0]
+        entries = recorded(name, architecture, known[name])
+        return next(one for one in entries if one.kernel_name in PRODUCTS)
 
     def control(what: str, entry: Entry, kernel: Any) -> dict[str, Any]:
         return about(replace(entry, name=f"control: {what}"), kernel)
