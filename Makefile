@@ -17,7 +17,7 @@ help:
 	@echo "make demo    explain a real language model's answers by its corpus (report in $(DEMO)/)"
 	@echo "make test    all tests"
 	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make bench   the ops, logging and queries against PyTorch, NumPy and FAISS (1.5 min)"
+	@echo "make bench   the ops, logging and queries against PyTorch, NumPy and FAISS (1 min)"
 	@echo "make bench-full   every part of python -m bench --help, into bench/results/"
 	@echo "make peers-env   the other libraries that bench-full compares with, into $(PEERS)/"
 	@echo "make gpu-check    on a GPU: every op against float64, splits, a run end to end"
