@@ -199,7 +199,9 @@ def start_and_interrupt(words: list[str]) -> subprocess.CompletedProcess:
 def environment() -> dict[str, str]:
     root = str(Path(__file__).parents[1])
     paths = [root, os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # the benches of other libraries, imported by another test, turn progress bars off
+    inherited = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def test_interrupted_run_resumes_to_the_same_store(files, tmp_path, monkeypatch, request):
