@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -401,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     outcomes = []
     with torch.no_grad() if args.only == "kernels" else torch.enable_grad():
         for name, check in checks.items():
-            outcome = run_check(name, partial(check), data, args.quick)
+            outcome = run_check(name, check, data, args.quick)
             outcomes.append(outcome)
             worst = "" if outcome.worst is None else f"{outcome.worst:.3f}"
             said = "good" if outcome.failed is None else f"FAILED {outcome.failed}"
