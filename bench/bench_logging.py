@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench._harness import Case, arguments, run_cases
 from logra_kernels.capture import Capture
-from logra_kernels.layers import Layer, layer_kind
+from logra_kernels.capture.layers import Layer, layer_kind
 from logra_kernels.projection import build_projections
 
 

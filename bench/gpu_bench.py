@@ -174,7 +174,7 @@ def logging(timer: Timer, device: str, quick: bool) -> Iterator[Measured]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from logra_kernels.capture import Capture
-    from logra_kernels.layers import Layer, layer_kind
+    from logra_kernels.capture.layers import Layer, layer_kind
     from logra_kernels.projection import build_projections
 
     width, blocks, examples, tokens = (64, 2, 2, 16) if quick else (2048, 8, 8, 1024)

@@ -261,7 +261,7 @@ def end_to_end(data: Data, quick: bool) -> Iterator[Comparison]:
     """Rows of a model, and influence from a store, on the device and on the CPU."""
     import logra_kernels as logra
     from logra_kernels.attribution import Attributor
-    from logra_kernels.statistic import Covariance
+    from logra_kernels.run.statistic import Covariance
 
     torch.manual_seed(0)
     model = TinyModel()

@@ -8,7 +8,7 @@ from typing import Any
 
 _HOMES = {
     "Attributor": "attribution",
-    "Covariance": "statistic",
+    "Covariance": "run",
     "Module": "store",
     "RawCurvature": "curvature",
     "Run": "run",
@@ -16,15 +16,15 @@ _HOMES = {
     "StoreError": "store",
     "StoreWriter": "store",
     "TopK": "ops",
-    "add_lora": "current",
-    "build_log_dataloader": "current",
+    "add_lora": "integrations.logix.current",
+    "build_log_dataloader": "integrations.logix.current",
     "covariance_update_": "ops",
-    "eval": "current",
-    "finalize": "current",
-    "get_log": "current",
+    "eval": "integrations.logix.current",
+    "finalize": "integrations.logix.current",
+    "get_log": "integrations.logix.current",
     "init": "run",
-    "initialize_from_log": "current",
-    "log": "current",
+    "initialize_from_log": "integrations.logix.current",
+    "log": "integrations.logix.current",
     "pack_rows": "ops",
     "per_sample_gradients": "ops",
     "project": "ops",
@@ -32,10 +32,10 @@ _HOMES = {
     "projected_gradients_grouped": "ops",
     "scores": "ops",
     "self_influence": "ops",
-    "setup": "current",
+    "setup": "integrations.logix.current",
     "topk_scores": "ops",
     "unpack_rows": "ops",
-    "watch": "current",
+    "watch": "integrations.logix.current",
 }
 
 # A star import must not take Python's own eval away.
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("logra-kernels")
     if name not in _HOMES:
-        told = importlib.import_module(f"{__name__}.logix_names").refused(name)
+        told = importlib.import_module(f"{__name__}.integrations.logix.names").refused(name)
         raise AttributeError(told or f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value

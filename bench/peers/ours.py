@@ -13,7 +13,7 @@ from bench.peers.setting import LoggingSetting
 from logra_kernels import ops
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.statistic import Covariance
+from logra_kernels.run.statistic import Covariance
 from logra_kernels.store import Module, Store, StoreWriter
 
 
@@ -33,7 +33,9 @@ class Logger:
         setting = self.setting
         run = logra.init(folder.name, root_dir=str(folder.parent), rank=setting.rank)
         run.watch(self.model, name_filter=["mlp"])
-        with replaced(**{"logra_kernels.run:build_projections": lambda *_: setting.projections}):
+        with replaced(
+            **{"logra_kernels.run.run:build_projections": lambda *_: setting.projections}
+        ):
             run.add_lora()
         kept = {"log": "grad", "save": "grad"}
         run.setup({**kept, "statistic": {"grad": Covariance}} if self.curvature else kept)

@@ -17,14 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature import RawCurvature
-from logra_kernels.influence_result import TOTAL, InfluenceResult, StoredIds
-from logra_kernels.memory import SHARE_FOR_ROWS, available_bytes
-from logra_kernels.pipeline import HostLanes, Lanes, feed, lanes_of
-from logra_kernels.preconditioner import IdentityPreconditioner, Preconditioner
-from logra_kernels.progress import Progress, track
-from logra_kernels.rows import layout, share
-from logra_kernels.scan import (
+from logra_kernels.attribution.influence_result import TOTAL, InfluenceResult, StoredIds
+from logra_kernels.attribution.memory import SHARE_FOR_ROWS, available_bytes
+from logra_kernels.attribution.pipeline import HostLanes, Lanes, feed, lanes_of
+from logra_kernels.attribution.scan import (
     NORM_OF_MODE,
     Block,
     Groups,
@@ -39,6 +35,10 @@ from logra_kernels.scan import (
     plan_queries,
     true_norms,
 )
+from logra_kernels.curvature import RawCurvature
+from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
+from logra_kernels.progress import Progress, track
+from logra_kernels.rows import layout, share
 from logra_kernels.store import BlockReader, Module, RowBlock, Store, huge_buffer
 
 __all__ = ["Attributor", "Groups", "InfluenceResult", "find_groups", "influence_between"]

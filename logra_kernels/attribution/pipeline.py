@@ -132,7 +132,7 @@ class _Copied:
 def lanes_of(device: torch.device) -> Lanes | HostLanes:
     if device.type != "cuda":
         return HostLanes(device)
-    from logra_kernels.cuda_lanes import CudaLanes
+    from logra_kernels.attribution.cuda_lanes import CudaLanes
 
     return CudaLanes(device)
 

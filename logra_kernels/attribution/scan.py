@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from logra_kernels import ops
-from logra_kernels.influence_result import TOTAL, InfluenceResult
-from logra_kernels.modes import SCAN_MODES
-from logra_kernels.preconditioner import Preconditioner
+from logra_kernels.attribution.influence_result import TOTAL, InfluenceResult
+from logra_kernels.curvature.preconditioner import Preconditioner
+from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import dtype_name, module_of, split_columns
 from logra_kernels.store import Module, Store, StoreError
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from logra_kernels.gradient_queue import GradientQueue
-from logra_kernels.layers import Batch, Call, Layer
-from logra_kernels.loss_reduction import averaged_by
+from logra_kernels.capture.gradient_queue import GradientQueue
+from logra_kernels.capture.layers import Batch, Call, Layer
+from logra_kernels.capture.loss_reduction import averaged_by
 
 AVERAGED_LOSS = ("raise", "warn", "allow")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import ops
-from logra_kernels.layers import Call, Layer, Operands
+from logra_kernels.capture.layers import Call, Layer, Operands
 
 # How much may wait, by type of device. On the CPU a launch costs nothing, and to wait would cost
 # cache: nothing does.

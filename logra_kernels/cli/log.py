@@ -17,11 +17,11 @@ from logra_kernels.report.render import format_bytes
 
 def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
-    from logra_kernels.config import Config
     from logra_kernels.lm.causal_lm import CausalLM
     from logra_kernels.lm.corpus import Corpus, TokenSettings
     from logra_kernels.lm.gradients import LMGradients
     from logra_kernels.lm.log import Progress, data_fingerprint, log_corpus
+    from logra_kernels.run.config import Config
 
     if (Path(arguments.out) / "manifest.json").exists() and not arguments.resume:
         raise ValueError(

@@ -270,7 +270,7 @@ def _log(parser: argparse.ArgumentParser) -> None:
 
 
 def _query(parser: argparse.ArgumentParser) -> None:
-    from logra_kernels.modes import MODES
+    from logra_kernels.defaults import MODES
 
     need = parser.add_argument_group("required")
     need.add_argument("--store", required=True, help="written by `logra log`")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import ops
-from logra_kernels.preconditioner import (
+from logra_kernels.curvature.preconditioner import (
     CholeskyPreconditioner,
     EigenPreconditioner,
     IdentityPreconditioner,

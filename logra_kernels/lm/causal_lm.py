@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.layers import layer_kind
+from logra_kernels.capture.layers import layer_kind
 from logra_kernels.lm.corpus import Example
-from logra_kernels.recorder import model_fingerprint
+from logra_kernels.run.recorder import model_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What a saved config says about the file rather than about the model.

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from logra_kernels.capture import Capture
-from logra_kernels.config import Config
-from logra_kernels.layers import Layer, layer_kind
+from logra_kernels.capture.layers import Layer, layer_kind
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example
 from logra_kernels.projection import build_projections
-from logra_kernels.recorder import describe_projection, stored_projections
+from logra_kernels.run.config import Config
+from logra_kernels.run.recorder import describe_projection, stored_projections
 from logra_kernels.store import Module, Store, StoreMismatchError
 
 

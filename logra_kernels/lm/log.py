@@ -14,8 +14,8 @@ from torch import Tensor
 
 from logra_kernels.lm.corpus import WINDOW_EXAMPLES, Corpus, Example, batches
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprint
-from logra_kernels.recorder import Recorder
-from logra_kernels.statistic import Setup
+from logra_kernels.run.recorder import Recorder
+from logra_kernels.run.statistic import Setup
 from logra_kernels.store import StoreError
 
 CURVATURES = ("raw", "none")

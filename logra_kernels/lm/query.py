@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor
+from logra_kernels.defaults import GRADIENT_DOT, MODES
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, batches, encode, json_lines
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
-from logra_kernels.modes import GRADIENT_DOT, MODES
 from logra_kernels.report import FORMAT, VERSION
 from logra_kernels.store import Store
 

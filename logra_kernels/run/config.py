@@ -15,7 +15,7 @@ import yaml
 
 from logra_kernels.capture import AVERAGED_LOSS
 from logra_kernels.curvature import check_damping
-from logra_kernels.modes import SCAN_MODES
+from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.projection import canonical_kind, rank_pair
 
 DTYPES = ("float16", "float32")

@@ -17,9 +17,8 @@ from logra_kernels.attribution import (
     find_groups,
     influence_between,
 )
-from logra_kernels.config import Config
 from logra_kernels.curvature import IdentityPreconditioner, Preconditioner, RawCurvature
-from logra_kernels.logs import (
+from logra_kernels.integrations.logix.logs import (
     Log,
     LogDataset,
     collate_logs,
@@ -28,7 +27,8 @@ from logra_kernels.logs import (
     rows_of_log,
 )
 from logra_kernels.progress import Progress
-from logra_kernels.recorder import Recorder
+from logra_kernels.run.config import Config
+from logra_kernels.run.recorder import Recorder
 from logra_kernels.store import Module, Store
 
 HESSIANS = ("auto", "raw")

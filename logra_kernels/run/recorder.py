@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from logra_kernels import ops
-from logra_kernels.config import Config
+from logra_kernels.capture.layers import Layer, plain_name
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.layers import Layer, plain_name
 from logra_kernels.projection import (
     SCALING,
     ModuleProjection,
@@ -23,7 +22,8 @@ from logra_kernels.projection import (
     projection_digest,
     rank_pair,
 )
-from logra_kernels.statistic import Setup
+from logra_kernels.run.config import Config
+from logra_kernels.run.statistic import Setup
 from logra_kernels.store import DuplicateIdError, Module, Store, StoreMismatchError, StoreWriter
 
 SAMPLED_VALUES = 256

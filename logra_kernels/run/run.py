@@ -23,20 +23,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from logra_kernels.capture import Capture
-from logra_kernels.config import Config
-from logra_kernels.layers import Layer, layer_kind, plain_name, unwrapped
-from logra_kernels.logix_names import check_lora_arguments, refused
-from logra_kernels.logs import Log, log_of_rows
+from logra_kernels.capture.layers import Layer, layer_kind, plain_name, unwrapped
+from logra_kernels.integrations.logix.logs import Log, log_of_rows
+from logra_kernels.integrations.logix.names import check_lora_arguments, refused
 from logra_kernels.projection import ModuleProjection, build_projections
-from logra_kernels.queries import Queries
-from logra_kernels.recorder import (
+from logra_kernels.run.config import Config
+from logra_kernels.run.queries import Queries
+from logra_kernels.run.recorder import (
     Recorder,
     describe_projection,
     described_widths,
     model_fingerprint,
     stored_projections,
 )
-from logra_kernels.statistic import Setup, parse_setup
+from logra_kernels.run.statistic import Setup, parse_setup
 from logra_kernels.store import Module, Store
 from logra_kernels.store.manifest import first_difference
 

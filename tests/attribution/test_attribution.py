@@ -10,10 +10,10 @@ import pytest
 import torch
 from dense_influence import DIM, MODULES, SIZES, dense, gradients, make_store, unpacked
 
-from logra_kernels import _native, ops, scan
-from logra_kernels.attribution import Attributor, influence_between
+from logra_kernels import _native, ops
+from logra_kernels.attribution import Attributor, influence_between, scan
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
-from logra_kernels.modes import SCAN_MODES
+from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
 from logra_kernels.store import Store
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logra_kernels.pipeline import HostLanes, _Threads, feed, lanes_of
+from logra_kernels.attribution.pipeline import HostLanes, _Threads, feed, lanes_of
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
 
@@ -268,7 +268,7 @@ class _Inside:
 
 def test_the_calls_that_cuda_gets(monkeypatch):
     """Which stream copies and which computes, and who waits for whom; no GPU was asked."""
-    from logra_kernels import cuda_lanes
+    from logra_kernels.attribution import cuda_lanes
 
     cuda = FakeCuda()
     monkeypatch.setattr(cuda_lanes.torch, "cuda", cuda)

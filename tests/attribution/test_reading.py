@@ -17,10 +17,10 @@ from test_attribution import assert_same
 from test_pipeline import LateLanes
 from test_read_ahead import evict, left_behind
 
-from logra_kernels import attribution, memory
-from logra_kernels.attribution import Attributor
+from logra_kernels.attribution import Attributor, memory
+from logra_kernels.attribution import attributor as module
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.modes import SCAN_MODES
+from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.store import BlockReader, Module, StoreFormatError, StoreWriter
 
 QUERIES = gradients(3, seed=7)
@@ -43,7 +43,7 @@ def blocks_read(monkeypatch):
                 read.append((block.shard, block.start))
                 yield block
 
-    monkeypatch.setattr(attribution, "BlockReader", Spy)
+    monkeypatch.setattr(module, "BlockReader", Spy)
     return read
 
 
@@ -95,7 +95,7 @@ def test_a_device_with_lanes_gives_the_same_bits(store, monkeypatch, reading, po
         made.append(LateLanes(policy))
         return made[-1]
 
-    monkeypatch.setattr(attribution, "lanes_of", late)
+    monkeypatch.setattr(module, "lanes_of", late)
     attributor = Attributor(store, curvature, reading=reading, block_rows=16)
     for _ in range(2):
         for one, other in zip(want, results(attributor, "l-relatif"), strict=True):
@@ -110,7 +110,7 @@ def test_what_fits_is_mapped_and_what_does_not_is_streamed(store, monkeypatch):
     assert Attributor(store, curvature).reading == "mapped"
     assert Attributor(store, curvature, memory_bytes=size).reading == "mapped"
     assert Attributor(store, curvature, memory_bytes=size - 1).reading == "streamed"
-    monkeypatch.setattr(attribution, "available_bytes", lambda: size)
+    monkeypatch.setattr(module, "available_bytes", lambda: size)
     assert Attributor(store, curvature).reading == "streamed"
     with pytest.raises(ValueError, match=re.escape("reading: expected one of auto, mapped,")):
         Attributor(store, curvature, reading="fast")
@@ -122,7 +122,7 @@ def test_what_fits_is_mapped_and_what_does_not_is_streamed(store, monkeypatch):
 
 def test_streamed_blocks_have_rows_for_their_queries(store, blocks_read, monkeypatch):
     """Packing queries is work per block: many queries want more rows of it."""
-    monkeypatch.setattr(attribution, "STREAMED_BYTES", 1)
+    monkeypatch.setattr(module, "STREAMED_BYTES", 1)
     curvature = RawCurvature.rebuild(store)
     attributor = Attributor(store, curvature, reading="streamed")
     want = Attributor(store, curvature).scores(gradients(6)).scores

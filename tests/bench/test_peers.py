@@ -1,6 +1,6 @@
 """The peers' bench: what it compares with is right, and so are the peers where they are installed.
 
-`make peers-env`, then `.venv-peers/bin/python -m pytest tests/test_peers.py` runs what needs one.
+What needs one: `make peers-env`, then `.venv-peers/bin/python -m pytest tests/bench/test_peers.py`.
 """
 
 from __future__ import annotations

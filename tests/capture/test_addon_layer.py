@@ -20,7 +20,7 @@ from toy_models import (
 )
 
 from logra_kernels.capture import Capture
-from logra_kernels.layers import Layer
+from logra_kernels.capture.layers import Layer
 
 
 class AddOn(nn.Module):

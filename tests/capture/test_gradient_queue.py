@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from logra_kernels import gradient_queue, ops
-from logra_kernels.capture import Capture
-from logra_kernels.layers import EmbeddingLayer, Layer, LinearLayer
+from logra_kernels import ops
+from logra_kernels.capture import Capture, gradient_queue
+from logra_kernels.capture.layers import EmbeddingLayer, Layer, LinearLayer
 from logra_kernels.projection import build_projections
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from toy_models import make_layers, tiny_gpt2
 
 from logra_kernels.capture import Capture
-from logra_kernels.layers import (
+from logra_kernels.capture.layers import (
     Batch,
     Conv2dLayer,
     EmbeddingLayer,

@@ -1,7 +1,6 @@
 """The command `logra`, end to end on a tiny model in a folder: files in, rankings out."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -15,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from tiny_lm import make_model, sentences, write_jsonl
+from tree import environment
 
 from logra_kernels import attribution
 from logra_kernels.cli import main
@@ -92,7 +92,7 @@ def test_rows_equal_a_batch_of_one_loop(files):
     the float32 passes (about 1e-6 each) and the stored float16 (2^-11 = 5e-4 of an element)."""
     store = Store.open(files / "store")
     model = transformers.AutoModelForCausalLM.from_pretrained(files / "model").double()
-    from logra_kernels.recorder import stored_projections
+    from logra_kernels.run.recorder import stored_projections
 
     projections = stored_projections(store)
     for row in (0, 7, 23):
@@ -194,14 +194,6 @@ def start_and_interrupt(words: list[str]) -> subprocess.CompletedProcess:
     rest = process.stderr.read()
     process.wait(timeout=60)
     return subprocess.CompletedProcess(words, process.returncode, "", said + rest)
-
-
-def environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[1])
-    paths = [root, os.environ.get("PYTHONPATH", "")]
-    # the benches of other libraries, imported by another test, turn progress bars off
-    inherited = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"}
-    return {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def test_interrupted_run_resumes_to_the_same_store(files, tmp_path, monkeypatch, request):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from dense_influence import DIM, MODULES, SIZES, gradients, make_store, unpacked
 
-from logra_kernels import curvature as curvature_module
-from logra_kernels import preconditioner as preconditioner_module
-from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
+from logra_kernels.curvature import IdentityPreconditioner, RawCurvature, raw
+from logra_kernels.curvature import preconditioner as preconditioner_module
 from logra_kernels.store import Module
 
 # float32 rows have exact float64 products; what is left is the order of float64 additions
@@ -79,7 +78,7 @@ def test_reading_half_way_changes_nothing():
 
 
 def test_buffer_is_bounded_in_bytes(monkeypatch):
-    monkeypatch.setattr(curvature_module, "FOLD_BYTES", 4 * DIM * 10)
+    monkeypatch.setattr(raw, "FOLD_BYTES", 4 * DIM * 10)
     curvature = RawCurvature(MODULES)
     assert curvature.fold_rows == 10
     curvature.update(gradients(25))

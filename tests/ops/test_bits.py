@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import logra_kernels as logra
 from logra_kernels import Covariance
-from logra_kernels.modes import SCAN_MODES
+from logra_kernels.defaults import SCAN_MODES
 
 COUNT, TOKENS, QUERIES, BEST = 70, 33, 3, 9
 # a ragged last batch, batches of one, batches that grow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 ARM = "aarch64-linux-gnu"
 # What the emulated CPU has to offer, least first: core_test prints a line for each.

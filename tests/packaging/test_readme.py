@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def batch_of(ids: list[str], seed: int) -> dict[str, object]:

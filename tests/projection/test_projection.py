@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from logra_kernels import projection
 from logra_kernels.projection import (
     ModuleProjection,
     build_projections,
     projection_digest,
+    random,
 )
 
 FEATURES = {"a": (96, 40), "b.c": (17, 130)}
@@ -89,7 +89,7 @@ def test_rademacher_is_two_valued_and_balanced():
 def test_long_streams_do_not_depend_on_the_block(monkeypatch):
     """Words are drawn in blocks, to bound the memory; 8 x 130 elements take 17 blocks of 64."""
     whole = projection_digest(build_projections(FEATURES, 8))
-    monkeypatch.setattr(projection, "_BLOCK_WORDS", 64)
+    monkeypatch.setattr(random, "_BLOCK_WORDS", 64)
     assert projection_digest(build_projections(FEATURES, 8)) == whole
 
 

@@ -17,8 +17,8 @@ from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, ti
 import logra_kernels as logra
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.modes import SCAN_MODES
-from logra_kernels.recorder import stored_projections
+from logra_kernels.defaults import SCAN_MODES
+from logra_kernels.run.recorder import stored_projections
 from logra_kernels.store import Store
 
 QUERIES = gradients(6, seed=11)

@@ -24,6 +24,7 @@ from toy_models import (
     tiny_gpt2,
     tiny_llama,
 )
+from tree import SUPPORT
 
 import logra_kernels as logix
 from logra_kernels import Covariance, RawCurvature, Store
@@ -442,7 +443,7 @@ def test_resume_after_a_kill(tmp_path, model, data):
     """A process dies after nine rows, two shards of four; the resumed run ends as if it had not."""
     program = f"""
         import os, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(SUPPORT)!r}]
         import torch
         import test_run as t
         generator = torch.Generator().manual_seed(1)
@@ -848,7 +849,7 @@ def test_functions_of_the_module_are_those_of_the_last_run(tmp_path, model, data
     assert len(logix.build_log_dataloader().dataset) == COUNT
     with refuse("log: the model is hooked only inside", RuntimeError):
         logix.log(["a"])
-    monkeypatch.setattr("logra_kernels.run._current", None)
+    monkeypatch.setattr("logra_kernels.run.run._current", None)
     for name in ("finalize", "setup", "get_log"):
         with refuse(f"{name}: there is no run; call init(project=...) first", RuntimeError):
             getattr(logix, name)()

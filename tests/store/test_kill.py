@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from store_samples import rows_of, scales_of
+from tree import environment
 
 from logra_kernels.store import Store
 
@@ -64,8 +65,7 @@ while start < rows:
 writer.close()
 assert "torch" not in sys.modules
 """
-FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(FOLDERS)}
+ENVIRONMENT = environment()
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from store_samples import (
     unpacked,
     writer_of,
 )
+from tree import environment
 
 from logra_kernels.store import (
     DuplicateIdError,
@@ -552,11 +553,6 @@ def run_python(code: str, *arguments: Any, **options: Any) -> subprocess.Complet
     """Run code in a new process that finds the package and the samples."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, check=True, text=True, env=environment(), **options)
-
-
-def environment() -> dict[str, str]:
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 class TestLock:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from store_samples import append, full_store, rows_of, writer_of
+from tree import environment
 
 from logra_kernels.store import Store, StoreError, StoreWriteError, StoreWriter
 
-FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(FOLDERS)}
+ENVIRONMENT = environment()
 
 
 class Refusal:

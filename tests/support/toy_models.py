@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.layers import Layer, layer_kind
+from logra_kernels.capture.layers import Layer, layer_kind
 from logra_kernels.projection import build_projections
 
 IGNORED = -100

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from logra_kernels import run
+from logra_kernels.run import run
 
 
 def _of_current(name: str) -> Callable[..., Any]:

@@ -1,0 +1,1 @@
+"""The other libraries that run on this package."""

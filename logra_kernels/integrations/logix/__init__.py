@@ -1,0 +1,1 @@
+"""LogIX: its names, its logs and its configuration files, over this package."""
