@@ -12,7 +12,7 @@ from logra_kernels.store.errors import (
     StoreMismatchError,
     StoreWriteError,
 )
-from logra_kernels.store.manifest import Module
+from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.maps import huge_buffer
 from logra_kernels.store.read_ahead import BlockReader, RowBlock
 from logra_kernels.store.reader import Shard, Store
@@ -25,6 +25,7 @@ __all__ = [
     "DuplicateIdError",
     "Module",
     "RowBlock",
+    "RowLayout",
     "SelfInfluenceCache",
     "Shard",
     "Store",

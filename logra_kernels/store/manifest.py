@@ -4,12 +4,12 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
 from logra_kernels.store.files import check_file, crc32_text, npy_bytes, npy_header, replace_file
+from logra_kernels.store.layout import Module, RowLayout
 
 FORMAT = "logra_kernels.store"
 VERSION = 1
@@ -21,20 +21,6 @@ SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # 2**e is a normal float32
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _CRC32 = re.compile(r"[0-9a-f]{8}\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-
-
-@dataclass(frozen=True)
-class Module:
-    """One watched layer's part of a row: vec(G) of G [ko, ki], row-major."""
-
-    name: str
-    ko: int
-    ki: int
-
-    @property
-    def size(self) -> int:
-        """Columns of a row that belong to the module."""
-        return self.ko * self.ki
 
 
 def shard_names(index: int) -> tuple[str, str, str]:
@@ -111,10 +97,11 @@ def new_manifest(
     fingerprints: Any,
 ) -> dict[str, Any]:
     """The manifest of a store without rows."""
-    entries, offset = [], 0
-    for module in modules:
-        entries.append({"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset})
-        offset += module.size
+    layout = RowLayout.of(modules)
+    entries = [
+        {"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset}
+        for module, offset in zip(layout, layout.offsets, strict=False)
+    ]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -210,19 +197,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def modules_of(manifest: Mapping[str, Any]) -> list[Module]:
-    """The modules of a checked manifest."""
-    return [Module(entry["name"], entry["ko"], entry["ki"]) for entry in manifest["modules"]]
-
-
-def width_of(manifest: Mapping[str, Any]) -> int:
-    """D, the columns of a row."""
-    return sum(entry["ko"] * entry["ki"] for entry in manifest["modules"])
+def layout_of(manifest: Mapping[str, Any]) -> RowLayout:
+    """The columns of a checked manifest's rows."""
+    return RowLayout.of(Module(m["name"], m["ko"], m["ki"]) for m in manifest["modules"])
 
 
 def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
     """Every file entry with the .npy header its file must have (None: another kind of file)."""
-    width, dtype = width_of(manifest), NPY_DTYPES[manifest["dtype"]]
+    width, dtype = layout_of(manifest).dim, NPY_DTYPES[manifest["dtype"]]
     for shard in manifest["shards"]:
         yield shard["data"], npy_header(dtype, (shard["rows"], width))
         if shard["scale"] is not None:
@@ -310,7 +292,7 @@ def _check_exponents(manifest: dict[str, Any]) -> None:
 
 
 def _check_shards(manifest: dict[str, Any]) -> None:
-    width, dtype = width_of(manifest), NPY_DTYPES[manifest["dtype"]]
+    width, dtype = layout_of(manifest).dim, NPY_DTYPES[manifest["dtype"]]
     first_row = 0
     for index, shard in enumerate(_list(manifest, "shards")):
         where = f"shards[{index}]"

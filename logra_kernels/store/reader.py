@@ -20,15 +20,14 @@ from logra_kernels.store.files import (
     write_error,
 )
 from logra_kernels.store.ids import read_ids
+from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import (
     LOCK,
     NPY_DTYPES,
-    Module,
     check_files,
-    modules_of,
+    layout_of,
     plain_json,
     read_manifest,
-    width_of,
     write_manifest,
 )
 from logra_kernels.store.maps import map_array
@@ -100,8 +99,9 @@ class Store:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.modules: list[Module] = modules_of(manifest)
-        self.dim: int = width_of(manifest)
+        self.layout: RowLayout = layout_of(manifest)
+        self.modules: list[Module] = list(self.layout)
+        self.dim: int = self.layout.dim
         self.dtype: str = manifest["dtype"]
         self.num_rows: int = manifest["rows"]
         self.finalized: bool = manifest["state"] == "finalized"
@@ -172,8 +172,7 @@ class Store:
         """
         places = [self._place(row) for row in rows]
         taken = np.empty((len(places), self.dim), np.float32)
-        sizes = [module.size for module in self.modules]
-        exponents = np.repeat(np.array(self.module_exponents, np.int32), sizes)  # [D]
+        exponents = np.repeat(np.array(self.module_exponents, np.int32), self.layout.sizes)  # [D]
         for out, (shard, row) in zip(taken, places, strict=True):
             wide = np.ldexp(shard.rows[row].astype(np.float64), exponents)
             out[:] = wide * np.float64(shard.row_scale[row])

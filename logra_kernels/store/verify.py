@@ -20,10 +20,9 @@ from logra_kernels.store.files import (
 from logra_kernels.store.ids import read_ids
 from logra_kernels.store.manifest import (
     NPY_DTYPES,
+    layout_of,
     listed_files,
-    modules_of,
     read_manifest,
-    width_of,
 )
 from logra_kernels.store.self_influence import file_problem, find_files, read_key
 from logra_kernels.store.tensors import read_tensors
@@ -95,7 +94,7 @@ def _checksum_problem(
 
 def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:
     """Values that the writer would have refused: they were wrong before the checksum was made."""
-    width, dtype = width_of(manifest), NPY_DTYPES[manifest["dtype"]]
+    width, dtype = layout_of(manifest).dim, NPY_DTYPES[manifest["dtype"]]
     block = max(1, _BLOCK_BYTES // (width * np.dtype(dtype).itemsize))
     for shard in manifest["shards"]:
         path = folder / shard["data"]["file"]
@@ -160,7 +159,7 @@ def _tensor_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) 
 
 def _cache_problems(folder: Path, manifest: Mapping[str, Any], _: set[str]) -> Iterator[str]:
     root = folder / "self_influence"
-    modules = len(modules_of(manifest))
+    modules = len(manifest["modules"])
     rows = [shard["rows"] for shard in manifest["shards"]]
     for key in sorted(os.listdir(root)) if root.is_dir() else []:
         try:

@@ -35,13 +35,13 @@ from logra_kernels.store.files import (
     write_temporary,
 )
 from logra_kernels.store.ids import encode_ids, id_texts, metadata_texts, read_ids
+from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import (
     LARGEST_EXPONENT,
     LOCK,
     MANIFEST,
     NPY_DTYPES,
     SMALLEST_EXPONENT,
-    Module,
     check_files,
     check_modules,
     check_same_run,
@@ -173,7 +173,8 @@ class StoreWriter:
                 raise StoreError(f"{name}: expected a positive integer, got {value!r}")
         self.path = path
         self.modules = modules
-        self.dim = sum(module.size for module in modules)
+        self.layout = RowLayout.of(modules)
+        self.dim = self.layout.dim
         self.dtype = dtype
         self.duplicates = duplicates
         self.skipped_rows = 0
@@ -419,7 +420,7 @@ class StoreWriter:
             row, column = np.argwhere(~good)[0]
             raise StoreError(
                 f"rows: expected finite values, got {rows[row, column]} in the row of id "
-                f"{ids[row]!r}, module {self._module_at(int(column))!r}"
+                f"{ids[row]!r}, module {self.layout.module_of(int(column)).name!r}"
             )
         if self.dtype == "float32":
             if row_scale is not None:
@@ -441,13 +442,6 @@ class StoreWriter:
                 f"row_scale: expected powers of two, got {row_scale[row]} for id {ids[row]!r}"
             )
         return rows, row_scale.astype("<f4")  # a copy
-
-    def _module_at(self, column: int) -> str:
-        for module in self.modules:
-            if column < module.size:
-                return module.name
-            column -= module.size
-        raise IndexError(column)
 
     def _new_ids(self, ids: list[str]) -> np.ndarray:
         kept = np.ones(len(ids), dtype=bool)
