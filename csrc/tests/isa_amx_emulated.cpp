@@ -2,7 +2,7 @@
 // LOGRA_EMULATE_AMX=ON offers as "amx_emulated". The tiles behave as the manual says, bit for bit; what the
 // CPU would refuse ends the program.
 #include "tile_emulation.h"
-#include "tiles.h"
+#include "tiles/tiles.h"
 
 namespace logra {
 namespace {
@@ -33,7 +33,7 @@ inline void tile_dot() {
   emulated::dot(kSums, kRows, kQueries);
 }
 
-#include "tiles-inl.h"
+#include "isa/tiles-inl.h"
 
 }  // namespace
 

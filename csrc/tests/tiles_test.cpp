@@ -15,15 +15,15 @@
 #include <omp.h>
 #endif
 
-#include "../src/products.h"
-#include "../src/tiles.h"
 #include "logra/gradients.h"
 #include "logra/isa.h"
 #include "logra/project.h"
 #include "logra/scores.h"
 #include "logra/self_influence.h"
 #include "logra/topk_scores.h"
+#include "products/products.h"
 #include "tile_emulation.h"
+#include "tiles/tiles.h"
 
 namespace {
 

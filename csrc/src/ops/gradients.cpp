@@ -4,9 +4,9 @@
 #include <optional>
 #include <vector>
 
-#include "checks.h"
-#include "projector.h"
-#include "threads.h"
+#include "base/checks.h"
+#include "base/threads.h"
+#include "products/projector.h"
 
 namespace logra {
 namespace {

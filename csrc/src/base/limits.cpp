@@ -1,8 +1,8 @@
 #include "logra/limits.h"
 
-#include "kernels.h"
-#include "threads.h"
-#include "tiles.h"
+#include "base/threads.h"
+#include "isa/kernels.h"
+#include "tiles/tiles.h"
 
 namespace logra {
 float read_all(const float* data, std::size_t count) {

@@ -1,10 +1,10 @@
-#include "products.h"
+#include "products/products.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "checks.h"
-#include "threads.h"
+#include "base/checks.h"
+#include "base/threads.h"
 
 namespace logra {
 namespace {

@@ -2,12 +2,12 @@
 // internal linkage, so that no other file can be given code compiled with them.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "isa/kernels.h"
 
 namespace logra {
 namespace {
 
-#include "store_sums-inl.h"
+#include "isa/store_sums-inl.h"
 
 struct Vec {
   static constexpr std::size_t kLanes = 8;
@@ -130,14 +130,14 @@ struct VecD {
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 
-#include "dots-inl.h"
-#include "limits-inl.h"
-#include "outer-inl.h"
-#include "pack_rows-inl.h"
-#include "project-inl.h"
-#include "select-inl.h"
-#include "self_influence-inl.h"
-#include "table-inl.h"
+#include "isa/dots-inl.h"
+#include "isa/limits-inl.h"
+#include "isa/outer-inl.h"
+#include "isa/pack_rows-inl.h"
+#include "isa/project-inl.h"
+#include "isa/select-inl.h"
+#include "isa/self_influence-inl.h"
+#include "isa/table-inl.h"
 
 }  // namespace
 

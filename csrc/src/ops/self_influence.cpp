@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "scan.h"
+#include "products/scan.h"
 
 namespace logra {
 namespace {

@@ -6,7 +6,7 @@
 #include <new>
 #include <utility>
 
-#include "checks.h"
+#include "base/checks.h"
 
 namespace logra {
 

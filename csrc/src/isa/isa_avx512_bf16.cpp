@@ -2,13 +2,13 @@
 // isa_avx512.cpp's. Subnormal products and sums (below 2^-126) are taken for zero.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "isa/kernels.h"
 
 namespace logra {
 namespace {
 
-#include "lane_sums_avx512-inl.h"
-#include "store_sums-inl.h"
+#include "isa/lane_sums_avx512-inl.h"
+#include "isa/store_sums-inl.h"
 
 constexpr std::size_t kLanes = 32;
 

@@ -1,6 +1,6 @@
 #include "logra/scores.h"
 
-#include "scan.h"
+#include "products/scan.h"
 
 namespace logra {
 

@@ -5,10 +5,10 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "base/scratch.h"
+#include "isa/kernels.h"
 #include "logra/types.h"
-#include "scratch.h"
-#include "tiles.h"
+#include "tiles/tiles.h"
 
 namespace logra {
 

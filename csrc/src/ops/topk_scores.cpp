@@ -3,7 +3,7 @@
 #include <limits>
 #include <vector>
 
-#include "scan.h"
+#include "products/scan.h"
 
 namespace logra {
 namespace {

@@ -1,9 +1,9 @@
-#include "projector.h"
+#include "products/projector.h"
 
 #include <algorithm>
 
-#include "checks.h"
-#include "threads.h"
+#include "base/checks.h"
+#include "base/threads.h"
 
 namespace logra {
 

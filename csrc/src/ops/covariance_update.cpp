@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "checks.h"
-#include "kernels.h"
-#include "scratch.h"
-#include "threads.h"
+#include "base/checks.h"
+#include "base/scratch.h"
+#include "base/threads.h"
+#include "isa/kernels.h"
 
 namespace logra {
 namespace {

@@ -2,12 +2,12 @@
 // x86-64. No flags; a product and a sum are rounded separately, since not every CPU has FMA.
 #include <cstring>
 
-#include "kernels.h"
+#include "isa/kernels.h"
 
 namespace logra {
 namespace {
 
-#include "store_sums-inl.h"
+#include "isa/store_sums-inl.h"
 
 inline float bits_to_float(std::uint32_t bits) {
   float value;
@@ -148,14 +148,14 @@ struct VecD {
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
 
-#include "dots-inl.h"
-#include "limits-inl.h"
-#include "outer-inl.h"
-#include "pack_rows-inl.h"
-#include "project-inl.h"
-#include "select-inl.h"
-#include "self_influence-inl.h"
-#include "table-inl.h"
+#include "isa/dots-inl.h"
+#include "isa/limits-inl.h"
+#include "isa/outer-inl.h"
+#include "isa/pack_rows-inl.h"
+#include "isa/project-inl.h"
+#include "isa/select-inl.h"
+#include "isa/self_influence-inl.h"
+#include "isa/table-inl.h"
 
 }  // namespace
 

@@ -1,12 +1,12 @@
 // NEON, which every AArch64 CPU has. Everything here has internal linkage, as in the other isa_*.cpp.
 #include <arm_neon.h>
 
-#include "kernels.h"
+#include "isa/kernels.h"
 
 namespace logra {
 namespace {
 
-#include "store_sums-inl.h"
+#include "isa/store_sums-inl.h"
 
 struct Vec {
   static constexpr std::size_t kLanes = 4;
@@ -107,14 +107,14 @@ struct VecD {
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 
-#include "dots-inl.h"
-#include "limits-inl.h"
-#include "outer-inl.h"
-#include "pack_rows-inl.h"
-#include "project-inl.h"
-#include "select-inl.h"
-#include "self_influence-inl.h"
-#include "table-inl.h"
+#include "isa/dots-inl.h"
+#include "isa/limits-inl.h"
+#include "isa/outer-inl.h"
+#include "isa/pack_rows-inl.h"
+#include "isa/project-inl.h"
+#include "isa/select-inl.h"
+#include "isa/self_influence-inl.h"
+#include "isa/table-inl.h"
 
 }  // namespace
 

@@ -2,7 +2,7 @@
 // The kernels' bodies are compiled a second time over an emulation of the tiles: csrc/tests/.
 #include <immintrin.h>
 
-#include "tiles.h"
+#include "tiles/tiles.h"
 
 namespace logra {
 namespace {
@@ -50,7 +50,7 @@ inline void tile_dot() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kQueries));
 }
 
-#include "tiles-inl.h"
+#include "isa/tiles-inl.h"
 
 }  // namespace
 

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "checks.h"
-#include "projector.h"
-#include "threads.h"
+#include "base/checks.h"
+#include "base/threads.h"
+#include "products/projector.h"
 
 namespace logra {
 

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels.h"
+#include "base/scratch.h"
+#include "isa/kernels.h"
 #include "logra/types.h"
-#include "scratch.h"
 
 namespace logra {
 

@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "checks.h"
-#include "kernels.h"
-#include "threads.h"
+#include "base/checks.h"
+#include "base/threads.h"
+#include "isa/kernels.h"
 
 namespace logra {
 namespace {

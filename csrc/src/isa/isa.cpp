@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "kernels.h"
-#include "tiles.h"
+#include "isa/kernels.h"
+#include "tiles/tiles.h"
 
 #if LOGRA_HAVE_AMX
 #include <cpuid.h>

@@ -1,11 +1,11 @@
-#include "tiles.h"
+#include "tiles/tiles.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "checks.h"
-#include "threads.h"
+#include "base/checks.h"
+#include "base/threads.h"
 
 namespace logra {
 namespace {

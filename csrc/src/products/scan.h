@@ -5,9 +5,9 @@
 #include <atomic>
 #include <vector>
 
-#include "checks.h"
-#include "products.h"
-#include "threads.h"
+#include "base/checks.h"
+#include "base/threads.h"
+#include "products/products.h"
 
 namespace logra {
 
