@@ -24,8 +24,6 @@ inline std::size_t checked_product(std::size_t a, std::size_t b) {
 
 inline std::size_t ceil_div(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
 
-inline int index(Dtype dtype) { return static_cast<int>(dtype); }
-
 inline const void* element(const void* data, Dtype dtype, std::size_t offset) {
   return static_cast<const char*>(data) + offset * size_bytes(dtype);
 }

@@ -2,7 +2,6 @@
 
 #include "base/threads.h"
 #include "isa/kernels.h"
-#include "tiles/tiles.h"
 
 namespace logra {
 float read_all(const float* data, std::size_t count) {
@@ -12,19 +11,19 @@ float read_all(const float* data, std::size_t count) {
   const std::size_t share = count / threads / kMultiple * kMultiple;
   float total = 0.0f, rest = 0.0f;
 #pragma omp parallel num_threads(static_cast<int>(threads)) reduction(+ : total)
-  total += kernels.read_all(data + thread_id() * share, share);
+  total += kernels.limits.read_all(data + thread_id() * share, share);
   for (std::size_t i = threads * share; i < count; ++i) rest += data[i];
   return total + rest;
 }
 
 double multiply(double per_thread) {
   const Kernels& kernels = active_kernels();
-  const double round = 2.0 * static_cast<double>(kStrip * kernels.panel_f32);
+  const double round = 2.0 * static_cast<double>(kOuterRows * kernels.gradients.panel_f32);
   const std::size_t rounds = static_cast<std::size_t>(per_thread / round);
   const int threads = max_threads();
   float total = 0.0f;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
-  total += kernels.multiply(rounds);
+  total += kernels.limits.multiply(rounds);
   // Always so (every chain tends to 2), but it keeps the result in use.
   return total > 0.0f ? round * static_cast<double>(rounds) * threads : 0.0;
 }

@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 #include "isa/kernels.h"
-#include "tiles/tiles.h"
 
 #if LOGRA_HAVE_AMX
 #include <cpuid.h>
@@ -55,11 +54,7 @@ std::vector<Entry> available() {
   if (entries.back().isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
     static const Kernels kernels = [] {
       Kernels table = kAvx512Kernels;
-      table.dots_bf16 = kAvx512Bf16Kernels.dots;
-      table.project_bf16 = kAvx512Bf16Kernels.project;
-      table.transpose_bf16 = kAvx512Bf16Kernels.transpose;
-      table.outer_pairs = kAvx512Bf16Kernels.outer_pairs;
-      table.pair_bf16 = kAvx512Bf16Kernels.pair;
+      table.bf16 = &kAvx512Bf16Kernels;
       return table;
     }();
     entries.push_back({Isa::kAvx512Bf16, &kernels});

@@ -2,19 +2,19 @@
 // internal linkage, so that no other file can be given code compiled with them.
 #include <immintrin.h>
 
-#include "isa/kernels.h"
+#include "isa/table-inl.h"
 
 namespace logra {
 namespace {
 
-#include "isa/store_sums-inl.h"
-
 struct Vec {
+  using Sum = Vec;
+  using Word = float;
   static constexpr std::size_t kLanes = 8;
   // 12 sums + 2 queries + 1 row of 16 registers; 8 loads for 12 FMA
   static constexpr int kTileRows = 6, kTileQueries = 2, kSums = 12;
   // 4 x 3 sums + 3 + 1 of 16 registers
-  static constexpr int kPanelVecs = 3;
+  static constexpr int kPanelVecs = 3, kProjectRows = 8;
   // 12 sums + 3 vectors + 1 number of 16 registers; 7 loads for 12 FMA
   static constexpr int kFactorRows = 4, kFactorVecs = 3;
   static constexpr std::size_t kDirectQueries = 16;
@@ -37,26 +37,16 @@ struct Vec {
   }
   // One number in all lanes; in a register, as above.
   static Vec repeat(const float* p) {
-    float number;
-    __builtin_memcpy(&number, p, sizeof number);
-    __m256 a = _mm256_set1_ps(number);
+    __m256 a = _mm256_set1_ps(read<float>(p));
     __asm__("" : "+x"(a));
     return {a};
   }
-  // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
   template <class T>
   static Vec load_n(const T* p, std::size_t n) {
-    if (n >= kLanes) return load(p);
-    T lanes[kLanes] = {};
-    __builtin_memcpy(lanes, p, n * sizeof(T));
-    return load(lanes);
+    return load_copy<Vec>(p, n);
   }
   static void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
-  static void store_n(float* p, Vec a, std::size_t n) {
-    float lanes[kLanes];
-    store(lanes, a);
-    __builtin_memcpy(p, lanes, n * sizeof(float));
-  }
+  static void store_n(float* p, Vec a, std::size_t n) { store_copy(p, a, n); }
   static void store_f16(std::uint16_t* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -109,16 +99,11 @@ inline Vec with_lane(Vec a, std::size_t i, float x) {
 inline unsigned at_least(Vec a, Vec b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
 }
-
-struct Bits {
-  __m256i v;
-  static Bits zero() { return {_mm256_setzero_si256()}; }
-  static Bits abs(Vec a) {
-    return {_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff))};
-  }
-  static Bits max(Bits a, Bits b) { return {_mm256_max_epi32(a.v, b.v)}; }
-  static void store(std::uint32_t* p, Bits a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
-};
+// The larger of a, which is not negative, and |b|, both taken as integers.
+inline Vec larger_bits(Vec a, Vec b) {
+  const __m256i size = _mm256_and_si256(_mm256_castps_si256(b.v), _mm256_set1_epi32(0x7fffffff));
+  return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), size))};
+}
 
 struct VecD {
   static constexpr std::size_t kLanes = 4;
@@ -130,17 +115,8 @@ struct VecD {
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 
-#include "isa/dots-inl.h"
-#include "isa/limits-inl.h"
-#include "isa/outer-inl.h"
-#include "isa/pack_rows-inl.h"
-#include "isa/project-inl.h"
-#include "isa/select-inl.h"
-#include "isa/self_influence-inl.h"
-#include "isa/table-inl.h"
-
 }  // namespace
 
-const Kernels kAvx2Kernels = kTable;
+constexpr Kernels kAvx2Kernels = kernel_table<Vec, VecD>();
 
 }  // namespace logra

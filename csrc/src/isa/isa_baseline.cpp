@@ -1,25 +1,12 @@
 // What any CPU of the architecture runs: four lanes in the compiler's own vector type, which becomes SSE2 on
 // x86-64. No flags; a product and a sum are rounded separately, since not every CPU has FMA.
-#include <cstring>
-
-#include "isa/kernels.h"
+#include "isa/table-inl.h"
 
 namespace logra {
 namespace {
 
-#include "isa/store_sums-inl.h"
-
-inline float bits_to_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline std::uint32_t float_to_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+inline float bits_to_float(std::uint32_t bits) { return read<float>(&bits); }
+inline std::uint32_t float_to_bits(float value) { return read<std::uint32_t>(&value); }
 
 // Exact for every input.
 inline float to_float(Float16 x) {
@@ -45,10 +32,12 @@ inline std::uint16_t to_f16(float value) {
 }
 
 struct Vec {
+  using Sum = Vec;
+  using Word = float;
   static constexpr std::size_t kLanes = 4;
   // 8 sums + 2 queries + 1 row + 1 product of 16 registers
   static constexpr int kTileRows = 4, kTileQueries = 2, kSums = 8;
-  static constexpr int kPanelVecs = 2;
+  static constexpr int kPanelVecs = 2, kProjectRows = 8;
   // 8 sums + 2 vectors + 1 number + 1 product of 16 registers
   static constexpr int kFactorRows = 4, kFactorVecs = 2;
   static constexpr std::size_t kDirectQueries = 2;
@@ -57,33 +46,20 @@ struct Vec {
 
   static Vec zero() { return {Lanes{0, 0, 0, 0}}; }
   static Vec broadcast(float x) { return {Lanes{x, x, x, x}}; }
-  static Vec load(const float* p) {
-    Vec result;
-    std::memcpy(&result.v, p, sizeof result.v);
-    return result;
-  }
+  static Vec load(const float* p) { return {read<Lanes>(p)}; }
   template <class T>
   static Vec load(const T* p) {
-    T x[kLanes];
-    std::memcpy(x, p, sizeof x);
-    return {Lanes{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])}};
+    const auto at = [p](int i) { return to_float(read<T>(p + i)); };
+    return {Lanes{at(0), at(1), at(2), at(3)}};
   }
   // One number in all lanes.
-  static Vec repeat(const float* p) {
-    float number;
-    __builtin_memcpy(&number, p, sizeof number);
-    return broadcast(number);
-  }
-  // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
+  static Vec repeat(const float* p) { return broadcast(read<float>(p)); }
   template <class T>
   static Vec load_n(const T* p, std::size_t n) {
-    if (n >= kLanes) return load(p);
-    T lanes[kLanes] = {};
-    std::memcpy(lanes, p, n * sizeof(T));
-    return load(lanes);
+    return load_copy<Vec>(p, n);
   }
-  static void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
-  static void store_n(float* p, Vec a, std::size_t n) { std::memcpy(p, &a.v, n * sizeof(float)); }
+  static void store(float* p, Vec a) { __builtin_memcpy(p, &a.v, sizeof a.v); }
+  static void store_n(float* p, Vec a, std::size_t n) { store_copy(p, a, n); }
   static void store_f16(std::uint16_t* p, Vec a) {
     for (std::size_t i = 0; i < kLanes; ++i) p[i] = to_f16(a.v[i]);
   }
@@ -116,22 +92,13 @@ inline unsigned at_least(Vec a, Vec b) {
   const auto bits = (a.v >= b.v) & (decltype(a.v >= b.v)){1, 2, 4, 8};
   return static_cast<unsigned>((bits[0] | bits[1]) | (bits[2] | bits[3]));
 }
-
-struct Bits {
-  typedef std::int32_t Lanes __attribute__((vector_size(16)));
-  Lanes v;
-  static Bits zero() { return {Lanes{0, 0, 0, 0}}; }
-  static Bits abs(Vec a) {
-    Bits result;
-    std::memcpy(&result.v, &a.v, sizeof result.v);
-    return {result.v & 0x7fffffff};
-  }
-  static Bits max(Bits a, Bits b) {
-    const Lanes greater = a.v > b.v;
-    return {(a.v & greater) | (b.v & ~greater)};
-  }
-  static void store(std::uint32_t* p, Bits a) { std::memcpy(p, &a.v, sizeof a.v); }
-};
+// The larger of a, which is not negative, and |b|, both taken as integers.
+inline Vec larger_bits(Vec a, Vec b) {
+  typedef std::int32_t Words __attribute__((vector_size(16)));
+  const Words left = read<Words>(&a.v), right = read<Words>(&b.v) & 0x7fffffff, greater = left > right;
+  const Words larger = (left & greater) | (right & ~greater);
+  return {read<Vec::Lanes>(&larger)};
+}
 
 struct VecD {
   static constexpr std::size_t kLanes = 2;
@@ -139,26 +106,13 @@ struct VecD {
   typedef double Lanes __attribute__((vector_size(16)));
   Lanes v;
   static VecD broadcast(double x) { return {Lanes{x, x}}; }
-  static VecD load(const double* p) {
-    VecD result;
-    std::memcpy(&result.v, p, sizeof result.v);
-    return result;
-  }
-  static void store(double* p, VecD a) { std::memcpy(p, &a.v, sizeof a.v); }
+  static VecD load(const double* p) { return {read<Lanes>(p)}; }
+  static void store(double* p, VecD a) { __builtin_memcpy(p, &a.v, sizeof a.v); }
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
 
-#include "isa/dots-inl.h"
-#include "isa/limits-inl.h"
-#include "isa/outer-inl.h"
-#include "isa/pack_rows-inl.h"
-#include "isa/project-inl.h"
-#include "isa/select-inl.h"
-#include "isa/self_influence-inl.h"
-#include "isa/table-inl.h"
-
 }  // namespace
 
-const Kernels kBaselineKernels = kTable;
+constexpr Kernels kBaselineKernels = kernel_table<Vec, VecD>();
 
 }  // namespace logra

@@ -1,18 +1,18 @@
 // NEON, which every AArch64 CPU has. Everything here has internal linkage, as in the other isa_*.cpp.
 #include <arm_neon.h>
 
-#include "isa/kernels.h"
+#include "isa/table-inl.h"
 
 namespace logra {
 namespace {
 
-#include "isa/store_sums-inl.h"
-
 struct Vec {
+  using Sum = Vec;
+  using Word = float;
   static constexpr std::size_t kLanes = 4;
   // 24 sums + 4 queries + 1 row of 32 registers
   static constexpr int kTileRows = 6, kTileQueries = 4, kSums = 24;
-  static constexpr int kPanelVecs = 4;
+  static constexpr int kPanelVecs = 4, kProjectRows = 8;
   // 24 sums + 3 vectors + 1 number of 32 registers
   static constexpr int kFactorRows = 8, kFactorVecs = 3;
   static constexpr std::size_t kDirectQueries = 16;
@@ -32,27 +32,15 @@ struct Vec {
     return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
   }
   // One number in all lanes.
-  static Vec repeat(const float* p) {
-    float number;
-    __builtin_memcpy(&number, p, sizeof number);
-    return broadcast(number);
-  }
-  // n < kLanes, or any n >= kLanes for all of them; nothing past n is read
+  static Vec repeat(const float* p) { return broadcast(read<float>(p)); }
   template <class T>
   static Vec load_n(const T* p, std::size_t n) {
-    if (n >= kLanes) return load(p);
-    T lanes[kLanes] = {};
-    __builtin_memcpy(lanes, p, n * sizeof(T));
-    return load(lanes);
+    return load_copy<Vec>(p, n);
   }
   static void store(float* p, Vec a) {
     vst1q_u8(reinterpret_cast<std::uint8_t*>(p), vreinterpretq_u8_f32(a.v));
   }
-  static void store_n(float* p, Vec a, std::size_t n) {
-    float lanes[kLanes];
-    store(lanes, a);
-    __builtin_memcpy(p, lanes, n * sizeof(float));
-  }
+  static void store_n(float* p, Vec a, std::size_t n) { store_copy(p, a, n); }
   static void store_f16(std::uint16_t* p, Vec a) {
     vst1_u8(reinterpret_cast<std::uint8_t*>(p), vreinterpret_u8_f16(vcvt_f16_f32(a.v)));
   }
@@ -88,14 +76,11 @@ inline unsigned at_least(Vec a, Vec b) {
   static const std::uint32_t kBits[4] = {1, 2, 4, 8};
   return vaddvq_u32(vandq_u32(vcgeq_f32(a.v, b.v), vld1q_u32(kBits)));
 }
-
-struct Bits {
-  uint32x4_t v;
-  static Bits zero() { return {vdupq_n_u32(0)}; }
-  static Bits abs(Vec a) { return {vandq_u32(vreinterpretq_u32_f32(a.v), vdupq_n_u32(0x7fffffff))}; }
-  static Bits max(Bits a, Bits b) { return {vmaxq_u32(a.v, b.v)}; }
-  static void store(std::uint32_t* p, Bits a) { vst1q_u32(p, a.v); }
-};
+// The larger of a, which is not negative, and |b|, both taken as integers.
+inline Vec larger_bits(Vec a, Vec b) {
+  const uint32x4_t size = vandq_u32(vreinterpretq_u32_f32(b.v), vdupq_n_u32(0x7fffffff));
+  return {vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a.v), size))};
+}
 
 struct VecD {
   static constexpr std::size_t kLanes = 2;
@@ -107,17 +92,8 @@ struct VecD {
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 
-#include "isa/dots-inl.h"
-#include "isa/limits-inl.h"
-#include "isa/outer-inl.h"
-#include "isa/pack_rows-inl.h"
-#include "isa/project-inl.h"
-#include "isa/select-inl.h"
-#include "isa/self_influence-inl.h"
-#include "isa/table-inl.h"
-
 }  // namespace
 
-const Kernels kNeonKernels = kTable;
+constexpr Kernels kNeonKernels = kernel_table<Vec, VecD>();
 
 }  // namespace logra

@@ -1,7 +1,28 @@
-// Included once per provider of tiles, inside its namespace, after tile_configure, tile_release, tile_zero,
-// tile_load, tile_store and tile_dot (numbers of tiles are template arguments). AVX-512 F, BW, DQ, VL, BF16.
+// Private: products on matrix tiles. Tiles, a type of the translation unit's own, has configure, release,
+// zero, load, store and dot. Needs AVX-512 F, BW, DQ, VL and BF16.
+#pragma once
 
-// Tiles: sums 0..3 (row tile, query tile), rows 4 and 5, queries 6 and 7.
+#include "isa/avx512-inl.h"
+#include "isa/tile_kernels.h"
+
+namespace logra {
+
+// The numbers of the tiles: sums of row tile 0 or 1 with query tile 0 or 1, those row tiles, those query
+// tiles.
+constexpr Count<0> kSums00{};
+constexpr Count<1> kSums01{};
+constexpr Count<2> kSums10{};
+constexpr Count<3> kSums11{};
+constexpr Count<4> kRows0{};
+constexpr Count<5> kRows1{};
+constexpr Count<6> kQueries0{};
+constexpr Count<7> kQueries1{};
+
+// Bytes of a row of tile number t. Sums and queries have a column of 4 bytes for each query.
+static inline std::uint16_t tile_row_bytes(int t, std::size_t query_columns) {
+  const bool rows = t == decltype(kRows0)::value || t == decltype(kRows1)::value;
+  return rows ? 64 : static_cast<std::uint16_t>(4 * query_columns);
+}
 
 static inline __m512i bits_of(__m512 a) { return _mm512_castps_si512(a); }
 
@@ -83,79 +104,78 @@ static void stage(const StagedRows& staged, std::size_t step) {
 // Adds up in the order low x high, high x high, high x low, step after step: so a sum does not depend on how
 // many tiles are multiplied together. A sum waits for its last product (52 cycles) while three others (16
 // cycles each) are under way.
-template <int kRowParts, int kQueryParts, int kRowTiles, int kQueryTiles>
-static void multiply_tiles(const StagedRows* staged, StageStep stage_step, const Bfloat16* rows,
-                           const Bfloat16* queries, std::size_t query_stride, std::size_t query_columns,
-                           std::size_t steps, float* c, std::size_t c_stride, bool add) {
+template <class Tiles, int kRowParts, int kQueryParts, int kRowTiles, int kQueryTiles>
+static void multiply_tiles(const StagedRows& rows, StageStep stage_step, const QueryTiles& queries,
+                           std::size_t steps, Output out) {
   constexpr bool kTwoRows = kRowTiles == 2, kTwoQueries = kQueryTiles == 2;
   constexpr std::size_t kRowTileStride = kStripSteps * kRowParts * kTileElements;
-  const std::size_t query_tile = 2 * kTile * query_columns, query_bytes = 4 * query_columns;
-  tile_zero<0>();
-  if (kTwoQueries) tile_zero<1>();
-  if (kTwoRows) tile_zero<2>();
-  if (kTwoRows && kTwoQueries) tile_zero<3>();
-  if (staged != nullptr) stage_step(*staged, 0);
+  const std::size_t query_tile = 2 * kTile * queries.columns, query_bytes = 4 * queries.columns;
+  Tiles::zero(kSums00);
+  if (kTwoQueries) Tiles::zero(kSums01);
+  if (kTwoRows) Tiles::zero(kSums10);
+  if (kTwoRows && kTwoQueries) Tiles::zero(kSums11);
+  if (stage_step != nullptr) stage_step(rows, 0);
   for (std::size_t s = 0; s < steps; ++s) {
     // One step ahead: what has just been stored would have to be waited for.
-    if (staged != nullptr && s + 1 < steps) stage_step(*staged, s + 1);
-    const Bfloat16* a = rows + s * kRowParts * kTileElements;
-    const Bfloat16* b = queries + s * kQueryParts * query_tile;
-    tile_load<6>(b, query_bytes);
-    if (kTwoQueries) tile_load<7>(b + query_stride, query_bytes);
+    if (stage_step != nullptr && s + 1 < steps) stage_step(rows, s + 1);
+    const Bfloat16* a = rows.to + s * kRowParts * kTileElements;
+    const Bfloat16* b = queries.data + s * kQueryParts * query_tile;
+    Tiles::load(kQueries0, b, query_bytes);
+    if (kTwoQueries) Tiles::load(kQueries1, b + queries.stride, query_bytes);
     if (kRowParts == 2) {
-      tile_load<4>(a + kTileElements, 64);
-      tile_dot<0, 4, 6>();
-      if (kTwoQueries) tile_dot<1, 4, 7>();
+      Tiles::load(kRows0, a + kTileElements, 64);
+      Tiles::dot(kSums00, kRows0, kQueries0);
+      if (kTwoQueries) Tiles::dot(kSums01, kRows0, kQueries1);
       if (kTwoRows) {
-        tile_load<5>(a + kRowTileStride + kTileElements, 64);
-        tile_dot<2, 5, 6>();
-        if (kTwoQueries) tile_dot<3, 5, 7>();
+        Tiles::load(kRows1, a + kRowTileStride + kTileElements, 64);
+        Tiles::dot(kSums10, kRows1, kQueries0);
+        if (kTwoQueries) Tiles::dot(kSums11, kRows1, kQueries1);
       }
     }
-    tile_load<4>(a, 64);
-    tile_dot<0, 4, 6>();
-    if (kTwoQueries) tile_dot<1, 4, 7>();
+    Tiles::load(kRows0, a, 64);
+    Tiles::dot(kSums00, kRows0, kQueries0);
+    if (kTwoQueries) Tiles::dot(kSums01, kRows0, kQueries1);
     if (kTwoRows) {
-      tile_load<5>(a + kRowTileStride, 64);
-      tile_dot<2, 5, 6>();
-      if (kTwoQueries) tile_dot<3, 5, 7>();
+      Tiles::load(kRows1, a + kRowTileStride, 64);
+      Tiles::dot(kSums10, kRows1, kQueries0);
+      if (kTwoQueries) Tiles::dot(kSums11, kRows1, kQueries1);
     }
     if (kQueryParts == 2) {
-      tile_load<6>(b + query_tile, query_bytes);
-      tile_dot<0, 4, 6>();
+      Tiles::load(kQueries0, b + query_tile, query_bytes);
+      Tiles::dot(kSums00, kRows0, kQueries0);
       if (kTwoQueries) {
-        tile_load<7>(b + query_stride + query_tile, query_bytes);
-        tile_dot<1, 4, 7>();
+        Tiles::load(kQueries1, b + queries.stride + query_tile, query_bytes);
+        Tiles::dot(kSums01, kRows0, kQueries1);
       }
-      if (kTwoRows) tile_dot<2, 5, 6>();
-      if (kTwoRows && kTwoQueries) tile_dot<3, 5, 7>();
+      if (kTwoRows) Tiles::dot(kSums10, kRows1, kQueries0);
+      if (kTwoRows && kTwoQueries) Tiles::dot(kSums11, kRows1, kQueries1);
     }
   }
   alignas(64) float sums[4][kTile * kTile];
-  tile_store<0>(add ? sums[0] : c, 64);
-  if (kTwoQueries) tile_store<1>(add ? sums[1] : c + c_stride, 64);
-  if (kTwoRows) tile_store<2>(add ? sums[2] : c + kTile * kTile, 64);
-  if (kTwoRows && kTwoQueries) tile_store<3>(add ? sums[3] : c + c_stride + kTile * kTile, 64);
-  if (!add) return;
+  Tiles::store(kSums00, out.add ? sums[0] : out.data, 64);
+  if (kTwoQueries) Tiles::store(kSums01, out.add ? sums[1] : out.data + out.stride, 64);
+  if (kTwoRows) Tiles::store(kSums10, out.add ? sums[2] : out.data + kTile * kTile, 64);
+  if (kTwoRows && kTwoQueries)
+    Tiles::store(kSums11, out.add ? sums[3] : out.data + out.stride + kTile * kTile, 64);
+  if (!out.add) return;
   for (int i = 0; i < kRowTiles; ++i) {
     for (int j = 0; j < kQueryTiles; ++j) {
-      float* to = c + j * c_stride + i * kTile * kTile;
+      float* to = out.data + j * out.stride + i * kTile * kTile;
       for (std::size_t e = 0; e < kTile * kTile; e += 16)
         _mm512_store_ps(to + e, _mm512_add_ps(_mm512_load_ps(to + e), _mm512_load_ps(sums[2 * i + j] + e)));
     }
   }
 }
 
-template <int kRowParts, int kQueryParts>
-static void multiply(const StagedRows* staged, StageStep stage_step, const Bfloat16* rows,
-                     std::size_t row_tiles, const Bfloat16* queries, std::size_t query_stride,
-                     std::size_t query_tiles, std::size_t query_columns, std::size_t steps, float* c,
-                     std::size_t c_stride, bool add) {
-  const auto tiles = row_tiles == 2 ? (query_tiles == 2 ? multiply_tiles<kRowParts, kQueryParts, 2, 2>
-                                                        : multiply_tiles<kRowParts, kQueryParts, 2, 1>)
-                                    : (query_tiles == 2 ? multiply_tiles<kRowParts, kQueryParts, 1, 2>
-                                                        : multiply_tiles<kRowParts, kQueryParts, 1, 1>);
-  tiles(staged, stage_step, rows, queries, query_stride, query_columns, steps, c, c_stride, add);
+template <class Tiles, int kRowParts, int kQueryParts>
+static void multiply(const StagedRows& rows, StageStep stage_step, const QueryTiles& queries,
+                     std::size_t steps, Output out) {
+  const bool two_rows = rows.num_rows > kTile, two_queries = queries.count == 2;
+  const auto tiles = two_rows ? (two_queries ? multiply_tiles<Tiles, kRowParts, kQueryParts, 2, 2>
+                                             : multiply_tiles<Tiles, kRowParts, kQueryParts, 2, 1>)
+                              : (two_queries ? multiply_tiles<Tiles, kRowParts, kQueryParts, 1, 2>
+                                             : multiply_tiles<Tiles, kRowParts, kQueryParts, 1, 1>);
+  tiles(rows, stage_step, queries, steps, out);
 }
 
 static void measure(float* values, std::size_t n, const float* scale, double* sums) {
@@ -187,24 +207,6 @@ static void take_high(float* values, float* rest, std::size_t n) {
   }
 }
 
-// rows[i][j] <-> rows[j][i] of 16 x 16 dwords: pairs at distance 8, 4, 2, 1 change places.
-static inline void transpose(__m512i* rows) {
-  const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-  for (int distance = 8; distance > 0; distance /= 2) {
-    const __m512i flip = _mm512_xor_si512(iota, _mm512_set1_epi32(distance));
-    // lanes whose index has the bit `distance`
-    const __mmask16 upper = _mm512_test_epi32_mask(iota, _mm512_set1_epi32(distance));
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if ((i & distance) != 0) continue;
-      const __m512i a = rows[i], b = rows[i + distance];
-      rows[i] = _mm512_mask_permutexvar_epi32(a, upper, flip, b);
-      rows[i + distance] = _mm512_mask_permutexvar_epi32(b, static_cast<__mmask16>(~upper), flip, a);
-    }
-  }
-}
-
 static void pack(const float* queries, std::size_t num_queries, std::size_t steps, std::size_t parts,
                  std::size_t columns, bool interleaved, Bfloat16* to) {
   alignas(64) std::uint16_t order[32];
@@ -214,7 +216,7 @@ static void pack(const float* queries, std::size_t num_queries, std::size_t step
   }
   const __m512i words = _mm512_load_si512(order);
   for (std::size_t s = 0; s < steps; ++s) {
-    __m512i part[2][16];
+    Vec part[2][16];
     for (std::size_t q = 0; q < 16; ++q) {
       __m512 a = _mm512_setzero_ps(), b = a;
       if (q < num_queries) {
@@ -222,14 +224,14 @@ static void pack(const float* queries, std::size_t num_queries, std::size_t step
         a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
       }
       const __m512 high_a = high_part(a), high_b = high_part(b);
-      part[0][q] = _mm512_permutexvar_epi16(words, consecutive(high_a, high_b));
-      part[1][q] =
-          _mm512_permutexvar_epi16(words, consecutive(_mm512_sub_ps(a, high_a), _mm512_sub_ps(b, high_b)));
+      part[0][q].v = _mm512_castsi512_ps(_mm512_permutexvar_epi16(words, consecutive(high_a, high_b)));
+      const __m512i low = consecutive(_mm512_sub_ps(a, high_a), _mm512_sub_ps(b, high_b));
+      part[1][q].v = _mm512_castsi512_ps(_mm512_permutexvar_epi16(words, low));
     }
     for (std::size_t p = 0; p < parts; ++p) {
       transpose(part[p]);
       for (std::size_t j = 0; j < kTile; ++j, to += 2 * columns)
-        _mm512_mask_storeu_epi32(to, lanes(columns), part[p][j]);
+        _mm512_mask_storeu_ps(to, lanes(columns), part[p][j].v);
     }
   }
 }
@@ -244,29 +246,39 @@ static std::uint32_t finish(const float* first, const float* second, const float
   return _mm512_mask_fpclass_ps_mask(lanes(n), sum, 0x01 | 0x08 | 0x10 | 0x80);
 }
 
+template <class Tiles>
 static void spin(std::size_t rounds) {
   alignas(64) static const Bfloat16 zeros[4 * kTileElements] = {};
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  Tiles::zero(kSums00), Tiles::zero(kSums01), Tiles::zero(kSums10), Tiles::zero(kSums11);
   for (std::size_t i = 0; i < rounds; ++i) {
-    tile_load<4>(zeros, 64), tile_load<6>(zeros + kTileElements, 64);
-    tile_dot<0, 4, 6>();
-    tile_load<7>(zeros + 2 * kTileElements, 64);
-    tile_dot<1, 4, 7>();
-    tile_load<5>(zeros + 3 * kTileElements, 64);
-    tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+    Tiles::load(kRows0, zeros, 64), Tiles::load(kQueries0, zeros + kTileElements, 64);
+    Tiles::dot(kSums00, kRows0, kQueries0);
+    Tiles::load(kQueries1, zeros + 2 * kTileElements, 64);
+    Tiles::dot(kSums01, kRows0, kQueries1);
+    Tiles::load(kRows1, zeros + 3 * kTileElements, 64);
+    Tiles::dot(kSums10, kRows1, kQueries0), Tiles::dot(kSums11, kRows1, kQueries1);
   }
 }
 
-static constexpr TileKernels kTileTable = {
-    tile_configure,
-    tile_release,
-    {stage<float, 2>, stage<Float16, 2>, stage<Bfloat16, 1>},
-    {2, 2, 1},
-    {false, true, false},
-    {{multiply<1, 1>, multiply<1, 2>}, {multiply<2, 1>, multiply<2, 2>}},
-    measure,
-    take_high,
-    pack,
-    finish,
-    spin,
-};
+template <class Tiles>
+constexpr TileKernels tile_kernels() {
+  TileKernels table{};
+  table.configure = Tiles::configure;
+  table.release = Tiles::release;
+  table.stage = {{stage<float, 2>, stage<Float16, 2>, stage<Bfloat16, 1>}};
+  table.row_parts[0] = table.row_parts[1] = 2;
+  table.row_parts[2] = 1;
+  table.interleaved[1] = true;  // float16
+  table.multiply[0][0] = multiply<Tiles, 1, 1>;
+  table.multiply[0][1] = multiply<Tiles, 1, 2>;
+  table.multiply[1][0] = multiply<Tiles, 2, 1>;
+  table.multiply[1][1] = multiply<Tiles, 2, 2>;
+  table.measure = measure;
+  table.take_high = take_high;
+  table.pack = pack;
+  table.finish = finish;
+  table.spin = spin<Tiles>;
+  return table;
+}
+
+}  // namespace logra

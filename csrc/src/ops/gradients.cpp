@@ -84,7 +84,7 @@ class Side {
     const void* pointers[kTokenBlock];
     for (std::size_t t = 0; t < count; ++t) pointers[t] = element(tokens_.data, tokens_.dtype, offset(t));
     for (std::size_t p = 0; p < projector_->num_panels(); ++p)
-      projector_->run(pointers, count, next, p, to + p * kernels_.panel_f32, width_, scratch);
+      projector_->run(pointers, count, next, p, to + p * kernels_.gradients.panel_f32, width_, scratch);
   }
 
   /// Pointers to the tokens at offset(0) to offset(count - 1), of those that are not projected.
@@ -92,7 +92,7 @@ class Side {
   void gather(const Offset& offset, std::size_t count, const float** pointers, float* copy) const {
     const void* sources[kOuterBlock];
     for (std::size_t t = 0; t < count; ++t) sources[t] = element(tokens_.data, tokens_.dtype, offset(t));
-    if (copied()) kernels_.widen_f32[index(tokens_.dtype)](sources, 0, count, size_, copy, width_, width_);
+    if (copied()) kernels_.codecs.widen_f32[tokens_.dtype]({sources, count, 0}, size_, copy, width_, width_);
     for (std::size_t t = 0; t < count; ++t)
       pointers[t] = in_place_ ? static_cast<const float*>(sources[t]) : copy + t * width_;
   }
@@ -104,7 +104,7 @@ class Side {
     const auto source = [&](std::size_t t) { return element(tokens_.data, tokens_.dtype, offset(t)); };
     for (std::size_t t = 0; t < count; t += 2) {
       float* to = copy + t / 2 * width_;
-      kernels_.pair_bf16(source(t), t + 1 < count ? source(t + 1) : nullptr, size_, to, width_);
+      kernels_.bf16->pair(source(t), t + 1 < count ? source(t + 1) : nullptr, size_, to, width_);
       pointers[t / 2] = to;
     }
     return ceil_div(count, 2);
@@ -140,7 +140,7 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
   const KeptTokens kept(examples, x, dy);
   const std::size_t total = kept.tokens.size();
   const Side left(kernels, dy, proj_out, false), right(kernels, x, proj_in, true);
-  const bool pairs = left.halves() && right.halves() && kernels.outer_pairs != nullptr;
+  const bool pairs = left.halves() && right.halves() && kernels.bf16 != nullptr;
   const std::size_t ko = left.size(), ki = right.size();
   std::fill_n(out, checked_product(checked_product(examples.num_examples, ko), ki), 0.0f);
   if (total == 0 || ko == 0 || ki == 0) return;
@@ -224,8 +224,8 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
             left.gather_pairs([&](std::size_t i) { return tokens[t + i].dy; }, some, a, dy_copy);
             const std::size_t num_pairs =
                 right.gather_pairs([&](std::size_t i) { return tokens[t + i].x; }, some, b, x_copy);
-            kernels.outer_pairs(a, row, num_rows, b, right.width(), num_pairs, edge ? whole : c,
-                                edge ? right.width() : ki);
+            kernels.bf16->outer_pairs(a, row, num_rows, b, right.width(), num_pairs, edge ? whole : c,
+                                      edge ? right.width() : ki);
             continue;
           }
           if (left.projected())
@@ -236,8 +236,8 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
             for (std::size_t i = 0; i < some; ++i) b[i] = x_projected + (t + i) * right.width();
           else
             right.gather([&](std::size_t i) { return tokens[t + i].x; }, some, b, x_copy);
-          kernels.outer_tokens(a, row, num_rows, b, right.width(), some, edge ? whole : c,
-                               edge ? right.width() : ki);
+          kernels.gradients.outer_tokens(a, row, num_rows, b, right.width(), some, edge ? whole : c,
+                                         edge ? right.width() : ki);
         }
         for (std::size_t r = 0; edge && r < num_rows; ++r)
           std::copy_n(whole + r * right.width(), ki, c + r * ki);

@@ -42,7 +42,7 @@ void pack_row(const Kernels& kernels, const void* row, Dtype dtype, const Module
   double largest = 0.0;
   bool finite = true;
   for_modules(modules, [&](std::size_t m, std::size_t column, std::size_t size) {
-    const std::uint32_t bits = kernels.largest_bits[index(dtype)](element(row, dtype, column), size);
+    const std::uint32_t bits = kernels.codecs.largest_bits[dtype](element(row, dtype, column), size);
     float value;
     std::memcpy(&value, &bits, sizeof value);
     if (bits >= 0x7f800000u)
@@ -57,7 +57,7 @@ void pack_row(const Kernels& kernels, const void* row, Dtype dtype, const Module
   for_modules(modules, [&](std::size_t m, std::size_t column, std::size_t size) {
     // In two steps, each a normal float32. Below 2^-252 everything rounds to zero anyway.
     const int exponent = std::max(-252, -static_cast<int>(modules.exponents[m]) - shift), half = exponent / 2;
-    kernels.narrow[index(dtype)](element(row, dtype, column), std::ldexp(1.0f, half),
+    kernels.codecs.narrow[dtype](element(row, dtype, column), std::ldexp(1.0f, half),
                                  std::ldexp(1.0f, exponent - half), packed + column, size);
   });
 }
@@ -87,8 +87,8 @@ void unpack_rows(const Matrix& packed, const float* row_scale, const ModuleColum
       const void* from = element(packed.data, Dtype::kFloat16, r * packed.row_stride + column);
       const double scale =
           std::ldexp(static_cast<double>(row_scale[r]), static_cast<int>(modules.exponents[m]));
-      kernels.scale_f16(static_cast<const std::uint16_t*>(from), scale, rows + r * packed.cols + column,
-                        size);
+      kernels.codecs.scale_f16(static_cast<const std::uint16_t*>(from), scale,
+                               rows + r * packed.cols + column, size);
     });
   }
 }

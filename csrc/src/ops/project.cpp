@@ -23,7 +23,7 @@ void project(const Matrix& x, const Matrix& proj, float* out) {
   const std::size_t panels = projector.num_panels(), tasks = ceil_div(x.rows, block) * panels;
   const int threads = num_threads(tasks, work);
   const std::ptrdiff_t next = static_cast<std::ptrdiff_t>(block * x.row_stride);
-  const std::size_t scratch_floats = projector.scratch_floats(), panel = kernels.panel_f32;
+  const std::size_t scratch_floats = projector.scratch_floats(), panel = kernels.gradients.panel_f32;
   const std::size_t per_thread = scratch_floats + Projector::kTokenBlock * panel;
   const Scratch<float> scratch(checked_product(per_thread, static_cast<std::size_t>(threads)));
 #pragma omp parallel num_threads(threads)

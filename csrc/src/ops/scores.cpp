@@ -28,7 +28,7 @@ void scores(const Matrix& queries, const Matrix& rows, const float* row_scale, c
     for (; block.num_queries >= kTransposed && r + kernels.lanes <= block.num_rows; r += kernels.lanes) {
       const void* lines[kMostLanes];
       for (std::size_t i = 0; i < kernels.lanes; ++i) lines[i] = block.c + (r + i) * block.stride;
-      kernels.transpose[index(Dtype::kFloat32)](lines, 0, block.num_queries, to + r, rows.rows);
+      kernels.codecs.transpose[Dtype::kFloat32](lines, 0, block.num_queries, to + r, rows.rows);
     }
     for (std::size_t q = 0; q < block.num_queries; ++q)
       for (std::size_t i = r; i < block.num_rows; ++i) to[q * rows.rows + i] = block.c[i * block.stride + q];

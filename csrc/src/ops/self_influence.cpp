@@ -44,13 +44,13 @@ struct Factor {
         stride(factor.row_stride),
         rows(factor.rows),
         cols(factor.cols),
-        tile_rows(kernels.factor_rows),
-        dims(ceil_div(factor.rows, kernels.factor_rows)) {
+        tile_rows(kernels.factor.rows),
+        dims(ceil_div(factor.rows, kernels.factor.rows)) {
     if (factor.dtype != Dtype::kFloat32) {
       copy = Scratch<float>(checked_product(rows, cols));
       for (std::size_t m = 0; m < rows; ++m) {
         const void* row = element(factor.data, factor.dtype, m * factor.row_stride);
-        kernels.widen_f32[index(factor.dtype)](&row, 0, 1, cols, copy.get() + m * cols, cols, cols);
+        kernels.codecs.widen_f32[factor.dtype]({&row, 1, 0}, cols, copy.get() + m * cols, cols, cols);
       }
       data = copy.get(), stride = cols;
     }
@@ -93,7 +93,7 @@ class Task {
   }
 
  private:
-  std::size_t group_rows() const { return kernels_.lanes * kernels_.factor_vecs; }
+  std::size_t group_rows() const { return kernels_.lanes * kernels_.factor.vecs; }
 
   /// Rows past the last repeat it: they fill a vector.
   void transpose(std::size_t offset, std::size_t length) {
@@ -105,7 +105,7 @@ class Task {
           const std::size_t row = std::min(begin_ + group + lane + i, end_ - 1);
           pointers[i] = element(rows_.data, rows_.dtype, row * rows_.row_stride);
         }
-        kernels_.transpose[index(rows_.dtype)](pointers, offset, length, columns_ + group * length + lane,
+        kernels_.codecs.transpose[rows_.dtype](pointers, offset, length, columns_ + group * length + lane,
                                                width);
       }
     }
@@ -113,15 +113,16 @@ class Task {
 
   void multiply(std::size_t tile, std::size_t offset, std::size_t length) {
     const std::size_t first_row = tile * factor_.tile_rows;
-    const std::size_t count = std::min(factor_.tile_rows, factor_.rows - first_row);
+    const FactorRows rows = {factor_.data + first_row * factor_.stride + offset, factor_.stride,
+                             std::min(factor_.tile_rows, factor_.rows - first_row)};
     const std::size_t dim = std::min(length, factor_.dims[tile] - offset);
     const bool last = factor_.dims[tile] <= offset + length;
     for (std::size_t group = 0; group < padded_; group += group_rows()) {
       const std::size_t width = std::min(group_rows(), padded_ - group);
-      kernels_.square_sums(factor_.data + first_row * factor_.stride + offset, factor_.stride, count,
-                           columns_ + group * length, width, width / kernels_.lanes, dim,
-                           partial_ + first_row * padded_ + group * factor_.tile_rows, offset == 0, last,
-                           /*fetch=*/group == 0, squares_ + group);
+      const FactorSums sums = {partial_ + first_row * padded_ + group * factor_.tile_rows, squares_ + group,
+                               offset == 0, last};
+      kernels_.factor.square_sums(rows, columns_ + group * length, width / kernels_.lanes, dim, sums,
+                                  /*fetch=*/group == 0);
     }
   }
 
@@ -162,7 +163,7 @@ void self_influence(const Matrix& rows, const Matrix& factor, float* out) {
   const int threads = num_threads(vectors, static_cast<double>(rows.rows) * static_cast<double>(rows.cols) *
                                                (1.0 + static_cast<double>(factor.rows) / 8.0));
   // Equal tasks, as many for each thread as it takes for none to be above kGroups groups.
-  const std::size_t most = kGroups * kernels.factor_vecs;
+  const std::size_t most = kGroups * kernels.factor.vecs;
   const std::size_t share = ceil_div(vectors, static_cast<std::size_t>(threads));
   const std::size_t task_rows = kernels.lanes * ceil_div(share, ceil_div(share, most));
   const std::size_t per_thread = Task::floats(prepared, task_rows);

@@ -54,7 +54,7 @@ class Best {
     // Few entries are sorted by counting, for each, those that are better; equal ones have to be told apart.
     constexpr std::size_t kFew = 512;
     if (size_ == layout_->k && size_ <= kFew) {
-      kernels_->select_ranks(scores_, layout_->scores, size_, ranks);
+      kernels_->selection.ranks(scores_, layout_->scores, size_, ranks);
       const std::size_t padding = layout_->scores - size_;
       for (std::size_t i = 0; i < size_; ++i) sorted[i].id = kNone;
       bool distinct = true;
@@ -90,13 +90,13 @@ class Best {
     const std::size_t chunk = place / Layout::kChunk, begin = chunk * Layout::kChunk;
     const std::size_t padded = std::min(Layout::kChunk, layout_->scores - begin);
     std::size_t first = 0, last = 0;
-    kernels_->select_replace(scores_ + begin, padded, place - begin, score, &first, &last);
+    kernels_->selection.replace(scores_ + begin, padded, place - begin, score, &first, &last);
     std::size_t worst = begin + first;  // of equal scores the one of the highest id
     for (std::size_t i = worst + 1; i < std::min(begin + last + 1, layout_->k); ++i)
       if (scores_[i] == scores_[worst] && ids_[i] > ids_[worst]) worst = i;
     if (layout_->chunks > 1) {
       places_[chunk] = worst;
-      kernels_->select_replace(worst_, layout_->worst, chunk, scores_[worst], &first, &last);
+      kernels_->selection.replace(worst_, layout_->worst, chunk, scores_[worst], &first, &last);
       worst = places_[first];
       for (std::size_t c = first + 1; c < std::min(last + 1, layout_->chunks); ++c)
         if (worst_[c] == worst_[first] && ids_[places_[c]] > ids_[worst]) worst = places_[c];
@@ -140,7 +140,7 @@ class Ends {
              const float* scale, const float* bias, std::int64_t id) {
     float* floors = limits_.get() + 2 * thread * padded_ + first_query;
     std::uint64_t above, below;
-    kernels_.select_candidates(scores, count, scale, bias, floors, floors + padded_, &above, &below);
+    kernels_.selection.candidates(scores, count, scale, bias, floors, floors + padded_, &above, &below);
     Best* best = best_.data() + 2 * thread * num_queries_ + first_query;
     for (; above != 0; above &= above - 1) {
       const int q = __builtin_ctzll(above);

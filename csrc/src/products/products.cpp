@@ -37,68 +37,75 @@ Products::Products(const Kernels& kernels, const Matrix& queries, Dtype rows, st
   }
   // Whether a query is multiplied as bfloat16 must not depend on the number of rows, nor on other queries:
   // another split of them would have other bits.
-  if (rows == Dtype::kBfloat16 && kernels.dots_bf16 != nullptr && pack_bf16() == queries.rows) return;
-  blocks_ = Blocks(queries, kDimBlock);
+  if (rows == Dtype::kBfloat16 && kernels.bf16 != nullptr && pack_bf16() == queries.rows) return;
   // Packing pays for a stride that suits the cache, and for whole cache lines where many rows will read them.
-  const bool aligned = blocks_.count <= 1 && queries.row_stride % 16 == 0;
-  const bool few = queries.rows <= kStreamQueries || num_rows < 16 || (blocks_.count <= 1 && num_rows < 128);
-  if (queries.dtype == Dtype::kFloat32 && (few || aligned)) {
-    packed_ = static_cast<const float*>(queries.data);
-    blocks_.block_stride = blocks_.length;
-    blocks_.query_stride = queries.row_stride;
-  } else {
+  const bool one_block = queries.cols <= kDimBlock, aligned = one_block && queries.row_stride % 16 == 0;
+  const bool few = queries.rows <= kStreamQueries || num_rows < 16 || (one_block && num_rows < 128);
+  if (queries.dtype != Dtype::kFloat32 || !(few || aligned)) {
     pack();
+    return;
   }
+  blocks_.data = static_cast<const float*>(queries.data);
+  blocks_.length = blocks_.block_stride = kDimBlock;
+  blocks_.count = ceil_div(queries.cols, kDimBlock);
+  blocks_.query_stride = queries.row_stride;
 }
 
-Products::Blocks::Blocks(const Matrix& queries, std::size_t block)
-    : length(block),
-      count(ceil_div(queries.cols, block)),
-      query_stride(count > 1 ? block : 32 * ceil_div(queries.cols, 32)),
-      block_stride(checked_product(queries.rows, query_stride)) {}
+template <class T>
+T* Products::allocate(Blocks<T>& blocks, std::size_t length) const {
+  blocks.length = length;
+  blocks.count = ceil_div(queries_.cols, length);
+  blocks.query_stride = blocks.count > 1 ? length : 32 * ceil_div(queries_.cols, 32);
+  blocks.block_stride = checked_product(queries_.rows, blocks.query_stride);
+  blocks.storage = Scratch<T>(checked_product(blocks.count, blocks.block_stride));
+  blocks.data = blocks.storage.get();
+  return blocks.storage.get();
+}
+
+template <class T, class Use>
+void Products::for_blocks(const Blocks<T>& blocks, const Use& use) const {
+  for (std::size_t b = 0; b < blocks.count; ++b)
+    use(b, b * blocks.length, std::min(blocks.length, queries_.cols - b * blocks.length));
+}
 
 void Products::pack() {
-  const std::size_t count = queries_.rows, dim = queries_.cols;
-  storage_ = Scratch<float>(checked_product(blocks_.count, blocks_.block_stride));
-  float* packed = storage_.get();
-  packed_ = packed;
-  const int threads = num_threads(count, static_cast<double>(count) * static_cast<double>(dim));
+  float* const packed = allocate(blocks_, kDimBlock);
+  const int threads =
+      num_threads(queries_.rows, static_cast<double>(queries_.rows) * static_cast<double>(queries_.cols));
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (std::size_t q = 0; q < count; ++q) {
+  for (std::size_t q = 0; q < queries_.rows; ++q) {
     const void* query = element(queries_.data, queries_.dtype, q * queries_.row_stride);
-    for (std::size_t b = 0; b < blocks_.count; ++b) {
-      const std::size_t begin = b * blocks_.length, length = std::min(blocks_.length, dim - begin);
+    for_blocks(blocks_, [&](std::size_t b, std::size_t begin, std::size_t length) {
       float* to = packed + b * blocks_.block_stride + q * blocks_.query_stride;
-      kernels_.widen_f32[index(queries_.dtype)](&query, begin, 1, length, to, blocks_.query_stride, length);
-    }
+      kernels_.codecs.widen_f32[queries_.dtype]({&query, 1, begin}, length, to, blocks_.query_stride, length);
+    });
   }
 }
 
 std::size_t Products::pack_bf16() {
-  const std::size_t count = queries_.rows, dim = queries_.cols;
-  blocks_bf16_ = Blocks(queries_, kDimBlockBf16);
-  storage_bf16_ = Scratch<Bfloat16>(checked_product(blocks_bf16_.count, blocks_bf16_.block_stride));
-  Bfloat16* packed = storage_bf16_.get();
-  exact_.assign(count, 1);
-  const int threads = num_threads(count, static_cast<double>(count) * static_cast<double>(dim));
+  Bfloat16* const packed = allocate(halves_, kDimBlockBf16);
+  exact_.assign(queries_.rows, 1);
+  const int threads =
+      num_threads(queries_.rows, static_cast<double>(queries_.rows) * static_cast<double>(queries_.cols));
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (std::size_t q = 0; q < count; ++q) {
+  for (std::size_t q = 0; q < queries_.rows; ++q) {
     float wide[kDimBlockBf16];
     const void* query = element(queries_.data, queries_.dtype, q * queries_.row_stride);
-    for (std::size_t b = 0; b < blocks_bf16_.count && exact_[q] != 0; ++b) {
-      const std::size_t begin = b * kDimBlockBf16, length = std::min(kDimBlockBf16, dim - begin);
-      Bfloat16* to = packed + b * blocks_bf16_.block_stride + q * blocks_bf16_.query_stride;
-      kernels_.widen_f32[index(queries_.dtype)](&query, begin, 1, length, wide, length, length);
+    for_blocks(halves_, [&](std::size_t b, std::size_t begin, std::size_t length) {
+      if (exact_[q] == 0) return;
+      kernels_.codecs.widen_f32[queries_.dtype]({&query, 1, begin}, length, wide, length, length);
+      Bfloat16* to = packed + b * halves_.block_stride + q * halves_.query_stride;
       exact_[q] = narrow_exactly(wide, to, length);
-    }
+    });
   }
   const std::size_t exact = static_cast<std::size_t>(std::count(exact_.begin(), exact_.end(), 1));
-  if (exact == 0) exact_.clear(), storage_bf16_ = Scratch<Bfloat16>();
+  if (exact == 0) exact_.clear(), halves_ = Blocks<Bfloat16>();
   return exact;
 }
 
 bool Products::direct() const {
-  return dtype_ == Dtype::kFloat32 || queries_.rows <= kernels_.direct_queries || packed_ == nullptr;
+  return dtype_ == Dtype::kFloat32 || queries_.rows <= kernels_.scan.direct_queries ||
+         blocks_.data == nullptr;
 }
 
 std::size_t Products::wide_floats() const {
@@ -107,73 +114,64 @@ std::size_t Products::wide_floats() const {
 
 std::size_t Products::scratch_floats() const {
   if (tiles_) return tiles_->scratch_floats();
-  return wide_floats() + (exact_.empty() || packed_ == nullptr ? 0 : kRowBlock * kQueryBlock);
+  return wide_floats() + (exact_.empty() || blocks_.data == nullptr ? 0 : kRowBlock * kQueryBlock);
 }
 
-void Products::run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end,
-                   float* out, std::size_t out_stride, float* scratch, std::size_t num_ahead) const {
-  if (tiles_) return tiles_->run(rows, num_rows, begin, end, out, out_stride, scratch, num_ahead);
-  const std::size_t count = end - begin;
-  if (packed_ == nullptr) return run_bf16(rows, num_rows, begin, count, out, out_stride);
-  run_f32(rows, num_rows, begin, count, out, out_stride, scratch, num_ahead);
-  if (exact_.empty() || std::count(exact_.begin() + begin, exact_.begin() + end, 1) == 0) return;
+void Products::run(const ProductBlock& block, float* scratch) const {
+  if (tiles_) return tiles_->run(block, scratch);
+  if (queries_.cols == 0) {
+    for (std::size_t r = 0; r < block.num_rows; ++r)
+      std::fill_n(block.out + r * block.out_stride, block.end - block.begin, 0.0f);
+    return;
+  }
+  if (blocks_.data == nullptr) return run_dots(kernels_.bf16->dots, halves_, block);
+  run_f32(block, scratch);
+  if (exact_.empty() || std::count(exact_.begin() + block.begin, exact_.begin() + block.end, 1) == 0) return;
   // Some queries are exact in bfloat16, some not: both ways, and of each what is its own.
-  float* other = scratch + wide_floats();
-  run_bf16(rows, num_rows, begin, count, other, count);
-  for (std::size_t r = 0; r < num_rows; ++r)
-    for (std::size_t q = 0; q < count; ++q)
-      if (exact_[begin + q] != 0) out[r * out_stride + q] = other[r * count + q];
+  ProductBlock other = block;
+  other.out = scratch + wide_floats();
+  other.out_stride = block.end - block.begin;
+  run_dots(kernels_.bf16->dots, halves_, other);
+  for (std::size_t r = 0; r < block.num_rows; ++r)
+    for (std::size_t q = 0; q < other.out_stride; ++q)
+      if (exact_[block.begin + q] != 0)
+        block.out[r * block.out_stride + q] = other.out[r * other.out_stride + q];
 }
 
-void Products::run_f32(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
-                       float* out, std::size_t out_stride, float* scratch, std::size_t num_ahead) const {
-  if (blocks_.count == 0)
-    for (std::size_t r = 0; r < num_rows; ++r) std::fill_n(out + r * out_stride, count, 0.0f);
-  if (!direct()) return run_widened(rows, num_rows, begin, count, out, out_stride, scratch);
-  if (count <= kStreamQueries)
-    return kernels_.stream[index(dtype_)](rows, num_rows, num_ahead, packed_ + begin * blocks_.query_stride,
-                                          blocks_.query_stride, blocks_.block_stride, count, queries_.cols,
-                                          out, out_stride);
-  for (std::size_t r = 0; r < num_rows; r += kTogether) {
-    const std::size_t some = std::min(kTogether, num_rows - r);
-    for (std::size_t b = 0; b < blocks_.count; ++b) {
-      const std::size_t offset = b * blocks_.length,
-                        length = std::min(blocks_.length, queries_.cols - offset);
-      kernels_.dots[index(dtype_)](
-          rows + r, offset, some, packed_ + b * blocks_.block_stride + begin * blocks_.query_stride,
-          blocks_.query_stride, count, length, out + r * out_stride, out_stride, b > 0);
-    }
+void Products::run_f32(const ProductBlock& block, float* scratch) const {
+  if (!direct()) return run_widened(block, scratch);
+  if (block.end - block.begin > kStreamQueries) return run_dots(kernels_.scan.dots[dtype_], blocks_, block);
+  const float* const queries = blocks_.data + block.begin * blocks_.query_stride;
+  kernels_.scan.stream[dtype_](block.rows, block.num_rows, block.num_ahead,
+                               {queries, blocks_.query_stride, block.end - block.begin}, blocks_.block_stride,
+                               queries_.cols, block.out, block.out_stride);
+}
+
+template <class T>
+void Products::run_dots(Dots<T> dots, const Blocks<T>& blocks, const ProductBlock& block) const {
+  const T* const queries = blocks.data + block.begin * blocks.query_stride;
+  for (std::size_t r = 0; r < block.num_rows; r += kTogether) {
+    const std::size_t some = std::min(kTogether, block.num_rows - r);
+    for_blocks(blocks, [&](std::size_t b, std::size_t begin, std::size_t length) {
+      dots({block.rows + r, some, begin},
+           {queries + b * blocks.block_stride, blocks.query_stride, block.end - block.begin}, length,
+           {block.out + r * block.out_stride, block.out_stride, b > 0});
+    });
   }
 }
 
-void Products::run_bf16(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
-                        float* out, std::size_t out_stride) const {
-  const Blocks& blocks = blocks_bf16_;
-  if (blocks.count == 0)
-    for (std::size_t r = 0; r < num_rows; ++r) std::fill_n(out + r * out_stride, count, 0.0f);
-  for (std::size_t r = 0; r < num_rows; r += kTogether) {
-    const std::size_t some = std::min(kTogether, num_rows - r);
-    for (std::size_t b = 0; b < blocks.count; ++b) {
-      const std::size_t offset = b * blocks.length, length = std::min(blocks.length, queries_.cols - offset);
-      kernels_.dots_bf16(rows + r, offset, some,
-                         storage_bf16_.get() + b * blocks.block_stride + begin * blocks.query_stride,
-                         blocks.query_stride, count, length, out + r * out_stride, out_stride, b > 0);
-    }
-  }
-}
-
-void Products::run_widened(const void* const* rows, std::size_t num_rows, std::size_t begin,
-                           std::size_t count, float* out, std::size_t out_stride, float* scratch) const {
+void Products::run_widened(const ProductBlock& block, float* scratch) const {
   const std::size_t stride = wide_floats() / kRowBlock;
+  const float* const queries = blocks_.data + block.begin * blocks_.query_stride;
   const void* wide[kRowBlock];
-  for (std::size_t r = 0; r < num_rows; ++r) wide[r] = scratch + r * stride;
-  for (std::size_t b = 0; b < blocks_.count; ++b) {
-    const std::size_t offset = b * blocks_.length, length = std::min(blocks_.length, queries_.cols - offset);
-    kernels_.widen_f32[index(dtype_)](rows, offset, num_rows, length, scratch, stride, length);
-    kernels_.dots[index(Dtype::kFloat32)](wide, 0, num_rows,
-                                          packed_ + b * blocks_.block_stride + begin * blocks_.query_stride,
-                                          blocks_.query_stride, count, length, out, out_stride, b > 0);
-  }
+  for (std::size_t r = 0; r < block.num_rows; ++r) wide[r] = scratch + r * stride;
+  for_blocks(blocks_, [&](std::size_t b, std::size_t begin, std::size_t length) {
+    kernels_.codecs.widen_f32[dtype_]({block.rows, block.num_rows, begin}, length, scratch, stride, length);
+    kernels_.scan.dots[Dtype::kFloat32](
+        {wide, block.num_rows, 0},
+        {queries + b * blocks_.block_stride, blocks_.query_stride, block.end - block.begin}, length,
+        {block.out, block.out_stride, b > 0});
+  });
 }
 
 }  // namespace logra

@@ -35,41 +35,38 @@ class Products {
   /// Floats that one thread needs: run()'s scratch.
   std::size_t scratch_floats() const;
 
-  /// out[r * out_stride + q - begin] = <rows[r], queries[q]> for r < num_rows <= row_block(),
-  /// begin <= q < end <= begin + query_block(); begin is a multiple of 16. num_ahead pointers after those of
-  /// the rows say what will be read next.
-  void run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end, float* out,
-           std::size_t out_stride, float* scratch, std::size_t num_ahead = 0) const;
+  /// For block.num_rows <= row_block(), block.end <= block.begin + query_block(); begin is a multiple of 16.
+  void run(const ProductBlock& block, float* scratch) const;
 
  private:
-  /// How queries are laid out: block b of query q is at b * block_stride + q * query_stride.
+  /// Queries cut into blocks of D: block b of query q is at data[b * block_stride + q * query_stride].
+  template <class T>
   struct Blocks {
+    const T* data = nullptr;  // nullptr if there are none of this type
     std::size_t length = 0, count = 0, query_stride = 0, block_stride = 0;  // count: blocks of D
-    Blocks() = default;
-    Blocks(const Matrix& queries, std::size_t block);
+    Scratch<T> storage;                                                     // of a copy
   };
+  template <class T>
+  T* allocate(Blocks<T>& blocks, std::size_t length) const;
+  /// use(block, first column, columns)
+  template <class T, class Use>
+  void for_blocks(const Blocks<T>& blocks, const Use& use) const;
   bool direct() const;
   std::size_t wide_floats() const;  // scratch for rows converted to float32
   void pack();
   std::size_t pack_bf16();  // returns how many queries are exact in bfloat16
-  void run_f32(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
-               float* out, std::size_t out_stride, float* scratch, std::size_t num_ahead) const;
-  void run_widened(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
-                   float* out, std::size_t out_stride, float* scratch) const;
-  void run_bf16(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t count,
-                float* out, std::size_t out_stride) const;
+  void run_f32(const ProductBlock& block, float* scratch) const;
+  void run_widened(const ProductBlock& block, float* scratch) const;
+  template <class T>
+  void run_dots(Dots<T> dots, const Blocks<T>& blocks, const ProductBlock& block) const;
 
   const Kernels& kernels_;
-  std::unique_ptr<TileProducts> tiles_;  // if there, does it all
+  std::unique_ptr<TileProducts> tiles_;  // where the CPU multiplies tiles: computes every product then
   Matrix queries_;
-  Dtype dtype_;                    // of the rows
-  const float* packed_ = nullptr;  // null if every query is exact in bfloat16
-  Blocks blocks_;                  // of packed_
-  Scratch<float> storage_;
-  // Where the CPU multiplies bfloat16 itself: the queries that are exact in it, and which they are.
-  Scratch<Bfloat16> storage_bf16_;
-  Blocks blocks_bf16_;
-  std::vector<std::uint8_t> exact_;  // [Q], empty if none is
+  Dtype dtype_;                      // of the rows
+  Blocks<float> blocks_;             // no data if every query is exact in bfloat16
+  Blocks<Bfloat16> halves_;          // where the CPU multiplies bfloat16: the queries that are exact in it
+  std::vector<std::uint8_t> exact_;  // [Q]: which queries those are; empty if none is
 };
 
 }  // namespace logra

@@ -15,13 +15,13 @@ Projector::Projector(const Kernels& kernels, const Matrix& proj, Dtype tokens)
   }
   // Whether tokens are multiplied as bfloat16 depends on P and on their type alone, not on their number.
   const bool possible = tokens == Dtype::kBfloat16 && proj.dtype != Dtype::kFloat16;
-  if (!possible || kernels.project_bf16 == nullptr || !fill(true)) fill(false);
+  if (!possible || kernels.bf16 == nullptr || !fill(true)) fill(false);
 }
 
-std::size_t Projector::num_panels() const { return ceil_div(proj_.rows, kernels_.panel_f32); }
+std::size_t Projector::num_panels() const { return ceil_div(proj_.rows, kernels_.gradients.panel_f32); }
 
 std::size_t Projector::columns(std::size_t panel) const {
-  return std::min(kernels_.panel_f32, proj_.rows - panel * kernels_.panel_f32);
+  return std::min(kernels_.gradients.panel_f32, proj_.rows - panel * kernels_.gradients.panel_f32);
 }
 
 std::size_t Projector::vecs(std::size_t panel) const { return ceil_div(columns(panel), kernels_.lanes); }
@@ -34,7 +34,7 @@ std::size_t Projector::scratch_floats() const {
 }
 
 bool Projector::fill(bool halves) {
-  const std::size_t lanes = kernels_.lanes, dim = proj_.cols, panel = kernels_.panel_f32;
+  const std::size_t lanes = kernels_.lanes, dim = proj_.cols, panel = kernels_.gradients.panel_f32;
   halves_ = halves;
   words_ = halves ? ceil_div(dim, 2) : dim;
   const std::size_t groups = ceil_div(proj_.rows, lanes), step = halves ? 2 * kProjectBlock : kProjectBlock;
@@ -55,9 +55,9 @@ bool Projector::fill(bool halves) {
         rows[r] = there ? element(proj_.data, proj_.dtype, (first + r) * proj_.row_stride + begin) : zeros;
       }
       if (halves)
-        exact &= kernels_.transpose_bf16(rows, proj_.dtype, 0, length, block, stride) ? 1 : 0;
+        exact &= kernels_.bf16->transpose(rows, proj_.dtype, length, block, stride) ? 1 : 0;
       else
-        kernels_.transpose[index(proj_.dtype)](rows, 0, length, block, stride);
+        kernels_.codecs.transpose[proj_.dtype](rows, 0, length, block, stride);
     }
   }
   return exact != 0;
@@ -65,34 +65,33 @@ bool Projector::fill(bool halves) {
 
 void Projector::run(const void* const* tokens, std::size_t count, std::ptrdiff_t next, std::size_t panel,
                     float* out, std::size_t out_stride, float* scratch) const {
-  const std::size_t dim = proj_.cols, some = vecs(panel), stride = width(panel);
+  const std::size_t dim = proj_.cols, stride = width(panel);
   if (tiles_) {
-    const std::size_t first = panel * kernels_.panel_f32, last = first + columns(panel);
-    tiles_->run(tokens, count, first, last, out, out_stride, scratch, 0);
+    const std::size_t first = panel * kernels_.gradients.panel_f32, last = first + columns(panel);
+    tiles_->run({tokens, count, 0, first, last, out, out_stride}, scratch);
     for (std::size_t t = 0; t < count; ++t)
       std::fill(out + t * out_stride + (last - first), out + t * out_stride + stride, 0.0f);
     return;
   }
-  const float* columns_of = panels_.get() + panel * kernels_.panel_f32 * words_;
   if (dim == 0)
     for (std::size_t t = 0; t < count; ++t) std::fill_n(out + t * out_stride, stride, 0.0f);
+  const float* const columns_of = panels_.get() + panel * kernels_.gradients.panel_f32 * words_;
   const std::size_t step = halves_ ? 2 * kProjectBlock : kProjectBlock;
   for (std::size_t begin = 0; begin < dim; begin += step) {
     const std::size_t length = std::min(step, dim - begin);
     const float* block = columns_of + (halves_ ? begin / 2 : begin) * stride;
-    // What is read next: the tokens' next block, or the next tokens' first one.
-    const std::ptrdiff_t ahead = static_cast<std::ptrdiff_t>(step), back = static_cast<std::ptrdiff_t>(begin);
-    const std::ptrdiff_t fetched = begin + step < dim ? ahead : next - back;
-    if (halves_) {
-      kernels_.project_bf16(tokens, begin, count, fetched, block, some, length, out, out_stride, begin > 0);
-    } else if (dtype_ == Dtype::kFloat32) {
-      kernels_.project_f32(tokens, begin, count, fetched, block, some, length, out, out_stride, begin > 0);
-    } else {
+    const Output to = {out, out_stride, begin > 0};
+    if (!halves_ && dtype_ != Dtype::kFloat32) {
       const void* wide[kTokenBlock];
       for (std::size_t t = 0; t < count; ++t) wide[t] = scratch + t * kProjectBlock;
-      kernels_.widen_f32[index(dtype_)](tokens, begin, count, length, scratch, kProjectBlock, length);
-      kernels_.project_f32(wide, 0, count, 0, block, some, length, out, out_stride, begin > 0);
+      kernels_.codecs.widen_f32[dtype_]({tokens, count, begin}, length, scratch, kProjectBlock, length);
+      kernels_.gradients.project({wide, count, 0}, 0, block, vecs(panel), length, to);
+      continue;
     }
+    // What is read next: the tokens' next block, or the next tokens' first one.
+    const std::ptrdiff_t ahead = static_cast<std::ptrdiff_t>(step), back = static_cast<std::ptrdiff_t>(begin);
+    const ProjectTokens project = halves_ ? kernels_.bf16->project : kernels_.gradients.project;
+    project({tokens, count, begin}, begin + step < dim ? ahead : next - back, block, vecs(panel), length, to);
   }
 }
 

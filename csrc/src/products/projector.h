@@ -37,7 +37,7 @@ class Projector {
   std::size_t vecs(std::size_t panel) const;
 
   const Kernels& kernels_;
-  std::unique_ptr<TileProducts> tiles_;  // if there, does it all
+  std::unique_ptr<TileProducts> tiles_;  // where the CPU multiplies tiles: computes every product then
   Matrix proj_;
   Dtype dtype_;            // of the tokens
   bool halves_ = false;    // pairs of bfloat16 in the place of floats

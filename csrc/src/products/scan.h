@@ -92,8 +92,9 @@ void scan(const Products& products, const Matrix& rows, int threads, bool rows_t
       for (std::size_t i = 0; i < inner; ++i) {
         block.first_query = (task % outer + i) * query_block;
         block.num_queries = std::min(query_block, products.num_queries() - block.first_query);
-        products.run(pointers, block.num_rows, block.first_query, block.first_query + block.num_queries,
-                     block.c, query_block, own, ahead);
+        products.run({pointers, block.num_rows, ahead, block.first_query,
+                      block.first_query + block.num_queries, block.c, query_block},
+                     own);
         use(block, thread_id());
       }
     });

@@ -39,7 +39,7 @@ TileProducts::TileProducts(const Kernels& kernels, const Matrix& queries, Dtype 
       dtype_(rows),
       exactly_(exactly),
       row_block_(kStageRows),
-      row_parts_(tiles_.row_parts[index(rows)]),
+      row_parts_(tiles_.row_parts[static_cast<int>(rows)]),
       columns_(std::min(kTile, queries.rows)),
       query_(queries.rows) {
   const std::size_t count = queries.rows, dim = queries.cols, groups = ceil_div(count, kTile);
@@ -62,7 +62,7 @@ TileProducts::TileProducts(const Kernels& kernels, const Matrix& queries, Dtype 
 void TileProducts::measure(std::size_t q) {
   Query& query = query_[q];
   const void* data = element(queries_.data, queries_.dtype, q * queries_.row_stride);
-  const std::uint32_t largest = kernels_.largest_bits[index(queries_.dtype)](data, queries_.cols);
+  const std::uint32_t largest = kernels_.codecs.largest_bits[queries_.dtype](data, queries_.cols);
   const bool finite = largest < 0x7f800000u;
   const int exponent = finite && largest != 0 ? exponent_of(largest) : 0, half = exponent / 2;
   query.scale[0] = std::ldexp(1.0f, -half), query.scale[1] = std::ldexp(1.0f, half - exponent);
@@ -71,7 +71,7 @@ void TileProducts::measure(std::size_t q) {
   float values[kStripLength];
   for (std::size_t s = 0; s < num_strips(); ++s) {
     const std::size_t length = strip_length(s);
-    kernels_.widen_f32[index(queries_.dtype)](&data, s * kStripLength, 1, length, values, length, length);
+    kernels_.codecs.widen_f32[queries_.dtype]({&data, 1, s * kStripLength}, length, values, length, length);
     tiles_.measure(values, length, query.scale, squares);
   }
   const double low = std::sqrt(squares[1] / squares[0]), rest = std::sqrt(squares[2] / squares[0]);
@@ -112,7 +112,8 @@ void TileProducts::pack(std::size_t group, std::size_t strip, float* values) {
     const Query& query = query_[first + q];
     const void* data = element(queries_.data, queries_.dtype, (first + q) * queries_.row_stride);
     float* to = values + q * kStripLength;
-    kernels_.widen_f32[index(queries_.dtype)](&data, begin, 1, length, to, kStripLength, steps * kTileDepth);
+    kernels_.codecs.widen_f32[queries_.dtype]({&data, 1, begin}, length, to, kStripLength,
+                                              steps * kTileDepth);
     double squares[3] = {0.0, 0.0, 0.0};
     tiles_.measure(to, length, query.scale, squares);
     if (num_tiles == 1) continue;
@@ -123,7 +124,7 @@ void TileProducts::pack(std::size_t group, std::size_t strip, float* values) {
   }
   for (std::size_t t = 0; t < num_tiles; ++t) {
     const float* from = t == 0 ? values : rest;
-    tiles_.pack(from, count, steps, query_parts_, columns_, tiles_.interleaved[index(dtype_)],
+    tiles_.pack(from, count, steps, query_parts_, columns_, tiles_.interleaved[static_cast<int>(dtype_)],
                 packed_.get() + offset(strip, tile + t));
     std::size_t used = 0;
     for (std::size_t q = 0; !steps_.empty() && q < count; ++q) {
@@ -167,70 +168,75 @@ std::size_t TileProducts::scratch_floats() const {
   return kStageRows * kStripLength * row_parts_ / 2 + rows * kTile * (1 + most_tiles_);
 }
 
-void TileProducts::run(const void* const* rows, std::size_t num_rows, std::size_t begin, std::size_t end,
-                       float* out, std::size_t out_stride, float* scratch, std::size_t num_ahead) const {
-  const std::size_t first_group = begin / kTile, last_group = ceil_div(end, kTile);
-  const std::size_t first = first_tile_[first_group], last = first_tile_[last_group];
-  const std::size_t row_tiles = ceil_div(num_rows, kTile), c_stride = row_tiles * kTile * kTile;
-  auto* converted = reinterpret_cast<Bfloat16*>(scratch);
-  auto* seen = reinterpret_cast<std::uint32_t*>(scratch + kStageRows * kStripLength * row_parts_ / 2);
-  float* c = reinterpret_cast<float*>(seen + padded(num_rows) * kTile);
-  std::memset(seen, 0, num_rows * kTile * sizeof *seen);
+void TileProducts::run(const ProductBlock& block, float* scratch) const {
+  const Run run = start(block, scratch);
   tiles_.configure(columns_);
   for (std::size_t strip = 0; strip < num_strips(); ++strip) {
-    const std::size_t start = strip * kStripLength;
-    for (std::size_t r = 0; r < num_rows; r += kStageRows) {
-      const std::size_t some = std::min(kStageRows, num_rows - r);
+    for (std::size_t r = 0; r < block.num_rows; r += kStageRows) {
+      const std::size_t some = std::min(kStageRows, block.num_rows - r);
       const void* ahead[kStageRows];
-      for (std::size_t i = 0; i < some; ++i) {
-        const std::size_t next = r + kStageRows + i;  // in this strip; then these rows' next strip; then rows
-        if (next < num_rows)
-          ahead[i] = element(rows[next], dtype_, start);
-        else if (strip + 1 < num_strips())
-          ahead[i] = element(rows[next % kStageRows], dtype_, start + kStripLength);
-        else
-          ahead[i] = i < num_ahead ? rows[num_rows + i] : rows[r + i];
-      }
-      const StagedRows staged = {rows + r,  ahead,           some, start, strip_length(strip),
-                                 converted, seen + r * kTile};
-      multiply(staged, strip, first, last, c + r / kTile * kTile * kTile, c_stride);
+      for (std::size_t i = 0; i < some; ++i) ahead[i] = after(block, strip, r + i);
+      const StagedRows staged = {
+          block.rows + r,      ahead, some, strip * kStripLength, strip_length(strip), run.converted,
+          run.seen + r * kTile};
+      multiply(staged, strip, run, run.c + r / kTile * kTile * kTile);
     }
   }
   tiles_.release();
-  for (std::size_t r = 0; r < num_rows; ++r) {
-    // Below 2^-63, products would meet the end of float32's range; the tiles take what is beyond for zero.
-    const bool tiny = is_tiny(seen + r * kTile);
-    for (std::size_t group = first_group; group < last_group; ++group) {
-      const std::size_t q = group * kTile, count = std::min(kTile, end - q), tile = first_tile_[group];
-      const float* sums = c + (tile - first) * c_stride + r * kTile;
-      float* to = out + r * out_stride + q - begin;
-      std::uint32_t wrong =
-          tiles_.finish(sums, first_tile_[group + 1] - tile == 2 ? sums + c_stride : nullptr,
-                        unscale_.data() + group * 2 * kTile, count, to);
-      if (tiny) wrong = 0xffffu;
-      for (std::size_t i = 0; wrong != 0 && i < count; ++i)
-        if ((wrong >> i & 1u) != 0) again(rows[r], q + i, to + i);
-    }
-  }
+  for (std::size_t r = 0; r < block.num_rows; ++r) finish(block, run, r);
 }
 
-void TileProducts::multiply(const StagedRows& staged, std::size_t strip, std::size_t first, std::size_t last,
-                            float* c, std::size_t c_stride) const {
-  const StageStep stage = tiles_.stage[index(dtype_)];
-  const std::size_t all = strip_steps(strip), row_tiles = ceil_div(staged.num_rows, kTile);
-  // Rows are converted while the first tiles of queries are multiplied, if those use them all.
+TileProducts::Run TileProducts::start(const ProductBlock& block, float* scratch) const {
+  Run run;
+  run.first_tile = first_tile_[block.begin / kTile];
+  run.last_tile = first_tile_[ceil_div(block.end, kTile)];
+  run.c_stride = ceil_div(block.num_rows, kTile) * kTile * kTile;
+  run.converted = reinterpret_cast<Bfloat16*>(scratch);
+  run.seen = reinterpret_cast<std::uint32_t*>(scratch + kStageRows * kStripLength * row_parts_ / 2);
+  run.c = reinterpret_cast<float*>(run.seen + padded(block.num_rows) * kTile);
+  std::memset(run.seen, 0, block.num_rows * kTile * sizeof *run.seen);
+  return run;
+}
+
+const void* TileProducts::after(const ProductBlock& block, std::size_t strip, std::size_t r) const {
+  const std::size_t start = strip * kStripLength, next = r + kStageRows;
+  if (next < block.num_rows) return element(block.rows[next], dtype_, start);
+  if (strip + 1 < num_strips()) return element(block.rows[next % kStageRows], dtype_, start + kStripLength);
+  return r % kStageRows < block.num_ahead ? block.rows[block.num_rows + r % kStageRows] : block.rows[r];
+}
+
+void TileProducts::multiply(const StagedRows& staged, std::size_t strip, const Run& run, float* c) const {
+  StageStep stage = tiles_.stage[dtype_];
+  const std::size_t all = strip_steps(strip);
   const auto used = [&](std::size_t tile) {
     return steps_.empty() ? all : steps_[strip * first_tile_.back() + tile];
   };
-  bool fused = std::max(used(first), used(std::min(first + 1, last - 1))) == all;
-  for (std::size_t s = 0; !fused && s < all; ++s) stage(staged, s);
-  for (std::size_t tile = first; tile < last; tile += 2, c += 2 * c_stride) {
-    const std::size_t some = std::min<std::size_t>(2, last - tile);
-    const std::size_t steps = std::max(used(tile), used(tile + some - 1));
+  // Rows are converted while the first tiles of queries are multiplied, if those use all steps.
+  if (std::max(used(run.first_tile), used(std::min(run.first_tile + 1, run.last_tile - 1))) != all) {
+    for (std::size_t s = 0; s < all; ++s) stage(staged, s);
+    stage = nullptr;
+  }
+  for (std::size_t tile = run.first_tile; tile < run.last_tile; tile += 2, c += 2 * run.c_stride) {
+    const std::size_t some = std::min<std::size_t>(2, run.last_tile - tile);
+    const QueryTiles queries = {packed_.get() + offset(strip, tile), all * step_elements_, some, columns_};
     tiles_.multiply[row_parts_ - 1][query_parts_ - 1](
-        fused ? &staged : nullptr, stage, staged.to, row_tiles, packed_.get() + offset(strip, tile),
-        all * step_elements_, some, columns_, steps, c, c_stride, strip > 0);
-    fused = false;
+        staged, stage, queries, std::max(used(tile), used(tile + some - 1)), {c, run.c_stride, strip > 0});
+    stage = nullptr;
+  }
+}
+
+void TileProducts::finish(const ProductBlock& block, const Run& run, std::size_t r) const {
+  // Below 2^-63, products would meet the end of float32's range; the tiles take what is beyond for zero.
+  const bool tiny = is_tiny(run.seen + r * kTile);
+  for (std::size_t q = block.begin; q < block.end; q += kTile) {
+    const std::size_t group = q / kTile, count = std::min(kTile, block.end - q), tile = first_tile_[group];
+    const float* sums = run.c + (tile - run.first_tile) * run.c_stride + r * kTile;
+    const float* rest = first_tile_[group + 1] - tile == 2 ? sums + run.c_stride : nullptr;
+    float* const to = block.out + r * block.out_stride + q - block.begin;
+    std::uint32_t wrong = tiles_.finish(sums, rest, unscale_.data() + group * 2 * kTile, count, to);
+    if (tiny) wrong = 0xffffu;
+    for (std::size_t i = 0; wrong != 0 && i < count; ++i)
+      if ((wrong >> i & 1u) != 0) multiply_again(block.rows[r], q + i, to + i);
   }
 }
 
@@ -242,13 +248,13 @@ bool TileProducts::is_tiny(const std::uint32_t* seen) const {
   return (bits & 0x7fffffffu) != 0 && (bits & 0x60000000u) == 0;
 }
 
-void TileProducts::again(const void* row, std::size_t query, float* out) const {
+void TileProducts::multiply_again(const void* row, std::size_t query, float* out) const {
   float wide[kDimBlock];
   const void* data = element(queries_.data, queries_.dtype, query * queries_.row_stride);
   for (std::size_t begin = 0; begin < queries_.cols; begin += kDimBlock) {
     const std::size_t length = std::min(kDimBlock, queries_.cols - begin);
-    kernels_.widen_f32[index(queries_.dtype)](&data, begin, 1, length, wide, length, length);
-    kernels_.dots[index(dtype_)](&row, begin, 1, wide, kDimBlock, 1, length, out, 1, begin > 0);
+    kernels_.codecs.widen_f32[queries_.dtype]({&data, 1, begin}, length, wide, length, length);
+    kernels_.scan.dots[dtype_]({&row, 1, begin}, {wide, kDimBlock, 1}, length, {out, 1, begin > 0});
   }
 }
 
