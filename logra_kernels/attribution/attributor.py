@@ -181,7 +181,7 @@ class Attributor:
         missing = []
         for index in range(len(self.store.shards)):
             if norms.known(index):
-                rows = self._reading.open_shard(index)
+                rows = self._reading.shard(index)
                 sink.put(rows.first_row, norms.of_shard(rows), slice(0, rows.num_rows))
                 done(rows.num_rows)
             else:

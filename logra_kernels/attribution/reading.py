@@ -108,15 +108,20 @@ class Reading:
         """Rows of a block for a scan with so many queries."""
         return max(self.block_rows, min(self._most_rows, ROWS_PER_QUERY * num_queries))
 
-    def open_shard(self, index: int) -> ShardRows:
-        """A shard before the first of its blocks is used."""
+    def shard(self, index: int) -> ShardRows:
+        """A shard's place in the store, and its scales."""
         shard = self._store.shards[index]
         rows = ShardRows(index, shard.first_row, shard.num_rows)
         if self._store.dtype != "float32":
             streamed = self.way == "streamed"
             rows.row_scale = shard.read_row_scale() if streamed else shard.row_scale
+        return rows
+
+    def open_shard(self, index: int) -> ShardRows:
+        """A shard before the first of its blocks is used, with room for rows that stay."""
+        rows = self.shard(index)
         if self.way == "resident" and index not in self._held:
-            rows.held = self._room(shard.num_rows)
+            rows.held = self._room(rows.num_rows)
         return rows
 
     def close_shard(self, rows: ShardRows) -> None:
