@@ -271,6 +271,7 @@ class _Scan:
 def _use(
     block: Block, norms: Norms | None, found: ShardNorms | None, sinks: Sequence[Sink]
 ) -> None:
+    """Find the block's norms if they are not known, then give it to every sink."""
     if norms and found:
         norms.compute(block, found)
     for sink in sinks:

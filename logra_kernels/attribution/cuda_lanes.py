@@ -48,7 +48,8 @@ class CudaLanes:
         """Copy host to device, beside the host."""
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
-        return self._copies.record_event()
+        event: torch.cuda.Event = self._copies.record_event()
+        return event
 
     def copy_waits_for(self, event: torch.cuda.Event) -> None:
         """Later copies begin after the event."""
@@ -58,7 +59,8 @@ class CudaLanes:
         """Launch work() on the compute stream."""
         with torch.cuda.stream(self._compute):
             work()
-        return self._compute.record_event()
+        event: torch.cuda.Event = self._compute.record_event()
+        return event
 
     def compute_waits_for(self, event: torch.cuda.Event) -> None:
         """Later work begins after the event."""
