@@ -10,9 +10,8 @@ from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import Layer, layer_kind
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example
-from logra_kernels.projection import build_projections
+from logra_kernels.projection import ProjectionSpec, describe_projection, stored_projections
 from logra_kernels.run.config import Config
-from logra_kernels.run.recorder import describe_projection, stored_projections
 from logra_kernels.store import Module, Store, StoreMismatchError
 
 
@@ -37,16 +36,15 @@ class LMGradients:
             self.layers.append(kind(name, module))
         if isinstance(projection, Config):
             widths = {layer.name: (layer.in_features, layer.out_features) for layer in self.layers}
-            projections = build_projections(
-                widths, projection.rank, projection.init, projection.seed
-            )
+            spec = ProjectionSpec(projection.init, projection.rank, projection.seed)
+            projections = spec.build(widths)
         else:
             projections = stored_projections(projection)
         for layer in self.layers:
             layer.projection = projections[layer.name]
         self.projection: dict[str, Any]
         if isinstance(projection, Config):
-            self.projection = describe_projection(self.layers, False, projection)
+            self.projection = describe_projection(projections, False, spec)
         else:
             self.projection = projection.projection
 

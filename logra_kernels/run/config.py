@@ -16,7 +16,7 @@ import yaml
 from logra_kernels.capture import AVERAGED_LOSS
 from logra_kernels.curvature import check_damping
 from logra_kernels.defaults import SCAN_MODES
-from logra_kernels.projection import canonical_kind, rank_pair
+from logra_kernels.projection import ProjectionSpec
 
 DTYPES = ("float16", "float32")
 ON_NONFINITE = ("raise", "skip")
@@ -54,8 +54,7 @@ class Config:
     check_weights: bool = True
 
     def __post_init__(self) -> None:
-        rank_pair(self.rank)
-        canonical_kind(self.init)
+        ProjectionSpec(self.init, self.rank, self.seed)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("averaged_loss", self.averaged_loss, AVERAGED_LOSS)
         _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)

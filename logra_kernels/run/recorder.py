@@ -9,26 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from logra_kernels import ops
 from logra_kernels.capture.layers import Layer, plain_name
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.projection import (
-    SCALING,
-    ModuleProjection,
-    canonical_kind,
-    projection_digest,
-    rank_pair,
-)
-from logra_kernels.run.config import Config
+from logra_kernels.projection import projection_tensors
 from logra_kernels.run.statistic import Setup
-from logra_kernels.store import DuplicateIdError, Module, Store, StoreMismatchError, StoreWriter
+from logra_kernels.store import DuplicateIdError, Module, Store, StoreWriter
 
 SAMPLED_VALUES = 256
-SIDES = ("proj_in", "proj_out")
-STREAM = "philox4x64, key sha256(seed, 0, module, 0, side)[:16]"
 
 
 class Recorder:
@@ -56,7 +46,10 @@ class Recorder:
             modules=self._modules,
             dtype=dtype,
             projection=projection,
-            projection_tensors=_projection_tensors(layers) or None,
+            projection_tensors=projection_tensors(
+                {layer.name: layer.projection for layer in layers}
+            )
+            or None,
             fingerprints=fingerprints,
             shard_rows=None if shard_bytes is None else max(1, shard_bytes // row_bytes),
             resume=resume,
@@ -146,72 +139,6 @@ class Recorder:
         if not self._resumed:
             return RawCurvature(self._modules)
         return RawCurvature.rebuild(Store.open(self._writer.path))
-
-
-def describe_projection(
-    layers: Sequence[Layer], bias: bool, config: Config | None = None
-) -> dict[str, Any]:
-    """What the store says of the layers' projections, beside the matrices themselves.
-
-    Without a config: the identity, the whole gradients.
-    """
-    described: dict[str, Any] = {
-        "kind": "identity",
-        "bias": bias,
-        "widths": {layer.name: [layer.in_features, layer.out_features] for layer in layers},
-    }
-    if config is not None:
-        described.update(
-            kind=canonical_kind(config.init),
-            rank=list(rank_pair(config.rank)),
-            seed=config.seed,
-            scaling=SCALING,
-            stream=STREAM,
-        )
-    # last: a difference is told by the first key that differs
-    projections = {layer.name: layer.projection for layer in layers}
-    return {**described, "sha256": projection_digest(projections)}
-
-
-def stored_projections(store: Store) -> dict[str, ModuleProjection]:
-    """The projections that a store's rows were made with, from the matrices it keeps.
-
-    Raises: StoreError if a matrix is missing or damaged.
-    """
-    widths = described_widths(store.projection)
-    tensors = store.load_tensors() if store.manifest["projection_tensors"] else {}
-    made = {}
-    for name, (width_in, width_out) in widths.items():
-        sides = (tensors.get(f"{name}.{side}") for side in SIDES)
-        made[name] = ModuleProjection(
-            width_in, width_out, *(None if s is None else torch.from_numpy(s) for s in sides)
-        )
-    if projection_digest(made) != store.projection["sha256"]:
-        raise StoreMismatchError(
-            f"{store.path}: its projection matrices are not those its rows were logged with"
-        )
-    return made
-
-
-def _projection_tensors(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
-    """{"<module>.proj_in": [Ki, I], "<module>.proj_out": [Ko, O]}; the identity is left out."""
-    tensors = {}
-    for layer in layers:
-        for side in SIDES:
-            matrix = getattr(layer.projection, side)
-            if matrix is not None:
-                tensors[f"{layer.name}.{side}"] = matrix.numpy()
-    return tensors
-
-
-def described_widths(described: Any) -> dict[str, tuple[int, int]]:
-    """{module: (I, O)} of a store's projection."""
-    if not isinstance(described, Mapping) or "widths" not in described:
-        raise StoreMismatchError(
-            "projection: the store does not say how its rows were projected, so that no query can "
-            "be projected alike"
-        )
-    return {name: (pair[0], pair[1]) for name, pair in described["widths"].items()}
 
 
 def model_fingerprint(model: nn.Module) -> str:

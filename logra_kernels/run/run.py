@@ -26,16 +26,16 @@ from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import Layer, layer_kind, plain_name, unwrapped
 from logra_kernels.integrations.logix.logs import Log, log_of_rows
 from logra_kernels.integrations.logix.names import check_lora_arguments, refused
-from logra_kernels.projection import ModuleProjection, build_projections
-from logra_kernels.run.config import Config
-from logra_kernels.run.queries import Queries
-from logra_kernels.run.recorder import (
-    Recorder,
+from logra_kernels.projection import (
+    ModuleProjection,
+    ProjectionSpec,
     describe_projection,
     described_widths,
-    model_fingerprint,
     stored_projections,
 )
+from logra_kernels.run.config import Config
+from logra_kernels.run.queries import Queries
+from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup
 from logra_kernels.store import Module, Store
 from logra_kernels.store.manifest import first_difference
@@ -145,7 +145,7 @@ class Run(Queries):
         if self._store is not None:
             self._use_projection_of(self._store, model, found, bias)
         else:
-            self._described = describe_projection(found, bias)
+            self._described = describe_projection(_projections(found), bias)
         self._model, self._layers, self._with_bias = model, found, bias
         self._filters = (type_filter, name_filter)
         self._chose_projection = False
@@ -188,11 +188,10 @@ class Run(Queries):
             self.watch(model, types, names, bias=self._with_bias)
         self.config = self.config.with_projection(rank, init, seed)
         widths = {layer.name: (layer.in_features, layer.out_features) for layer in self._layers}
-        projections = build_projections(
-            widths, self.config.rank, self.config.init, self.config.seed
-        )
+        spec = ProjectionSpec(self.config.init, self.config.rank, self.config.seed)
+        projections = spec.build(widths)
         _set_projections(self._layers, projections)
-        self._described = describe_projection(self._layers, self._with_bias, self.config)
+        self._described = describe_projection(projections, self._with_bias, spec)
         self._chose_projection = True
 
     def setup(self, options: Mapping[str, Any]) -> None:
@@ -555,6 +554,10 @@ def check_ids(data_id: Any) -> list[str]:
     if twice:
         raise ValueError(f"data_id: expected ids of their own, got {min(twice)!r} twice")
     return ids
+
+
+def _projections(layers: Sequence[Layer]) -> dict[str, ModuleProjection]:
+    return {layer.name: layer.projection for layer in layers}
 
 
 def _set_projections(layers: Sequence[Layer], projections: Mapping[str, ModuleProjection]) -> None:
