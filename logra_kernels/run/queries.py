@@ -180,13 +180,14 @@ class Queries:
             if not blocks:
                 raise ValueError("loader: expected logs, got none")
             return influence_between(
-                queries, torch.cat(blocks), preconditioner, mode, influence_groups,
-                query_ids, row_ids,
+                queries, torch.cat(blocks), preconditioner, mode, groups=influence_groups,
+                query_ids=query_ids, row_ids=row_ids,
             )  # fmt: skip
         attributor = self.attributor(precondition, damping=damping, damping_scale=damping_scale)
+        prepared = attributor.prepare(queries, query_ids)
         if top_k is None:
-            return attributor.scores(queries, mode, influence_groups, query_ids, progress)
-        return attributor.top_k(queries, top_k, mode, influence_groups, query_ids, progress)
+            return attributor.scores(prepared, mode, groups=influence_groups, progress=progress)
+        return attributor.top_k(prepared, top_k, mode, groups=influence_groups, progress=progress)
 
     def compute_influence(
         self,
@@ -212,9 +213,9 @@ class Queries:
             rows.float(),
             self._preconditioner(precondition, damping, damping_scale),
             self.config.mode if mode is None else mode,
-            influence_groups,
-            query_ids,
-            row_ids,
+            groups=influence_groups,
+            query_ids=query_ids,
+            row_ids=row_ids,
         )
 
     def compute_self_influence(

@@ -190,7 +190,9 @@ def test_save_refuses_another_layout(tmp_path):
 @pytest.mark.parametrize("damping_scale", [1e-3, 0.1, 10.0])
 def test_precondition_is_the_damped_inverse(solver, damping_scale):
     rows, queries = gradients(200), gradients(5, seed=1).double()
-    got = curvature_of(rows).damped(damping_scale, solver=solver).precondition(queries)
+    got = (
+        curvature_of(rows).damped(damping_scale=damping_scale, solver=solver).precondition(queries)
+    )
     for i, (part, query) in enumerate(
         zip(got.split(SIZES, dim=1), queries.split(SIZES, dim=1), strict=True)
     ):
@@ -279,7 +281,7 @@ def test_sweep_takes_one_eigendecomposition_per_module(monkeypatch):
     curvature, queries = curvature_of(gradients(100)), gradients(2, seed=1).double()
     scales = [1e-3, 0.1, 1.0]
     for scale, preconditioner in zip(scales, curvature.sweep(damping_scales=scales), strict=True):
-        want = curvature.damped(scale).precondition(queries)
+        want = curvature.damped(damping_scale=scale).precondition(queries)
         assert torch.allclose(preconditioner.precondition(queries), want, rtol=1e-9)
     assert len(calls) == len(MODULES)
     curvature.update(gradients(1, seed=8))
