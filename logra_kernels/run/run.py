@@ -28,7 +28,7 @@ from logra_kernels.integrations.logix.logs import Log, log_of_rows
 from logra_kernels.integrations.logix.names import check_lora_arguments, refused
 from logra_kernels.projection import ModuleProjection, build_projections
 from logra_kernels.run.config import Config
-from logra_kernels.run.queries import Queries
+from logra_kernels.integrations.logix.run import Queries
 from logra_kernels.run.recorder import (
     Recorder,
     describe_projection,
