@@ -1,58 +1,100 @@
-"""What a run can be asked once its rows are stored: influence, in LogIX's words."""
+"""LogIX's run: its methods, with its arguments and results, over this package's Run."""
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from logra_kernels.attribution import (
-    Attributor,
-    Groups,
-    InfluenceResult,
-    find_groups,
-    influence_between,
-)
-from logra_kernels.curvature import IdentityPreconditioner, Preconditioner, RawCurvature
+from logra_kernels.attribution import Groups, InfluenceResult, find_groups, influence_between
 from logra_kernels.integrations.logix.logs import (
     Log,
     LogDataset,
     collate_logs,
     log_of_rows,
+    read_logs,
     reads_whole_store,
     rows_of_log,
 )
+from logra_kernels.integrations.logix.names import check_lora_arguments, refused
 from logra_kernels.progress import Progress
-from logra_kernels.run.config import Config
-from logra_kernels.run.recorder import Recorder
-from logra_kernels.store import Module, Store
+from logra_kernels.run import LoggedPass, Run
 
 HESSIANS = ("auto", "raw")
 
 
-class Queries:
-    """The half of a Run that reads: its store, its curvature, its last log."""
+class LogixPass(LoggedPass):
+    """A pass that gives its gradients as a log of LogIX's, too."""
 
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path = path
-        self.config = config
-        self._recorder: Recorder | None = None
-        self._store: Store | None = None
-        self._curvature: RawCurvature | None = None
-        self._attributors: dict[tuple[Any, ...], Attributor] = {}
-        self._log: tuple[list[str], Tensor] | None = None
+    def get_log(self) -> Log:
+        """(ids, {module: {"grad": [N, Ko, Ki]}}), once backward() ran."""
+        return log_of_rows(self.ids, self.rows().detach(), self.layout)
+
+
+class LogixRun(Run):
+    """What init returns: a Run with LogIX's methods, which have LogIX's meaning.
+
+    A log is (ids, {module: {"grad": G [N, Ko, Ki]}}). `damping` is λ, `damping_scale` is λ relative
+    to the mean eigenvalue; with neither, the configuration's, or 0.1 · mean eigenvalue. `hessian`
+    is "auto" or "raw": there is one curvature. These hold for every method below.
+    """
+
+    pass_type = LogixPass
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            data_id: Any,
+            mask: Tensor | None = None,
+            *,
+            save: bool | None = None,
+            metadata: Sequence[Mapping[str, Any] | None] | None = None,
+            weight_gradients: bool = False,
+            averaged_loss: str | None = None,
+            allow_unused: bool | None = None,
+        ) -> LogixPass: ...
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(refused(name) or f"a run has no attribute {name!r}")
+
+    def add_lora(
+        self,
+        rank: int | tuple[int, int] | nn.Module | None = None,
+        init: str | None = None,
+        *,
+        seed: int | None = None,
+        type_filter: Sequence[type[nn.Module]] | None = None,
+        name_filter: Sequence[str] | None = None,
+        model: nn.Module | None = None,
+        **logix: Any,
+    ) -> None:
+        """Run.add_lora, which takes the model in the first place too, as LogIX does.
+
+        Args: logix: LogIX's other arguments, with the values that say what is done here.
+
+        Raises: TypeError for an argument that LogIX has not, ValueError for another value.
+        """
+        check_lora_arguments(logix)
+        if isinstance(rank, nn.Module):
+            rank, model = None, rank
+        super().add_lora(
+            rank, init, seed=seed, type_filter=type_filter, name_filter=name_filter, model=model
+        )
+
+    def log(self, data_id: Any, mask: Tensor | None = None) -> None:
+        """LogIX's logging after the fact, which is refused: nothing is hooked between passes."""
+        raise RuntimeError(
+            "log: the model is hooked only inside `with run(data_id, mask)`, or between "
+            "start(data_id, mask) and end(); use one of them"
+        )
 
     @property
-    def modules(self) -> list[Module]:
-        """The layout of a row."""
-        return list(self._opened("modules").modules)
-
-    @property
-    def influence(self) -> Queries:
+    def influence(self) -> LogixRun:
         """LogIX's run.influence, whose methods are the run's own here."""
         return self
 
@@ -60,15 +102,15 @@ class Queries:
         """The last batch: (ids, {module: {"grad": [N, Ko, Ki]}}), as computed, before packing.
 
         Inside `with run(...)`, after backward(), it is that batch.
+
+        Raises: RuntimeError if nothing was logged yet.
         """
-        if self._log is None:
-            raise RuntimeError("get_log: nothing was logged yet; run a pass inside `with run(...)`")
-        ids, rows = self._log
-        return log_of_rows(ids, rows.clone() if copy else rows, self.modules)
+        ids, rows = self.last_rows()
+        return log_of_rows(ids, rows.clone() if copy else rows, self.layout)
 
     def build_log_dataset(self, flatten: bool = False) -> LogDataset:
         """The stored rows as a torch Dataset of (id, {module: {"grad": [Ko, Ki]}})."""
-        return LogDataset(self._opened("build_log_dataset").path, flatten)
+        return LogDataset(self.store.path, flatten)
 
     def build_log_dataloader(
         self,
@@ -88,30 +130,9 @@ class Queries:
 
     def get_covariance_state(self) -> dict[str, dict[str, Tensor]]:
         """{module: {"grad": H = (1/N) Σ g gᵀ, [K, K] float64}}."""
-        curvature = self._raw_curvature()
+        curvature = self.curvature
         sums = curvature.covariances
         return {name: {"grad": total / max(curvature.count, 1)} for name, total in sums.items()}
-
-    def attributor(
-        self,
-        precondition: bool = True,
-        *,
-        damping: float | None = None,
-        damping_scale: float | None = None,
-    ) -> Attributor:
-        """What scans the store; the same one for the same damping."""
-        store = self._opened("influence")
-        damping, damping_scale = self._dampings(damping, damping_scale)
-        key = (precondition, damping, damping_scale) if precondition else (False,)
-        if key not in self._attributors:
-            if precondition:
-                made = Attributor(
-                    store, self._raw_curvature(), damping=damping, damping_scale=damping_scale
-                )
-            else:
-                made = Attributor(store, "none")
-            self._attributors = {key: made}  # one: its factors are as large as the curvature
-        return self._attributors[key]
 
     def precondition(
         self,
@@ -127,8 +148,8 @@ class Queries:
         """
         _check_hessian(hessian)
         ids, rows = self._source(src_log)
-        preconditioner = self._preconditioner(True, damping, damping_scale)
-        return log_of_rows(ids, preconditioner.precondition(rows), self.modules)
+        preconditioner = self.preconditioner(damping=damping, damping_scale=damping_scale)
+        return log_of_rows(ids, preconditioner.precondition(rows), self.layout)
 
     def compute_influence_all(
         self,
@@ -151,38 +172,33 @@ class Queries:
             loader: None or build_log_dataloader(): the store is scanned in place. The logs of any
                 other loader are read into memory first.
             mode: "dot", "l-relatif" (LogIX calls it "cosine"), "l2", "theta-relatif" or
-                "whitened-cosine"; None: the configuration's ("dot").
+                "whitened-cosine"; None: the configuration's, or "dot" for the whole matrix and
+                "l-relatif" for the top k.
             precondition: False leaves the curvature out, of the norms too (LogIX keeps it in
                 those): plain products of gradients.
-            hessian: "auto" or "raw".
             influence_groups: substrings of module names; each group is scored besides the total.
-            damping: λ; damping_scale: λ relative to the mean eigenvalue. Neither: the
-                configuration's, or 0.1 · mean eigenvalue.
             top_k: only the k most and least influential; the memory then does not grow with N.
-            progress: True for a bar.
+            progress: True for a bar, or a callback (rows done, rows in all).
 
         Returns: an InfluenceResult, also a mapping with LogIX's keys src_ids, tgt_ids, influence.
+
+        Raises: ValueError for an argument or a log that does not fit; RuntimeError if no store is
+            open.
         """
         _check_hessian(hessian)
-        mode = self.config.mode if mode is None else mode
-        store = self._opened("compute_influence_all")
+        mode = mode or self.config.mode_for(top_k)
+        store = self.store
         query_ids, queries = self._source(src_log)
         if loader is not None and not reads_whole_store(loader, store):
             if top_k is not None:
                 raise ValueError("top_k: only over the store itself; leave loader out")
-            preconditioner = self._preconditioner(precondition, damping, damping_scale)
-            row_ids: list[str] = []
-            blocks = []
-            for log in loader:
-                ids, rows = rows_of_log("loader", log, self.modules)
-                row_ids += ids
-                blocks.append(rows.float())
-            if not blocks:
-                raise ValueError("loader: expected logs, got none")
+            row_ids, rows = read_logs(loader, self.layout)
+            preconditioner = self.preconditioner(
+                precondition, damping=damping, damping_scale=damping_scale
+            )
             return influence_between(
-                queries, torch.cat(blocks), preconditioner, mode, influence_groups,
-                query_ids, row_ids,
-            )  # fmt: skip
+                queries, rows, preconditioner, mode, influence_groups, query_ids, row_ids
+            )
         attributor = self.attributor(precondition, damping=damping, damping_scale=damping_scale)
         if top_k is None:
             return attributor.scores(queries, mode, influence_groups, query_ids, progress)
@@ -202,16 +218,16 @@ class Queries:
     ) -> InfluenceResult:
         """Influence of the examples of tgt_log on the queries src_log, both logs in memory.
 
-        Arguments as in compute_influence_all.
+        Arguments, result and errors as in compute_influence_all.
         """
         _check_hessian(hessian)
         query_ids, queries = self._source(src_log)
-        row_ids, rows = rows_of_log("tgt_log", tgt_log, self.modules)
+        row_ids, rows = rows_of_log("tgt_log", tgt_log, self.layout)
         return influence_between(
             queries,
             rows.float(),
-            self._preconditioner(precondition, damping, damping_scale),
-            self.config.mode if mode is None else mode,
+            self.preconditioner(precondition, damping=damping, damping_scale=damping_scale),
+            mode or self.config.mode_for(None),
             influence_groups,
             query_ids,
             row_ids,
@@ -234,63 +250,19 @@ class Queries:
         """
         _check_hessian(hessian)
         ids, rows = self._source(src_log)
-        modules = self.modules
-        preconditioner = self._preconditioner(precondition, damping, damping_scale)
+        preconditioner = self.preconditioner(
+            precondition, damping=damping, damping_scale=damping_scale
+        )
         products = rows.double() * preconditioner.precondition(rows.double())  # [N, D]
-        sizes = [module.size for module in modules]
-        parts = torch.stack([part.sum(1) for part in products.split(sizes, dim=1)])  # [M, N]
-        groups = find_groups(influence_groups, modules)
+        parts = torch.stack([part.sum(1) for part in self.layout.split(products)])  # [M, N]
+        groups = find_groups(influence_groups, self.modules)
         values: Any = parts.sum(0)
         if groups:
             values = {"total": values, **{name: parts[i].sum(0) for name, i in groups.items()}}
         return {"src_ids": ids, "influence": values}
 
-    def _use_store(self, store: Store, curvature: RawCurvature | None = None) -> None:
-        self._store, self._curvature = store, curvature
-        self._attributors = {}
-
-    def _opened(self, caller: str) -> Store:
-        if self._recorder is not None:
-            raise RuntimeError(f"{caller}: rows are still being logged; call finalize() first")
-        if self._store is None:
-            raise RuntimeError(f"{caller}: no store is open; call initialize_from_log() first")
-        return self._store
-
-    def _raw_curvature(self) -> RawCurvature:
-        if self._recorder is not None and self._recorder.curvature is not None:
-            return self._recorder.curvature
-        if self._curvature is None:
-            store = self._opened("curvature")
-            saved = store.curvatures.get(RawCurvature.kind)
-            if saved is not None and (saved["rows"] == store.num_rows or store.num_rows == 0):
-                self._curvature = RawCurvature.load(store)
-            else:
-                warnings.warn(
-                    f"{store.path}: holds no curvature of its {store.num_rows} rows; it is "
-                    "computed from them now and kept there",
-                    stacklevel=4,
-                )
-                self._curvature = RawCurvature.rebuild(store)
-                self._curvature.save(store)
-        return self._curvature
-
-    def _preconditioner(
-        self, precondition: bool, damping: float | None, damping_scale: float | None
-    ) -> Preconditioner:
-        damping, damping_scale = self._dampings(damping, damping_scale)
-        if not precondition:
-            return IdentityPreconditioner(self.modules)
-        return self._raw_curvature().damped(damping=damping, damping_scale=damping_scale)
-
-    def _dampings(
-        self, damping: float | None, damping_scale: float | None
-    ) -> tuple[float | None, float | None]:
-        if damping is None and damping_scale is None:
-            return self.config.damping, self.config.damping_scale
-        return damping, damping_scale
-
     def _source(self, src_log: Any) -> tuple[list[str], Tensor]:
-        return rows_of_log("src_log", self.get_log() if src_log is None else src_log, self.modules)
+        return rows_of_log("src_log", self.get_log() if src_log is None else src_log, self.layout)
 
 
 def _check_hessian(hessian: str) -> None:
