@@ -28,10 +28,7 @@ _ALSO = {
     ),
 }
 _HOMES = {
-    name: home
-    for table in (_PUBLIC, _ALSO)
-    for home, names in table.items()
-    for name in names
+    name: home for table in (_PUBLIC, _ALSO) for home, names in table.items() for name in names
 }
 __all__ = sorted(name for names in _PUBLIC.values() for name in names)
 

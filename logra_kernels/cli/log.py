@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -111,7 +111,7 @@ def _log(
         )
 
 
-def _shown_by(bar: tqdm[None]) -> Callable[[LoggingProgress], None]:
+def _shown_by(bar: tqdm[Any]) -> Callable[[LoggingProgress], None]:
     started = time.monotonic()
 
     def show(progress: LoggingProgress) -> None:

@@ -20,13 +20,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from logra_kernels.defaults import GRADIENT_DOT
 from logra_kernels.demo.reference_corpus import reference_passages
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gguf import convert_gguf
 from logra_kernels.lm.gradients import LMGradients
 from logra_kernels.lm.log import LoggingProgress, log_corpus
-from logra_kernels.lm.query import GRADIENT_DOT, ask, chat_prompt
+from logra_kernels.lm.query import ask, chat_prompt
 from logra_kernels.projection import ProjectionSpec
 from logra_kernels.report import write_report, write_results
 from logra_kernels.report.terminal import print_query

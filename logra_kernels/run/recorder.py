@@ -148,7 +148,7 @@ class Recorder:
         """
         exponents = self._writer.module_exponents
         if exponents is None:
-            exponents = [_exponent(part) for part in row.split(self._layout.sizes)]
+            exponents = [_exponent(part) for part in self._layout.split(row[None])]
             if setup.save:
                 self._writer.set_module_exponents(exponents)
         return exponents

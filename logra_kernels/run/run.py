@@ -134,7 +134,7 @@ class Run:
             types = types if type_filter is None else type_filter
             names = names if name_filter is None else name_filter
             self.watch(model, types, names, bias=watched is not None and watched.bias)
-        told = {"rank": rank, "init": init, "seed": seed}
+        told: dict[str, Any] = {"rank": rank, "init": init, "seed": seed}
         self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
         self._layers("add_lora").project(self.config.projection)
 

@@ -64,6 +64,7 @@ class LogixRun(Run):
 
     def add_lora(
         self,
+        /,
         rank: int | tuple[int, int] | nn.Module | None = None,
         init: str | None = None,
         *,
