@@ -13,6 +13,8 @@ MODES = (*SCAN_MODES, GRADIENT_DOT)
 MATRIX_MODE = "dot"
 RANKING_MODE = "l-relatif"
 
+CURVATURE = "raw"  # the kind that is computed where none is named
+NO_CURVATURE = "none"  # asks for plain dot products of gradients
 DAMPING_SCALE = 0.1  # λ in units of the mean eigenvalue of a module's curvature
 RANK = 64
 SEED = 0

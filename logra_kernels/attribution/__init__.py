@@ -2,6 +2,13 @@
 
 from logra_kernels.attribution.attributor import Attributor, influence_between
 from logra_kernels.attribution.influence_result import InfluenceResult
-from logra_kernels.attribution.scan import Groups, find_groups
+from logra_kernels.attribution.plan import Groups, PreparedQueries, find_groups
 
-__all__ = ["Attributor", "Groups", "InfluenceResult", "find_groups", "influence_between"]
+__all__ = [
+    "Attributor",
+    "Groups",
+    "InfluenceResult",
+    "PreparedQueries",
+    "find_groups",
+    "influence_between",
+]

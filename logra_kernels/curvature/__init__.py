@@ -1,6 +1,26 @@
 """Curvatures of the stored rows, their damping, and the preconditioners they give."""
 
+from logra_kernels.curvature.base import (
+    Curvature,
+    curvature_kind,
+    kinds,
+    load_curvature,
+    preconditioner_of,
+    register_curvature,
+)
+from logra_kernels.curvature.damping import check_damping
 from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
-from logra_kernels.curvature.raw import RawCurvature, check_damping
+from logra_kernels.curvature.raw import RawCurvature
 
-__all__ = ["IdentityPreconditioner", "Preconditioner", "RawCurvature", "check_damping"]
+__all__ = [
+    "Curvature",
+    "IdentityPreconditioner",
+    "Preconditioner",
+    "RawCurvature",
+    "check_damping",
+    "curvature_kind",
+    "kinds",
+    "load_curvature",
+    "preconditioner_of",
+    "register_curvature",
+]

@@ -1,4 +1,4 @@
-"""(H + lambda I)^-1 per module, by Cholesky or eigendecomposition, in float64."""
+"""(H + λI)⁻¹ per module, by Cholesky factors or by eigendecomposition, in float64."""
 
 from __future__ import annotations
 
@@ -7,205 +7,255 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from logra_kernels.rows import dtype_name, layout, split_columns
-from logra_kernels.store import Module
+from logra_kernels.defaults import DAMPING_SCALE
+from logra_kernels.rows import dtype_name
+from logra_kernels.store import Module, RowLayout
 
-if TYPE_CHECKING:
-    from logra_kernels.curvature import RawCurvature
-
-# Cholesky factors above this are not kept between calls but computed again.
+# Cholesky factors that take more memory than this are not kept but computed for each use.
 KEPT_FACTOR_BYTES = 2 << 30
 MAX_WORKERS = 8
-# Less work than this is done before a pool has started its threads (some 3 ms beside OpenMP's).
+# A pool of threads takes about 3 ms to start beside OpenMP's: less work is done without one.
 POOL_FLOPS = 3e7
 
 T = TypeVar("T")
 
 
 class Preconditioner(ABC):
-    """(H + lambda I)^-1 per module, and the factors whose squares give norms in it."""
+    """(H + λI)⁻¹ per module, and the factors W that give norms |W g| in it.
 
-    kind: str
-    key: str
-    modules: list[Module]
-    dampings: dict[str, float]
-    _sizes: list[float]  # mean eigenvalue of H + lambda I per module
+    A subclass gives the three of one module: `_solve`, `_root`, `_inverse`.
+
+    Args:
+        kind: the curvature's kind.
+        key: tells the self-influence of this curvature and damping from others, [0-9a-f].
+        modules: the row's layout.
+        mean_eigenvalues: of H + λI, one per module; 0 where both are zero.
+        dampings: λ per module; None without a curvature.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        key: str,
+        modules: Sequence[Module],
+        mean_eigenvalues: Sequence[float],
+        dampings: Sequence[float] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.key = key
+        self.layout = RowLayout.of(modules)
+        self.mean_eigenvalues = list(mean_eigenvalues)
+        self.dampings: dict[str, float] = dict(zip(self.layout.names, dampings or (), strict=False))
+
+    @property
+    def modules(self) -> list[Module]:
+        """The modules of a row, in order."""
+        return list(self.layout)
 
     def precondition(self, rows: Tensor) -> Tensor:
-        """(H + lambda I)^-1 g for rows g [Q, D] float32 or float64, solved in float64; [Q, D].
+        """(H + λI)⁻¹ g for rows g [Q, D] float32 or float64, solved in float64.
 
-        The bits do not depend on the number of threads. They may depend on which rows are asked
-        together, in the last of float64's: LAPACK orders its sums by their number.
+        The bits do not depend on the number of threads. The last bits of float64 may depend on
+        which rows are given together: LAPACK chooses the order of its sums by the rows' number.
+
+        Returns: [Q, D] of the rows' dtype, on the CPU.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape.
+            RuntimeError: the factors are not kept, and the curvature has taken rows since.
         """
         if rows.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"rows: expected float32 or float64, got {dtype_name(rows.dtype)}")
-        dim = sum(module.size for module in self.modules)
-        if rows.ndim != 2 or rows.shape[1] != dim:
-            raise ValueError(f"rows: expected [Q, {dim}], got {list(rows.shape)}")
-        blocks = split_columns(rows.detach().double().cpu(), self.modules)
-        work = sum(2.0 * rows.shape[0] * module.size**2 for module in self.modules)
+        if rows.ndim != 2 or rows.shape[1] != self.layout.dim:
+            raise ValueError(f"rows: expected [Q, {self.layout.dim}], got {list(rows.shape)}")
+        blocks = self.layout.split(rows.detach().double().cpu())
+        work = sum(2.0 * rows.shape[0] * size**2 for size in self.layout.sizes)
         solved = each_module(len(blocks), lambda i: self._solve(i, blocks[i].T).T, work)
         return torch.cat(solved, dim=1).to(rows.dtype)
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """W with W^T W = (H + lambda I)^-1, {name: [K, K] float32}."""
-        roots = each_module(len(self.modules), self._root)
-        return {m.name: root.float() for m, root in zip(self.modules, roots, strict=True)}
+        """W with WᵀW = (H + λI)⁻¹, {name: [K, K] float32}."""
+        roots = each_module(len(self.layout), self._root)
+        return {name: root.float() for name, root in zip(self.layout.names, roots, strict=True)}
 
-    def units(self, kind: str) -> list[int]:
-        """Per module the exponent of two that brings the factor of `kind` to about 1.
+    def units(self, norm: str) -> list[int]:
+        """Per module the power of two that brings the factor of `norm` to a size of about 1.
 
-        It follows from lambda and the mean eigenvalue alone, so that it costs no factorisation.
+        It follows from the mean eigenvalue of H + λI alone, and so costs no factorisation.
         """
-        power = {"sigma": -0.5, "theta": -1.0}[kind]
-        return [round(power * math.log2(size)) if size else 0 for size in self._sizes]
+        power = {"sigma": -0.5, "theta": -1.0}[norm]
+        means = self.mean_eigenvalues
+        return [round(power * math.log2(mean)) if mean else 0 for mean in means]
 
-    def scaled_factors(self, kind: str) -> list[Tensor] | None:
-        """Per module a float32 W with |2**unit W g| the norm asked for; None for the identity.
+    def scaled_factors(self, norm: str) -> list[Tensor] | None:
+        """Per module W [K, K] float32, such that |2**unit · W g| is the norm; None: W = I.
 
-        kind "sigma": |.|^2 = g^T (H + lambda I)^-1 g; kind "theta": |(H + lambda I)^-1 g|.
+        norm "sigma": |W g|² = gᵀ(H + λI)⁻¹g; norm "theta": |W g| = |(H + λI)⁻¹g|.
         """
-        work = self._root if kind == "sigma" else self._inverse
-        units = self.units(kind)
-        return each_module(len(self.modules), lambda i: (work(i) * 2.0 ** -units[i]).float())
+        work = self._root if norm == "sigma" else self._inverse
+        units = self.units(norm)
+        return each_module(len(self.layout), lambda i: (work(i) * 2.0 ** -units[i]).float())
 
     @abstractmethod
-    def _solve(self, i: int, columns: Tensor) -> Tensor: ...
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        """(H + λI)⁻¹ of module i times columns [K, Q] float64; [K, Q]."""
 
     @abstractmethod
-    def _root(self, i: int) -> Tensor: ...
+    def _root(self, i: int) -> Tensor:
+        """W of module i with WᵀW = (H + λI)⁻¹, [K, K] float64."""
 
     @abstractmethod
-    def _inverse(self, i: int) -> Tensor: ...
+    def _inverse(self, i: int) -> Tensor:
+        """(H + λI)⁻¹ of module i, [K, K] float64."""
 
 
 class IdentityPreconditioner(Preconditioner):
     """No curvature: influence becomes the plain dot product of gradients."""
 
-    kind = "none"
-
     def __init__(self, modules: Sequence[Module]) -> None:
-        self.modules = list(modules)
-        self.dampings = {}
-        self.key = _key("none", layout(self.modules))
-        self._sizes = [1.0] * len(self.modules)
+        layout = RowLayout.of(modules)
+        super().__init__("none", _key("none", layout.signature), layout, [1.0] * len(layout))
 
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        return {m.name: torch.eye(m.size) for m in self.modules}
-
-    def scaled_factors(self, kind: str) -> list[Tensor] | None:
+    def scaled_factors(self, norm: str) -> list[Tensor] | None:
+        """None: the norm is |g| itself."""
         return None
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         return columns
 
     def _root(self, i: int) -> Tensor:
-        return torch.eye(self.modules[i].size, dtype=torch.float64)
+        return torch.eye(self.layout.sizes[i], dtype=torch.float64)
 
     _inverse = _root
 
 
-class CholeskyPreconditioner(Preconditioner):
-    """H + lambda I = L L^T, so that W = L^-1."""
+@dataclass(frozen=True)
+class ModuleMatrices:
+    """A curvature as one matrix H per module: what the preconditioners below are made of."""
 
-    def __init__(self, curvature: RawCurvature, means: list[float], lambdas: list[float]) -> None:
-        self.kind = curvature.kind
-        self.modules = curvature.modules
-        self._sizes = [mean + damping for mean, damping in zip(means, lambdas, strict=True)]
-        self.dampings = {m.name: v for m, v in zip(self.modules, lambdas, strict=True)}
-        self.key = _key(curvature.checksum, "cholesky", [v.hex() for v in lambdas])
-        self._lambdas = lambdas
-        self._zero = [curvature._is_zero(i) for i in range(len(self.modules))]
-        self._precision = _precisions(curvature, lambdas)
-        self._curvature = curvature
-        self._version = curvature._version
+    kind: str
+    checksum: str  # equal for equal matrices; part of the preconditioner's key
+    layout: RowLayout
+    mean_eigenvalues: Sequence[float]  # of H per module; 0 where H is zero
+    precisions: Sequence[float]  # relative rounding error of H per module
+    matrix: Callable[[int], Tensor]  # module i's H, [K, K] float64, a new tensor at each call
+
+    def rounding(self, i: int, damping: float) -> float:
+        """K times the relative rounding error of H + λI: a smaller eigenvalue is no curvature.
+
+        Damping lifts the eigenvalues exactly, in float64; without it they are as good as the sums.
+        """
+        precision = torch.finfo(torch.float64).eps if damping else self.precisions[i]
+        return self.layout.sizes[i] * precision
+
+
+class _OfMatrices(Preconditioner):
+    """What both solvers take from the matrices and λ."""
+
+    def __init__(self, matrices: ModuleMatrices, dampings: Sequence[float], solver: str) -> None:
+        key = _key(matrices.checksum, solver, [damping.hex() for damping in dampings])
+        pairs = zip(matrices.mean_eigenvalues, dampings, strict=True)
+        means = [mean + damping for mean, damping in pairs]
+        super().__init__(matrices.kind, key, matrices.layout, means, dampings)
+
+
+class CholeskyPreconditioner(_OfMatrices):
+    """H + λI = L Lᵀ, so that W = L⁻¹; zero where H and λ are.
+
+    Args:
+        matrices: H of each module.
+        dampings: λ of each module.
+
+    Raises:
+        ValueError: H + λI of a module is singular or not finite.
+    """
+
+    def __init__(self, matrices: ModuleMatrices, dampings: Sequence[float]) -> None:
+        super().__init__(matrices, dampings, "cholesky")
+        self._matrices = matrices
+        self._lambdas = dampings
         self._kept: dict[int, Tensor | None] = {}
-        keep = sum(8 * m.size**2 for m in self.modules) <= KEPT_FACTOR_BYTES
-        # also where no factor is kept: a module that cannot be inverted is an error of damped()
-        factors = each_module(len(self.modules), self._factorise if keep else self._check)
+        keep = sum(8 * size**2 for size in self.layout.sizes) <= KEPT_FACTOR_BYTES
+        # Factors that are not kept are computed here too: a singular module is an error now.
+        factors = each_module(len(self.layout), self._factor if keep else self._check)
         if keep:
             self._kept = dict(enumerate(factors))
 
-    def _factorise(self, i: int) -> Tensor | None:
-        """L of module i, or None where H and lambda are zero."""
+    def _factor(self, i: int) -> Tensor | None:
+        """L of module i, [K, K] float64; None where H and λ are zero."""
         if i in self._kept:
             return self._kept[i]
-        if self._curvature._version != self._version:
-            raise RuntimeError("curvature: rows came in since damped(); ask it for another")
-        damping, name = self._lambdas[i], self.modules[i].name
-        if self._zero[i] and damping == 0:
+        if self.mean_eigenvalues[i] == 0:
             return None
-        matrix = self._curvature._moment(i)
+        damping, name = self._lambdas[i], self.layout.names[i]
+        matrix = self._matrices.matrix(i)
         if not matrix.isfinite().all():
             raise ValueError(f"module '{name}': H is not finite; rebuild it from the store")
-        size = matrix.shape[0]
         matrix.diagonal().add_(damping)
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(matrix)
         smallest = float(factor.diagonal().min()) ** 2
-        # a pivot this small is rounding, not curvature
-        floor = size * self._precision[i] * float(matrix.diagonal().max())
-        if int(info) or smallest <= floor:
+        rounding = self._matrices.rounding(i, damping)
+        if int(info) or smallest <= rounding * float(matrix.diagonal().max()):
             values = torch.linalg.eigvalsh(matrix)
-            rank = int((values > size * self._precision[i] * float(values.max())).sum())
+            rank = int((values > rounding * float(values.max())).sum())
             raise ValueError(
-                f"module '{name}': H + {damping:g} I has rank {rank} of {size} and cannot be "
-                "inverted; give a larger damping (damping_scale=0.1 is usual), or solver='eigh', "
-                "which takes the pseudo-inverse"
+                f"module '{name}': H + {damping:g} I has rank {rank} of {len(matrix)} and cannot "
+                f"be inverted; give a larger damping (damping_scale={DAMPING_SCALE} is usual), or "
+                "solver='eigh', which takes the pseudo-inverse"
             )
         return factor
 
     def _check(self, i: int) -> None:
-        self._factorise(i)
+        self._factor(i)
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
-        factor = self._factorise(i)
+        factor = self._factor(i)
         if factor is None:
             return torch.zeros_like(columns)
-        # cholesky_solve copies the factor first, which for few columns is ten times the work
-        half = torch.linalg.solve_triangular(factor, columns, upper=False)
-        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        # Two triangular solves: cholesky_solve copies L first, for few columns ten times the work.
+        return _triangular(factor.mT, _triangular(factor, columns, upper=False), upper=True)
 
     def _root(self, i: int) -> Tensor:
-        factor = self._factorise(i)
-        size = self.modules[i].size
-        eye = torch.eye(size, dtype=torch.float64)
+        factor = self._factor(i)
+        eye = torch.eye(self.layout.sizes[i], dtype=torch.float64)
         if factor is None:
             return torch.zeros_like(eye)
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
+        return _triangular(factor, eye, upper=False)
 
     def _inverse(self, i: int) -> Tensor:
         root = self._root(i)
         return root.T @ root
 
 
-class EigenPreconditioner(Preconditioner):
-    """H = Q diag(e) Q^T, so that W = diag((e + lambda)^-1/2) Q^T; zero where e + lambda is."""
+class EigenPreconditioner(_OfMatrices):
+    """H = Q diag(e) Qᵀ, so that W = diag((e + λ)^(-1/2)) Qᵀ; zero where e + λ is rounding.
+
+    Args:
+        matrices: H of each module.
+        dampings: λ of each module.
+        eigen: (e [K] ascending, Q [K, K] columns) of each module, float64.
+    """
 
     def __init__(
         self,
-        curvature: RawCurvature,
-        means: list[float],
-        lambdas: list[float],
-        eigen: list[tuple[Tensor, Tensor]],
+        matrices: ModuleMatrices,
+        dampings: Sequence[float],
+        eigen: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
-        self.kind = curvature.kind
-        self.modules = curvature.modules
-        self._sizes = [mean + damping for mean, damping in zip(means, lambdas, strict=True)]
-        self.dampings = {m.name: v for m, v in zip(self.modules, lambdas, strict=True)}
-        self.key = _key(curvature.checksum, "eigh", [v.hex() for v in lambdas])
-        self._vectors = [vectors for _, vectors in eigen]  # [K, K], columns
-        self._inverses = []  # [K]
-        precisions = _precisions(curvature, lambdas)
-        for (values, _), damping, precision in zip(eigen, lambdas, precisions, strict=True):
+        super().__init__(matrices, dampings, "eigh")
+        self._vectors = [vectors for _, vectors in eigen]
+        self._inverses = []  # 1 / (e + λ), [K] each
+        for i, ((values, _), damping) in enumerate(zip(eigen, dampings, strict=True)):
             damped = values.clamp(min=0) + damping
-            floor = len(values) * precision * float(damped.max())
+            floor = matrices.rounding(i, damping) * float(damped.max())
             self._inverses.append(torch.where(damped > floor, 1 / damped, 0.0))
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
@@ -220,7 +270,7 @@ class EigenPreconditioner(Preconditioner):
 
 
 def each_module(count: int, work: Callable[[int], T], flops: float = math.inf) -> list[T]:
-    """work(0) .. work(count - 1), in parallel where that pays, each on one thread.
+    """[work(0), …, work(count - 1)], in parallel where `flops` pay for it, each on one thread.
 
     LAPACK's bits depend on how many threads share a matrix, so none is shared.
     """
@@ -237,16 +287,9 @@ def each_module(count: int, work: Callable[[int], T], flops: float = math.inf) -
         torch.set_num_threads(threads)
 
 
-def _precisions(curvature: RawCurvature, lambdas: list[float]) -> list[float]:
-    """Below K times this, relative to the largest, an eigenvalue of H + lambda I is rounding.
-
-    Damping lifts the eigenvalues exactly, in float64; without it they are no better than the sums.
-    """
-    wide = torch.finfo(torch.float64).eps
-    return [
-        wide if damping else torch.finfo(dtype).eps
-        for damping, dtype in zip(lambdas, curvature._dtypes, strict=True)
-    ]
+def _triangular(factor: Tensor, columns: Tensor, *, upper: bool) -> Tensor:
+    solved: Tensor = torch.linalg.solve_triangular(factor, columns, upper=upper)
+    return solved
 
 
 def _key(*parts: Any) -> str:

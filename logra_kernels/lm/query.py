@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logra_kernels.attribution import Attributor
-from logra_kernels.defaults import GRADIENT_DOT, MODES
+from logra_kernels.attribution import Attributor, PreparedQueries
+from logra_kernels.defaults import DAMPING_SCALE, GRADIENT_DOT, MODES, NO_CURVATURE
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, batches, encode, json_lines
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
@@ -113,20 +113,23 @@ def ask(
     found: dict[str, list[dict[str, list[dict[str, Any]]]]] = {}
     directions: dict[str, Tensor] = {}  # mode -> [Q, D], what a passage's row is multiplied with
     ranks: dict[str, dict[str, int | None]] = {name: {} for name in expected or ()}
-    curved: Attributor | None = None
+    curved: tuple[Attributor, PreparedQueries] | None = None  # one solve for all its modes
     for mode in modes:
         progress(f"scan for {mode}")
         if mode == GRADIENT_DOT:
-            attributor = Attributor(store, "none")
+            attributor = Attributor(store, NO_CURVATURE)
+            prepared = attributor.prepare(rows, names)
         else:
-            curved = curved or Attributor(store, damping_scale=damping_scale, damping=damping)
-            attributor = curved
-        directions[mode] = attributor.precondition(rows)
+            if curved is None:
+                attributor = Attributor(store, damping_scale=damping_scale, damping=damping)
+                curved = attributor, attributor.prepare(rows, names)
+            attributor, prepared = curved
+        directions[mode] = prepared.solved.to(rows.dtype)
         scan_mode = "dot" if mode == GRADIENT_DOT else mode
-        result = attributor.top_k(rows, top_k, mode=scan_mode, query_ids=names)
+        result = attributor.top_k(prepared, top_k, mode=scan_mode)
         found[mode] = [_ends(result.rows(q)) for q in range(len(queries))]
         if expected:
-            scores = attributor.scores(rows, mode=scan_mode).scores
+            scores = attributor.scores(prepared, mode=scan_mode).scores
             assert scores is not None
             for q, name in enumerate(names):
                 if name in expected:
@@ -143,7 +146,7 @@ def ask(
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "model": {"path": lm.name, "dtype": lm.dtype, "fingerprint": lm.fingerprint},
         "store": store_facts(store),
-        "curvature": _curvature_facts(curved, damping_scale, damping),
+        "curvature": _curvature_facts(curved and curved[0], damping_scale, damping),
         "notes": list(notes),
         "queries": [
             {
@@ -277,8 +280,8 @@ def _curvature_facts(
     curved: Attributor | None, damping_scale: float | None, damping: float | None
 ) -> dict[str, Any]:
     if curved is None:
-        return {"kind": "none"}
+        return {"kind": NO_CURVATURE}
     facts: dict[str, Any] = {"kind": curved.preconditioner.kind, "lambdas": curved.dampings}
     if damping is not None:
         return {**facts, "damping": damping}
-    return {**facts, "damping_scale": 0.1 if damping_scale is None else damping_scale}
+    return {**facts, "damping_scale": DAMPING_SCALE if damping_scale is None else damping_scale}

@@ -75,7 +75,7 @@ class Config:
             raise ValueError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
         if self.damping is not None and self.damping_scale is not None:
             raise ValueError("damping: expected damping or damping_scale, got both")
-        check_damping(self.damping_scale, self.damping)
+        check_damping(damping_scale=self.damping_scale, damping=self.damping)
 
     def mode_for(self, top_k: int | None) -> str:
         """The mode of a call that names none: of a ranking's top k, or (None) of a matrix."""

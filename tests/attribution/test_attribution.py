@@ -11,7 +11,7 @@ import torch
 from dense_influence import DIM, MODULES, SIZES, dense, gradients, make_store, unpacked
 
 from logra_kernels import _native, ops
-from logra_kernels.attribution import Attributor, influence_between, scan
+from logra_kernels.attribution import Attributor, influence_between, plan
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
@@ -50,8 +50,8 @@ def sigma_calls(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def forget_warnings(monkeypatch):
-    monkeypatch.setattr(scan, "_warned", set())
+def forget_warnings():
+    plan._warn_of_cosine.cache_clear()
 
 
 @pytest.mark.parametrize("mode", SCAN_MODES)
@@ -171,7 +171,9 @@ def test_another_damping_is_another_cache_entry_and_another_result(store, sigma_
         want, allowed = truth.scores("l-relatif"), 1e-5 * truth.allowance("l-relatif")
         assert ((fresh - want).abs() <= allowed).all()
         calls = len(sigma_calls)
-        assert torch.equal(open_attributor(store, **kwargs).scores(QUERIES).scores, fresh)
+        assert torch.equal(
+            open_attributor(store, **kwargs).scores(QUERIES, "l-relatif").scores, fresh
+        )
         assert len(sigma_calls) == calls
         seen.append(fresh)
     assert len(sigma_calls) == 3 * 4 * len(MODULES)
@@ -187,7 +189,7 @@ def test_an_interrupted_pass_keeps_its_shards(store, sigma_calls):
     with pytest.raises(KeyboardInterrupt):
         open_attributor(store).top_k(QUERIES, 2, progress=interrupt)
     assert len(sigma_calls) == 3 * len(MODULES)
-    got = open_attributor(store).scores(QUERIES).scores
+    got = open_attributor(store).scores(QUERIES, "l-relatif").scores
     # the third shard's pass was cut off after its only block, before it was committed
     assert len(sigma_calls) == (3 + 2) * len(MODULES)
     truth = dense(QUERIES, unpacked(store))
@@ -213,10 +215,10 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(store, sigma_calls):
     (store.path / "self_influence").symlink_to("nowhere")
     attributor = open_attributor(store)
     with pytest.warns(UserWarning, match="self-influence is not kept beside the store: ") as seen:
-        first = attributor.scores(QUERIES).scores
+        first = attributor.scores(QUERIES, "l-relatif").scores
     assert len(seen) == 1
     calls = len(sigma_calls)
-    assert torch.equal(attributor.scores(QUERIES).scores, first)
+    assert torch.equal(attributor.scores(QUERIES, "l-relatif").scores, first)
     assert len(sigma_calls) == calls
 
 
@@ -240,8 +242,8 @@ def test_groups(store, mode):
     attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
     groups = {"up": ["up"], "down": "down", "first": ["layer.0"]}
     members = {"up": [0, 2], "down": [1], "first": [0, 1]}
-    result = attributor.scores(QUERIES, mode, groups)
-    top = attributor.top_k(QUERIES, 150, mode, groups)
+    result = attributor.scores(QUERIES, mode, groups=groups)
+    top = attributor.top_k(QUERIES, 150, mode, groups=groups)
     assert torch.equal(result.scores, attributor.scores(QUERIES, mode).scores)
     for name, modules in members.items():
         part = truth.group(modules)
@@ -258,7 +260,7 @@ def test_groups(store, mode):
 
 
 def test_groups_may_be_a_list_of_substrings(store):
-    result = open_attributor(store).scores(QUERIES, groups=["layer.0", "up"])
+    result = open_attributor(store).scores(QUERIES, "l-relatif", groups=["layer.0", "up"])
     assert list(result.groups) == ["layer.0", "up"]
 
 
@@ -318,11 +320,13 @@ def test_curvature_comes_from_the_store_by_default(store):
         Attributor(store)
     curvature = RawCurvature.rebuild(store)
     curvature.save(store)
-    want = Attributor(store, curvature).scores(QUERIES).scores
-    assert torch.equal(Attributor(str(store.path)).scores(QUERIES).scores, want)
-    assert torch.equal(Attributor(store, "raw", damping_scale=0.1).scores(QUERIES).scores, want)
+    want = Attributor(store, curvature).scores(QUERIES, "l-relatif").scores
+    assert torch.equal(Attributor(str(store.path)).scores(QUERIES, "l-relatif").scores, want)
+    assert torch.equal(
+        Attributor(store, "raw", damping_scale=0.1).scores(QUERIES, "l-relatif").scores, want
+    )
     ready = curvature.damped()
-    assert torch.equal(Attributor(store, ready).scores(QUERIES).scores, want)
+    assert torch.equal(Attributor(store, ready).scores(QUERIES, "l-relatif").scores, want)
     with pytest.raises(ValueError, match="damping: expected none with a preconditioner"):
         Attributor(store, ready, damping=1.0)
 
@@ -333,9 +337,11 @@ def test_influence_between_rows_in_memory(tmp_path, mode):
     store = make_store(tmp_path / "s", rows, "float32")
     attributor = open_attributor(store)
     groups = {"up": "up"}
-    want = attributor.scores(QUERIES, mode, groups)
+    want = attributor.scores(QUERIES, mode, groups=groups)
     names = [f"row-{i}" for i in range(90)]
-    got = influence_between(QUERIES, rows, attributor.preconditioner, mode, groups, row_ids=names)
+    got = influence_between(
+        QUERIES, rows, attributor.preconditioner, mode, groups=groups, row_ids=names
+    )
     assert torch.equal(got.scores, want.scores)
     assert torch.equal(got.groups["up"].scores, want.groups["up"].scores)
     assert got["tgt_ids"] == want["tgt_ids"]
@@ -352,7 +358,7 @@ def test_influence_between_rows_in_memory(tmp_path, mode):
 
 def test_result_reads_like_logix_and_as_json(store):
     attributor = open_attributor(store)
-    full = attributor.scores(QUERIES, query_ids=["a", "b", 3, 4])
+    full = attributor.scores(QUERIES, "l-relatif", query_ids=["a", "b", 3, 4])
     assert dict(full).keys() == {"src_ids", "tgt_ids", "influence"}
     assert full["src_ids"] == ["a", "b", "3", "4"]
     assert full["tgt_ids"] == [f"row-{i}" for i in range(150)]
@@ -383,9 +389,41 @@ def test_precondition_is_the_preconditioner_s(store):
     assert attributor.precondition(QUERIES).dtype == torch.float32
 
 
+def test_prepared_queries_are_solved_once_for_all_modes(store, monkeypatch):
+    attributor, groups = open_attributor(store), {"up": "up"}
+    want = {mode: attributor.scores(QUERIES, mode, groups=groups) for mode in SCAN_MODES}
+    solves = []
+    solve = attributor.preconditioner.precondition
+    monkeypatch.setattr(
+        attributor.preconditioner, "precondition", lambda rows: solves.append(1) or solve(rows)
+    )
+    prepared = attributor.prepare(QUERIES, list("abcd"))
+    for mode in SCAN_MODES:
+        got = attributor.scores(prepared, mode, groups=groups)
+        assert torch.equal(got.scores, want[mode].scores)
+        assert torch.equal(got.groups["up"].scores, want[mode].groups["up"].scores)
+        assert attributor.top_k(prepared, 3, mode).query_ids == list("abcd")
+    assert len(solves) == 1
+    assert torch.equal(prepared.solved.float(), attributor.precondition(QUERIES))
+    with pytest.raises(ValueError, match="query_ids: expected none with prepared queries"):
+        attributor.scores(prepared, query_ids=list("abcd"))
+    with pytest.raises(ValueError, match="queries: were prepared for another curvature or damping"):
+        open_attributor(store, damping=3.0).scores(prepared)
+
+
+def test_a_matrix_is_dot_and_a_ranking_l_relatif_unless_asked_otherwise(store):
+    attributor = open_attributor(store)
+    assert attributor.scores(QUERIES).mode == "dot"
+    assert attributor.top_k(QUERIES, 2).mode == "l-relatif"
+    between = influence_between(QUERIES, unpacked(store).float(), attributor.preconditioner)
+    assert between.mode == "dot"
+
+
 def test_progress_counts_every_row(store):
     seen = []
-    open_attributor(store, block_rows=25).scores(QUERIES, progress=lambda *now: seen.append(now))
+    open_attributor(store, block_rows=25).scores(
+        QUERIES, "l-relatif", progress=lambda *now: seen.append(now)
+    )
     assert seen[-1] == (150, 150)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -452,17 +490,17 @@ def test_bad_queries(store):
 
 
 def test_no_queries_give_no_scores(store):
-    assert open_attributor(store).scores(QUERIES[:0]).scores.shape == (0, 150)
+    assert open_attributor(store).scores(QUERIES[:0], "l-relatif").scores.shape == (0, 150)
 
 
 def test_bad_groups(store):
     attributor = open_attributor(store)
     with pytest.raises(ValueError, match=r"groups: 'x' \(attn\) matches none of the modules layer"):
-        attributor.scores(QUERIES, groups={"x": "attn"})
+        attributor.scores(QUERIES, "l-relatif", groups={"x": "attn"})
     with pytest.raises(ValueError, match="groups: the name 'total' is taken"):
-        attributor.scores(QUERIES, groups={"total": "up"})
+        attributor.scores(QUERIES, "l-relatif", groups={"total": "up"})
     with pytest.raises(TypeError, match="groups: expected a list or a mapping of substrings"):
-        attributor.scores(QUERIES, groups="up")
+        attributor.scores(QUERIES, "l-relatif", groups="up")
 
 
 def test_bad_attributor(tmp_path, store):
@@ -484,7 +522,7 @@ def test_a_singular_curvature_without_damping_is_an_error_of_the_attributor(tmp_
     store = make_store(tmp_path / "s", gradients(4))
     with pytest.raises(ValueError, match=r"module 'layer\.0\.up': H \+ 0 I has rank 4 of 12"):
         open_attributor(store, damping=0.0)
-    scores = open_attributor(store, damping=0.0, solver="eigh").scores(QUERIES).scores
+    scores = open_attributor(store, damping=0.0, solver="eigh").scores(QUERIES, "l-relatif").scores
     assert scores.isfinite().all()
 
 

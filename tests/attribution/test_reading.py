@@ -18,7 +18,8 @@ from test_pipeline import LateLanes
 from test_read_ahead import evict, left_behind
 
 from logra_kernels.attribution import Attributor, memory
-from logra_kernels.attribution import attributor as module
+from logra_kernels.attribution import attributor as attributor_module
+from logra_kernels.attribution import reading as reading_module
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.store import BlockReader, Module, StoreFormatError, StoreWriter
@@ -43,13 +44,13 @@ def blocks_read(monkeypatch):
                 read.append((block.shard, block.start))
                 yield block
 
-    monkeypatch.setattr(module, "BlockReader", Spy)
+    monkeypatch.setattr(reading_module, "BlockReader", Spy)
     return read
 
 
 def results(attributor: Attributor, mode: str) -> list[torch.Tensor]:
-    top = attributor.top_k(QUERIES, 7, mode, GROUPS)
-    full = attributor.scores(QUERIES, mode, GROUPS)
+    top = attributor.top_k(QUERIES, 7, mode, groups=GROUPS)
+    full = attributor.scores(QUERIES, mode, groups=GROUPS)
     out = [full.scores, top.top_scores, top.top_rows, top.bottom_scores, top.bottom_rows]
     out += [full.groups[name].scores for name in GROUPS]
     out += [top.groups[name].top_rows for name in GROUPS]
@@ -95,7 +96,7 @@ def test_a_device_with_lanes_gives_the_same_bits(store, monkeypatch, reading, po
         made.append(LateLanes(policy))
         return made[-1]
 
-    monkeypatch.setattr(module, "lanes_of", late)
+    monkeypatch.setattr(attributor_module, "lanes_of", late)
     attributor = Attributor(store, curvature, reading=reading, block_rows=16)
     for _ in range(2):
         for one, other in zip(want, results(attributor, "l-relatif"), strict=True):
@@ -110,7 +111,7 @@ def test_what_fits_is_mapped_and_what_does_not_is_streamed(store, monkeypatch):
     assert Attributor(store, curvature).reading == "mapped"
     assert Attributor(store, curvature, memory_bytes=size).reading == "mapped"
     assert Attributor(store, curvature, memory_bytes=size - 1).reading == "streamed"
-    monkeypatch.setattr(module, "available_bytes", lambda: size)
+    monkeypatch.setattr(reading_module, "available_bytes", lambda: size)
     assert Attributor(store, curvature).reading == "streamed"
     with pytest.raises(ValueError, match=re.escape("reading: expected one of auto, mapped,")):
         Attributor(store, curvature, reading="fast")
@@ -122,15 +123,15 @@ def test_what_fits_is_mapped_and_what_does_not_is_streamed(store, monkeypatch):
 
 def test_streamed_blocks_have_rows_for_their_queries(store, blocks_read, monkeypatch):
     """Packing queries is work per block: many queries want more rows of it."""
-    monkeypatch.setattr(module, "STREAMED_BYTES", 1)
+    monkeypatch.setattr(reading_module, "STREAMED_BYTES", 1)
     curvature = RawCurvature.rebuild(store)
     attributor = Attributor(store, curvature, reading="streamed")
-    want = Attributor(store, curvature).scores(gradients(6)).scores
+    want = Attributor(store, curvature).scores(gradients(6), "l-relatif").scores
     blocks_read.clear()
-    attributor.scores(QUERIES)
+    attributor.scores(QUERIES, "l-relatif")
     assert [start for shard, start in blocks_read if shard == 0] == [0, 16, 32]
     blocks_read.clear()
-    assert_same(attributor.scores(gradients(6)).scores, want)
+    assert_same(attributor.scores(gradients(6), "l-relatif").scores, want)
     assert [start for shard, start in blocks_read if shard == 0] == [0, 24]
 
 
@@ -143,12 +144,12 @@ def test_resident_rows_are_read_once_and_must_fit(store, blocks_read, monkeypatc
     with pytest.raises(ValueError, match=re.escape(message)):
         Attributor(store, curvature, reading="resident", memory_bytes=150 * DIM * 2 - 1)
     attributor = Attributor(store, curvature, reading="resident", block_rows=16)
-    want = attributor.scores(QUERIES).scores
+    want = attributor.scores(QUERIES, "l-relatif").scores
     assert len(blocks_read) == 3 * 3 + 2  # 40 rows in blocks of 16, 30 rows
     for shard in store.shards:
         shard.path.unlink()
         shard.__dict__.pop("rows", None)
-    assert torch.equal(attributor.scores(QUERIES).scores, want)
+    assert torch.equal(attributor.scores(QUERIES, "l-relatif").scores, want)
     assert torch.equal(attributor.top_k(QUERIES, 1).top_scores[:, 0], want.amax(dim=1))
     assert len(blocks_read) == 3 * 3 + 2
 
@@ -170,9 +171,9 @@ def test_an_interrupted_pass_keeps_the_shards_it_finished(store, blocks_read):
     evict(store)
     assert left_behind() == before
     blocks_read.clear()
-    got = attributor.scores(QUERIES).scores
+    got = attributor.scores(QUERIES, "l-relatif").scores
     assert blocks_read == [(2, 0), (3, 0)]  # the others were resident by then
-    assert torch.equal(got, Attributor(store, curvature).scores(QUERIES).scores)
+    assert torch.equal(got, Attributor(store, curvature).scores(QUERIES, "l-relatif").scores)
 
 
 def test_sigma_that_is_missing_is_computed_on_the_blocks_that_are_scored(store, blocks_read):
@@ -192,7 +193,7 @@ def test_a_file_cut_short_is_an_error_that_names_it(store, reading):
     os.truncate(path, 4100)
     message = f"{path}: expected {4096 + 40 * DIM * 2} bytes, got 4100"
     with pytest.raises(StoreFormatError, match=re.escape(message)):
-        attributor.scores(QUERIES)
+        attributor.scores(QUERIES, "l-relatif")
 
 
 MEASURE = """

@@ -190,7 +190,9 @@ def test_save_refuses_another_layout(tmp_path):
 @pytest.mark.parametrize("damping_scale", [1e-3, 0.1, 10.0])
 def test_precondition_is_the_damped_inverse(solver, damping_scale):
     rows, queries = gradients(200), gradients(5, seed=1).double()
-    got = curvature_of(rows).damped(damping_scale, solver=solver).precondition(queries)
+    got = (
+        curvature_of(rows).damped(damping_scale=damping_scale, solver=solver).precondition(queries)
+    )
     for i, (part, query) in enumerate(
         zip(got.split(SIZES, dim=1), queries.split(SIZES, dim=1), strict=True)
     ):
@@ -254,6 +256,22 @@ def test_key_depends_on_the_rows_and_on_the_count():
     assert len(keys) == 5
 
 
+def test_keys_are_those_of_version_0_1():
+    """Norms that version 0.1 kept beside a store are found: their folder's name holds the key."""
+    modules = [Module("a", 2, 2), Module("b", 1, 3)]
+    rows = (torch.arange(35.0).reshape(5, 7) - 17) / 4  # their products are exact
+    curvature = curvature_of(rows, modules)
+    assert curvature.checksum == "eefce9c40a8611fcb42e20f67b285d87"
+    assert curvature.damped().key == "8794078da020e93e420562c6fa620d97"
+    assert curvature.damped(damping_scale=0.5).key == "63c07e7effc8b18e94bb8f51e35b5481"
+    assert curvature.damped(damping=2).key == "07fef45a1c42035ffd3742e99a47d7bc"
+    eigen = curvature.damped(damping=0.25, solver="eigh")
+    assert eigen.key == "316d4512709266e663c916957ec6b5ab"
+    single = curvature_of(rows, modules, torch.float32).damped(damping=2.0)
+    assert single.key == "3a5a597c3a2201b06005a912f5c1fc53"
+    assert IdentityPreconditioner(modules).key == "b465ab6dec9a018f70fea6eac250b19a"
+
+
 def test_singular_without_damping_names_module_and_rank():
     curvature = curvature_of(gradients(9))
     message = r"module 'layer\.0\.up': H \+ 0 I has rank 9 of 12 .*solver='eigh'"
@@ -279,7 +297,7 @@ def test_sweep_takes_one_eigendecomposition_per_module(monkeypatch):
     curvature, queries = curvature_of(gradients(100)), gradients(2, seed=1).double()
     scales = [1e-3, 0.1, 1.0]
     for scale, preconditioner in zip(scales, curvature.sweep(damping_scales=scales), strict=True):
-        want = curvature.damped(scale).precondition(queries)
+        want = curvature.damped(damping_scale=scale).precondition(queries)
         assert torch.allclose(preconditioner.precondition(queries), want, rtol=1e-9)
     assert len(calls) == len(MODULES)
     curvature.update(gradients(1, seed=8))

@@ -198,12 +198,17 @@ class LogixRun(Run):
                 precondition, damping=damping, damping_scale=damping_scale
             )
             return influence_between(
-                queries, rows, preconditioner, mode, influence_groups, query_ids, row_ids
-            )
+                queries, rows, preconditioner, mode, groups=influence_groups,
+                query_ids=query_ids, row_ids=row_ids,
+            )  # fmt: skip
         attributor = self.attributor(precondition, damping=damping, damping_scale=damping_scale)
         if top_k is None:
-            return attributor.scores(queries, mode, influence_groups, query_ids, progress)
-        return attributor.top_k(queries, top_k, mode, influence_groups, query_ids, progress)
+            return attributor.scores(
+                queries, mode, groups=influence_groups, query_ids=query_ids, progress=progress
+            )
+        return attributor.top_k(
+            queries, top_k, mode, groups=influence_groups, query_ids=query_ids, progress=progress
+        )
 
     def compute_influence(
         self,
@@ -229,9 +234,9 @@ class LogixRun(Run):
             rows.float(),
             self.preconditioner(precondition, damping=damping, damping_scale=damping_scale),
             mode or self.config.mode_for(None),
-            influence_groups,
-            query_ids,
-            row_ids,
+            groups=influence_groups,
+            query_ids=query_ids,
+            row_ids=row_ids,
         )
 
     def compute_self_influence(

@@ -1,0 +1,259 @@
+"""Norms of the rows, found beside the store or computed, and what they make of a row's score.
+
+The norm of a row g in one module is |W g| = sqrt(sigma) ("sigma") or |(H + λI)⁻¹ g| ("theta").
+Norms are kept of the row as it lies in the file, for the row's own scale is in its score too and
+cancels; and in units of 2**units[m] for module m. So they fit float32 whatever the size of the
+gradients; a norm fits where its square would not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logra_kernels import ops
+from logra_kernels.attribution.reading import Block, ShardRows
+from logra_kernels.curvature import Preconditioner
+from logra_kernels.store import SelfInfluenceCache, Store, StoreError
+
+# What a mode divides a row's score by.
+NORM_OF_MODE = {
+    "dot": None,
+    "l-relatif": "sigma",
+    "l2": "sigma",
+    "theta-relatif": "theta",
+    "whitened-cosine": "sigma",
+}
+
+RowTerms = tuple[np.ndarray, np.ndarray]
+
+# A sum of squares outside these has lost bits to float32's range, or is about to.
+SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-90, 2.0**100
+
+
+class Norms:
+    """One kind of norm for all rows of a store, or for rows in memory.
+
+    Args:
+        preconditioner: gives W.
+        norm: "sigma" or "theta".
+        module_exponents: of the rows' file; a true gradient is 2**exponent times the stored one.
+        device: where rows and W meet.
+        store: keeps the norms beside its rows; None for rows in memory, whose norms are not kept.
+        remember: keep in memory what scans make of known norms, 5 bytes a row and group.
+
+    Raises:
+        StoreMismatchError: norms kept under the same key are of something else.
+    """
+
+    def __init__(
+        self,
+        preconditioner: Preconditioner,
+        norm: str,
+        module_exponents: Sequence[int],
+        device: torch.device,
+        store: Store | None = None,
+        remember: bool = False,
+    ) -> None:
+        self._preconditioner = preconditioner
+        self._norm = norm
+        self._device = device
+        self._store = store
+        self._remember = remember
+        self._factors: list[Tensor] | None = None
+        # W is divided by 2**unit; the module's exponent in the file is multiplied in afterwards.
+        factor_units = preconditioner.units(norm)
+        self._units = [e + u for e, u in zip(module_exponents, factor_units, strict=True)]
+        self._memory: dict[int, np.ndarray] = {}  # shard -> norms that could not be written
+        self._remembered: dict[int, ShardNorms] = {}
+        self._cache: SelfInfluenceCache | None = None
+        self._missing: set[int] = set()  # shards without norms beside the store
+        if store is not None:
+            meta = {
+                "quantity": {"sigma": "sqrt(sigma)", "theta": "|(H + lambda I)^-1 g|"}[norm],
+                "unit_exponents": self._units,
+                "curvature": preconditioner.kind,
+                "dampings": preconditioner.dampings,
+            }
+            self._cache = store.self_influence_cache(f"{norm}-{preconditioner.key}", meta)
+            self._missing.update(self._cache.missing())
+
+    def known(self, index: int) -> bool:
+        """Whether an earlier scan left the norms of the store's shard `index`."""
+        in_file = self._cache is not None and index not in self._missing
+        return in_file or index in self._memory
+
+    def of_shard(self, rows: ShardRows) -> ShardNorms:
+        """A shard's norms: known ones, or room for those that `compute` will find."""
+        if not self.known(rows.index):
+            fresh = np.empty((rows.num_rows, len(self._units)), np.float32)
+            return ShardNorms(lambda: fresh, rows.row_scale, self._units, fresh=True)
+        if not self._remember:
+            known = self._load(rows.index)
+            return ShardNorms(lambda: known, rows.row_scale, self._units)
+        if rows.index not in self._remembered:
+            self._remembered[rows.index] = ShardNorms(
+                lambda: self._load(rows.index), rows.row_scale, self._units, made={}
+            )
+        return self._remembered[rows.index]
+
+    def compute(self, block: Block, norms: ShardNorms) -> None:
+        """Find the norms of a block's rows, while they are in cache, unless they are known.
+
+        Raises:
+            ValueError: a norm of a store's row is not finite; names the row and the module.
+        """
+        if not norms.fresh:
+            return
+        if self._factors is None:
+            factors = self._preconditioner.scaled_factors(self._norm)
+            self._factors = [factor.to(self._device) for factor in factors or []]
+        layout, rows = self._preconditioner.layout, block.rows
+        found = torch.empty(rows.shape[0], len(layout), device=rows.device)
+        for i, columns in enumerate(layout.split(rows)):
+            found[:, i] = _norm(columns, self._factors[i] if self._factors else None)
+        values = found.cpu().numpy()
+        finite = np.isfinite(values)
+        if self._store is not None and not finite.all():
+            row, module = (int(v) for v in np.argwhere(~finite)[0])
+            raise ValueError(
+                f"row '{self._store.ids[block.first_row + row].as_py()}': its self-influence in "
+                f"module '{layout.names[module]}' is not finite"
+            )
+        norms.values[block.here] = values
+
+    def keep(self, index: int, norms: ShardNorms) -> None:
+        """Keep a shard's computed norms beside the store, or in memory if they cannot be written.
+
+        So an interrupted scan leaves the norms of the shards that it finished.
+        """
+        if self._cache is None or not norms.fresh:
+            return
+        if not self._memory:  # after one refusal no other shard is tried
+            try:
+                self._cache.write(index, norms.values)
+                self._missing.remove(index)
+                return
+            except (OSError, StoreError) as error:
+                warnings.warn(f"self-influence is not kept beside the store: {error}", stacklevel=2)
+        self._memory[index] = norms.values
+
+    def _load(self, index: int) -> np.ndarray:
+        if index in self._memory or self._cache is None:
+            return self._memory[index]
+        return self._cache.read(index)
+
+
+@dataclass
+class ShardNorms:
+    """The norms of one shard's rows, and the terms that they add to scores."""
+
+    load: Callable[[], np.ndarray]  # gives the norms
+    row_scale: np.ndarray | None  # [r] float32 powers of two of the rows in the file; None: ones
+    units: list[int]  # the norms are in units of 2**units[m]
+    fresh: bool = False  # this scan computes them
+    made: dict[tuple[int, ...], RowTerms] | None = None  # what `terms` gave, where it is kept
+
+    @property
+    def values(self) -> np.ndarray:
+        """[r, M] float32; of a fresh shard, what the scan has reached."""
+        return self.load()
+
+    def unit(self, members: Sequence[int]) -> int:
+        """The power of two in which `terms` gives a group's factors."""
+        return max(self.units[i] for i in members)
+
+    def terms(self, members: Sequence[int], here: slice, *, bias: bool) -> RowTerms:
+        """What the norms of some modules do to the scores of the shard's rows `here`.
+
+        Returns: [R] float32 and [R] bool, where the norm is zero. The first is 2**unit / norm, the
+        factor of a score, 0 for a zero norm; with `bias`, -sigma / 2 of the true row.
+        """
+        if self.made is None:
+            return self._terms(members, here, bias)
+        key = (bias, *members)
+        if key not in self.made:
+            self.made[key] = self._terms(members, slice(None), bias)
+        values, zero = self.made[key]
+        return values[here], zero[here]
+
+    def true_norms(self, members: Sequence[int], here: slice) -> np.ndarray:
+        """The norm over some modules of the true rows `here`, [R] float64."""
+        norm = self._combined(members, here, 0)
+        return norm if self.row_scale is None else norm * self.row_scale[here]
+
+    # NumPy on one thread: a vector of R numbers is not worth waking the others.
+    def _terms(self, members: Sequence[int], here: slice, bias: bool) -> RowTerms:
+        if bias:
+            norm = self.true_norms(members, here)
+            with np.errstate(over="ignore"):
+                return (-0.5 * norm**2).astype(np.float32), norm == 0
+        norm = self._combined(members, here, self.unit(members))
+        zero = norm == 0
+        inverse = np.divide(1, norm, out=np.zeros_like(norm), where=~zero)
+        return inverse.astype(np.float32), zero
+
+    def _combined(self, members: Sequence[int], here: slice, unit: int) -> np.ndarray:
+        """The norm over some modules of the rows as in the file, divided by 2**unit."""
+        norms = self.values[here]
+        if len(members) < len(self.units):
+            norms = norms[:, list(members)]
+        wide = norms.astype(np.float64)
+        wide *= wide
+        wide *= np.ldexp(1.0, [2 * (self.units[i] - unit) for i in members])
+        # NumPy adds along a contiguous row by its length alone: the bits do not depend on R.
+        return np.asarray(np.sqrt(wide.sum(axis=1)))
+
+
+def _norm(columns: Tensor, factor: Tensor | None) -> Tensor:
+    """|W g| of g = columns [R, K], [R] float32; exact to rounding whatever the size of g."""
+    if factor is not None and not factor.any():
+        return torch.zeros(columns.shape[0], device=columns.device)
+    square = _squares(columns, factor)
+    norm = square.sqrt()
+    odd = (~((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE))).nonzero()[:, 0]
+    if odd.numel():
+        part = columns[odd].float()  # [odd, K]
+        largest = part.abs().amax(dim=1)
+        part, odd, largest = part[largest > 0], odd[largest > 0], largest[largest > 0]
+        unit = torch.frexp(largest).exponent
+        part = _scale_exponent(part, -unit[:, None])
+        norm[odd] = _scale_exponent(_squares(part, factor).sqrt(), unit)
+    return norm
+
+
+def _squares(columns: Tensor, factor: Tensor | None) -> Tensor:
+    if factor is not None:
+        return ops.self_influence(columns, factor)
+    return _sum_columns(columns.float() * columns.float())
+
+
+def _sum_columns(values: Tensor) -> Tensor:
+    """[R, n] -> [R], halves added to halves: a row's additions are the same in any block."""
+    while values.shape[1] > 1:
+        half = (values.shape[1] + 1) // 2
+        upper = values[:, half:]
+        values = values[:, :half].clone()
+        values[:, : upper.shape[1]] += upper
+    return values[:, 0]
+
+
+def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
+    """values * 2**exponent, also where float32 cannot hold 2**exponent."""
+    for factor in powers_of_two(exponent):
+        values = values * factor
+    return values
+
+
+def powers_of_two(exponent: Tensor) -> list[Tensor]:
+    """Two factors, each of which float32 can hold, whose product is 2**exponent."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return [
+        torch.ldexp(torch.ones_like(step, dtype=torch.float32), step)
+        for step in (half, exponent - half)
+    ]

@@ -1,0 +1,184 @@
+"""Before a scan: queries checked and preconditioned once, then folded for a mode and its groups."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logra_kernels.attribution.influence_result import TOTAL
+from logra_kernels.curvature import Preconditioner
+from logra_kernels.defaults import SCAN_MODES
+from logra_kernels.rows import dtype_name
+from logra_kernels.store import Module, RowLayout
+
+Groups = Mapping[str, str | Sequence[str]] | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class PreparedQueries:
+    """Checked queries and their (H + λI)⁻¹ g, from which every mode's scan starts."""
+
+    names: list[str]
+    gradients: Tensor  # g, [Q, D] float64 on the CPU
+    solved: Tensor  # (H + λI)⁻¹ g, [Q, D] float64 on the CPU
+    key: str  # the preconditioner's
+
+    @classmethod
+    def of(
+        cls, queries: Tensor, query_ids: Sequence[Any] | None, preconditioner: Preconditioner
+    ) -> PreparedQueries:
+        """Check queries [Q, D] float32 or float64 and precondition them.
+
+        Raises:
+            TypeError, ValueError: no such tensor, a value that is not finite, or another number
+                of ids than of queries.
+        """
+        if not isinstance(queries, Tensor):
+            raise TypeError(f"queries: expected a tensor [Q, D], got {type(queries).__name__}")
+        count = queries.shape[0] if queries.ndim else 0
+        names = [str(name) for name in (range(count) if query_ids is None else query_ids)]
+        if len(names) != count:
+            raise ValueError(f"query_ids: expected {count}, one per query, got {len(names)}")
+        check_rows("queries", queries, preconditioner.layout, names)
+        gradients = queries.detach().cpu().double()
+        return cls(names, gradients, preconditioner.precondition(gradients), preconditioner.key)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One group's queries for a scan in one mode: inverse and modules' exponents folded in."""
+
+    name: str
+    mode: str
+    members: list[int]  # module numbers
+    columns: slice  # from the group's first to its last column
+    queries: Tensor  # [Q, columns] float32; zero in modules between that are not members
+    # The true query is 2**exponents[q] times queries[q], whose largest element lies in [0.5, 1).
+    # In mode "l2" the exponents are 0: its bias is one for all queries.
+    exponents: Tensor  # [Q] int32
+
+
+def plan_scan(
+    prepared: PreparedQueries,
+    mode: str,
+    groups: Groups,
+    layout: RowLayout,
+    module_exponents: Sequence[int],
+    device: torch.device,
+) -> list[Plan]:
+    """The plan of all modules, and after it one per group.
+
+    Args:
+        prepared: the queries.
+        mode: one of SCAN_MODES.
+        groups: as `find_groups` takes them.
+        layout: the row's layout.
+        module_exponents: the store's; a true gradient is 2**exponent times the stored one.
+        device: where the plans' tensors shall be.
+    """
+    count = len(prepared.names)
+    plans = []
+    for name, members in chosen_modules(groups, layout).items():
+        columns = layout.span(members)
+        folded = torch.zeros(count, columns.stop - columns.start, dtype=torch.float64)
+        sigma = torch.zeros(count, dtype=torch.float64)  # gᵀ(H + λI)⁻¹g, [Q]
+        for i in members:
+            module = layout.columns[i]
+            solved = prepared.solved[:, module]
+            place = slice(module.start - columns.start, module.stop - columns.start)
+            folded[:, place] = solved * 2.0 ** module_exponents[i]
+            sigma += (prepared.gradients[:, module] * solved).sum(dim=1)
+        if mode == "whitened-cosine":
+            folded *= torch.where(sigma > 0, sigma.clamp(min=0).rsqrt(), 0.0)[:, None]
+        exponents = torch.zeros(count, dtype=torch.int32)
+        if mode != "l2":
+            exponents = torch.frexp(folded.abs().amax(dim=1)).exponent
+            folded = torch.ldexp(folded, -exponents[:, None])
+        queries = folded.float().to(device)
+        plans.append(Plan(name, mode, members, columns, queries, exponents.to(device)))
+    return plans
+
+
+def chosen_modules(groups: Groups, modules: Sequence[Module]) -> dict[str, list[int]]:
+    """{group: module numbers}, and before them all modules under the name "total"."""
+    return {TOTAL: list(range(len(modules))), **find_groups(groups, modules)}
+
+
+def find_groups(groups: Groups, modules: Sequence[Module]) -> dict[str, list[int]]:
+    """{group: module numbers}; a module belongs to a group if its name holds a substring of it.
+
+    Args:
+        groups: {name: one or more substrings}; a list of substrings, each a group of its own; or
+            None for no groups.
+        modules: the row's layout.
+
+    Raises:
+        TypeError: a string, which could be either.
+        ValueError: a group without modules, or one called "total".
+    """
+    if groups is None:
+        return {}
+    if isinstance(groups, str):
+        raise TypeError(f"groups: expected a list or a mapping of substrings, got '{groups}'")
+    named = groups if isinstance(groups, Mapping) else {part: [part] for part in groups}
+    found = {}
+    for name, parts in named.items():
+        if name == TOTAL:
+            raise ValueError(f"groups: the name '{TOTAL}' is taken by the sum over all modules")
+        parts = [parts] if isinstance(parts, str) else list(parts)
+        members = [i for i, m in enumerate(modules) if any(part in m.name for part in parts)]
+        if not members:
+            raise ValueError(
+                f"groups: '{name}' ({', '.join(parts)}) matches none of the modules "
+                f"{', '.join(m.name for m in modules)}"
+            )
+        found[name] = members
+    return found
+
+
+def check_mode(mode: str) -> str:
+    """The mode itself; for LogIX's "cosine" it is "l-relatif", with one warning.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode == "cosine":
+        _warn_of_cosine()
+        return "l-relatif"
+    if mode not in SCAN_MODES:
+        raise ValueError(f"mode: expected one of {', '.join(SCAN_MODES)} or cosine, got {mode!r}")
+    return mode
+
+
+def check_rows(argument: str, rows: Tensor, layout: RowLayout, names: Sequence[str] | None) -> None:
+    """Refuse rows that are not finite [R, D] float32 or float64; `names` are theirs.
+
+    Raises:
+        TypeError, ValueError: names the argument, or the row and the module.
+    """
+    if rows.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{argument}: expected float32, got {dtype_name(rows.dtype)}")
+    if rows.ndim != 2 or rows.shape[1] != layout.dim:
+        letter = "Q" if argument == "queries" else "R"
+        raise ValueError(f"{argument}: expected [{letter}, {layout.dim}], got {list(rows.shape)}")
+    finite = rows.isfinite()
+    if not finite.all():
+        row, column = (int(v) for v in (~finite).nonzero()[0])
+        name = names[row] if names else str(row)
+        module = layout.module_of(column).name
+        raise ValueError(f"{argument}: '{name}' is not finite in module '{module}'")
+
+
+@functools.cache
+def _warn_of_cosine() -> None:
+    warnings.warn(
+        "mode 'cosine' is LogIX's name for l-RelatIF: the score is divided by sqrt(sigma) of "
+        "the training row only, and is no cosine; 'whitened-cosine' is one",
+        stacklevel=5,
+    )

@@ -1,0 +1,193 @@
+"""How a store's rows come to the device: the way, the size of blocks, the rows that stay there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logra_kernels.attribution.memory import SHARE_FOR_ROWS, available_bytes
+from logra_kernels.attribution.pipeline import HostLanes, Lanes, feed
+from logra_kernels.rows import share
+from logra_kernels.store import BlockReader, Store, huge_buffer
+
+READINGS = ("auto", "mapped", "streamed", "resident")
+
+# A block of this size takes longer than the call, and is still in cache for the scores after sigma.
+BLOCK_BYTES = 32 << 20
+SMALLEST_BLOCK_ROWS, LARGEST_BLOCK_ROWS = 256, 1 << 16
+# Streamed blocks lie in buffers, four at a time.
+STREAMED_BYTES, SMALLEST_STREAMED_ROWS = 8 << 20, 16
+# Queries are packed for each block: with this many rows a query, packing is little of the work.
+ROWS_PER_QUERY = 4
+
+
+@dataclass
+class ShardRows:
+    """What the blocks of one shard have in common during a scan."""
+
+    index: int
+    first_row: int
+    num_rows: int
+    row_scale: np.ndarray | None = None  # [r] float32 powers of two; None: all are one
+    held: Tensor | None = None  # [r, D] on the device, for rows that are to stay there
+
+    def block(self, start: int, rows: Tensor) -> Block:
+        """Rows [R, D] from `start` on, in the memory they are to stay in if there is one."""
+        if self.held is not None:
+            rows = self.held[start : start + rows.shape[0]].copy_(rows)
+        return Block(self, start, rows)
+
+
+@dataclass
+class Block:
+    """Rows [start, start + R) of a shard, on the scan's device."""
+
+    shard: ShardRows
+    start: int
+    rows: Tensor  # [R, D], as in the file
+
+    @property
+    def here(self) -> slice:
+        """The block's place in its shard."""
+        return slice(self.start, self.start + self.rows.shape[0])
+
+    @property
+    def first_row(self) -> int:
+        """The store's number of the block's first row."""
+        return self.shard.first_row + self.start
+
+    @property
+    def last(self) -> bool:
+        """Whether the shard ends with the block."""
+        return self.start + self.rows.shape[0] == self.shard.num_rows
+
+
+class Reading:
+    """The way to a store's rows. Every way and every size of block gives the same bits.
+
+    Args:
+        store: the store.
+        device: where the rows are used.
+        way: one of READINGS, as `Attributor` describes them.
+        memory_bytes: what the rows may take, for "auto" and "resident"; None: most of what is left.
+        block_rows: rows of a block; None: chosen by their bytes.
+
+    Raises:
+        ValueError: an unknown way, a number that does not go with it, or rows that do not fit.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        device: torch.device,
+        way: str = "auto",
+        *,
+        memory_bytes: int | None = None,
+        block_rows: int | None = None,
+    ) -> None:
+        if block_rows is not None and block_rows < 1:
+            raise ValueError(f"block_rows: expected at least 1, got {block_rows}")
+        self._store = store
+        self._device = device
+        self._row_bytes = store.dim * np.dtype(store.dtype).itemsize
+        self.way = self._choose(way, memory_bytes)
+        on_gpu = device.type == "cuda"
+        small = self.way == "streamed" and not on_gpu
+        least = SMALLEST_STREAMED_ROWS if small or on_gpu else SMALLEST_BLOCK_ROWS
+        num_bytes = STREAMED_BYTES if small else BLOCK_BYTES
+        self.block_rows = block_rows or block_rows_of(num_bytes, self._row_bytes, least)
+        # For many queries, blocks that were chosen small may grow up to this.
+        self._most_rows = BLOCK_BYTES // self._row_bytes if small and not block_rows else 0
+        self._held: dict[int, Tensor] = {}  # shard -> [r, D] on the device
+
+    def block_rows_for(self, num_queries: int) -> int:
+        """Rows of a block for a scan with so many queries."""
+        return max(self.block_rows, min(self._most_rows, ROWS_PER_QUERY * num_queries))
+
+    def open_shard(self, index: int) -> ShardRows:
+        """A shard before the first of its blocks is used."""
+        shard = self._store.shards[index]
+        rows = ShardRows(index, shard.first_row, shard.num_rows)
+        if self._store.dtype != "float32":
+            streamed = self.way == "streamed"
+            rows.row_scale = shard.read_row_scale() if streamed else shard.row_scale
+        if self.way == "resident" and index not in self._held:
+            rows.held = self._room(shard.num_rows)
+        return rows
+
+    def close_shard(self, rows: ShardRows) -> None:
+        """A shard after the last of its blocks was used: rows that stay are not read again."""
+        if rows.held is not None:
+            self._held[rows.index] = rows.held
+
+    def feed(
+        self,
+        use: Callable[[int, int, Tensor], None],
+        lanes: Lanes | HostLanes,
+        shards: Sequence[int],
+        block_rows: int,
+    ) -> None:
+        """use(shard, start, rows [R, D] on the device) for each block: first of shards held there.
+
+        Raises:
+            StoreFormatError, StoreError: a file was cut short, or cannot be read.
+        """
+        for index in shards:
+            if index in self._held:
+                for start in range(0, len(self._held[index]), block_rows):
+                    use(index, start, self._held[index][start : start + block_rows])
+        away = [index for index in shards if index not in self._held]
+        if not away:
+            return
+        allocate = None if isinstance(lanes, HostLanes) else lanes.host_buffer
+        with BlockReader(
+            self._store,
+            block_rows,
+            shards=away,
+            keep=self.way == "mapped",
+            in_place=allocate is None,
+            allocate=allocate,
+        ) as blocks:
+            num_bytes = block_rows * self._row_bytes
+            feed(blocks, lanes, lambda at, rows: use(at.shard, at.start, rows), num_bytes)
+
+    def _choose(self, way: str, memory_bytes: int | None) -> str:
+        """The way that was asked for, or, for "auto", the one for which the memory is enough."""
+        if way not in READINGS:
+            raise ValueError(f"reading: expected one of {', '.join(READINGS)}, got {way!r}")
+        if memory_bytes is not None and memory_bytes < 0:
+            raise ValueError(f"memory_bytes: expected at least 0, got {memory_bytes}")
+        if way in ("mapped", "streamed"):
+            if memory_bytes is not None:
+                raise ValueError(f"memory_bytes: expected none with reading='{way}', got one")
+            return way
+        needed = self._store.num_rows * self._row_bytes
+        if memory_bytes is None:
+            on_gpu = way == "resident" and self._device.type == "cuda"
+            left = torch.cuda.mem_get_info(self._device)[0] if on_gpu else available_bytes()
+            memory_bytes = int(SHARE_FOR_ROWS * left)
+        if needed <= memory_bytes:
+            return "mapped" if way == "auto" else "resident"
+        if way == "resident":
+            raise ValueError(
+                f"reading: 'resident' needs {needed / 1e9:.2f} GB for the rows of "
+                f"{self._store.path}, and may take {memory_bytes / 1e9:.2f} GB of the memory of "
+                f"'{self._device}'; 'auto' streams what does not fit"
+            )
+        return "streamed"
+
+    def _room(self, num_rows: int) -> Tensor:
+        """Memory [num_rows, D] for a resident shard; on the CPU in huge pages."""
+        shape, dtype = (num_rows, self._store.dim), self._store.dtype
+        if self._device.type != "cpu":
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+        return share(huge_buffer(num_rows * self._row_bytes).view(dtype).reshape(shape))
+
+
+def block_rows_of(num_bytes: int, row_bytes: int, least: int = SMALLEST_BLOCK_ROWS) -> int:
+    """Rows of a block of so many bytes, within bounds."""
+    return max(least, min(LARGEST_BLOCK_ROWS, num_bytes // row_bytes))

@@ -1,0 +1,134 @@
+"""Where a group's scores go during a scan: the whole matrix, a running top k, or sigma alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logra_kernels import ops
+from logra_kernels.attribution.influence_result import InfluenceResult
+from logra_kernels.attribution.norms import ShardNorms, powers_of_two
+from logra_kernels.attribution.plan import Plan
+from logra_kernels.attribution.reading import Block
+from logra_kernels.rows import share
+
+Terms = tuple[Tensor | None, Tensor | None]  # row_scale and row_bias of the ops, [R] float32 each
+Upload = Callable[[np.ndarray], Tensor]  # brings a small array from the host to the device
+
+
+class GroupScores(ABC):
+    """One group's scores."""
+
+    def __init__(self, plan: Plan, upload: Upload) -> None:
+        self.plan = plan
+        self._upload = upload
+        self._zero_rows: int | None = None
+        self._unit = 0  # row scales are 2**unit too large
+        self._factors: list[Tensor] | None = None
+
+    def add(self, block: Block, norms: ShardNorms | None) -> None:
+        """Score a block's rows; `norms` are its shard's, None for a mode without."""
+        terms = self._terms(block, norms)
+        rows = block.rows
+        if self.plan.columns != slice(0, rows.shape[1]):
+            rows = rows[:, self.plan.columns]
+        self._take(rows, terms, block.first_row)
+
+    def result(
+        self, query_ids: list[str], row_ids: Sequence[str], dampings: dict[str, float]
+    ) -> InfluenceResult:
+        """The scores of all rows that were added."""
+        result = InfluenceResult(self.plan.mode, query_ids, row_ids, dampings, self._zero_rows)
+        self._put(result)
+        return result
+
+    @abstractmethod
+    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None: ...
+
+    @abstractmethod
+    def _put(self, result: InfluenceResult) -> None: ...
+
+    def _terms(self, block: Block, norms: ShardNorms | None) -> Terms:
+        packed = block.shard.row_scale
+        plain = None if packed is None else self._upload(packed[block.here])
+        if norms is None:
+            return plain, None
+        members, bias = self.plan.members, self.plan.mode == "l2"
+        values, zero = norms.terms(members, block.here, bias=bias)
+        self._zero_rows = (self._zero_rows or 0) + int(np.count_nonzero(zero))
+        if bias:
+            return plain, self._upload(values)
+        # The packed row's scale is in its score and in its norm, and cancels.
+        self._unit = norms.unit(members)
+        return self._upload(values), None
+
+    def _true_scale(self) -> list[Tensor]:
+        """Factors [Q, 1] that bring scores to their true scale, each of which float32 can hold."""
+        if self._factors is None:
+            exponent = self.plan.exponents[:, None] - self._unit
+            self._factors = powers_of_two(exponent) if bool(exponent.any()) else []
+        return self._factors
+
+
+class FullMatrix(GroupScores):
+    """The scores of all rows, [Q, N] float32 on the CPU."""
+
+    def __init__(self, plan: Plan, upload: Upload, num_rows: int) -> None:
+        super().__init__(plan, upload)
+        self._scores = torch.empty(plan.queries.shape[0], num_rows)
+
+    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None:
+        values = ops.scores(self.plan.queries, rows, *terms)  # [Q, R]
+        for factor in self._true_scale():
+            values *= factor
+        self._scores[:, first_row : first_row + rows.shape[0]] = values
+
+    def _put(self, result: InfluenceResult) -> None:
+        result.scores = self._scores
+
+
+class TopK(GroupScores):
+    """The k largest and the k smallest scores; memory does not grow with the number of rows."""
+
+    def __init__(self, plan: Plan, upload: Upload, k: int) -> None:
+        super().__init__(plan, upload)
+        self._k = k
+        self._state: Any = None
+
+    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None:
+        queries = self.plan.queries
+        self._state = ops.topk_scores(queries, rows, self._k, *terms, self._state, first_row)
+
+    def _put(self, result: InfluenceResult) -> None:
+        top, top_rows, bottom, bottom_rows = self._state
+        for factor in self._true_scale():
+            top, bottom = top * factor, bottom * factor
+        result.top_scores, result.top_rows = top.cpu(), top_rows.cpu()
+        result.bottom_scores, result.bottom_rows = bottom.cpu(), bottom_rows.cpu()
+
+
+class SelfInfluence:
+    """Sigma of all rows, per group [N] float64."""
+
+    def __init__(self, members: Mapping[str, list[int]], num_rows: int) -> None:
+        self._members = members
+        self.values = {name: torch.empty(num_rows, dtype=torch.float64) for name in members}
+
+    def add(self, block: Block, norms: ShardNorms | None) -> None:
+        """Square a block's norms."""
+        assert norms is not None
+        self.put(block.first_row, norms, block.here)
+
+    def put(self, first_row: int, norms: ShardNorms, here: slice) -> None:
+        """Square a shard's norms of the rows `here`, which the store counts from `first_row`."""
+        for name, members in self._members.items():
+            sigma = norms.true_norms(members, here) ** 2
+            self.values[name][first_row : first_row + len(sigma)] = share(sigma)
+
+
+Sink = GroupScores | SelfInfluence
