@@ -26,7 +26,7 @@ from logra_kernels.attribution.plan import (
     chosen_modules,
     plan_scan,
 )
-from logra_kernels.attribution.reading import Reading, RowsInMemory, ShardRows
+from logra_kernels.attribution.reading import BLOCK_BYTES, Block, Reading, ShardRows, block_rows_of
 from logra_kernels.attribution.sinks import FullMatrix, GroupScores, SelfInfluence, Sink, TopK
 from logra_kernels.curvature import Curvature, Preconditioner, preconditioner_of
 from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
@@ -88,18 +88,10 @@ class Attributor:
         self.preconditioner = preconditioner_of(
             self.store, curvature, damping_scale=damping_scale, damping=damping, solver=solver
         )
-        self.dampings = self.preconditioner.dampings
+        self.dampings = self.preconditioner.dampings  # λ of each module
+        self._exponents = self.store.module_exponents
+        self.reading, self.block_rows = self._reading.way, self._reading.block_rows
         self._norms: dict[str, Norms] = {}
-
-    @property
-    def reading(self) -> str:
-        """How the rows come: "mapped", "streamed" or "resident"."""
-        return self._reading.way
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a block, for few queries."""
-        return self._reading.block_rows
 
     def precondition(self, queries: Tensor) -> Tensor:
         """(H + λI)⁻¹ g for queries [Q, D] float32 or float64; [Q, D] of the same dtype."""
@@ -210,8 +202,7 @@ class Attributor:
     ) -> InfluenceResult:
         mode = check_mode(mode)
         prepared = self._prepared(queries, query_ids)
-        layout, exponents = self.store.layout, self.store.module_exponents
-        plans = plan_scan(prepared, mode, groups, layout, exponents, self.device)
+        plans = plan_scan(prepared, mode, groups, self.store.layout, self._exponents, self.device)
         block_rows = self._reading.block_rows_for(len(prepared.names))
         with closing(lanes_of(self.device)) as lanes:
             sinks: list[GroupScores] = [
@@ -220,8 +211,9 @@ class Attributor:
                 else TopK(plan, lanes.upload, k)
                 for plan in plans
             ]
-            done = track(progress, self.store.num_rows, "scan")
-            scan = _Scan(self._reading, self._norms_of(NORM_OF_MODE[mode]), sinks, done)
+            norm = NORM_OF_MODE[mode]
+            norms = None if norm is None else self._norms_of(norm)
+            scan = _Scan(self._reading, norms, sinks, track(progress, self.store.num_rows, "scan"))
             self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
             return _result(sinks, prepared.names, StoredIds(self.store), self.dampings)
 
@@ -236,56 +228,53 @@ class Attributor:
             raise ValueError("queries: were prepared for another curvature or damping")
         return queries
 
-    @overload
-    def _norms_of(self, norm: str) -> Norms: ...
-    @overload
-    def _norms_of(self, norm: None) -> None: ...
-
-    def _norms_of(self, norm: str | None) -> Norms | None:
-        if norm is not None and norm not in self._norms:
+    def _norms_of(self, norm: str) -> Norms:
+        if norm not in self._norms:
+            remember = self.reading != "streamed"
             self._norms[norm] = Norms(
-                self.preconditioner,
-                norm,
-                self.store.module_exponents,
-                self.device,
-                self.store,
-                remember=self.reading != "streamed",
+                self.preconditioner, norm, self._exponents, self.device, self.store, remember
             )
-        return None if norm is None else self._norms[norm]
+        return self._norms[norm]
 
 
 class _Scan:
-    """One pass over rows: each block gets its norms, and every sink takes it."""
+    """One pass over a store's rows: each block gets its norms, and every sink takes it."""
 
     def __init__(
         self,
-        source: Reading | RowsInMemory,
+        reading: Reading,
         norms: Norms | None,
         sinks: Sequence[Sink],
         done: Callable[[int], None],
     ) -> None:
-        self._source = source
+        self._reading = reading
         self._norms = norms
         self._sinks = sinks
         self._done = done
-        self._shard: ShardRows | None = None
-        self._shard_norms: ShardNorms | None = None
+        self._shard: ShardRows  # of the blocks that are coming
+        self._found: ShardNorms | None
 
     def take(self, index: int, start: int, rows: Tensor) -> None:
         """Use rows [R, D] from `start` on of the shard `index`; a shard's blocks come in order."""
-        if self._shard is None or start == 0:
-            self._shard = self._source.open_shard(index)
-            self._shard_norms = None if self._norms is None else self._norms.of_shard(self._shard)
+        if start == 0:
+            self._shard = self._reading.open_shard(index)
+            self._found = None if self._norms is None else self._norms.of_shard(self._shard)
         block = self._shard.block(start, rows)
-        if self._norms is not None and self._shard_norms is not None:
-            self._norms.compute(block, self._shard_norms)
-        for sink in self._sinks:
-            sink.add(block, self._shard_norms)
+        _use(block, self._norms, self._found, self._sinks)
         self._done(rows.shape[0])
         if block.last:
-            if self._norms is not None and self._shard_norms is not None:
-                self._norms.keep(index, self._shard_norms)
-            self._source.close_shard(self._shard)
+            if self._norms and self._found:
+                self._norms.keep(index, self._found)
+            self._reading.close_shard(self._shard)
+
+
+def _use(
+    block: Block, norms: Norms | None, found: ShardNorms | None, sinks: Sequence[Sink]
+) -> None:
+    if norms and found:
+        norms.compute(block, found)
+    for sink in sinks:
+        sink.add(block, found)
 
 
 def influence_between(
@@ -325,8 +314,11 @@ def influence_between(
     sinks = [FullMatrix(plan, upload, count) for plan in plans]
     norm = NORM_OF_MODE[mode]
     norms = None if norm is None else Norms(preconditioner, norm, exponents, rows.device)
-    source = RowsInMemory(rows)
-    source.feed(_Scan(source, norms, sinks, track(None, count, "scan")).take)
+    shard = ShardRows(0, 0, count)
+    found = None if norms is None else norms.of_shard(shard)
+    step = block_rows_of(BLOCK_BYTES, 4 * layout.dim)
+    for start in range(0, count, step):
+        _use(shard.block(start, rows[start : start + step]), norms, found, sinks)
     return _result(sinks, prepared.names, names, preconditioner.dampings)
 
 

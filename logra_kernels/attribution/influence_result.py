@@ -127,7 +127,7 @@ class StoredIds(Sequence[str]):
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return self._store.ids[index].to_pylist()
+            return [str(name) for name in self._store.ids[index].to_pylist()]
         count = self._store.num_rows
         if not -count <= index < count:
             raise IndexError(f"row {index} of {count}")

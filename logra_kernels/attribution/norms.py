@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ class Norms:
             return ShardNorms(lambda: known, rows.row_scale, self._units)
         if rows.index not in self._remembered:
             self._remembered[rows.index] = ShardNorms(
-                lambda: self._load(rows.index), rows.row_scale, self._units, remember=True
+                lambda: self._load(rows.index), rows.row_scale, self._units, made={}
             )
         return self._remembered[rows.index]
 
@@ -148,59 +149,43 @@ class Norms:
         return self._cache.read(index)
 
 
+@dataclass
 class ShardNorms:
-    """The norms of one shard's rows, and the terms that they add to scores.
+    """The norms of one shard's rows, and the terms that they add to scores."""
 
-    Args:
-        load: gives the norms [r, M] float32.
-        row_scale: [r] float32 powers of two of the rows in the file; None: all are one.
-        units: the norms are in units of 2**units[m].
-        fresh: the norms are being computed by this scan.
-        remember: keep what `terms` gives, made once for all rows of the shard.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[], np.ndarray],
-        row_scale: np.ndarray | None,
-        units: list[int],
-        *,
-        fresh: bool = False,
-        remember: bool = False,
-    ) -> None:
-        self.fresh = fresh
-        self._load = load
-        self._row_scale = row_scale
-        self._units = units
-        self._made: dict[tuple[int, ...], RowTerms] | None = {} if remember else None
+    load: Callable[[], np.ndarray]  # gives the norms
+    row_scale: np.ndarray | None  # [r] float32 powers of two of the rows in the file; None: ones
+    units: list[int]  # the norms are in units of 2**units[m]
+    fresh: bool = False  # this scan computes them
+    made: dict[tuple[int, ...], RowTerms] | None = None  # what `terms` gave, where it is kept
 
     @property
     def values(self) -> np.ndarray:
         """[r, M] float32; of a fresh shard, what the scan has reached."""
-        return self._load()
+        return self.load()
 
     def unit(self, members: Sequence[int]) -> int:
         """The power of two in which `terms` gives a group's factors."""
-        return max(self._units[i] for i in members)
+        return max(self.units[i] for i in members)
 
     def terms(self, members: Sequence[int], here: slice, *, bias: bool) -> RowTerms:
         """What the norms of some modules do to the scores of the shard's rows `here`.
 
-        Returns: [R] float32, and [R] bool where the norm is zero. The first is 2**unit / norm, the
-        factor of a score, or 0 for a zero norm; with `bias`, -sigma / 2 of the true row.
+        Returns: [R] float32 and [R] bool, where the norm is zero. The first is 2**unit / norm, the
+        factor of a score, 0 for a zero norm; with `bias`, -sigma / 2 of the true row.
         """
-        if self._made is None:
+        if self.made is None:
             return self._terms(members, here, bias)
         key = (bias, *members)
-        if key not in self._made:
-            self._made[key] = self._terms(members, slice(None), bias)
-        values, zero = self._made[key]
+        if key not in self.made:
+            self.made[key] = self._terms(members, slice(None), bias)
+        values, zero = self.made[key]
         return values[here], zero[here]
 
     def true_norms(self, members: Sequence[int], here: slice) -> np.ndarray:
         """The norm over some modules of the true rows `here`, [R] float64."""
         norm = self._combined(members, here, 0)
-        return norm if self._row_scale is None else norm * self._row_scale[here]
+        return norm if self.row_scale is None else norm * self.row_scale[here]
 
     # NumPy on one thread: a vector of R numbers is not worth waking the others.
     def _terms(self, members: Sequence[int], here: slice, bias: bool) -> RowTerms:
@@ -216,13 +201,13 @@ class ShardNorms:
     def _combined(self, members: Sequence[int], here: slice, unit: int) -> np.ndarray:
         """The norm over some modules of the rows as in the file, divided by 2**unit."""
         norms = self.values[here]
-        if len(members) < len(self._units):
+        if len(members) < len(self.units):
             norms = norms[:, list(members)]
         wide = norms.astype(np.float64)
         wide *= wide
-        wide *= np.ldexp(1.0, [2 * (self._units[i] - unit) for i in members])
+        wide *= np.ldexp(1.0, [2 * (self.units[i] - unit) for i in members])
         # NumPy adds along a contiguous row by its length alone: the bits do not depend on R.
-        return np.sqrt(wide.sum(axis=1))
+        return np.asarray(np.sqrt(wide.sum(axis=1)))
 
 
 def _norm(columns: Tensor, factor: Tensor | None) -> Tensor:
@@ -237,8 +222,8 @@ def _norm(columns: Tensor, factor: Tensor | None) -> Tensor:
         largest = part.abs().amax(dim=1)
         part, odd, largest = part[largest > 0], odd[largest > 0], largest[largest > 0]
         unit = torch.frexp(largest).exponent
-        part = scale_exponent(part, -unit[:, None])
-        norm[odd] = scale_exponent(_squares(part, factor).sqrt(), unit)
+        part = _scale_exponent(part, -unit[:, None])
+        norm[odd] = _scale_exponent(_squares(part, factor).sqrt(), unit)
     return norm
 
 
@@ -258,7 +243,7 @@ def _sum_columns(values: Tensor) -> Tensor:
     return values[:, 0]
 
 
-def scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
+def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
     """values * 2**exponent, also where float32 cannot hold 2**exponent."""
     for factor in powers_of_two(exponent):
         values = values * factor

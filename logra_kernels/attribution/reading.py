@@ -95,14 +95,13 @@ class Reading:
         self._device = device
         self._row_bytes = store.dim * np.dtype(store.dtype).itemsize
         self.way = self._choose(way, memory_bytes)
-        streamed_on_host = self.way == "streamed" and device.type != "cuda"
-        num_bytes = STREAMED_BYTES if streamed_on_host else BLOCK_BYTES
-        buffered = streamed_on_host or device.type == "cuda"
-        least = SMALLEST_STREAMED_ROWS if buffered else SMALLEST_BLOCK_ROWS
-        self.block_rows = block_rows or _rows_of_bytes(num_bytes, self._row_bytes, least)
-        # Many queries want larger blocks than streaming does.
-        larger = streamed_on_host and block_rows is None
-        self._most_rows = BLOCK_BYTES // self._row_bytes if larger else 0
+        on_gpu = device.type == "cuda"
+        small = self.way == "streamed" and not on_gpu
+        least = SMALLEST_STREAMED_ROWS if small or on_gpu else SMALLEST_BLOCK_ROWS
+        num_bytes = STREAMED_BYTES if small else BLOCK_BYTES
+        self.block_rows = block_rows or block_rows_of(num_bytes, self._row_bytes, least)
+        # For many queries, blocks that were chosen small may grow up to this.
+        self._most_rows = BLOCK_BYTES // self._row_bytes if small and not block_rows else 0
         self._held: dict[int, Tensor] = {}  # shard -> [r, D] on the device
 
     def block_rows_for(self, num_queries: int) -> int:
@@ -144,21 +143,17 @@ class Reading:
         away = [index for index in shards if index not in self._held]
         if not away:
             return
-        on_host = isinstance(lanes, HostLanes)
+        allocate = None if isinstance(lanes, HostLanes) else lanes.host_buffer
         with BlockReader(
             self._store,
             block_rows,
             shards=away,
             keep=self.way == "mapped",
-            in_place=on_host,
-            allocate=None if isinstance(lanes, HostLanes) else lanes.host_buffer,
+            in_place=allocate is None,
+            allocate=allocate,
         ) as blocks:
-            feed(
-                blocks,
-                lanes,
-                lambda block, rows: use(block.shard, block.start, rows),
-                block_rows * self._row_bytes,
-            )
+            num_bytes = block_rows * self._row_bytes
+            feed(blocks, lanes, lambda at, rows: use(at.shard, at.start, rows), num_bytes)
 
     def _choose(self, way: str, memory_bytes: int | None) -> str:
         """The way that was asked for, or, for "auto", the one for which the memory is enough."""
@@ -193,26 +188,6 @@ class Reading:
         return share(huge_buffer(num_rows * self._row_bytes).view(dtype).reshape(shape))
 
 
-class RowsInMemory:
-    """Rows [R, D] float32 on a device, as one shard."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
-
-    def open_shard(self, index: int) -> ShardRows:
-        """All of the rows."""
-        return ShardRows(index, 0, self._rows.shape[0])
-
-    def close_shard(self, rows: ShardRows) -> None:
-        """There is nothing to keep."""
-
-    def feed(self, use: Callable[[int, int, Tensor], None]) -> None:
-        """use(0, start, rows [r, D]) for each block, in order."""
-        count, dim = self._rows.shape
-        block_rows = _rows_of_bytes(BLOCK_BYTES, 4 * dim, SMALLEST_BLOCK_ROWS)
-        for start in range(0, count, block_rows):
-            use(0, start, self._rows[start : start + block_rows])
-
-
-def _rows_of_bytes(num_bytes: int, row_bytes: int, least: int) -> int:
+def block_rows_of(num_bytes: int, row_bytes: int, least: int = SMALLEST_BLOCK_ROWS) -> int:
+    """Rows of a block of so many bytes, within bounds."""
     return max(least, min(LARGEST_BLOCK_ROWS, num_bytes // row_bytes))

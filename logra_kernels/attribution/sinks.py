@@ -17,24 +17,14 @@ from logra_kernels.attribution.plan import Plan
 from logra_kernels.attribution.reading import Block
 from logra_kernels.rows import share
 
-
-class Sink(ABC):
-    """Takes every block of a scan, in order."""
-
-    @abstractmethod
-    def add(self, block: Block, norms: ShardNorms | None) -> None:
-        """Take a block's rows; `norms` are its shard's, None for a mode without."""
+Terms = tuple[Tensor | None, Tensor | None]  # row_scale and row_bias of the ops, [R] float32 each
+Upload = Callable[[np.ndarray], Tensor]  # brings a small array from the host to the device
 
 
-class GroupScores(Sink):
-    """One group's scores.
+class GroupScores(ABC):
+    """One group's scores."""
 
-    Args:
-        plan: the group's queries.
-        upload: brings a small array from the host to the device.
-    """
-
-    def __init__(self, plan: Plan, upload: Callable[[np.ndarray], Tensor]) -> None:
+    def __init__(self, plan: Plan, upload: Upload) -> None:
         self.plan = plan
         self._upload = upload
         self._zero_rows: int | None = None
@@ -42,12 +32,12 @@ class GroupScores(Sink):
         self._factors: list[Tensor] | None = None
 
     def add(self, block: Block, norms: ShardNorms | None) -> None:
-        """Score a block's rows."""
-        scale, bias = self._row_terms(block, norms)
+        """Score a block's rows; `norms` are its shard's, None for a mode without."""
+        terms = self._terms(block, norms)
         rows = block.rows
         if self.plan.columns != slice(0, rows.shape[1]):
             rows = rows[:, self.plan.columns]
-        self._take(rows, scale, bias, block.first_row)
+        self._take(rows, terms, block.first_row)
 
     def result(
         self, query_ids: list[str], row_ids: Sequence[str], dampings: dict[str, float]
@@ -58,17 +48,12 @@ class GroupScores(Sink):
         return result
 
     @abstractmethod
-    def _take(
-        self, rows: Tensor, scale: Tensor | None, bias: Tensor | None, first_row: int
-    ) -> None: ...
+    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None: ...
 
     @abstractmethod
     def _put(self, result: InfluenceResult) -> None: ...
 
-    def _row_terms(
-        self, block: Block, norms: ShardNorms | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """row_scale and row_bias of the ops, [R] float32 each."""
+    def _terms(self, block: Block, norms: ShardNorms | None) -> Terms:
         packed = block.shard.row_scale
         plain = None if packed is None else self._upload(packed[block.here])
         if norms is None:
@@ -93,14 +78,12 @@ class GroupScores(Sink):
 class FullMatrix(GroupScores):
     """The scores of all rows, [Q, N] float32 on the CPU."""
 
-    def __init__(self, plan: Plan, upload: Callable[[np.ndarray], Tensor], num_rows: int) -> None:
+    def __init__(self, plan: Plan, upload: Upload, num_rows: int) -> None:
         super().__init__(plan, upload)
         self._scores = torch.empty(plan.queries.shape[0], num_rows)
 
-    def _take(
-        self, rows: Tensor, scale: Tensor | None, bias: Tensor | None, first_row: int
-    ) -> None:
-        values = ops.scores(self.plan.queries, rows, scale, bias)  # [Q, R]
+    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None:
+        values = ops.scores(self.plan.queries, rows, *terms)  # [Q, R]
         for factor in self._true_scale():
             values *= factor
         self._scores[:, first_row : first_row + rows.shape[0]] = values
@@ -112,16 +95,14 @@ class FullMatrix(GroupScores):
 class TopK(GroupScores):
     """The k largest and the k smallest scores; memory does not grow with the number of rows."""
 
-    def __init__(self, plan: Plan, upload: Callable[[np.ndarray], Tensor], k: int) -> None:
+    def __init__(self, plan: Plan, upload: Upload, k: int) -> None:
         super().__init__(plan, upload)
         self._k = k
         self._state: Any = None
 
-    def _take(
-        self, rows: Tensor, scale: Tensor | None, bias: Tensor | None, first_row: int
-    ) -> None:
+    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None:
         queries = self.plan.queries
-        self._state = ops.topk_scores(queries, rows, self._k, scale, bias, self._state, first_row)
+        self._state = ops.topk_scores(queries, rows, self._k, *terms, self._state, first_row)
 
     def _put(self, result: InfluenceResult) -> None:
         top, top_rows, bottom, bottom_rows = self._state
@@ -131,7 +112,7 @@ class TopK(GroupScores):
         result.bottom_scores, result.bottom_rows = bottom.cpu(), bottom_rows.cpu()
 
 
-class SelfInfluence(Sink):
+class SelfInfluence:
     """Sigma of all rows, per group [N] float64."""
 
     def __init__(self, members: Mapping[str, list[int]], num_rows: int) -> None:
@@ -148,3 +129,6 @@ class SelfInfluence(Sink):
         for name, members in self._members.items():
             sigma = norms.true_norms(members, here) ** 2
             self.values[name][first_row : first_row + len(sigma)] = share(sigma)
+
+
+Sink = GroupScores | SelfInfluence

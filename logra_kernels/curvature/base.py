@@ -10,11 +10,14 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from logra_kernels.curvature.damping import check_damping, module_dampings
 from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.progress import Progress, track
 from logra_kernels.rows import stored_rows
 from logra_kernels.store import Module, RowLayout, Store
+
+SOLVERS = ("cholesky", "eigh")
 
 C = TypeVar("C", bound="Curvature")
 
@@ -23,18 +26,18 @@ class Curvature(ABC):
     """An estimate of the loss's curvature H, summed over rows.
 
     The sums and the count are kept apart, so that shards and ranks merge by addition. Damping goes
-    in and a preconditioner comes out: nothing is remembered from one damping to the next. A class
-    with `register_curvature` above it is found by its `kind`, in stores and by `Attributor`.
+    in and a preconditioner comes out: nothing is remembered from one damping to the next. With
+    `register_curvature` above it, a class is found by its `kind`: in stores, and by `Attributor`.
 
     Args:
         modules: the row's layout, in the store's order.
-        dtype: float64 or float32 sums; None: the kind chooses.
+        dtype: of the sums: float64, float32, or None for the kind's own choice.
 
     Raises:
         ValueError: no modules, another dtype.
     """
 
-    kind: ClassVar[str]  # the name in the registry, in a store and in results
+    kind: ClassVar[str]  # the name in the registry, in stores and in results
     fold_rows = 256  # rows that `rebuild` gives to `update` at a time
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
@@ -75,14 +78,21 @@ class Curvature(ABC):
             ValueError: the store has none, or its file does not match its checksum.
         """
 
+    @abstractmethod
+    def mean_eigenvalues(self) -> list[float]:
+        """The mean eigenvalue of each module's H; 0 where no gradient reached the module."""
+
+    @abstractmethod
+    def _preconditioner(
+        self, means: Sequence[float], dampings: Sequence[float], solver: str
+    ) -> Preconditioner:
+        """(H + λI)⁻¹ for the mean eigenvalue and the λ of each module."""
+
     @classmethod
     def rebuild(
-        cls: type[C],
-        store: Store,
-        dtype: torch.dtype | None = None,
-        progress: Progress = None,
+        cls: type[C], store: Store, dtype: torch.dtype | None = None, progress: Progress = None
     ) -> C:
-        """The curvature of a store's rows, read block by block."""
+        """The curvature of a store's rows, with the bits of one that was kept while logging."""
         curvature = cls(store.layout, dtype)
         done = track(progress, store.num_rows, "curvature")
         for _, rows, row_scale in store.blocks(curvature.fold_rows):
@@ -90,7 +100,6 @@ class Curvature(ABC):
             done(rows.shape[0])
         return curvature
 
-    @abstractmethod
     def damped(
         self,
         *,
@@ -98,12 +107,43 @@ class Curvature(ABC):
         damping: float | None = None,
         solver: str = "cholesky",
     ) -> Preconditioner:
-        """(H + λI)⁻¹ for one damping, as `module_dampings` chooses λ."""
+        """(H + λI)⁻¹ for one damping, factorised in float64.
+
+        A module that no gradient reached has H = 0: under a relative damping its scores are zero,
+        and a warning names it.
+
+        Args:
+            damping_scale: λ of each module relative to the mean eigenvalue of its H; >= 0.
+                `defaults.DAMPING_SCALE` where neither is given.
+            damping: λ of every module, >= 0; only one of the two.
+            solver: "cholesky" refuses a singular H + λI. "eigh" takes its pseudo-inverse
+                (eigenvalues within rounding of zero are dropped), and keeps the eigendecomposition
+                for the next damping.
+
+        Raises:
+            ValueError: a bad damping or solver, no rows yet, or a module that cannot be inverted.
+        """
+        check_damping(damping_scale=damping_scale, damping=damping)
+        if solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got '{solver}'")
+        if self.count == 0:
+            raise ValueError("curvature: expected at least one row, got none")
+        means = self.mean_eigenvalues()
+        dampings = module_dampings(means, damping_scale=damping_scale, damping=damping)
+        each = zip(self.layout.names, means, dampings, strict=True)
+        silent = [name for name, mean, value in each if mean + value == 0]
+        if silent:
+            warnings.warn(
+                f"no gradient ever reached {', '.join(silent)}: "
+                "its curvature is zero, and so are its scores",
+                stacklevel=2,
+            )
+        return self._preconditioner(means, dampings, solver)
 
     def sweep(
         self, damping_scales: Sequence[float] | None = None, dampings: Sequence[float] | None = None
     ) -> Iterator[Preconditioner]:
-        """One preconditioner per damping, all from one eigendecomposition (solver "eigh").
+        """One preconditioner per damping, all from one eigendecomposition.
 
         Raises:
             ValueError: both or neither of the two lists.
@@ -116,9 +156,10 @@ class Curvature(ABC):
             yield self.damped(damping=value, solver="eigh")
 
     def _check_layout(self, argument: str, layout: RowLayout) -> None:
-        mine, theirs = self.layout.signature, layout.signature
-        if mine != theirs:
-            raise ValueError(f"{argument}: expected the modules {mine}, got {theirs}")
+        if self.layout.signature != layout.signature:
+            raise ValueError(
+                f"{argument}: expected the modules {self.layout.signature}, got {layout.signature}"
+            )
 
 
 _KINDS: dict[str, type[Curvature]] = {}
@@ -130,9 +171,8 @@ def register_curvature(kind: type[C]) -> type[C]:
     Raises:
         ValueError: another class has the name, or it is "none".
     """
-    if kind.kind == NO_CURVATURE or _KINDS.get(kind.kind, kind) is not kind:
+    if kind.kind == NO_CURVATURE or _KINDS.setdefault(kind.kind, kind) is not kind:
         raise ValueError(f"kind: the name '{kind.kind}' is taken")
-    _KINDS[kind.kind] = kind
     return kind
 
 
@@ -145,21 +185,21 @@ def curvature_kind(name: str) -> type[Curvature]:
     """The registered class of a name.
 
     Raises:
-        ValueError: there is none; names those that there are.
+        ValueError: there is none of the name.
     """
     if name not in _KINDS:
-        raise ValueError(f"curvature: expected one of {', '.join(kinds())}, got {name!r}")
+        raise ValueError(f"curvature: expected one of {', '.join(_KINDS)}, got {name!r}")
     return _KINDS[name]
 
 
 def load_curvature(store: Store) -> Curvature:
-    """The curvature that a store holds: of `defaults.CURVATURE`'s kind if there is one.
+    """The curvature that a store holds; of several, the kind that was registered first.
 
     Raises:
         ValueError: it holds none of a registered kind, or one that does not match its checksum.
     """
-    held = [name for name in (CURVATURE, *kinds()) if name in store.curvatures]
-    return curvature_kind(held[0] if held else CURVATURE).load(store)
+    held = (name for name in _KINDS if name in store.curvatures)
+    return curvature_kind(next(held, CURVATURE)).load(store)
 
 
 def preconditioner_of(
@@ -170,11 +210,11 @@ def preconditioner_of(
     damping: float | None = None,
     solver: str = "cholesky",
 ) -> Preconditioner:
-    """The preconditioner of a store's rows, as `Attributor` describes its arguments.
+    """The preconditioner of a store's rows; arguments as `Attributor` describes them.
 
     Raises:
-        ValueError: no such curvature, one of other modules than the store's, or a damping that
-            is not a number >= 0 or is given beside a preconditioner or "none".
+        ValueError: no such curvature, one of other modules than the store's, a bad damping, or a
+            damping beside a preconditioner or "none".
     """
     none = isinstance(curvature, str) and curvature == NO_CURVATURE
     if (none or isinstance(curvature, Preconditioner)) and (damping_scale, damping) != (None, None):
@@ -191,11 +231,10 @@ def preconditioner_of(
         raise ValueError(
             f"curvature: expected {names}, a Curvature or a Preconditioner, got {curvature!r}"
         )
-    theirs = curvature.layout
-    if theirs.signature != store.layout.signature:
+    if curvature.layout.signature != store.layout.signature:
         raise ValueError(
             f"curvature: expected the store's modules {store.layout.names}, "
-            f"got {theirs.names} (names or sizes differ)"
+            f"got {curvature.layout.names} (names or sizes differ)"
         )
     if isinstance(curvature, Preconditioner):
         return curvature

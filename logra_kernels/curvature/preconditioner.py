@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Preconditioner(ABC):
     """(H + λI)⁻¹ per module, and the factors W that give norms |W g| in it.
 
-    A subclass gives `solve`, `root` and `inverse` of one module.
+    A subclass gives the three of one module: `_solve`, `_root`, `_inverse`.
 
     Args:
         kind: the curvature's kind.
@@ -76,13 +76,13 @@ class Preconditioner(ABC):
             raise ValueError(f"rows: expected [Q, {self.layout.dim}], got {list(rows.shape)}")
         blocks = self.layout.split(rows.detach().double().cpu())
         work = sum(2.0 * rows.shape[0] * size**2 for size in self.layout.sizes)
-        solved = each_module(len(blocks), lambda i: self.solve(i, blocks[i].T).T, work)
+        solved = each_module(len(blocks), lambda i: self._solve(i, blocks[i].T).T, work)
         return torch.cat(solved, dim=1).to(rows.dtype)
 
     @property
     def factors(self) -> dict[str, Tensor]:
         """W with WᵀW = (H + λI)⁻¹, {name: [K, K] float32}."""
-        roots = each_module(len(self.layout), self.root)
+        roots = each_module(len(self.layout), self._root)
         return {name: root.float() for name, root in zip(self.layout.names, roots, strict=True)}
 
     def units(self, norm: str) -> list[int]:
@@ -99,20 +99,20 @@ class Preconditioner(ABC):
 
         norm "sigma": |W g|² = gᵀ(H + λI)⁻¹g; norm "theta": |W g| = |(H + λI)⁻¹g|.
         """
-        work = self.root if norm == "sigma" else self.inverse
+        work = self._root if norm == "sigma" else self._inverse
         units = self.units(norm)
         return each_module(len(self.layout), lambda i: (work(i) * 2.0 ** -units[i]).float())
 
     @abstractmethod
-    def solve(self, i: int, columns: Tensor) -> Tensor:
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
         """(H + λI)⁻¹ of module i times columns [K, Q] float64; [K, Q]."""
 
     @abstractmethod
-    def root(self, i: int) -> Tensor:
+    def _root(self, i: int) -> Tensor:
         """W of module i with WᵀW = (H + λI)⁻¹, [K, K] float64."""
 
     @abstractmethod
-    def inverse(self, i: int) -> Tensor:
+    def _inverse(self, i: int) -> Tensor:
         """(H + λI)⁻¹ of module i, [K, K] float64."""
 
 
@@ -123,24 +123,17 @@ class IdentityPreconditioner(Preconditioner):
         layout = RowLayout.of(modules)
         super().__init__("none", _key("none", layout.signature), layout, [1.0] * len(layout))
 
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        """The identity, {name: [K, K] float32}."""
-        return {module.name: torch.eye(module.size) for module in self.layout}
-
     def scaled_factors(self, norm: str) -> list[Tensor] | None:
         """None: the norm is |g| itself."""
         return None
 
-    def solve(self, i: int, columns: Tensor) -> Tensor:
-        """The columns themselves."""
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
         return columns
 
-    def root(self, i: int) -> Tensor:
-        """The identity, [K, K] float64."""
+    def _root(self, i: int) -> Tensor:
         return torch.eye(self.layout.sizes[i], dtype=torch.float64)
 
-    inverse = root
+    _inverse = _root
 
 
 @dataclass(frozen=True)
@@ -206,6 +199,7 @@ class CholeskyPreconditioner(_OfMatrices):
         if not matrix.isfinite().all():
             raise ValueError(f"module '{name}': H is not finite; rebuild it from the store")
         matrix.diagonal().add_(damping)
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(matrix)
         smallest = float(factor.diagonal().min()) ** 2
         rounding = self._matrices.rounding(i, damping)
@@ -222,26 +216,22 @@ class CholeskyPreconditioner(_OfMatrices):
     def _check(self, i: int) -> None:
         self._factor(i)
 
-    def solve(self, i: int, columns: Tensor) -> Tensor:
-        """L⁻ᵀ(L⁻¹ columns)."""
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
         factor = self._factor(i)
         if factor is None:
             return torch.zeros_like(columns)
         # Two triangular solves: cholesky_solve copies L first, for few columns ten times the work.
-        half = torch.linalg.solve_triangular(factor, columns, upper=False)
-        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        return _triangular(factor.mT, _triangular(factor, columns, upper=False), upper=True)
 
-    def root(self, i: int) -> Tensor:
-        """L⁻¹."""
+    def _root(self, i: int) -> Tensor:
         factor = self._factor(i)
         eye = torch.eye(self.layout.sizes[i], dtype=torch.float64)
         if factor is None:
             return torch.zeros_like(eye)
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
+        return _triangular(factor, eye, upper=False)
 
-    def inverse(self, i: int) -> Tensor:
-        """L⁻ᵀL⁻¹."""
-        root = self.root(i)
+    def _inverse(self, i: int) -> Tensor:
+        root = self._root(i)
         return root.T @ root
 
 
@@ -268,17 +258,14 @@ class EigenPreconditioner(_OfMatrices):
             floor = matrices.rounding(i, damping) * float(damped.max())
             self._inverses.append(torch.where(damped > floor, 1 / damped, 0.0))
 
-    def solve(self, i: int, columns: Tensor) -> Tensor:
-        """Q diag(1 / (e + λ)) Qᵀ columns."""
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
         vectors = self._vectors[i]
         return vectors @ (self._inverses[i][:, None] * (vectors.T @ columns))
 
-    def root(self, i: int) -> Tensor:
-        """diag((e + λ)^(-1/2)) Qᵀ."""
+    def _root(self, i: int) -> Tensor:
         return self._inverses[i].sqrt()[:, None] * self._vectors[i].T
 
-    def inverse(self, i: int) -> Tensor:
-        """Q diag(1 / (e + λ)) Qᵀ."""
+    def _inverse(self, i: int) -> Tensor:
         return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
 
 
@@ -298,6 +285,11 @@ def each_module(count: int, work: Callable[[int], T], flops: float = math.inf) -
             return list(pool.map(work, range(count)))
     finally:
         torch.set_num_threads(threads)
+
+
+def _triangular(factor: Tensor, columns: Tensor, *, upper: bool) -> Tensor:
+    solved: Tensor = torch.linalg.solve_triangular(factor, columns, upper=upper)
+    return solved
 
 
 def _key(*parts: Any) -> str:

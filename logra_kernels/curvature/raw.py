@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from logra_kernels import ops
 from logra_kernels.curvature.base import Curvature, register_curvature
-from logra_kernels.curvature.damping import check_damping, module_dampings
 from logra_kernels.curvature.preconditioner import (
     CholeskyPreconditioner,
     EigenPreconditioner,
@@ -23,8 +21,6 @@ from logra_kernels.curvature.preconditioner import (
 )
 from logra_kernels.rows import dtype_name
 from logra_kernels.store import Module, Store
-
-SOLVERS = ("cholesky", "eigh")
 
 # Rows are folded into the covariance 256 at a time: a call reads and writes K² sums, and costs less
 # than the K²/2 multiply-adds of each of 256 rows on every machine measured. A buffer of rows takes
@@ -42,15 +38,9 @@ HEADROOM_EXPONENT = 8
 class RawCurvature(Curvature):
     """Per-module covariance of the stored rows: Σ g gᵀ [K, K], and the number of rows.
 
-    H = covariance / count. Its rows are folded in blocks counted from the first row, so that the
-    bits do not depend on how the rows were split into calls.
-
-    Args:
-        modules: the row's layout, in the store's order.
-        dtype: of the sums: float64, float32, or None for float64 up to K = 1024, else float32.
-
-    Raises:
-        ValueError: no modules, another dtype.
+    H = covariance / count. The sums are float64 up to K = 1024 and float32 above, unless asked
+    otherwise. Rows are folded in blocks counted from the first row, so that the bits do not depend
+    on how the rows were split into calls. Arguments as in `Curvature`.
     """
 
     kind = "raw"
@@ -58,7 +48,8 @@ class RawCurvature(Curvature):
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)
         self.fold_rows = max(1, min(FOLD_ROWS, FOLD_BYTES // (4 * self.layout.dim)))
-        self._dtypes = [dtype or _default_dtype(size) for size in self.layout.sizes]
+        small = [size <= FLOAT64_LARGEST_K for size in self.layout.sizes]
+        self._dtypes = [dtype or (torch.float64 if k else torch.float32) for k in small]
         # Allocated by the first block that is not zero: a module without gradients takes no memory.
         self._sums: list[Tensor | None] = [None] * len(self.layout)
         self._exponents = [0] * len(self.layout)  # gradients are in units of 2**exponent
@@ -167,11 +158,7 @@ class RawCurvature(Curvature):
 
     @classmethod
     def load(cls, store: Store) -> RawCurvature:
-        """The curvature "raw" a store holds.
-
-        Raises:
-            ValueError: the store has none, or its file does not match its checksum.
-        """
+        """The sums that a store holds, checked against their checksum."""
         if cls.kind not in store.curvatures:
             raise ValueError(
                 f"{store.path}: holds no curvature; compute it from the rows with "
@@ -200,45 +187,26 @@ class RawCurvature(Curvature):
             )
         return curvature
 
-    def damped(
-        self,
-        *,
-        damping_scale: float | None = None,
-        damping: float | None = None,
-        solver: str = "cholesky",
-    ) -> Preconditioner:
-        """(H + λI)⁻¹ for one damping, factorised in float64.
-
-        Args:
-            damping_scale: λ of each module relative to the mean eigenvalue of its H,
-                trace(H) / K; >= 0. `defaults.DAMPING_SCALE` where neither is given.
-            damping: λ of every module, >= 0; only one of the two.
-            solver: "cholesky" refuses a singular H + λI. "eigh" takes its pseudo-inverse
-                (eigenvalues within rounding of zero are dropped), and keeps the eigendecomposition
-                for the next damping.
-
-        A module that no gradient reached has H = 0: with a relative damping its scores are zero,
-        and a warning names it.
+    def mean_eigenvalues(self) -> list[float]:
+        """trace(H) / K of each module.
 
         Raises:
-            ValueError: a bad damping or solver, no rows yet, or a module that cannot be inverted.
+            ValueError: one is not finite.
         """
-        check_damping(damping_scale=damping_scale, damping=damping)
-        if solver not in SOLVERS:
-            raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got '{solver}'")
-        if self.count == 0:
-            raise ValueError("curvature: expected at least one row, got none")
-        means = [self._trace(i) / size for i, size in enumerate(self.layout.sizes)]
-        dampings = module_dampings(means, damping_scale=damping_scale, damping=damping)
-        each = zip(self.layout.names, means, dampings, strict=True)
-        silent = [name for name, mean, value in each if mean + value == 0]
-        if silent:
-            warnings.warn(
-                f"no gradient ever reached {', '.join(silent)}: "
-                "its curvature is zero, and so are its scores",
-                stacklevel=2,
-            )
-        matrices = self._matrices(means)
+        return [self._trace(i) / size for i, size in enumerate(self.layout.sizes)]
+
+    def _preconditioner(
+        self, means: Sequence[float], dampings: Sequence[float], solver: str
+    ) -> Preconditioner:
+        version = self._version
+
+        def moment(i: int) -> Tensor:
+            if self._version != version:
+                raise RuntimeError("curvature: rows came in since damped(); ask it for another")
+            return self._moment(i)
+
+        precisions = [torch.finfo(dtype).eps for dtype in self._dtypes]
+        matrices = ModuleMatrices(self.kind, self.checksum, self.layout, means, precisions, moment)
         if solver == "eigh":
             return EigenPreconditioner(matrices, dampings, self._eigendecompositions())
         return CholeskyPreconditioner(matrices, dampings)
@@ -261,7 +229,9 @@ class RawCurvature(Curvature):
         exponent = _exponent(columns)
         if exponent is None:
             return
-        _add(self._reserve(i, exponent), columns, self._exponents[i])
+        sums = self._reserve(i, exponent)
+        unit = self._exponents[i]
+        ops.covariance_update_(sums, columns * 2.0**-unit if unit else columns)
 
     def _reserve(self, i: int, exponent: int) -> Tensor:
         """The sums of module i, in a unit that holds gradients up to 2**exponent."""
@@ -310,32 +280,11 @@ class RawCurvature(Curvature):
             raise ValueError(f"module '{self.layout.names[i]}': H is not finite; rebuild it")
         return trace
 
-    def _matrices(self, mean_eigenvalues: Sequence[float]) -> ModuleMatrices:
-        """H as it is now: to read it after another row came in is an error."""
-        version = self._version
-
-        def moment(i: int) -> Tensor:
-            if self._version != version:
-                raise RuntimeError("curvature: rows came in since damped(); ask it for another")
-            return self._moment(i)
-
-        precisions = [torch.finfo(dtype).eps for dtype in self._dtypes]
-        return ModuleMatrices(
-            self.kind, self.checksum, self.layout, mean_eigenvalues, precisions, moment
-        )
-
     def _eigendecompositions(self) -> list[tuple[Tensor, Tensor]]:
         if self._eigen is None or self._eigen[0] != self._version:
             pairs = each_module(len(self.layout), lambda i: torch.linalg.eigh(self._moment(i)))
             self._eigen = (self._version, [(pair[0], pair[1]) for pair in pairs])
         return self._eigen[1]
-
-
-def _add(sums: Tensor, columns: Tensor, exponent: int) -> None:
-    """sums += columnsᵀ columns in units of 4**exponent, lower triangle."""
-    if exponent:
-        columns = columns * 2.0**-exponent
-    ops.covariance_update_(sums, columns)
 
 
 def _exponent(columns: Tensor) -> int | None:
@@ -344,7 +293,3 @@ def _exponent(columns: Tensor) -> int | None:
     largest = max(-float(low), float(high))
     # 2**-e must be a float32, which 2**127 still is
     return max(math.frexp(largest)[1], -126) if largest else None
-
-
-def _default_dtype(size: int) -> torch.dtype:
-    return torch.float64 if size <= FLOAT64_LARGEST_K else torch.float32

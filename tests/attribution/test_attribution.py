@@ -389,6 +389,36 @@ def test_precondition_is_the_preconditioner_s(store):
     assert attributor.precondition(QUERIES).dtype == torch.float32
 
 
+def test_prepared_queries_are_solved_once_for_all_modes(store, monkeypatch):
+    attributor, groups = open_attributor(store), {"up": "up"}
+    want = {mode: attributor.scores(QUERIES, mode, groups=groups) for mode in SCAN_MODES}
+    solves = []
+    solve = attributor.preconditioner.precondition
+    monkeypatch.setattr(
+        attributor.preconditioner, "precondition", lambda rows: solves.append(1) or solve(rows)
+    )
+    prepared = attributor.prepare(QUERIES, list("abcd"))
+    for mode in SCAN_MODES:
+        got = attributor.scores(prepared, mode, groups=groups)
+        assert torch.equal(got.scores, want[mode].scores)
+        assert torch.equal(got.groups["up"].scores, want[mode].groups["up"].scores)
+        assert attributor.top_k(prepared, 3, mode).query_ids == list("abcd")
+    assert len(solves) == 1
+    assert torch.equal(prepared.solved.float(), attributor.precondition(QUERIES))
+    with pytest.raises(ValueError, match="query_ids: expected none with prepared queries"):
+        attributor.scores(prepared, query_ids=list("abcd"))
+    with pytest.raises(ValueError, match="queries: were prepared for another curvature or damping"):
+        open_attributor(store, damping=3.0).scores(prepared)
+
+
+def test_a_matrix_is_dot_and_a_ranking_l_relatif_unless_asked_otherwise(store):
+    attributor = open_attributor(store)
+    assert attributor.scores(QUERIES).mode == "dot"
+    assert attributor.top_k(QUERIES, 2).mode == "l-relatif"
+    between = influence_between(QUERIES, unpacked(store).float(), attributor.preconditioner)
+    assert between.mode == "dot"
+
+
 def test_progress_counts_every_row(store):
     seen = []
     open_attributor(store, block_rows=25).scores(

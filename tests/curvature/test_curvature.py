@@ -256,6 +256,22 @@ def test_key_depends_on_the_rows_and_on_the_count():
     assert len(keys) == 5
 
 
+def test_keys_are_those_of_version_0_1():
+    """Norms that version 0.1 kept beside a store are found: their folder's name holds the key."""
+    modules = [Module("a", 2, 2), Module("b", 1, 3)]
+    rows = (torch.arange(35.0).reshape(5, 7) - 17) / 4  # their products are exact
+    curvature = curvature_of(rows, modules)
+    assert curvature.checksum == "eefce9c40a8611fcb42e20f67b285d87"
+    assert curvature.damped().key == "8794078da020e93e420562c6fa620d97"
+    assert curvature.damped(damping_scale=0.5).key == "63c07e7effc8b18e94bb8f51e35b5481"
+    assert curvature.damped(damping=2).key == "07fef45a1c42035ffd3742e99a47d7bc"
+    eigen = curvature.damped(damping=0.25, solver="eigh")
+    assert eigen.key == "316d4512709266e663c916957ec6b5ab"
+    single = curvature_of(rows, modules, torch.float32).damped(damping=2.0)
+    assert single.key == "3a5a597c3a2201b06005a912f5c1fc53"
+    assert IdentityPreconditioner(modules).key == "b465ab6dec9a018f70fea6eac250b19a"
+
+
 def test_singular_without_damping_names_module_and_rank():
     curvature = curvature_of(gradients(9))
     message = r"module 'layer\.0\.up': H \+ 0 I has rank 9 of 12 .*solver='eigh'"

@@ -1,0 +1,139 @@
+"""Kinds of curvature by name: a second one works in stores and in the Attributor unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dense_influence import MODULES, dense, gradients, make_store, unpacked
+from torch import Tensor
+
+from logra_kernels.attribution import Attributor
+from logra_kernels.curvature import (
+    Curvature,
+    RawCurvature,
+    base,
+    curvature_kind,
+    kinds,
+    load_curvature,
+    register_curvature,
+)
+from logra_kernels.curvature.preconditioner import CholeskyPreconditioner, ModuleMatrices
+from logra_kernels.store import Store
+
+QUERIES = gradients(4, seed=7)
+
+
+class Diagonal(Curvature):
+    """Σ g² alone: H is diagonal."""
+
+    kind = "diagonal"
+
+    def __init__(self, modules, dtype=None):
+        super().__init__(modules, dtype)
+        self.sums = torch.zeros(self.layout.dim, dtype=torch.float64)
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    def update(self, rows: Tensor) -> None:
+        self.sums += rows.double().square().sum(0)
+        self._count += len(rows)
+
+    def merge(self, other: Diagonal) -> Diagonal:
+        self.sums += other.sums
+        self._count += other._count
+        return self
+
+    def save(self, store: Store) -> None:
+        store.save_curvature(self.kind, {"sums": self.sums.numpy()}, self._count)
+
+    @classmethod
+    def load(cls, store: Store) -> Diagonal:
+        tensors, count = store.load_curvature(cls.kind)
+        curvature = cls(store.layout)
+        curvature.sums, curvature._count = torch.from_numpy(np.array(tensors["sums"])), count
+        return curvature
+
+    def mean_eigenvalues(self) -> list[float]:
+        return [float(self.sums[at].mean()) / self._count for at in self.layout.columns]
+
+    def _preconditioner(self, means, dampings, solver):
+        diagonals = [self.sums[at] / self._count for at in self.layout.columns]
+        precisions = [torch.finfo(torch.float64).eps] * len(diagonals)
+        name = str(hash(tuple(self.sums.tolist())))
+        matrices = ModuleMatrices(
+            self.kind, name, self.layout, means, precisions, lambda i: diagonals[i].diag()
+        )
+        return CholeskyPreconditioner(matrices, dampings)
+
+
+@pytest.fixture
+def diagonal(monkeypatch):
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    return register_curvature(Diagonal)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path / "store", gradients(150), shard_rows=40)
+
+
+def dot_under_the_diagonal(store: Store) -> Tensor:
+    rows = unpacked(store)
+    truth = dense(QUERIES, rows)
+    for i, part in enumerate(rows.split(truth.sizes, dim=1)):
+        moment = part.square().mean(0)
+        truth.inverses[i] = (1 / (moment + 0.1 * moment.mean())).diag()
+    return truth
+
+
+def test_a_second_kind_works_from_the_store_to_the_scores(store, diagonal):
+    """Found by name, by what the store holds, as an object, and as a preconditioner."""
+    curvature = diagonal.rebuild(store)
+    curvature.save(store)
+    assert kinds() == ("raw", "diagonal")
+    truth = dot_under_the_diagonal(store)
+    for given in (None, "diagonal", curvature, curvature.damped()):
+        attributor = Attributor(store, given)
+        assert attributor.preconditioner.kind == "diagonal"
+        for mode in ("dot", "l-relatif"):
+            got = attributor.scores(QUERIES, mode).scores
+            assert ((got - truth.scores(mode)).abs() <= 1e-5 * truth.allowance(mode)).all()
+    assert torch.allclose(attributor.self_influence(), truth.sigma, rtol=1e-4, atol=0)
+    (folder,) = (store.path / "self_influence").iterdir()
+    assert folder.name == f"sigma-{attributor.preconditioner.key}"
+
+
+def test_the_kind_that_was_registered_first_comes_first(store, diagonal):
+    diagonal.rebuild(store).save(store)
+    assert load_curvature(store).kind == "diagonal"
+    RawCurvature.rebuild(store).save(store)
+    assert load_curvature(store).kind == "raw"
+    assert Attributor(store, "diagonal").preconditioner.kind == "diagonal"
+
+
+def test_shards_of_a_second_kind_merge(store, diagonal):
+    rows = gradients(90)
+    parts = [diagonal(MODULES), diagonal(MODULES)]
+    for part, some in zip(parts, rows.split(50), strict=True):
+        part.update(some)
+    whole = diagonal(MODULES)
+    whole.update(rows)
+    assert torch.allclose(parts[0].merge(parts[1]).sums, whole.sums, rtol=1e-12)
+    with pytest.warns(UserWarning, match=r"of 90 rows, the store has 150; Diagonal\.rebuild"):
+        Attributor(store, whole)
+
+
+def test_names_are_taken_once(diagonal):
+    assert register_curvature(Diagonal) is Diagonal
+    for taken in ("raw", "none"):
+        with pytest.raises(ValueError, match=f"kind: the name '{taken}' is taken"):
+            register_curvature(type("Other", (Diagonal,), {"kind": taken}))
+    assert curvature_kind("raw") is RawCurvature
+    with pytest.raises(ValueError, match="curvature: expected one of raw, diagonal, got 'kfac'"):
+        curvature_kind("kfac")
