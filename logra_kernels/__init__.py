@@ -1,56 +1,67 @@
 """Custom kernels for LLM-scale data valuation: LoGra influence, stores, streaming scores.
 
-Names are loaded when they are first used: reading a store must not wait for torch (2 s).
+A name is loaded when it is first used, so that reading a store does not wait for torch (2 s).
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "Attributor": "attribution",
-    "Covariance": "run",
-    "Module": "store",
-    "RawCurvature": "curvature",
-    "Run": "run",
-    "Store": "store",
-    "StoreError": "store",
-    "StoreWriter": "store",
-    "TopK": "ops",
-    "add_lora": "integrations.logix.current",
-    "build_log_dataloader": "integrations.logix.current",
-    "covariance_update_": "ops",
-    "eval": "integrations.logix.current",
-    "finalize": "integrations.logix.current",
-    "get_log": "integrations.logix.current",
-    "init": "run",
-    "initialize_from_log": "integrations.logix.current",
-    "log": "integrations.logix.current",
-    "pack_rows": "ops",
-    "per_sample_gradients": "ops",
-    "project": "ops",
-    "projected_gradients": "ops",
-    "projected_gradients_grouped": "ops",
-    "scores": "ops",
-    "self_influence": "ops",
-    "setup": "integrations.logix.current",
-    "topk_scores": "ops",
-    "unpack_rows": "ops",
-    "watch": "integrations.logix.current",
+# {the module that a name is loaded from: names}; "ops" itself is a module.
+_PUBLIC = {
+    "attribution": ("Attributor", "InfluenceResult", "influence_between"),
+    "curvature": ("Preconditioner", "RawCurvature"),
+    "integrations.logix.current": ("init",),
+    "ops": ("available_isas", "ops", "set_isa"),
+    "run": ("Config", "Covariance", "Run"),
+    "store": ("Module", "Store", "StoreError", "StoreWriter"),
 }
+# The ops, and LogIX's functions of the module: for programs that look them up here.
+_ALSO = {
+    "integrations.logix.current": (
+        *("add_lora", "build_log_dataloader", "eval", "finalize", "get_log"),
+        *("initialize_from_log", "log", "setup", "watch"),
+    ),
+    "ops": (
+        *("TopK", "covariance_update_", "isa", "pack_rows", "per_sample_gradients"),
+        *("project", "projected_gradients", "projected_gradients_grouped", "scores"),
+        *("self_influence", "topk_scores", "unpack_rows"),
+    ),
+}
+_HOMES = {
+    name: home for table in (_PUBLIC, _ALSO) for home, names in table.items() for name in names
+}
+__all__ = sorted(name for names in _PUBLIC.values() for name in names)
 
-# A star import must not take Python's own eval away.
-__all__ = sorted(_HOMES.keys() - {"eval"})
+# The same names for type checkers, to which a module's __getattr__ would allow every name.
+if TYPE_CHECKING:
+    from logra_kernels import ops as ops
+    from logra_kernels.attribution import Attributor as Attributor
+    from logra_kernels.attribution import InfluenceResult as InfluenceResult
+    from logra_kernels.attribution import influence_between as influence_between
+    from logra_kernels.curvature import Preconditioner as Preconditioner
+    from logra_kernels.curvature import RawCurvature as RawCurvature
+    from logra_kernels.integrations.logix.current import *  # noqa: F403
+    from logra_kernels.ops import *  # noqa: F403
+    from logra_kernels.run import Config as Config
+    from logra_kernels.run import Covariance as Covariance
+    from logra_kernels.run import Run as Run
+    from logra_kernels.store import Module as Module
+    from logra_kernels.store import Store as Store
+    from logra_kernels.store import StoreError as StoreError
+    from logra_kernels.store import StoreWriter as StoreWriter
 
+    __version__: str
+else:
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("logra-kernels")
-    if name not in _HOMES:
-        told = importlib.import_module(f"{__name__}.integrations.logix.names").refused(name)
-        raise AttributeError(told or f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("logra-kernels")
+        if name not in _HOMES:
+            told = importlib.import_module(f"{__name__}.integrations.logix.names").refused(name)
+            raise AttributeError(told or f"module {__name__!r} has no attribute {name!r}")
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        globals()[name] = home if name == _HOMES[name] else getattr(home, name)
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

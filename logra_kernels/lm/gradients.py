@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from logra_kernels.capture import Capture
-from logra_kernels.capture.layers import Layer, layer_kind
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example
-from logra_kernels.projection import build_projections
-from logra_kernels.run.config import Config
-from logra_kernels.run.recorder import describe_projection, stored_projections
+from logra_kernels.projection import ProjectionSpec
+from logra_kernels.run import WatchedLayers
 from logra_kernels.store import Module, Store, StoreMismatchError
 
 
@@ -22,33 +20,18 @@ class LMGradients:
     Args:
         lm: the model.
         names: the watched linear layers, in the row's order.
-        projection: the store whose projection is taken, or the rank, init and seed of a new one.
+        projection: how the gradients are projected, or the store whose projection is taken.
+
+    Raises:
+        ValueError: a name that is no layer's, or layers that are not the store's.
     """
 
-    def __init__(self, lm: CausalLM, names: Sequence[str], projection: Config | Store) -> None:
+    def __init__(
+        self, lm: CausalLM, names: Sequence[str], projection: ProjectionSpec | Store
+    ) -> None:
         self.lm = lm
-        self.layers: list[Layer] = []
-        available = dict(lm.model.named_modules())
-        for name in names:
-            module = available.get(name)
-            kind = None if module is None else layer_kind(module)
-            if module is None or kind is None:
-                raise ValueError(f"modules: {name}: the model has no linear layer of that name")
-            self.layers.append(kind(name, module))
-        if isinstance(projection, Config):
-            widths = {layer.name: (layer.in_features, layer.out_features) for layer in self.layers}
-            projections = build_projections(
-                widths, projection.rank, projection.init, projection.seed
-            )
-        else:
-            projections = stored_projections(projection)
-        for layer in self.layers:
-            layer.projection = projections[layer.name]
-        self.projection: dict[str, Any]
-        if isinstance(projection, Config):
-            self.projection = describe_projection(self.layers, False, projection)
-        else:
-            self.projection = projection.projection
+        self.watched = WatchedLayers.named(lm.model, names)
+        self.watched.project(projection)
 
     @classmethod
     def of_store(cls, store: Store, lm: CausalLM) -> "LMGradients":
@@ -63,13 +46,13 @@ class LMGradients:
 
     @property
     def modules(self) -> list[Module]:
-        """The row's layout."""
-        return [Module(layer.name, layer.ko, layer.ki) for layer in self.layers]
+        """The modules of a row, in its order."""
+        return list(self.watched.layout)
 
     @property
     def dim(self) -> int:
-        """D."""
-        return sum(module.size for module in self.modules)
+        """The number of columns of a row, D = Σ Ko·Ki over the watched modules."""
+        return self.watched.layout.dim
 
     def rows(self, examples: Sequence[Example]) -> Tensor:
         """One forward and one backward pass: [N, D] float32, on the CPU."""
@@ -83,7 +66,7 @@ class LMGradients:
         batch = self.lm.collate(examples)
         capture = Capture(
             self.lm.model,
-            self.layers,
+            self.watched.layers,
             len(examples),
             batch["attention_mask"],
             token_queries=queries,

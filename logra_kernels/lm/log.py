@@ -4,27 +4,30 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from logra_kernels.defaults import STORE_DTYPE
 from logra_kernels.lm.corpus import WINDOW_EXAMPLES, Corpus, Example, batches
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprint
-from logra_kernels.run.recorder import Recorder
-from logra_kernels.run.statistic import Setup
+from logra_kernels.run import FinitePolicy, LoggedRows, Recorder, Setup
 from logra_kernels.store import StoreError
 
 CURVATURES = ("raw", "none")
-ON_NONFINITE = ("raise", "skip")
 
 
 @dataclass
-class Progress:
-    """How far the logging is; `total` is an estimate until the corpus has been read."""
+class LoggingProgress:
+    """How far the logging is.
+
+    examples: read from the corpus so far; `resumed` of them were in the store already, and
+    `nonfinite` were left out. tokens: of the examples that were logged now. total: an estimate of
+    the corpus's examples until it has been read.
+    """
 
     examples: int = 0
     tokens: int = 0
@@ -40,7 +43,7 @@ def log_corpus(
     *,
     settings: dict[str, Any],
     data: dict[str, Any],
-    store_dtype: str = "float16",
+    store_dtype: str = STORE_DTYPE,
     shard_rows: int | None = None,
     batch_tokens: int = 1024,
     batch_size: int | None = None,
@@ -49,8 +52,8 @@ def log_corpus(
     on_nonfinite: str = "raise",
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
-    report: Callable[[Progress], None] = lambda progress: None,
-) -> Progress | None:
+    report: Callable[[LoggingProgress], None] = lambda progress: None,
+) -> LoggingProgress | None:
     """Log every example that the store does not hold yet, and finalize the store.
 
     Args:
@@ -76,95 +79,36 @@ def log_corpus(
     """
     if curvature not in CURVATURES:
         raise ValueError(f"curvature: expected one of {', '.join(CURVATURES)}, got {curvature!r}")
-    if on_nonfinite not in ON_NONFINITE:
-        allowed = ", ".join(ON_NONFINITE)
-        raise ValueError(f"on_nonfinite: expected one of {allowed}, got {on_nonfinite!r}")
-    progress = Progress()
-    planned = batches(
-        _tracked(corpus, progress),
-        batch_tokens=batch_tokens,
-        batch_size=batch_size,
-        window=window,
-    )
-    # Text that cannot be read fails here, before there is a store.
-    first = next(planned, None)
-    if first is None:
-        raise ValueError("corpus: expected at least one example, got none")
     setup = Setup(save=True, covariance=curvature == "raw")
+    finite = FinitePolicy(on_nonfinite)
+    progress = LoggingProgress()
+    planned = _first_read(
+        batches(
+            _counted(corpus, progress),
+            batch_tokens=batch_tokens,
+            batch_size=batch_size,
+            window=window,
+        )
+    )
     row_bytes = gradients.dim * np.dtype(store_dtype).itemsize
     recorder = Recorder(
         Path(path),
-        gradients.layers,
-        gradients.projection,
-        {
-            "kind": "causal-lm",
-            "weights": gradients.lm.fingerprint["weights"],
-            "model": lm_fingerprint(gradients.lm),
-            "tokens": settings,
-            "data": data,
-        },
+        gradients.watched,
+        _fingerprints(gradients, settings, data),
+        setup,
         dtype=store_dtype,
         shard_bytes=None if shard_rows is None else shard_rows * row_bytes,
         resume=resume,
-        setup=setup,
     )
-    try:
-        for batch in itertools.chain([first], planned):
-            examples = [example for example in batch if example.id not in recorder.ids]
-            progress.examples += len(batch)
-            progress.resumed += len(batch) - len(examples)
-            if examples:
-                rows, examples = _finite_rows(gradients, examples, on_nonfinite, progress)
-            if examples:
-                ids = [example.id for example in examples]
-                recorder.check(ids, setup)
-                recorder.add(ids, rows, [example.metadata() for example in examples], setup)
-                progress.tokens += sum(len(example.tokens) for example in examples)
+    with _suspended_by_an_error(recorder):
+        for batch in planned:
+            _log_batch(batch, gradients, finite, recorder, setup, progress)
             report(progress)
             if stop():
                 recorder.suspend()
                 return None
-    except BaseException:
-        # What was logged stays; if the disk is what failed, its error is the one to show.
-        with contextlib.suppress(StoreError):
-            recorder.suspend()
-        raise
     recorder.finish()
     return progress
-
-
-def _tracked(corpus: Corpus | Iterable[Example], progress: Progress) -> Iterable[Example]:
-    """The examples; keeps the estimate of their number up to date."""
-    for number, example in enumerate(corpus, 1):
-        if isinstance(corpus, Corpus):
-            progress.total = max(number, round(number / max(corpus.fraction_read, 1e-9)))
-        elif isinstance(corpus, Sized):
-            progress.total = len(corpus)
-        yield example
-
-
-def _finite_rows(
-    gradients: LMGradients, examples: list[Example], on_nonfinite: str, progress: Progress
-) -> tuple[Tensor, list[Example]]:
-    rows = gradients.rows(examples)  # [N, D]
-    finite = rows.isfinite().all(dim=1)
-    if finite.all():
-        return rows, examples
-    bad = [example.id for example, good in zip(examples, finite.tolist(), strict=True) if not good]
-    if on_nonfinite == "raise":
-        blocks = rows.split([module.size for module in gradients.modules], dim=1)
-        first = next(
-            module.name
-            for module, block in zip(gradients.modules, blocks, strict=True)
-            if not block.isfinite().all()
-        )
-        raise ValueError(
-            f"module {first}: expected finite gradients, got NaN or infinity for the ids"
-            f" {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}; 'skip' leaves such examples out"
-        )
-    progress.nonfinite += len(bad)
-    kept = [example for example, good in zip(examples, finite.tolist(), strict=True) if good]
-    return rows[finite], kept
 
 
 def data_fingerprint(corpus: Corpus) -> dict[str, Any]:
@@ -175,3 +119,71 @@ def data_fingerprint(corpus: Corpus) -> dict[str, Any]:
             digest.update(block)
     fields = {} if corpus.path.suffix == ".txt" else corpus.fields
     return {"file": corpus.path.name, "sha256": digest.hexdigest(), "fields": fields}
+
+
+def _counted(corpus: Corpus | Iterable[Example], progress: LoggingProgress) -> Iterator[Example]:
+    """The corpus's examples; keeps the estimate of their number up to date."""
+    for number, example in enumerate(corpus, 1):
+        if isinstance(corpus, Corpus):
+            progress.total = max(number, round(number / max(corpus.fraction_read, 1e-9)))
+        elif isinstance(corpus, Sized):
+            progress.total = len(corpus)
+        yield example
+
+
+def _first_read(planned: Iterator[list[Example]]) -> Iterator[list[Example]]:
+    """The same batches, the first of them read now: bad text fails before there is a store."""
+    first = next(planned, None)
+    if first is None:
+        raise ValueError("corpus: expected at least one example, got none")
+    return itertools.chain([first], planned)
+
+
+def _fingerprints(
+    gradients: LMGradients, settings: dict[str, Any], data: dict[str, Any]
+) -> dict[str, Any]:
+    """What the store keeps of the model, the tokens and the text."""
+    return {
+        "kind": "causal-lm",
+        "weights": gradients.lm.fingerprint["weights"],
+        "model": lm_fingerprint(gradients.lm),
+        "tokens": settings,
+        "data": data,
+    }
+
+
+@contextlib.contextmanager
+def _suspended_by_an_error(recorder: Recorder) -> Iterator[None]:
+    """An error keeps the rows logged so far; if the disk failed, its error is the one to show."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError):
+            recorder.suspend()
+        raise
+
+
+def _log_batch(
+    batch: Sequence[Example],
+    gradients: LMGradients,
+    finite: FinitePolicy,
+    recorder: Recorder,
+    setup: Setup,
+    progress: LoggingProgress,
+) -> None:
+    """Log the examples of one batch that the store does not hold yet."""
+    new = [example for example in batch if example.id not in recorder.ids]
+    progress.examples += len(batch)
+    progress.resumed += len(batch) - len(new)
+    if not new:
+        return
+    logged = LoggedRows(
+        [example.id for example in new],
+        gradients.rows(new),
+        [example.metadata() for example in new],
+    )
+    kept = finite.check(logged, gradients.watched.layout)
+    recorder.add(kept, setup)
+    progress.nonfinite = len(finite.skipped)
+    lengths = {example.id: len(example.tokens) for example in new}
+    progress.tokens += sum(lengths[name] for name in kept.ids)

@@ -1,5 +1,9 @@
-"""The ops: each checks its arguments once, then calls `torch.ops.logra.<op>`."""
+"""The ops: each checks its arguments once, then calls `torch.ops.logra.<op>`.
 
+`available_isas`, `isa` and `set_isa` say which instruction set their CPU kernels use.
+"""
+
+from logra_kernels._native import available_isas, isa, set_isa
 from logra_kernels.ops.covariance_update import covariance_update_
 from logra_kernels.ops.pack_rows import pack_rows, unpack_rows
 from logra_kernels.ops.per_sample_gradients import per_sample_gradients
@@ -12,7 +16,9 @@ from logra_kernels.ops.topk_scores import TopK, topk_scores
 
 __all__ = [
     "TopK",
+    "available_isas",
     "covariance_update_",
+    "isa",
     "pack_rows",
     "per_sample_gradients",
     "project",
@@ -20,6 +26,7 @@ __all__ = [
     "projected_gradients_grouped",
     "scores",
     "self_influence",
+    "set_isa",
     "topk_scores",
     "unpack_rows",
 ]

@@ -1,21 +1,30 @@
 """The projections P_i [Ki, I] and P_o [Ko, O] of LoGra (Eq. 6)."""
 
-from logra_kernels.projection.random import (
-    KINDS,
-    SCALING,
+import logra_kernels.projection.random  # noqa: F401 (registers its kinds)
+from logra_kernels.projection.spec import (
     ModuleProjection,
+    ProjectionKind,
+    ProjectionSpec,
     build_projections,
-    canonical_kind,
     projection_digest,
-    rank_pair,
+    register_projection_kind,
+)
+from logra_kernels.projection.stored import (
+    describe_projection,
+    described_widths,
+    projection_tensors,
+    stored_projections,
 )
 
 __all__ = [
-    "KINDS",
-    "SCALING",
     "ModuleProjection",
+    "ProjectionKind",
+    "ProjectionSpec",
     "build_projections",
-    "canonical_kind",
+    "describe_projection",
+    "described_widths",
     "projection_digest",
-    "rank_pair",
+    "projection_tensors",
+    "register_projection_kind",
+    "stored_projections",
 ]

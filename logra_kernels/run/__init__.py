@@ -1,7 +1,22 @@
-"""A run: the user's own training code, logged example by example, and asked for influence."""
+"""Logging: the gradients of a user's own training code, example by example, into a store."""
 
 from logra_kernels.run.config import Config
-from logra_kernels.run.run import Run, check_ids, init
-from logra_kernels.run.statistic import Covariance
+from logra_kernels.run.logged_pass import LoggedPass, check_ids
+from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
+from logra_kernels.run.recorder import Recorder
+from logra_kernels.run.run import Run
+from logra_kernels.run.statistic import Covariance, Setup
+from logra_kernels.run.watched import WatchedLayers
 
-__all__ = ["Config", "Covariance", "Run", "check_ids", "init"]
+__all__ = [
+    "Config",
+    "Covariance",
+    "FinitePolicy",
+    "LoggedPass",
+    "LoggedRows",
+    "Recorder",
+    "Run",
+    "Setup",
+    "WatchedLayers",
+    "check_ids",
+]

@@ -1,4 +1,4 @@
-"""Rows on their way from a run to its store and its curvature."""
+"""Rows on their way from a pass to the store and its curvature."""
 
 from __future__ import annotations
 
@@ -9,60 +9,63 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from logra_kernels import ops
-from logra_kernels.capture.layers import Layer, plain_name
+from logra_kernels.capture.layers import plain_name
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.projection import (
-    SCALING,
-    ModuleProjection,
-    canonical_kind,
-    projection_digest,
-    rank_pair,
-)
-from logra_kernels.run.config import Config
+from logra_kernels.projection import projection_tensors
+from logra_kernels.run.logged_rows import LoggedRows
 from logra_kernels.run.statistic import Setup
-from logra_kernels.store import DuplicateIdError, Module, Store, StoreMismatchError, StoreWriter
+from logra_kernels.run.watched import WatchedLayers
+from logra_kernels.store import DuplicateIdError, Store, StoreWriter
 
 SAMPLED_VALUES = 256
-SIDES = ("proj_in", "proj_out")
-STREAM = "philox4x64, key sha256(seed, 0, module, 0, side)[:16]"
 
 
 class Recorder:
-    """Packs rows, writes them, and adds them to the curvature as the store holds them."""
+    """Packs rows, writes them, and adds them to the curvature as the store holds them.
+
+    Args:
+        path: the store's folder.
+        watched: the layers, whose layout and projection the store keeps.
+        fingerprints: what tells this model and data from others.
+        setup: what the first pass keeps.
+        dtype: of the stored rows.
+        shard_bytes: size of a full shard; None leaves it to the store.
+        resume: go on with the store at `path`, if there is one.
+
+    Raises: StoreError if the store exists (and `resume` is false), is another run's, or cannot be
+        written.
+    """
 
     def __init__(
         self,
         path: Path,
-        layers: Sequence[Layer],
-        projection: Mapping[str, Any],
+        watched: WatchedLayers,
         fingerprints: Mapping[str, Any],
+        setup: Setup,
         *,
         dtype: str,
-        shard_bytes: int | None,
-        resume: bool,
-        setup: Setup,
+        shard_bytes: int | None = None,
+        resume: bool = False,
     ) -> None:
-        self._modules = [Module(layer.name, layer.ko, layer.ki) for layer in layers]
-        self._sizes = [module.size for module in self._modules]
+        self._layout = watched.layout
         self._dtype = dtype
         self._exponents: list[int] | None = None
-        row_bytes = sum(self._sizes) * np.dtype(dtype).itemsize
+        row_bytes = self._layout.dim * np.dtype(dtype).itemsize
         self._writer = StoreWriter.create(
             path,
-            modules=self._modules,
+            modules=self._layout,
             dtype=dtype,
-            projection=projection,
-            projection_tensors=_projection_tensors(layers) or None,
+            projection=watched.description,
+            projection_tensors=projection_tensors(watched.projections) or None,
             fingerprints=fingerprints,
             shard_rows=None if shard_bytes is None else max(1, shard_bytes // row_bytes),
             resume=resume,
         )
         self._resumed = frozenset(self._writer.committed_ids)
-        self.ids = set(self._resumed)
+        self.ids = set(self._resumed)  # of the rows in the store and on their way there
         self.curvature: RawCurvature | None = None
         try:
             if setup.covariance:
@@ -72,13 +75,15 @@ class Recorder:
             raise
 
     def check(self, ids: Sequence[str], setup: Setup) -> None:
-        """Raise what adding these ids would raise, as far as it is known beforehand."""
-        if setup.covariance and self.curvature is None:
-            if self.ids:
-                raise RuntimeError(
-                    "statistic: rows were saved before it was asked for; setup comes first"
-                )
-            self.curvature = RawCurvature(self._modules)
+        """Raise what adding these ids would raise, as far as it is known beforehand.
+
+        Raises: RuntimeError if rows were saved before the curvature was asked for;
+            DuplicateIdError for an id that was logged already.
+        """
+        if setup.covariance and self.curvature is None and self.ids:
+            raise RuntimeError(
+                "statistic: rows were saved before it was asked for; setup comes first"
+            )
         if setup.save:
             twice = [name for name in ids if name in self.ids and name not in self._resumed]
             if twice:
@@ -86,38 +91,28 @@ class Recorder:
                     f"data_id: expected new ids, got {twice[0]!r}, which was logged already"
                 )
 
-    def add(
-        self,
-        ids: Sequence[str],
-        rows: Tensor,
-        metadata: Sequence[Mapping[str, Any] | None] | None,
-        setup: Setup,
-    ) -> None:
-        """rows [N, D]; those that were in the store before the run was resumed are left out."""
-        new = [n for n, name in enumerate(ids) if not setup.save or name not in self._resumed]
-        if not new:
+    def add(self, logged: LoggedRows, setup: Setup) -> None:
+        """Keep finite rows; those that were in the store before it was resumed are left out.
+
+        Raises: as `check`; StoreError if the store cannot be written.
+        """
+        self.check(logged.ids, setup)
+        if setup.save:
+            new = [n for n, name in enumerate(logged.ids) if name not in self._resumed]
+            logged = logged.take(new)
+        if not logged.ids:
             return
-        if len(new) < len(ids):
-            ids, rows = [ids[n] for n in new], rows[new]
-            metadata = None if metadata is None else [metadata[n] for n in new]
-        rows = rows.float()
-        row_scale = None
-        if self._dtype == "float16":
-            if self._exponents is None:
-                self._exponents = self._fix_exponents(rows[0], setup)
-            rows, row_scale = ops.pack_rows(rows, self._sizes, self._exponents)
-            rows, row_scale = rows.cpu(), row_scale.cpu()
-        else:
-            rows = rows.cpu()
+        rows, row_scale = self._encode(logged.rows.float(), setup)
         if setup.save:
             scale = None if row_scale is None else row_scale.numpy()
-            self._writer.append(ids, rows.numpy(), scale, metadata)
-            self.ids.update(ids)
+            self._writer.append(logged.ids, rows.numpy(), scale, logged.metadata)
+            self.ids.update(logged.ids)
         if setup.covariance:
-            assert self.curvature is not None
+            if self.curvature is None:
+                self.curvature = RawCurvature(self._layout)
             if row_scale is not None:
                 assert self._exponents is not None
-                rows = ops.unpack_rows(rows, row_scale, self._sizes, self._exponents)
+                rows = ops.unpack_rows(rows, row_scale, self._layout.sizes, self._exponents)
             self.curvature.update(rows)
 
     def finish(self) -> Store:
@@ -132,86 +127,31 @@ class Recorder:
         """Commit the rows added so far and let go of the store, which resume goes on with."""
         self._writer.close(finalize=False)
 
-    def _fix_exponents(self, row: Tensor, setup: Setup) -> list[int]:
-        """The store's exponents, or from the first row ever written: no other split of the data
-        into batches gives others."""
-        exponents = self._writer.module_exponents
-        if exponents is None:
-            exponents = [_exponent(part) for part in row.split(self._sizes)]
-            if setup.save:
-                self._writer.set_module_exponents(exponents)
-        return exponents
+    def _encode(self, rows: Tensor, setup: Setup) -> tuple[Tensor, Tensor | None]:
+        """rows [N, D] float32 -> what the store holds: rows [N, D] and scales [N], on the CPU."""
+        if self._dtype != "float16":
+            return rows.cpu(), None
+        if self._exponents is None:
+            self._exponents = self._fix_exponents(rows[0], setup)
+        packed, row_scale = ops.pack_rows(rows, self._layout.sizes, self._exponents)
+        return packed.cpu(), row_scale.cpu()
 
     def _curvature_so_far(self) -> RawCurvature:
         if not self._resumed:
-            return RawCurvature(self._modules)
+            return RawCurvature(self._layout)
         return RawCurvature.rebuild(Store.open(self._writer.path))
 
+    def _fix_exponents(self, row: Tensor, setup: Setup) -> list[int]:
+        """The store's exponents, or those of the first row that is ever written.
 
-def describe_projection(
-    layers: Sequence[Layer], bias: bool, config: Config | None = None
-) -> dict[str, Any]:
-    """What the store says of the layers' projections, beside the matrices themselves.
-
-    Without a config: the identity, the whole gradients.
-    """
-    described: dict[str, Any] = {
-        "kind": "identity",
-        "bias": bias,
-        "widths": {layer.name: [layer.in_features, layer.out_features] for layer in layers},
-    }
-    if config is not None:
-        described.update(
-            kind=canonical_kind(config.init),
-            rank=list(rank_pair(config.rank)),
-            seed=config.seed,
-            scaling=SCALING,
-            stream=STREAM,
-        )
-    # last: a difference is told by the first key that differs
-    projections = {layer.name: layer.projection for layer in layers}
-    return {**described, "sha256": projection_digest(projections)}
-
-
-def stored_projections(store: Store) -> dict[str, ModuleProjection]:
-    """The projections that a store's rows were made with, from the matrices it keeps.
-
-    Raises: StoreError if a matrix is missing or damaged.
-    """
-    widths = described_widths(store.projection)
-    tensors = store.load_tensors() if store.manifest["projection_tensors"] else {}
-    made = {}
-    for name, (width_in, width_out) in widths.items():
-        sides = (tensors.get(f"{name}.{side}") for side in SIDES)
-        made[name] = ModuleProjection(
-            width_in, width_out, *(None if s is None else torch.from_numpy(s) for s in sides)
-        )
-    if projection_digest(made) != store.projection["sha256"]:
-        raise StoreMismatchError(
-            f"{store.path}: its projection matrices are not those its rows were logged with"
-        )
-    return made
-
-
-def _projection_tensors(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
-    """{"<module>.proj_in": [Ki, I], "<module>.proj_out": [Ko, O]}; the identity is left out."""
-    tensors = {}
-    for layer in layers:
-        for side in SIDES:
-            matrix = getattr(layer.projection, side)
-            if matrix is not None:
-                tensors[f"{layer.name}.{side}"] = matrix.numpy()
-    return tensors
-
-
-def described_widths(described: Any) -> dict[str, tuple[int, int]]:
-    """{module: (I, O)} of a store's projection."""
-    if not isinstance(described, Mapping) or "widths" not in described:
-        raise StoreMismatchError(
-            "projection: the store does not say how its rows were projected, so that no query can "
-            "be projected alike"
-        )
-    return {name: (pair[0], pair[1]) for name, pair in described["widths"].items()}
+        The first row is the same however the data is split into batches, and so are the exponents.
+        """
+        exponents = self._writer.module_exponents
+        if exponents is None:
+            exponents = [_exponent(part) for part in self._layout.split(row[None])]
+            if setup.save:
+                self._writer.set_module_exponents(exponents)
+        return exponents
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -31,6 +31,10 @@ class Setup:
     save: bool = False
     covariance: bool = False
 
+    def __bool__(self) -> bool:
+        """Whether anything is kept."""
+        return self.save or self.covariance
+
 
 def parse_setup(options: Mapping[str, Any]) -> Setup:
     """What setup was asked for.

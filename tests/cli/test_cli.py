@@ -92,7 +92,7 @@ def test_rows_equal_a_batch_of_one_loop(files):
     the float32 passes (about 1e-6 each) and the stored float16 (2^-11 = 5e-4 of an element)."""
     store = Store.open(files / "store")
     model = transformers.AutoModelForCausalLM.from_pretrained(files / "model").double()
-    from logra_kernels.run.recorder import stored_projections
+    from logra_kernels.projection import stored_projections
 
     projections = stored_projections(store)
     for row in (0, 7, 23):

@@ -1,6 +1,8 @@
 """Imports point one way: a walk over the package's sources, whatever is added to them."""
 
 import ast
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -14,29 +16,33 @@ import logra_kernels
 ROOT = Path(logra_kernels.__file__).parents[1]
 PACKAGE = "logra_kernels"
 
-# A module may import its own tier and lower ones. A module that is not named here is as high as
-# what it imports, and at least of tier 3: so the rooms of tier 3 do not come to need the tools.
+# A room may import itself and rooms of lower tiers; those of one tier may import one another where
+# `circles` finds none. The package root, whose names are looked up when they are used, may import
+# every room.
 TIERS = {
+    "_C": 0,
+    "_checks": 0,
+    "_native": 0,
+    "defaults": 0,
+    "progress": 0,
     "reference": 0,
     "store": 0,
     "triton": 0,
-    "_checks": 0,
-    "progress": 0,
-    "_native": 1,
-    "ops": 2,
+    "ops": 1,
+    "rows": 2,
     "projection": 3,
     "capture": 3,
     "curvature": 3,
-    "attribution": 3,
-    "run": 3,
-    "lm": 4,
-    "integrations": 4,
-    "report": 4,
-    "demo": 5,
-    "cli": 5,
-    "__main__": 5,
+    "attribution": 4,
+    "run": 5,
+    "lm": 6,
+    "report": 6,
+    "integrations": 6,
+    "demo": 7,
+    "cli": 7,
 }
-AT_LEAST = 3
+# The modules of the package root; whatever else is there is a room, a folder.
+ROOT_MODULES = {"__init__", "_native", "_checks", "defaults", "rows", "progress"}
 # Rooms that import nothing of the package but themselves, and of the world only this.
 CLOSED = {
     "reference": {"torch"},
@@ -51,10 +57,11 @@ REQUIRED = {"torch", "numpy", "safetensors", "pyarrow", "yaml", "tqdm", "jinja2"
 class Import:
     """One imported module, as seen from one source file."""
 
-    def __init__(self, target: str, line: int, lazy: bool) -> None:
+    def __init__(self, target: str, line: int, lazy: bool, for_types: bool) -> None:
         self.target = target
         self.line = line
         self.lazy = lazy  # inside a function: runs when it is called
+        self.for_types = for_types  # under `if TYPE_CHECKING`: never runs
 
 
 def room(module: str) -> str:
@@ -63,7 +70,7 @@ def room(module: str) -> str:
 
 
 def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> Iterator[Import]:
-    """Every import of a source, those under `if TYPE_CHECKING` left out."""
+    """Every import of a source, those under `if TYPE_CHECKING` too."""
 
     def resolve(node: ast.ImportFrom) -> str:
         if not node.level:
@@ -72,12 +79,10 @@ def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> I
         base = parts[: len(parts) - node.level + is_package]
         return ".".join([*base, node.module] if node.module else base)
 
-    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
+    def walk(node: ast.AST, lazy: bool, for_types: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, lazy)
+                yield Import(alias.name, node.lineno, lazy, for_types)
         elif isinstance(node, ast.ImportFrom):
             source = resolve(node)
             for alias in node.names:
@@ -85,61 +90,59 @@ def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> I
                 if source == PACKAGE and name not in modules:
                     home = logra_kernels._HOMES.get(alias.name)
                     name = f"{PACKAGE}.{home}" if home else PACKAGE
-                yield Import(name if name in modules else source, node.lineno, lazy)
-        for child in ast.iter_child_nodes(node):
-            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from walk(child, lazy or inside)
+                yield Import(name if name in modules else source, node.lineno, lazy, for_types)
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            negated = isinstance(node.test, ast.UnaryOp)
+            for branch, types in ((node.body, not negated), (node.orelse, negated)):
+                for child in branch:
+                    yield from walk(child, lazy, for_types or types)
+        else:
+            for child in ast.iter_child_nodes(node):
+                yield from walk(child, lazy, for_types)
 
-    yield from walk(ast.parse(text), False)
+    yield from walk(ast.parse(text), False, False)
 
 
 def problems_of(sources: dict[str, tuple[str, bool]]) -> list[str]:
     """Arrows that point back, in {module: (text, is a package)}."""
     found = []
     graph: dict[str, set[str]] = {}
-    imports = {
-        module: list(imports_of(module, text, is_package, set(sources)))
-        for module, (text, is_package) in sources.items()
-    }
-    tiers = tiers_of(imports)
-    for module in sources:
+    rooms: dict[str, set[str]] = {room(module): set() for module in sources}
+    for module, (text, is_package) in sources.items():
         here = room(module)
+        if module != PACKAGE and here not in TIERS:
+            found.append(f"{module}: the room {here} has no tier")
         graph[module] = set()
-        for used in imports[module]:
+        for used in imports_of(module, text, is_package, set(sources)):
             where = f"{module}:{used.line} imports {used.target}"
             top = used.target.split(".")[0]
             if top == PACKAGE:
                 there = room(used.target)
                 if used.target == f"{PACKAGE}._C" and module != f"{PACKAGE}._native":
                     found.append(f"{where}: only _native does")
-                elif here in CLOSED and there != here:
+                elif here in CLOSED and there != here and there not in CLOSED[here]:
                     found.append(f"{where}: {here} imports nothing of the package but itself")
-                elif module != PACKAGE and tiers.get(there, 0) > tiers[here]:
+                elif module != PACKAGE and TIERS.get(there, 0) > TIERS.get(here, 0):
                     found.append(f"{where}: the arrow points back")
+                if module == PACKAGE and used.for_types:
+                    continue  # the names of the package, for type checkers
                 if not used.lazy and used.target in sources and used.target != module:
                     graph[module].add(used.target)
+                if there in rooms and there != here and here:
+                    rooms[here].add(there)
             elif top in ("tests", "bench", "examples"):
                 found.append(f"{where}: the package stands without them")
             elif top not in sys.stdlib_module_names:
+                loaded = not used.lazy and not used.for_types
                 if here in CLOSED and top not in CLOSED[here]:
                     found.append(f"{where}: {here} imports {', '.join(sorted(CLOSED[here]))} only")
                 elif top == "triton" and here != "triton":
                     found.append(f"{where}: only the triton package does")
-                elif top not in REQUIRED | CLOSED.get(here, set()) and not used.lazy:
+                elif top not in REQUIRED | CLOSED.get(here, set()) and loaded:
                     found.append(f"{where} when it is loaded: it may not be installed")
-    return found + [f"a circle: {' -> '.join(circle)}" for circle in circles(graph)]
-
-
-def tiers_of(imports: dict[str, list[Import]]) -> dict[str, int]:
-    """Room -> its tier: as written above, or the highest of what the room imports."""
-    tiers = {room(module): TIERS.get(room(module), AT_LEAST) for module in imports}
-    for _ in range(max(TIERS.values())):  # a tier rises at most that often
-        for module, used in imports.items():
-            if room(module) not in TIERS:
-                ours = [one for one in used if one.target.split(".")[0] == PACKAGE]
-                heights = [tiers.get(room(one.target), 0) for one in ours]
-                tiers[room(module)] = max([tiers[room(module)], *heights])
-    return tiers
+    found += [f"a circle: {' -> '.join(circle)}" for circle in circles(graph)]
+    return found or [f"a circle of rooms: {' -> '.join(circle)}" for circle in circles(rooms)]
 
 
 def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
@@ -177,6 +180,9 @@ def test_no_arrow_points_back() -> None:
     assert problems_of(sources) == []
 
 
+GUARD = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+
+
 @pytest.mark.parametrize(
     ("module", "text", "message"),
     [
@@ -190,40 +196,59 @@ def test_no_arrow_points_back() -> None:
         ("ops.new", "from logra_kernels import _C", "only _native does"),
         ("ops.new", "import triton", "only the triton package does"),
         ("curvature", "import logra_kernels.cli", "the arrow points back"),
-        ("curvature", "from logra_kernels import tool", "the arrow points back"),
-        ("brand_new", "import transformers", "when it is loaded: it may not be installed"),
-        ("brand_new", "from bench import bench_scores", "the package stands without them"),
+        ("curvature", "def f():\n  import logra_kernels.cli", "the arrow points back"),
+        ("ops.new", f"{GUARD}  from logra_kernels import Attributor", "the arrow points back"),
+        ("store.new", f"{GUARD}  from torch import Tensor", "store imports numpy, pyarrow"),
+        ("ops.new", f"{GUARD}  pass\nelse:\n  import PIL", "it may not be installed"),
+        ("lm", "import transformers", "when it is loaded: it may not be installed"),
+        ("lm", "from bench import bench_scores", "the package stands without them"),
+        ("brand_new", "import torch", "logra_kernels.brand_new: the room brand_new has no tier"),
     ],
 )
 def test_the_walk_finds_what_it_looks_for(module: str, text: str, message: str) -> None:
     names = ["ops.new", "store.new", "capture", "attribution", "_C", "cli", "ops", "store"]
     sources = {f"{PACKAGE}.{name}": ("", False) for name in names}
-    sources[f"{PACKAGE}.tool"] = ("from logra_kernels import cli", False)
     (problem,) = problems_of(sources | {f"{PACKAGE}.{module}": (text, False)})
     assert message in problem
 
 
-def test_the_walk_finds_circles() -> None:
+@pytest.mark.parametrize("last", ["from . import a", f"{GUARD}  from . import a"])
+def test_the_walk_finds_circles(last: str) -> None:
     sources = {
-        f"{PACKAGE}.a": ("from logra_kernels import b", False),
-        f"{PACKAGE}.b": ("from logra_kernels.c import d", False),
-        f"{PACKAGE}.c": ("from . import a", False),
+        f"{PACKAGE}.lm": ("", True),
+        f"{PACKAGE}.lm.a": ("from logra_kernels.lm import b", False),
+        f"{PACKAGE}.lm.b": ("from logra_kernels.lm.c import d", False),
+        f"{PACKAGE}.lm.c": (last, False),
     }
-    circle = "a circle: " + " -> ".join(f"{PACKAGE}.{name}" for name in "abca")
+    circle = "a circle: " + " -> ".join(f"{PACKAGE}.lm.{name}" for name in "abca")
     assert problems_of(sources) == [circle]
-    sources[f"{PACKAGE}.c"] = ("def f():\n  from . import a", False)
+    sources[f"{PACKAGE}.lm.c"] = ("def f():\n  from . import a", False)
     assert problems_of(sources) == []
+
+
+def test_the_walk_finds_circles_of_rooms() -> None:
+    sources = {
+        f"{PACKAGE}.capture.a": ("from logra_kernels.projection import b", False),
+        f"{PACKAGE}.projection.c": ("from logra_kernels.capture import d", False),
+    }
+    sources |= {f"{PACKAGE}.{name}": ("", False) for name in ("capture.d", "projection.b")}
+    assert problems_of(sources) == ["a circle of rooms: capture -> projection -> capture"]
 
 
 def test_the_walk_lets_good_imports_pass() -> None:
     text = (
-        "from typing import TYPE_CHECKING\nimport torch\nfrom logra_kernels import Store, ops\n"
-        "if TYPE_CHECKING:\n  from logra_kernels.cli import main\n"
+        "import torch\nfrom logra_kernels import Store, ops\n"
+        f"{GUARD}  import transformers\n  from logra_kernels.store import reader\n"
         "def f():\n  import transformers\n"
     )
     names = ["ops", "store", "cli"]
     sources = {f"{PACKAGE}.{name}": ("", True) for name in names}
+    sources[PACKAGE] = (f"{GUARD}  from logra_kernels.run import Run\n", True)
     assert problems_of(sources | {f"{PACKAGE}.run": (text, False)}) == []
+
+
+def test_the_package_root_holds_only_what_every_room_may_need() -> None:
+    assert {path.stem for path in (ROOT / PACKAGE).glob("*.py")} == ROOT_MODULES
 
 
 @pytest.mark.parametrize("code", ["import logra_kernels.store", "from logra_kernels import Store"])
@@ -235,10 +260,71 @@ def test_reading_a_store_needs_no_torch(code: str) -> None:
 
 def test_every_public_name_is_there() -> None:
     assert set(logra_kernels.__all__) <= set(dir(logra_kernels))
-    for name in logra_kernels.__all__:
+    for name in logra_kernels._HOMES:
         assert getattr(logra_kernels, name) is not None
     with pytest.raises(AttributeError, match="module 'logra_kernels' has no attribute 'nonsense'"):
         _ = logra_kernels.nonsense
+
+
+def test_type_checkers_see_the_names_that_are_there() -> None:
+    """The imports under TYPE_CHECKING are those of the table, from the same modules."""
+    seen = {}
+    for node in ast.walk(ast.parse(Path(logra_kernels.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
+            home = (node.module or "").removeprefix(PACKAGE).removeprefix(".")
+            for alias in node.names:
+                assert alias.asname in (None, alias.name), "re-exported under its own name"
+                if alias.name == "*":
+                    public = importlib.import_module(f"{PACKAGE}.{home}").__all__
+                    seen.update(dict.fromkeys(public, home))
+                else:
+                    seen[alias.name] = home or alias.name
+    assert seen == logra_kernels._HOMES
+
+
+# Without these libraries' types mypy takes three seconds instead of a minute.
+MYPY_INI = """
+[mypy]
+strict = true
+follow_imports = silent
+[mypy-torch.*,numpy.*,pyarrow.*,safetensors.*,yaml.*,tqdm.*]
+follow_imports = skip
+"""
+PROGRAM = """
+import logra_kernels as logra
+run = logra.init("a")
+logra.watch(run, names=["mlp"])
+logra.scores()
+logra.initt("a")
+run.watsch()
+with run([1]) as batch: batch.get_logg()
+logra.ops.scorez
+store: int = logra.Store.open("a")
+logra.Config(rank=8), logra.isa(), run.get_log(), batch.get_log()
+logra.set_isa("avx2"); logra.eval()
+"""
+
+
+def test_a_type_checker_refuses_names_that_are_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "mypy.ini").write_text(MYPY_INI)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "program.py"],
+        cwd=tmp_path, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    errors = re.findall(r"program\.py:(\d+): error: ([^;\n]*)", done.stdout)
+    assert [(int(line), text.split("  [")[0]) for line, text in errors] == [
+        (4, 'Unexpected keyword argument "names"'),
+        (5, 'Missing positional arguments "queries", "rows" in call to "scores"'),
+        (6, 'Module has no attribute "initt"'),
+        (7, '"LogixRun" has no attribute "watsch"'),
+        (8, '"LogixPass" has no attribute "get_logg"'),
+        (9, 'Module has no attribute "scorez"'),
+        (10, "Incompatible types in assignment (expression has type \"Store\", variable has type "
+         "\"int\")"),
+    ], done.stdout + done.stderr  # fmt: skip
 
 
 # #include lines: the core knows neither Python nor torch, the binding knows no torch.

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import nn
 
+import logra_kernels as logra
 from logra_kernels.projection import (
     ModuleProjection,
+    ProjectionSpec,
     build_projections,
+    describe_projection,
     projection_digest,
     random,
+    register_projection_kind,
+    spec,
 )
 
 FEATURES = {"a": (96, 40), "b.c": (17, 130)}
@@ -100,6 +107,57 @@ def test_rank_that_reaches_the_width_is_the_identity():
     assert (made["b.c"].ko, made["b.c"].ki) == (40, 16)
     whole = ModuleProjection(96, 40)
     assert (whole.ko, whole.ki) == (40, 96)
+
+
+def test_a_store_describes_its_projection_as_version_1_did():
+    """The keys and their order too: resume compares them, and names the first that differs."""
+    made_from = ProjectionSpec("random", (8, 16), seed=3)
+    described = describe_projection(made_from.build(FEATURES), True, made_from)
+    assert json.dumps(described) == json.dumps(
+        {
+            "kind": "normal",
+            "bias": True,
+            "widths": {"a": [96, 40], "b.c": [17, 130]},
+            "rank": [8, 16],
+            "seed": 3,
+            "scaling": "1/sqrt(K): E<Pa, Pb> = <a, b>",
+            "stream": "philox4x64, key sha256(seed, 0, module, 0, side)[:16]",
+            "sha256": GOLDEN["normal"],
+        }
+    )
+    whole = describe_projection({"a": ModuleProjection(96, 40)}, False)
+    assert list(whole) == ["kind", "bias", "widths", "sha256"]
+    assert whole["kind"] == "identity"
+
+
+class FirstColumns:
+    """Keeps the first K features: a kind that the package does not have."""
+
+    name = "first"
+
+    def matrix(self, spec, module, side, shape):
+        return torch.eye(*shape)
+
+    def describe(self, spec):
+        return {"offset": spec.seed}
+
+
+def test_a_registered_kind_needs_no_other_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(spec, "_kinds", dict(spec._kinds))
+    register_projection_kind(FirstColumns(), "leading")
+    model, x = nn.Linear(6, 5, bias=False), torch.randn(4, 6)
+    run = logra.init("first", root_dir=str(tmp_path), rank=(2, 3), init="leading")
+    run.watch(model)
+    run.add_lora()
+    run.setup({"save": "grad"})
+    with run(data_id=range(4)):
+        model(x).sum().backward()
+    run.finalize()
+    described = logra.Store.open(tmp_path / "first").projection
+    assert (described["kind"], described["rank"], described["offset"]) == ("first", [2, 3], 0)
+    want = x[:, None, :3].expand(4, 2, 3).reshape(4, 6)
+    torch.testing.assert_close(run.get_log()[1]["model"]["grad"].reshape(4, 6), want)
+    run.initialize_from_log()  # the store gives the same projection back
 
 
 @pytest.mark.parametrize(

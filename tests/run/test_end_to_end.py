@@ -18,7 +18,7 @@ import logra_kernels as logra
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.defaults import SCAN_MODES
-from logra_kernels.run.recorder import stored_projections
+from logra_kernels.projection import stored_projections
 from logra_kernels.store import Store
 
 QUERIES = gradients(6, seed=11)

@@ -155,7 +155,7 @@ def test_gradients_beyond_fp16s_range_are_scaled_not_lost(tmp_path, model, data)
 
 def test_get_log(tmp_path, model, data):
     run = make_run(tmp_path, model)
-    with refuse("get_log: nothing was logged yet", RuntimeError):
+    with refuse("nothing was logged yet; run a pass inside `with run(...)`", RuntimeError):
         run.get_log()
     with run(data_id=torch.tensor([7, 9])) as capture:
         loss_of(model, data, slice(2)).backward()
@@ -188,7 +188,7 @@ def test_get_log_inside_a_pass_is_that_pass(tmp_path, model, data):
             assert torch.equal(parts[name]["grad"], part)
     with pytest.raises(ZeroDivisionError), run(data_id=["d"]):
         raise ZeroDivisionError
-    with refuse("get_log: nothing was logged yet", RuntimeError):
+    with refuse("nothing was logged yet; run a pass inside `with run(...)`", RuntimeError):
         run.get_log()
 
 
@@ -541,7 +541,7 @@ def test_duplicate_ids(tmp_path, model, data):
     run.setup(RAW)
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    with refuse("data_id: expected ids of their own, got 'a' twice"):
+    with refuse("data_id: expected 3 different ids, got 'a' twice"):
         run(data_id=["a", "b", "a"])
     with run(data_id=["a", "b"]):
         loss_of(model, data, slice(2)).backward()
@@ -849,7 +849,7 @@ def test_functions_of_the_module_are_those_of_the_last_run(tmp_path, model, data
     assert len(logix.build_log_dataloader().dataset) == COUNT
     with refuse("log: the model is hooked only inside", RuntimeError):
         logix.log(["a"])
-    monkeypatch.setattr("logra_kernels.run.run._current", None)
+    monkeypatch.setattr("logra_kernels.integrations.logix.current._current", None)
     for name in ("finalize", "setup", "get_log"):
         with refuse(f"{name}: there is no run; call init(project=...) first", RuntimeError):
             getattr(logix, name)()

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from logra_kernels.store import Module, Store
+from logra_kernels.store import RowLayout, Store
 
 Log = tuple[list[str], dict[str, dict[str, Tensor]]]
 
 
-def log_of_rows(ids: Sequence[str], rows: Tensor, modules: Sequence[Module]) -> Log:
+def log_of_rows(ids: Sequence[str], rows: Tensor, layout: RowLayout) -> Log:
     """rows [N, D] -> (ids, {module: {"grad": [N, Ko, Ki]}}), views of the rows."""
-    parts = rows.split([module.size for module in modules], dim=1)
     gradients = {
         module.name: {"grad": part.unflatten(1, (module.ko, module.ki))}
-        for module, part in zip(modules, parts, strict=True)
+        for module, part in zip(layout, layout.split(rows), strict=True)
     }
     return list(ids), gradients
 
 
-def rows_of_log(argument: str, log: Any, modules: Sequence[Module]) -> tuple[list[str], Tensor]:
+def rows_of_log(argument: str, log: Any, layout: RowLayout) -> tuple[list[str], Tensor]:
     """A log, or (ids, rows [N, D]) -> (ids, rows [N, D]), float32 or float64 on the CPU.
+
+    Args:
+        argument: what messages call the log.
+        log: the log, whose ids may be tensors.
+        layout: the columns of a row.
 
     Raises: ValueError if it is no log, or one of other modules.
     """
@@ -39,14 +43,15 @@ def rows_of_log(argument: str, log: Any, modules: Sequence[Module]) -> tuple[lis
     if isinstance(content, Tensor):
         rows = content
     elif isinstance(content, Mapping):
-        rows = _joined(argument, content, modules, len(ids))
+        rows = _joined(argument, content, layout, len(ids))
     else:
         raise ValueError(
             f"{argument}: expected {{module: {{'grad': tensor}}}}, got {type(content).__name__}"
         )
-    dim = sum(module.size for module in modules)
-    if rows.ndim != 2 or rows.shape != (len(ids), dim):
-        raise ValueError(f"{argument}: expected rows [{len(ids)}, {dim}], got {list(rows.shape)}")
+    if rows.shape != (len(ids), layout.dim):
+        raise ValueError(
+            f"{argument}: expected rows [{len(ids)}, {layout.dim}], got {list(rows.shape)}"
+        )
     rows = rows.detach().cpu()
     return ids, rows if rows.dtype == torch.float64 else rows.float()
 
@@ -54,14 +59,15 @@ def rows_of_log(argument: str, log: Any, modules: Sequence[Module]) -> tuple[lis
 def _joined(
     argument: str,
     content: Mapping[str, Mapping[str, Tensor]],
-    modules: Sequence[Module],
+    layout: RowLayout,
     count: int,
 ) -> Tensor:
-    unknown = set(content) - {module.name for module in modules}
+    """{module: {"grad": [N, Ko, Ki]}} -> rows [N, D]."""
+    unknown = set(content) - set(layout.names)
     if unknown:
         raise ValueError(f"{argument}: module {min(unknown)} is not one of the store's")
     blocks = []
-    for module in modules:
+    for module in layout:
         if module.name not in content:
             raise ValueError(f"{argument}: module {module.name} is missing")
         if "grad" not in content[module.name]:
@@ -76,6 +82,18 @@ def _joined(
     return torch.cat(blocks, dim=1)
 
 
+def read_logs(loader: Iterable[Any], layout: RowLayout) -> tuple[list[str], Tensor]:
+    """The ids and rows [R, D], float32, of all logs that a loader gives.
+
+    Raises: ValueError if it gives none, or one that does not fit.
+    """
+    logs = [rows_of_log("loader", log, layout) for log in loader]
+    if not logs:
+        raise ValueError("loader: expected logs, got none")
+    ids = [name for names, _ in logs for name in names]
+    return ids, torch.cat([rows.float() for _, rows in logs])
+
+
 class LogDataset(Dataset[Any]):
     """A store's rows: (id, {module: {"grad": [Ko, Ki]}}), or (id, row [D]) if flat."""
 
@@ -86,7 +104,7 @@ class LogDataset(Dataset[Any]):
 
     @property
     def store(self) -> Store:
-        # opened where it is used: a worker process maps the files itself
+        """The store, opened by the process that reads it: a worker maps the files itself."""
         if self._store is None:
             self._store = Store.open(self.path)
         return self._store
@@ -102,7 +120,7 @@ class LogDataset(Dataset[Any]):
         ids = [self.store.ids[index].as_py() for index in indices]
         if self.flatten:
             return list(zip(ids, rows, strict=True))
-        _, log = log_of_rows(ids, rows, self.store.modules)
+        _, log = log_of_rows(ids, rows, self.store.layout)
         return [
             (name, {module: {"grad": part["grad"][n]} for module, part in log.items()})
             for n, name in enumerate(ids)
