@@ -38,7 +38,7 @@ from logra_kernels.attribution.scan import (
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.progress import Progress, track
-from logra_kernels.rows import layout, share
+from logra_kernels.rows import layout, scanned, share
 from logra_kernels.store import BlockReader, Module, RowBlock, Store, huge_buffer
 
 __all__ = ["Attributor", "Groups", "InfluenceResult", "find_groups", "influence_between"]
@@ -103,7 +103,7 @@ class Attributor:
             raise ValueError(f"block_rows: expected at least 1, got {block_rows}")
         self.modules: list[Module] = list(self.store.modules)
         self.device = torch.device(device or "cpu")
-        self._row_bytes = self.store.dim * np.dtype(self.store.dtype).itemsize
+        self._row_bytes = self.store.row_bytes
         self.reading = self._choose(reading, memory_bytes)
         self._most_rows = 0  # where many queries want larger blocks
         if block_rows is not None:
@@ -358,8 +358,8 @@ class Attributor:
         return "streamed"
 
     def _row_scale(self, index: int) -> np.ndarray | None:
-        """[r] float32 of a shard; None where the rows are float32, whose scales are ones."""
-        if self.store.dtype == "float32":
+        """[r] float32 of a shard; None where its codec has no row scales."""
+        if not self.store.codec.scaled:
             return None
         shard = self.store.shards[index]
         return shard.read_row_scale() if self.reading == "streamed" else shard.row_scale
@@ -403,13 +403,14 @@ class _ShardPass:
         elif norms is not None:
             self._remembered = norms.remembered(index)
         if attributor.reading == "resident" and index not in attributor._held:
-            shape = (self.num_rows, attributor.store.dim)
-            self._held = _room(shape, attributor.store.dtype, attributor.device)
+            shard = attributor.store.shards[index]
+            self._held = _room((self.num_rows, shard.columns), shard.dtype, attributor.device)
 
     def block(self, start: int, rows: Tensor) -> Block:
         here = slice(start, start + rows.shape[0])
         if self._held is not None:
             rows = self._held[here].copy_(rows)
+        rows = scanned(self._attributor.store.codec, rows)
         block = Block(self._first_row + start, rows, start=start)
         if self._row_scale is not None:
             block.row_scale = self._row_scale[here]
@@ -480,11 +481,11 @@ def _block_rows(num_bytes: int, row_bytes: int, least: int) -> int:
     return max(least, min(LARGEST_BLOCK_ROWS, num_bytes // row_bytes))
 
 
-def _room(shape: tuple[int, int], dtype: str, device: torch.device) -> Tensor:
+def _room(shape: tuple[int, int], dtype: np.dtype, device: torch.device) -> Tensor:
     """Memory for a resident shard; on the CPU in huge pages."""
     if device.type != "cpu":
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-    num_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        return torch.empty(shape, dtype=getattr(torch, dtype.name), device=device)
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
     return share(huge_buffer(num_bytes).view(dtype).reshape(shape))
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from logra_kernels.store.codecs import row_codec
+from logra_kernels.store.codecs.base import SCALE_DTYPE
 from logra_kernels.store.errors import (
     DuplicateIdError,
     StoreError,
@@ -24,7 +26,6 @@ from logra_kernels.store.files import (
     Lock,
     crc32_of_file,
     crc32_text,
-    finite,
     npy_header,
     powers_of_two,
     remove,
@@ -40,7 +41,6 @@ from logra_kernels.store.manifest import (
     LARGEST_EXPONENT,
     LOCK,
     MANIFEST,
-    NPY_DTYPES,
     SMALLEST_EXPONENT,
     check_files,
     check_modules,
@@ -164,8 +164,7 @@ class StoreWriter:
         resume: bool,
         queue_bytes: int,
     ) -> None:
-        if dtype not in NPY_DTYPES:
-            raise StoreError(f"dtype: expected one of {', '.join(NPY_DTYPES)}, got {dtype!r}")
+        self.codec = row_codec(dtype)
         if duplicates not in ("error", "skip"):
             raise StoreError(f"duplicates: expected 'error' or 'skip', got {duplicates!r}")
         for name, value in (("shard_rows", shard_rows), ("queue_bytes", queue_bytes)):
@@ -178,7 +177,7 @@ class StoreWriter:
         self.dtype = dtype
         self.duplicates = duplicates
         self.skipped_rows = 0
-        row_bytes = self.dim * np.dtype(NPY_DTYPES[dtype]).itemsize
+        row_bytes = self.codec.row_bytes(self.layout)
         self.shard_rows = shard_rows or min(max(1, SHARD_BYTES // row_bytes), LARGEST_SHARD_ROWS)
         self._queue_bytes = queue_bytes
         self._committed_ids: list[str] = []
@@ -245,8 +244,10 @@ class StoreWriter:
         """
         self._check_usable()
         values = [int(value) for value in exponents]
-        if self.dtype != "float16":
-            raise StoreError("module_exponents: expected none, for the store's rows are float32")
+        if not self.codec.scaled:
+            raise StoreError(
+                f"module_exponents: expected none, for the store's rows are {self.dtype}"
+            )
         if len(values) != len(self.modules):
             raise StoreError(
                 f"module_exponents: expected {len(self.modules)}, one per module, got {len(values)}"
@@ -408,23 +409,24 @@ class StoreWriter:
     def _check_rows(
         self, ids: list[str], rows: np.ndarray, row_scale: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        wanted = f"{self.dtype} [{len(ids)}, {self.dim}]"
+        codec, columns = self.codec, self.codec.columns(self.layout)
+        wanted = f"{codec.dtype} [{len(ids)}, {columns}]"
         if not isinstance(rows, np.ndarray):
             raise StoreError(f"rows: expected a numpy array, got {type(rows).__name__}")
-        if rows.dtype != np.dtype(self.dtype) or rows.ndim != 2 or rows.shape[1] != self.dim:
+        if rows.dtype != codec.dtype or rows.ndim != 2 or rows.shape[1] != columns:
             raise StoreError(f"rows: expected {wanted}, got {rows.dtype} {list(rows.shape)}")
         if len(rows) != len(ids):
             raise StoreError(f"ids: expected {len(rows)}, one per row, got {len(ids)}")
-        good = finite(rows)
+        good = codec.finite(rows)
         if not good.all():
             row, column = np.argwhere(~good)[0]
             raise StoreError(
-                f"rows: expected finite values, got {rows[row, column]} in the row of id "
-                f"{ids[row]!r}, module {self.layout.module_of(int(column)).name!r}"
+                f"rows: expected finite values, got {codec.elements(rows)[row, column]} in the "
+                f"row of id {ids[row]!r}, module {self.layout.module_of(int(column)).name!r}"
             )
-        if self.dtype == "float32":
+        if not codec.scaled:
             if row_scale is not None:
-                raise StoreError("row_scale: expected None, for the store's rows are float32")
+                raise StoreError(f"row_scale: expected None, for the store's rows are {codec.name}")
             return rows, None
         if self._exponents is None:
             raise StoreError("module_exponents: expected set_module_exponents before append")
@@ -441,7 +443,7 @@ class StoreWriter:
             raise StoreError(
                 f"row_scale: expected powers of two, got {row_scale[row]} for id {ids[row]!r}"
             )
-        return rows, row_scale.astype("<f4")  # a copy
+        return rows, row_scale.astype(SCALE_DTYPE)  # a copy
 
     def _new_ids(self, ids: list[str]) -> np.ndarray:
         kept = np.ones(len(ids), dtype=bool)
@@ -549,7 +551,8 @@ class StoreWriter:
             return
         rows, names = len(shard.ids), shard_names(shard.index)
         os.lseek(shard.descriptor, 0, os.SEEK_SET)
-        write_all(shard.descriptor, npy_header(NPY_DTYPES[self.dtype], (rows, self.dim)))
+        arrays = self.codec.arrays(rows, self.layout)
+        write_all(shard.descriptor, npy_header(*arrays["data"]))
         size = os.fstat(shard.descriptor).st_size
         os.fsync(shard.descriptor)
         entry: dict[str, Any] = {
@@ -561,7 +564,7 @@ class StoreWriter:
         written = [names[0]]
         if shard.row_scales:
             scales = np.concatenate(shard.row_scales).view(np.uint8).data  # [4 * rows]
-            header = npy_header("<f4", (rows,))
+            header = npy_header(*arrays["scale"])
             write_temporary(self.path / names[1], header, scales)
             entry["scale"] = _entry(names[1], len(header) + len(scales), zlib.crc32(scales))
             written.append(names[1])
