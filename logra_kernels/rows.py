@@ -65,14 +65,14 @@ def decode(
     return share(codec.decode(stored.cpu().numpy(), scale, layout, exponents))
 
 
-def scanned(codec: RowCodec, stored: Tensor) -> Tensor:
+def scanned(codec: RowCodec, stored: Tensor, layout: RowLayout) -> Tensor:
     """[R, D] on the same device, of a dtype that `ops.scores` takes: what a scan multiplies.
 
     The row scales and the modules' exponents are not in it. A scan has them in its own factors.
     """
     if codec.name in _KERNELS:
         return _KERNELS[codec.name].scan(stored)
-    elements = codec.elements(stored.cpu().numpy()).astype(np.float32, copy=False)
+    elements = codec.elements(stored.cpu().numpy(), layout).astype(np.float32, copy=False)
     return share(elements).to(stored.device)
 
 

@@ -410,7 +410,7 @@ class _ShardPass:
         here = slice(start, start + rows.shape[0])
         if self._held is not None:
             rows = self._held[here].copy_(rows)
-        rows = scanned(self._attributor.store.codec, rows)
+        rows = scanned(self._attributor.store.codec, rows, self._attributor.store.layout)
         block = Block(self._first_row + start, rows, start=start)
         if self._row_scale is not None:
             block.row_scale = self._row_scale[here]

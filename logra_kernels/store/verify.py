@@ -103,7 +103,7 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
             shape = (shard["rows"], codec.columns(layout))
             rows = np.memmap(path, codec.dtype, "r", DATA_OFFSET_BYTES, shape)
             for start in range(0, shard["rows"], block):
-                good_rows = codec.finite(rows[start : start + block]).all(axis=1)
+                good_rows = codec.finite(rows[start : start + block], layout).all(axis=1)
                 if not good_rows.all():
                     row = shard["first_row"] + start + int(np.flatnonzero(~good_rows)[0])
                     yield f"{path}: expected finite values, got others in row {row}"

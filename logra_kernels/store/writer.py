@@ -417,12 +417,13 @@ class StoreWriter:
             raise StoreError(f"rows: expected {wanted}, got {rows.dtype} {list(rows.shape)}")
         if len(rows) != len(ids):
             raise StoreError(f"ids: expected {len(rows)}, one per row, got {len(ids)}")
-        good = codec.finite(rows)
+        good = codec.finite(rows, self.layout)
         if not good.all():
-            row, column = np.argwhere(~good)[0]
+            row, column = (int(place) for place in np.argwhere(~good)[0])
+            value = codec.elements(rows, self.layout)[row, column]
             raise StoreError(
-                f"rows: expected finite values, got {codec.elements(rows)[row, column]} in the "
-                f"row of id {ids[row]!r}, module {self.layout.module_of(int(column)).name!r}"
+                f"rows: expected finite values, got {value} in the row of id "
+                f"{ids[row]!r}, module {self.layout.module_of(column).name!r}"
             )
         if not codec.scaled:
             if row_scale is not None:

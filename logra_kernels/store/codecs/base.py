@@ -19,7 +19,7 @@ _codecs: dict[str, RowCodec] = {}
 class RowCodec(ABC):
     """Turns rows [n, D] float32 into stored rows [n, W], and back:
 
-    row[d] = elements(stored)[d] · row_scale · 2**(exponent of the module of column d)
+    row[d] = elements(stored, layout)[d] · row_scale · 2**(exponent of the module of column d)
 
     The last two factors are there only if the codec is `scaled`: then every row has a power of two
     beside it, and every module an exponent that is fixed before the first row is written.
@@ -40,13 +40,13 @@ class RowCodec(ABC):
         A value that is not finite stays so, for `finite` to find.
         """
 
-    def elements(self, stored: np.ndarray) -> np.ndarray:
+    def elements(self, stored: np.ndarray, layout: RowLayout) -> np.ndarray:
         """stored [n, W] -> [n, D] floating point, before scale and exponents."""
         return stored
 
-    def finite(self, stored: np.ndarray) -> np.ndarray:
+    def finite(self, stored: np.ndarray, layout: RowLayout) -> np.ndarray:
         """[n, D] bool: which elements are finite. No other value may be in a store."""
-        return finite(self.elements(stored))
+        return finite(self.elements(stored, layout))
 
     def columns(self, layout: RowLayout) -> int:
         """W, the number of stored values of a row."""
@@ -73,7 +73,7 @@ class RowCodec(ABC):
         exponents: Sequence[int] = (),
     ) -> np.ndarray:
         """stored [n, W], row_scale [n] -> [n, D] float32, rounded once."""
-        elements = self.elements(stored)
+        elements = self.elements(stored, layout)
         if not self.scaled:
             return elements.astype(np.float32, copy=False)
         assert row_scale is not None
