@@ -23,10 +23,10 @@ _CRC32 = re.compile(r"[0-9a-f]{8}\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
-def shard_names(index: int) -> tuple[str, str, str]:
-    """The files of a shard: rows, row scales, ids."""
+def shard_names(index: int) -> dict[str, str]:
+    """The names of a shard's files, by their key in the manifest."""
     stem = f"shard-{index:05d}"
-    return f"{stem}.npy", f"{stem}.scale.npy", f"{stem}.ids.arrow"
+    return {"data": f"{stem}.npy", "scale": f"{stem}.scale.npy", "ids": f"{stem}.ids.arrow"}
 
 
 def check_modules(modules: Sequence[Module]) -> list[Module]:
@@ -90,14 +90,9 @@ def first_difference(stored: Any, given: Any, name: str) -> str | None:
 
 
 def new_manifest(
-    modules: Sequence[Module],
-    dtype: str,
-    projection: Any,
-    projection_tensors: dict[str, Any] | None,
-    fingerprints: Any,
+    layout: RowLayout, dtype: str, projection: Any, fingerprints: Any
 ) -> dict[str, Any]:
-    """The manifest of a store without rows."""
-    layout = RowLayout.of(modules)
+    """The manifest of a store without rows and matrices."""
     entries = [
         {"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset}
         for module, offset in zip(layout, layout.offsets, strict=False)
@@ -111,7 +106,7 @@ def new_manifest(
         "modules": entries,
         "module_exponents": None,
         "projection": projection,
-        "projection_tensors": projection_tensors,
+        "projection_tensors": None,
         "fingerprints": fingerprints,
         "rows": 0,
         "shards": [],

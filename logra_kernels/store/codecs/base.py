@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ SCALE_DTYPE = np.dtype("<f4")
 _codecs: dict[str, RowCodec] = {}
 
 
-class RowCodec(ABC):
+class RowCodec:
     """Turns rows [n, D] float32 into stored rows [n, W], and back:
 
     row[d] = elements(stored, layout)[d] · row_scale · 2**(exponent of the module of column d)
@@ -31,14 +30,15 @@ class RowCodec(ABC):
     """The little-endian dtype of the stored values."""
     scaled: bool
 
-    @abstractmethod
     def encode(
         self, rows: np.ndarray, layout: RowLayout, exponents: Sequence[int] = ()
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """rows [n, D] float32 -> stored [n, W], and row_scale [n] float32 if the codec is scaled.
 
-        A value that is not finite stays so, for `finite` to find.
+        A value that is not finite stays so, for `finite` to find. A codec without a scale has the
+        rows in its own dtype, the same array where that is theirs.
         """
+        return rows.astype(self.dtype, copy=False), None
 
     def elements(self, stored: np.ndarray, layout: RowLayout) -> np.ndarray:
         """stored [n, W] -> [n, D] floating point, before scale and exponents."""
