@@ -1,7 +1,7 @@
-"""Gradients of modules of one shape, computed together: on a GPU a whole model is a few launches.
+"""Gradients of modules of one shape, computed in one launch, so that a GPU needs few launches.
 
-A backward pass meets the modules one by one. What a module's gradients are made of waits here until
-the tensors kept from being freed reach a number of bytes, or the pass ends.
+A backward pass reaches the modules one by one. The operands of a module's gradients wait here until
+the waiting tensors reach a number of bytes, or the pass ends.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from torch import Tensor
 from logra_kernels import ops
 from logra_kernels.capture.layers import Call, Layer, Operands
 
-# How much may wait, by type of device. On the CPU a launch costs nothing, and to wait would cost
-# cache: nothing does.
+# The bytes that may wait, by type of device. On the CPU nothing waits: a launch costs nothing
+# there, and operands that wait leave the cache.
 WAITING_BYTES = {"cuda": 256 << 20}
 
 
 class GradientQueue:
-    """add() what arrives in a backward pass; `done(name, gradients [N, Ko, Ki])` is called for each
-    of them, in the order of their arrival within a group, when it is computed."""
+    """Collects the calls of layers, and computes those of one shape together.
+
+    Args:
+        done: called with the module's name and G [N, Ko, Ki] when the gradients of a call are
+            computed. The calls of a group keep their order.
+    """
 
     def __init__(self, done: Callable[[str, Tensor], None]) -> None:
         self._done = done
@@ -31,15 +35,17 @@ class GradientQueue:
         self._bytes = 0
 
     def takes(self, layer: Layer, dy: Tensor) -> bool:
+        """Whether the gradients of this call may wait."""
         return layer.groupable and dy.device.type in WAITING_BYTES
 
     def add(self, layer: Layer, call: Call, dy: Tensor) -> None:
+        """Let a call wait; compute all that wait if they hold too many bytes."""
         operands = layer.operands(call, dy)
         mask = operands.mask
         kind = [
             None if t is None else (t.shape, t.dtype, t.stride(), t.device) for t in operands[:3]
         ]
-        # the mask is the batch's: one tensor on each device
+        # All calls of a batch share one mask tensor on each device.
         key = (*kind, None if mask is None else id(mask), _stream(dy))
         self._groups.setdefault(key, []).append((layer.name, operands, operands.outputs._version))
         self._bytes += operands.inputs.nbytes + operands.outputs.nbytes
@@ -47,12 +53,14 @@ class GradientQueue:
             self.flush()
 
     def flush(self) -> None:
+        """Compute the gradients of all calls that wait."""
         groups, self._groups, self._bytes = self._groups, {}, 0
         for key, members in groups.items():
             with nullcontext() if key[-1] is None else torch.cuda.stream(key[-1]):
                 self._compute(members)
 
     def clear(self) -> None:
+        """Forget all calls that wait."""
         self._groups, self._bytes = {}, 0
 
     def _compute(self, members: list[tuple[str, Operands, int]]) -> None:
@@ -76,5 +84,5 @@ class GradientQueue:
 
 
 def _stream(tensor: Tensor) -> Any:
-    """Where the backward pass computes: the work is put there, too."""
+    """The stream of the backward pass, on which its groups are computed too."""
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None

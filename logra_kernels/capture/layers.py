@@ -1,50 +1,37 @@
-"""How each kind of layer gives its tokens: x [N, T, I] going in, dy [N, T, O] coming back.
+"""The contract of a layer kind: from a module's call (x, dy) to its gradients G [N, Ko, Ki].
 
 A layer keeps the projected input of a forward call as a `Call`, and turns it into per-sample
-gradients when the output's gradient arrives.
+gradients when the gradient of the output arrives.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from logra_kernels import ops
+from logra_kernels.capture.batch import Batch
 from logra_kernels.projection import ModuleProjection
-
-
-@dataclass
-class Batch:
-    """What the user said of this batch: N examples, and the 0/1 token mask [N, T], if any."""
-
-    num_examples: int
-    mask: Tensor | None = None
-    _on_device: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def mask_on(self, device: torch.device) -> Tensor | None:
-        if self.mask is None:
-            return None
-        if device not in self._on_device:
-            self._on_device[device] = self.mask.to(device)
-        return self._on_device[device]
+from logra_kernels.store import Module
+from logra_kernels.store.layout import RowLayout
 
 
 @dataclass
 class Call:
-    """One forward call of a layer, kept until its output's gradient arrives.
+    """One forward call of a layer, kept until the gradient of its output arrives.
 
-    Without a projection the input itself is kept: `version` tells whether it was changed since.
+    Without a projection of the input, the input itself is kept. `version` is then its version at
+    the call, which tells whether it was changed in place since.
     """
 
     num_examples: int  # N
     num_tokens: int  # T
-    mask: Tensor | None  # [N, T]
+    mask: Tensor | None  # [N, T], bool
     projected: Tensor | None = None  # [N, T, Ki]
     input: Tensor | None = None
     version: int = 0
@@ -64,23 +51,30 @@ class Operands(NamedTuple):
 
 
 class Layer(ABC):
-    """A watched module: its widths, its projection, its tokens.
+    """A watched module, its projection, and the way from its calls to its gradients.
 
-    in_features counts the bias column: with `bias` and a module that has one, x is [x, 1].
+    A layer kind is a subclass that `register_layer_kind` ties to a class of modules. It gives the
+    module's `widths`. Where the module is not linear in its input, the kind also overrides
+    `count_tokens`, `tokens` and `output_tokens`, so that the weight's gradient is Σ_t dy_t x_tᵀ.
+
+    Args:
+        name: the module's name in the model and in the store.
+        module: the watched module.
+        bias: log the bias's gradient too. If the module has a bias, x becomes [x, 1], and
+            in_features counts that column.
     """
-
-    in_features: int
-    out_features: int
 
     def __init__(self, name: str, module: nn.Module, bias: bool = False) -> None:
         self.name = name
         self.module = module
         self.with_bias = bias and getattr(module, "bias", None) is not None
-        self._set_features()
+        width_in, self.out_features = self.widths()
+        self.in_features = width_in + self.with_bias
         self.projection = ModuleProjection(self.in_features, self.out_features)
 
     @property
     def projection(self) -> ModuleProjection:
+        """P_i and P_o; the identity until it is set."""
         return self._projection
 
     @projection.setter
@@ -96,42 +90,72 @@ class Layer(ABC):
 
     @property
     def ki(self) -> int:
+        """Ki, the number of columns of G."""
         return self._projection.ki
 
     @property
     def ko(self) -> int:
+        """Ko, the number of rows of G."""
         return self._projection.ko
 
+    # What a kind defines.
+
+    @abstractmethod
+    def widths(self) -> tuple[int, int]:
+        """(I, O) of the module's weight, without a column for the bias."""
+
+    def count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
+        """(T, whether the token mask applies) of an input; ValueError if its shape does not fit."""
+        return batch.count_tokens(self.name, x.shape[:-1], x.shape)
+
+    def tokens(self, x: Tensor, call: Call) -> Tensor:
+        """The input as the module received it -> [N, T, I], without a column for the bias."""
+        return x.reshape(call.num_examples, call.num_tokens, x.shape[-1])
+
+    def output_tokens(self, dy: Tensor, call: Call) -> Tensor:
+        """The gradient of the module's output, in the output's shape -> [N, T, O]."""
+        return dy.reshape(call.num_examples, call.num_tokens, self.out_features)
+
+    def project(self, x: Tensor, call: Call) -> Tensor:
+        """The input as the module received it -> P_i [x, 1], [N, T, Ki]."""
+        proj = self._projection.proj_in
+        assert proj is not None
+        width = self.in_features - int(self.with_bias)
+        x = self.tokens(x, call)
+        out = ops.project(x, self._factor("in", x, lambda: proj[:, :width]))
+        if self.with_bias:
+            out += self._factor("bias", x, lambda: proj[:, width])
+        return out
+
+    # What every kind does.
+
     def call(self, x: Tensor, batch: Batch) -> Call:
-        """Project the input of one forward call; raises ValueError if its shape does not fit."""
-        tokens, masked = self._count_tokens(x, batch)
+        """Keep P_i x of one forward call; ValueError if the input's shape does not fit."""
+        tokens, masked = self.count_tokens(x, batch)
         mask = batch.mask_on(x.device) if masked else None
         call = Call(batch.num_examples, tokens, mask)
         if self._projection.proj_in is None:
             call.input, call.version = x, x._version
         else:
-            call.projected = self._project(x, call)
+            call.projected = self.project(x, call)
         return call
 
     def gradients(self, call: Call, dy: Tensor) -> Tensor:
-        """dy, shaped like the module's output -> [N, Ko, Ki]."""
+        """G [N, Ko, Ki] of one call; dy has the shape of the module's output."""
         inputs, outputs, proj_out, mask = self.operands(call, dy)
         return ops.projected_gradients(inputs, outputs, None, proj_out, mask)
 
     @property
     def groupable(self) -> bool:
-        """Whether `operands` are all that `gradients` needs."""
-        return True
+        """Whether `operands` are all that `gradients` needs, so that layers can share a launch."""
+        return type(self).gradients is Layer.gradients
 
     def operands(self, call: Call, dy: Tensor) -> Operands:
         return Operands(
-            self.input_tokens(call, dy),
-            self._output_tokens(dy, call),
-            self._proj_out(dy),
-            call.mask,
+            self.input_tokens(call), self.output_tokens(dy, call), self._proj_out(dy), call.mask
         )
 
-    def input_tokens(self, call: Call, dy: Tensor) -> Tensor:
+    def input_tokens(self, call: Call) -> Tensor:
         """P_i x of a call, [N, T, Ki]."""
         if call.projected is not None:
             return call.projected
@@ -142,51 +166,31 @@ class Layer(ABC):
                 "without a projection of the input the change would spoil the gradient; call "
                 "add_lora(), or make the change out of place"
             )
-        return self._tokens(call.input, call, dy)
+        x = self.tokens(call.input, call)
+        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if self.with_bias else x
 
     def token_scores(self, call: Call, dy: Tensor, queries: Tensor) -> Tensor:
-        """(P_o dy_t)^T U_q (P_i x_t), for every token; queries U [Q, Ko, Ki] -> [Q, N, T]."""
-        inputs = self.input_tokens(call, dy)  # [N, T, Ki]
-        outputs = self._output_tokens(dy, call)
-        proj_out = self._proj_out(dy)
-        outputs = outputs if proj_out is None else ops.project(outputs, proj_out)  # [N, T, Ko]
+        """(P_o dy_t)ᵀ U_q (P_i x_t) of every token, for queries U [Q, Ko, Ki] -> [Q, N, T]."""
+        inputs, outputs, proj_out, mask = self.operands(call, dy)
+        if proj_out is not None:
+            outputs = ops.project(outputs, proj_out)  # [N, T, Ko]
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         queries, inputs = queries.to(inputs.device, dtype), inputs.to(dtype)
         outputs = outputs.to(dtype)
         scores = torch.stack([((outputs @ query) * inputs).sum(-1) for query in queries])
-        return scores if call.mask is None else torch.where(call.mask != 0, scores, 0)
+        return scores if mask is None else torch.where(mask, scores, 0)
 
-    # what the kinds of layers differ in
-
-    @abstractmethod
-    def _set_features(self) -> None: ...
-
-    @abstractmethod
-    def _count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
-        """(T, whether the token mask applies)."""
-
-    @abstractmethod
-    def _tokens(self, x: Tensor, call: Call, like: Tensor) -> Tensor:
-        """x as the layer received it -> [N, T, I], bias column included."""
-
-    @abstractmethod
-    def _project(self, x: Tensor, call: Call) -> Tensor:
-        """x as the layer received it -> P_i x [N, T, Ki]."""
-
-    def _output_tokens(self, dy: Tensor, call: Call) -> Tensor:
-        return dy.reshape(call.num_examples, call.num_tokens, self.out_features)  # [N, T, O]
-
-    # projections on the device and in the precision where they are needed
+    # P on the device and in the precision where it is needed.
 
     def _proj_out(self, like: Tensor) -> Tensor | None:
         proj = self._projection.proj_out
         return None if proj is None else self._factor("out", like, lambda: proj)
 
     def _factor(self, side: str, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """In the tokens' type if it holds every value of P, else in float32.
+        """P in the dtype of the tokens if that holds every value of P, else in float32.
 
-        A random P is exact in bfloat16 (`build_projections`), so that bfloat16 tokens meet a P of
-        their own type: the fastest products on CPUs and GPUs, and nothing is lost.
+        A normal P is exact in bfloat16, so bfloat16 tokens are multiplied by a P of their own
+        dtype: the fastest products on CPUs and GPUs, and nothing is lost.
         """
         key = (side, like.device, like.dtype)
         if key not in self._factors:
@@ -197,162 +201,37 @@ class Layer(ABC):
             self._factors[key] = factor.to(like.device, dtype).contiguous()
         return self._factors[key]
 
-    def _project_dense(self, x: Tensor) -> Tensor:
-        """x [..., I without the bias column] -> P_i [x, 1], [..., Ki]."""
-        proj = self._projection.proj_in
-        assert proj is not None
-        width = self.in_features - int(self.with_bias)
-        out = ops.project(x, self._factor("in", x, lambda: proj[:, :width]))
-        if self.with_bias:
-            out += self._factor("bias", x, lambda: proj[:, width])
-        return out
 
-    def _append_one(self, x: Tensor) -> Tensor:
-        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if self.with_bias else x
+_kinds: dict[type[nn.Module], type[Layer]] = {}
 
 
-class LinearLayer(Layer):
-    """nn.Linear, and HF's Conv1D, a linear layer whose weight is stored transposed."""
+def register_layer_kind(module_class: type[nn.Module], kind: type[Layer]) -> None:
+    """Log modules of a class, and of its subclasses, by a layer kind.
 
-    def _set_features(self) -> None:
-        weight = cast(Tensor, self.module.weight)
-        if isinstance(weight, nn.UninitializedParameter):
-            raise ValueError(
-                f"module {self.name}: its shape is not known yet; run one forward pass before watch"
-            )
-        if isinstance(self.module, nn.Linear):
-            # not weight.shape: a quantised weight is packed
-            width_out, width_in = self.module.out_features, self.module.in_features
-        else:
-            width_in, width_out = weight.shape
-        self.in_features, self.out_features = width_in + self.with_bias, width_out
+    A class that is registered already gets the new kind.
 
-    def _count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
-        return count_tokens(self.name, x.shape[:-1], x.shape, batch)
-
-    def _tokens(self, x: Tensor, call: Call, like: Tensor) -> Tensor:
-        return self._append_one(x.reshape(call.num_examples, call.num_tokens, x.shape[-1]))
-
-    def _project(self, x: Tensor, call: Call) -> Tensor:
-        return self._project_dense(x.reshape(call.num_examples, call.num_tokens, x.shape[-1]))
-
-
-class EmbeddingLayer(Layer):
-    """nn.Embedding: x is one-hot, so that P_i x is a column of P_i."""
-
-    module: nn.Embedding
-
-    def _set_features(self) -> None:
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(self.module, option):
-                raise ValueError(
-                    f"module {self.name}: nn.Embedding with {option} is not supported, its weight "
-                    "gradient is not a sum over tokens of dy x^T; leave it out by name_filter"
-                )
-        self.in_features, self.out_features = self.module.num_embeddings, self.module.embedding_dim
-
-    def _count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
-        return count_tokens(self.name, x.shape, x.shape, batch)
-
-    def _tokens(self, x: Tensor, call: Call, like: Tensor) -> Tensor:
-        ids = x.reshape(call.num_examples, call.num_tokens)
-        one_hot = functional.one_hot(ids.long(), self.in_features).to(like.dtype)
-        padding = self.module.padding_idx
-        if padding is not None:
-            one_hot[..., padding] = 0
-        return one_hot
-
-    def _project(self, x: Tensor, call: Call) -> Tensor:
-        columns = self._factor("in", self.module.weight, self._columns)  # [V, Ki]
-        return columns[x.reshape(call.num_examples, call.num_tokens)]
-
-    def _columns(self) -> Tensor:
-        assert self._projection.proj_in is not None
-        columns = self._projection.proj_in.T.clone()
-        if self.module.padding_idx is not None:
-            columns[self.module.padding_idx] = 0
-        return columns
-
-
-class Conv2dLayer(Layer):
-    """nn.Conv2d: one token for each output position, x the patch under the kernel.
-
-    Groups share P_i, as they share the shape of their weights: the weight is [O, C/groups·kh·kw],
-    and its gradient's block of rows of a group comes from the group's own patches.
+    Raises: TypeError if the first is no class of modules, or the second no subclass of Layer.
     """
+    for name, value, base in (("module_class", module_class, nn.Module), ("kind", kind, Layer)):
+        if not (isinstance(value, type) and issubclass(value, base)):
+            raise TypeError(f"{name}: expected a subclass of {base.__name__}, got {value!r}")
+    _kinds[module_class] = kind
 
-    module: nn.Conv2d
 
-    def _set_features(self) -> None:
-        conv = self.module
-        kernel = conv.kernel_size[0] * conv.kernel_size[1]
-        self.in_features = conv.in_channels // conv.groups * kernel + self.with_bias
-        self.out_features = conv.out_channels
+def layer_kind(module: nn.Module) -> type[Layer] | None:
+    """The kind registered for the module's class, or for the nearest of its base classes."""
+    for base in type(module).__mro__:
+        if base in _kinds:
+            return _kinds[base]
+        # transformers may not be installed: its Conv1D is known by its name and an attribute
+        if base.__name__ == "Conv1D" and hasattr(module, "nf"):
+            return _kinds[nn.Linear]
+    return None
 
-    def _count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
-        if x.ndim != 4 or x.shape[0] != batch.num_examples:
-            raise _shape_error(self.name, x.shape, batch, "[N, C, H, W]")
-        height, width = (self._output_size(axis, x.shape[2 + axis]) for axis in (0, 1))
-        tokens = height * width
-        if batch.mask is not None and batch.mask.shape[1] != tokens:
-            raise _mask_error(self.name, batch, tokens)
-        return tokens, True
 
-    @property
-    def groupable(self) -> bool:
-        return self.module.groups == 1
-
-    def gradients(self, call: Call, dy: Tensor) -> Tensor:
-        groups = self.module.groups
-        if groups == 1:
-            return super().gradients(call, dy)
-        inputs = self.input_tokens(call, dy)  # [N·groups, T, Ki]
-        count = dy.shape[0]
-        outputs = dy.reshape(count * groups, self.out_features // groups, -1).transpose(1, 2)
-        mask = None if call.mask is None else call.mask.repeat_interleave(groups, dim=0)
-        full = ops.per_sample_gradients(inputs, outputs.contiguous(), mask)
-        full = full.reshape(count, self.out_features, self.ki)  # [N, O, Ki]
-        proj_out = self._proj_out(dy)
-        if proj_out is None:
-            return full
-        columns = ops.project(full.transpose(1, 2).contiguous(), proj_out)  # [N, Ki, Ko]
-        return columns.transpose(1, 2)
-
-    def token_scores(self, call: Call, dy: Tensor, queries: Tensor) -> Tensor:
-        raise ValueError(f"token scores: module {self.name} is a convolution, it has no tokens")
-
-    def _output_size(self, axis: int, size: int) -> int:
-        begin, end = self._padding(axis)
-        span = self.module.dilation[axis] * (self.module.kernel_size[axis] - 1)
-        return (size + begin + end - span - 1) // self.module.stride[axis] + 1
-
-    def _padding(self, axis: int) -> tuple[int, int]:
-        padding = self.module.padding
-        if isinstance(padding, str):
-            total = self.module.dilation[axis] * (self.module.kernel_size[axis] - 1)
-            # an odd total has its larger half at the end
-            return (0, 0) if padding == "valid" else (total // 2, total - total // 2)
-        return padding[axis], padding[axis]
-
-    def _patches(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N·groups, T, C/groups·kh·kw]."""
-        conv = self.module
-        pad = (*self._padding(1), *self._padding(0))  # the last axis first
-        if any(pad):
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            x = functional.pad(x, pad, mode=mode)
-        x = x.reshape(x.shape[0] * conv.groups, -1, *x.shape[2:])
-        patches = functional.unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
-        return patches.transpose(1, 2).contiguous()
-
-    def _tokens(self, x: Tensor, call: Call, like: Tensor) -> Tensor:
-        return self._append_one(self._patches(x))
-
-    def _project(self, x: Tensor, call: Call) -> Tensor:
-        return self._project_dense(self._patches(x))
-
-    def _output_tokens(self, dy: Tensor, call: Call) -> Tensor:
-        return dy.flatten(2).transpose(1, 2).contiguous()  # [N, T, O]
+def row_layout(layers: Sequence[Layer]) -> RowLayout:
+    """The columns of a row that holds the gradients of these layers, in this order."""
+    return RowLayout.of(Module(layer.name, layer.ko, layer.ki) for layer in layers)
 
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -360,7 +239,7 @@ _COMPILED = "_orig_mod"  # torch.compile's name for what it wraps
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
     while True:
         if isinstance(model, WRAPPERS):
             model = model.module
@@ -371,56 +250,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """A module's or a parameter's name, as it is without torch.compile."""
+    """The name that a module or parameter has without torch.compile."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
-
-
-def layer_kind(module: nn.Module) -> type[Layer] | None:
-    """The adapter for a module, or None if there is none."""
-    if isinstance(module, nn.Linear):
-        return LinearLayer
-    if isinstance(module, nn.Conv2d):
-        return Conv2dLayer
-    if isinstance(module, nn.Embedding):
-        return EmbeddingLayer
-    # transformers' Conv1D, by name: transformers is not a dependency
-    if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
-        return LinearLayer
-    return None
-
-
-def count_tokens(name: str, lead: torch.Size, shape: torch.Size, batch: Batch) -> tuple[int, bool]:
-    """(T, whether the token mask applies), from the input's shape without its feature axis.
-
-    [N, ..] with more axes: T is their product. [N]: T = 1, and a token mask does not apply.
-    [N·T], with a mask [N, T]: tokens of all examples, flattened before the layer.
-    """
-    count, mask = batch.num_examples, batch.mask
-    if len(lead) == 1:
-        if lead[0] == count:
-            return 1, mask is not None and mask.shape[1] == 1
-        if mask is not None and lead[0] == mask.numel():
-            return mask.shape[1], True
-        raise _shape_error(name, shape, batch, "[N, ...], or [N*T, ...] with a mask [N, T]")
-    if len(lead) == 0 or lead[0] != count:
-        raise _shape_error(name, shape, batch, "[N, ..., features], the batch first")
-    tokens = lead[1:].numel()
-    if mask is not None and mask.shape[1] != tokens:
-        raise _mask_error(name, batch, tokens)
-    return tokens, True
-
-
-def _shape_error(name: str, shape: torch.Size, batch: Batch, want: str) -> ValueError:
-    return ValueError(
-        f"module {name}: expected an input of shape {want} with N = {batch.num_examples} (one per "
-        f"data_id), got {list(shape)}; if the module does not see the examples one by one, leave "
-        "it out by name_filter or type_filter"
-    )
-
-
-def _mask_error(name: str, batch: Batch, tokens: int) -> ValueError:
-    assert batch.mask is not None
-    return ValueError(
-        f"mask: expected shape [N, T] = [{batch.num_examples}, {tokens}] for the tokens of module "
-        f"{name}, got {list(batch.mask.shape)}"
-    )

@@ -7,9 +7,13 @@ other scaling.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+
+AVERAGED_LOSS = ("raise", "warn", "allow")  # what an averaged loss leads to
 
 _SCALARS_PASS = (
     "ToCopyBackward",
@@ -26,6 +30,23 @@ _SCALARS_PASS = (
 )
 _MEAN = 1  # torch's number for reduction="mean"
 _MOST_NODES = 32
+
+
+def check_summed(averaged_loss: str, roots: Sequence[Tensor]) -> None:
+    """Refuse an averaged loss, or warn of it, where a backward pass begins at `roots`."""
+    if averaged_loss == "allow":
+        return
+    found = next(filter(None, (averaged_by(root) for root in roots)), None)
+    if found is None:
+        return
+    message = (
+        f"loss: expected a sum over examples and tokens, got a mean ({found}), which scales every "
+        "row by the size of the batch; compute it with reduction='sum', or pass "
+        "averaged_loss='allow'"
+    )
+    if averaged_loss == "raise":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=4)  # the caller of Tensor.backward
 
 
 def averaged_by(loss: Tensor) -> str | None:

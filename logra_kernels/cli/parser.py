@@ -3,6 +3,17 @@
 import argparse
 from collections.abc import Callable
 
+from logra_kernels.defaults import (
+    CURVATURE,
+    DAMPING_SCALE,
+    MODES,
+    NO_CURVATURE,
+    RANK,
+    RANKING_MODE,
+    SEED,
+    STORE_DTYPE,
+)
+
 EXAMPLES = """
 A first session:
 
@@ -176,102 +187,104 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
     return check
 
 
+def _projection_kind(text: str) -> str:
+    from logra_kernels.projection import ProjectionSpec
+
+    try:
+        return ProjectionSpec(text).kind
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("init: ")) from None
+
+
+def _curvature_kind(text: str) -> str:
+    from logra_kernels.curvature import kinds
+
+    return _one_of(*kinds(), NO_CURVATURE)(text)
+
+
+def _choice(group: argparse._ArgumentGroup, option: str, words: str, help: str) -> None:
+    """Add an option that takes one of a few words, "first|second"; the first by default."""
+    allowed = words.split("|")
+    check = _one_of(*allowed)
+    group.add_argument(option, type=check, default=allowed[0], metavar=words, help=help)
+
+
+def _count(
+    group: argparse._ArgumentGroup,
+    option: str,
+    help: str,
+    default: int | None = None,
+    metavar: str = "N",
+) -> None:
+    """Add an option that takes a whole number of at least 1."""
+    group.add_argument(option, type=_positive, default=default, metavar=metavar, help=help)
+
+
 def _log(parser: argparse.ArgumentParser) -> None:
     need = parser.add_argument_group("required")
     need.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
     need.add_argument("--data", required=True, metavar="FILE", help=".txt, .jsonl or .parquet")
     need.add_argument("--out", required=True, metavar="STORE", help="folder of the store")
+    _log_data(parser.add_argument_group("data"))
+    _log_rows(parser.add_argument_group("rows"))
+    _log_running(parser.add_argument_group("running"))
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--text-field", default="text", metavar="NAME", help="default: text")
-    data.add_argument("--prompt-field", metavar="NAME", help="stands before the text, no loss")
-    data.add_argument("--title-field", metavar="NAME", help="shown in reports")
-    data.add_argument("--id-field", metavar="NAME", help="default: the record's number")
-    data.add_argument(
-        "--max-tokens", type=_positive, default=512, metavar="N", help="of an example; default: 512"
-    )
-    data.add_argument(
-        "--long",
-        type=_one_of("truncate", "split"),
-        default="truncate",
-        metavar="truncate|split",
-        help="what happens to longer records; a .txt file is always split",
-    )
-    data.add_argument(
-        "--stride",
-        type=_positive,
-        metavar="N",
-        help="tokens between the starts of split pieces; default: no overlap",
-    )
-    data.add_argument("--limit", type=_positive, metavar="N", help="log the first N examples only")
 
-    rows = parser.add_argument_group("rows")
-    rows.add_argument(
+def _log_data(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say how the file becomes examples."""
+    group.add_argument("--text-field", default="text", metavar="NAME", help="default: text")
+    group.add_argument("--prompt-field", metavar="NAME", help="stands before the text, no loss")
+    group.add_argument("--title-field", metavar="NAME", help="shown in reports")
+    group.add_argument("--id-field", metavar="NAME", help="default: the record's number")
+    _count(group, "--max-tokens", "of an example; default: 512", 512)
+    longer = "what happens to longer records; a .txt file is always split"
+    _choice(group, "--long", "truncate|split", longer)
+    _count(group, "--stride", "tokens between the starts of split pieces; default: no overlap")
+    _count(group, "--limit", "log the first N examples only")
+
+
+def _log_rows(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say what a row is, and what the store keeps."""
+    group.add_argument(
         "--modules",
         action="append",
         metavar="TEXT",
         help="watch linear layers whose name contains TEXT; may be repeated; default: mlp",
     )
-    rows.add_argument(
-        "--last-blocks", type=_positive, metavar="N", help="of these, the last N blocks only"
-    )
-    rows.add_argument(
-        "--rank", type=_positive, default=64, metavar="K", help="of the projection; default: 64"
-    )
-    rows.add_argument(
+    _count(group, "--last-blocks", "of these, the last N blocks only")
+    _count(group, "--rank", f"of the projection; default: {RANK}", RANK, "K")
+    group.add_argument(
         "--init",
-        type=_one_of("random", "normal", "rademacher"),
+        type=_projection_kind,
         default="random",
         metavar="random|rademacher",
         help="kind of projection; default: random (normal)",
     )
-    rows.add_argument("--seed", type=int, default=0, help="of the projection; default: 0")
-    rows.add_argument(
-        "--store-dtype",
-        type=_one_of("float16", "float32"),
-        default="float16",
-        metavar="float16|float32",
-        help="default: float16, with a scale per row",
-    )
-    rows.add_argument("--shard-rows", type=_positive, metavar="N", help="default: 256 MB of rows")
-    rows.add_argument(
+    group.add_argument("--seed", type=int, default=SEED, help=f"of the projection; default: {SEED}")
+    scaled = f"default: {STORE_DTYPE}, with a scale per row"
+    _choice(group, "--store-dtype", f"{STORE_DTYPE}|float32", scaled)
+    _count(group, "--shard-rows", "default: 256 MB of rows")
+    group.add_argument(
         "--curvature",
-        type=_one_of("raw", "none"),
-        default="raw",
-        metavar="raw|none",
-        help="default: raw, the covariance of the rows, kept while logging",
+        type=_curvature_kind,
+        default=CURVATURE,
+        metavar=f"{CURVATURE}|{NO_CURVATURE}",
+        help=f"default: {CURVATURE}, the covariance of the rows, kept while logging",
     )
 
-    pace = parser.add_argument_group("running")
-    pace.add_argument(
-        "--dtype",
-        type=_one_of("float32", "bfloat16"),
-        default="float32",
-        metavar="float32|bfloat16",
-        help="of the model; default: float32",
-    )
-    pace.add_argument("--device", default="cpu", help="as torch names it; default: cpu")
-    pace.add_argument(
-        "--batch-tokens",
-        type=_positive,
-        default=1024,
-        metavar="N",
-        help="tokens of a batch, padding included; default: 1024",
-    )
-    pace.add_argument("--batch-size", type=_positive, metavar="N", help="examples, at most")
-    pace.add_argument("--resume", action="store_true", help="go on with the store in --out")
-    pace.add_argument(
-        "--on-nonfinite",
-        type=_one_of("raise", "skip"),
-        default="raise",
-        metavar="raise|skip",
-        help="examples whose gradient is NaN or infinite; default: raise",
-    )
+
+def _log_running(group: argparse._ArgumentGroup) -> None:
+    """Add the options that bound time and memory, and say what happens when something fails."""
+    _choice(group, "--dtype", "float32|bfloat16", "of the model; default: float32")
+    group.add_argument("--device", default="cpu", help="as torch names it; default: cpu")
+    _count(group, "--batch-tokens", "tokens of a batch, padding included; default: 1024", 1024)
+    _count(group, "--batch-size", "examples, at most")
+    group.add_argument("--resume", action="store_true", help="go on with the store in --out")
+    nonfinite = "examples whose gradient is NaN or infinite; default: raise"
+    _choice(group, "--on-nonfinite", "raise|skip", nonfinite)
 
 
 def _query(parser: argparse.ArgumentParser) -> None:
-    from logra_kernels.defaults import MODES
-
     need = parser.add_argument_group("required")
     need.add_argument("--store", required=True, help="written by `logra log`")
     need.add_argument("--model", required=True, metavar="DIR", help="the model it was logged with")
@@ -286,20 +299,20 @@ def _query(parser: argparse.ArgumentParser) -> None:
     )
 
     rank = parser.add_argument_group("ranking")
-    rank.add_argument("--top-k", type=_positive, default=5, metavar="K", help="default: 5")
+    _count(rank, "--top-k", "default: 5", 5, "K")
     rank.add_argument(
         "--mode",
         action="append",
         type=_one_of(*MODES),
         metavar="MODE",
-        help="see below; may be repeated; default: l-relatif",
+        help=f"see below; may be repeated; default: {RANKING_MODE}",
     )
     damping = rank.add_mutually_exclusive_group()
     damping.add_argument(
         "--damping-scale",
         type=_not_negative,
         metavar="S",
-        help="λ = S × the mean eigenvalue of a module's curvature; default: 0.1",
+        help=f"λ = S × the mean eigenvalue of a module's curvature; default: {DAMPING_SCALE}",
     )
     damping.add_argument("--damping", type=_not_negative, metavar="λ", help="λ itself")
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from logra_kernels.defaults import RANKING_MODE
 from logra_kernels.report import write_report, write_results
 from logra_kernels.report.render import snippet
 from logra_kernels.report.terminal import print_query
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         store,
         lm,
         asked,
-        modes=list(dict.fromkeys(arguments.mode or ["l-relatif"])),
+        modes=list(dict.fromkeys(arguments.mode or [RANKING_MODE])),
         top_k=arguments.top_k,
         damping_scale=arguments.damping_scale,
         damping=arguments.damping,

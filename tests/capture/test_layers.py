@@ -7,17 +7,20 @@ import re
 import pytest
 import torch
 from torch import nn
-from toy_models import make_layers, tiny_gpt2
+from torch.nn import functional
+from toy_models import autograd_rows, make_layers, tiny_gpt2
 
-from logra_kernels.capture import Capture
-from logra_kernels.capture.layers import (
+import logra_kernels as logra
+from logra_kernels.capture import (
     Batch,
-    Conv2dLayer,
-    EmbeddingLayer,
-    LinearLayer,
-    count_tokens,
+    Call,
+    Capture,
+    Layer,
     layer_kind,
+    layers,
+    register_layer_kind,
 )
+from logra_kernels.capture.kinds import Conv2dLayer, EmbeddingLayer, LinearLayer
 from logra_kernels.projection import ModuleProjection, build_projections
 
 
@@ -113,13 +116,13 @@ def test_a_new_projection_replaces_the_old_one():
 def test_token_counts(lead, masked, want):
     batch = Batch(4, torch.ones(4, 5, dtype=torch.bool) if masked else None)
     lead = torch.Size(lead)
-    assert count_tokens("m", lead, torch.Size([*lead, 7]), batch) == want
+    assert batch.count_tokens("m", lead, torch.Size([*lead, 7])) == want
 
 
 @pytest.mark.parametrize("lead", [[], [3], [20], [1, 5], [5, 4]])
 def test_shapes_without_an_example_axis(lead):
     with pytest.raises(ValueError, match="leave it out by name_filter or type_filter"):
-        count_tokens("m", torch.Size(lead), torch.Size([*lead, 7]), Batch(4))
+        Batch(4).count_tokens("m", torch.Size(lead), torch.Size([*lead, 7]))
 
 
 def test_input_given_by_keyword():
@@ -188,3 +191,53 @@ def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32():
         torch.testing.assert_close(
             got.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
         )
+
+
+class ScaledLinear(nn.Module):
+    """y = 3 W x: a layer that the package does not know."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width_out, width_in))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * functional.linear(x, self.weight)
+
+
+class ScaledLayer(Layer):
+    """Its weight's gradient is Σ_t (3 dy_t) x_tᵀ."""
+
+    def widths(self) -> tuple[int, int]:
+        return self.module.weight.shape[1], self.module.weight.shape[0]
+
+    def output_tokens(self, dy: torch.Tensor, call: Call) -> torch.Tensor:
+        return 3 * super().output_tokens(dy, call)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_registered_kind_needs_no_other_change(rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "_kinds", dict(layers._kinds))
+    register_layer_kind(ScaledLinear, ScaledLayer)
+    torch.manual_seed(0)
+    model = nn.Sequential(ScaledLinear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.randn(4, 7, 5, dtype=torch.float64)
+    run = logra.init("scaled", root_dir=str(tmp_path), dtype="float32")
+    run.watch(model, type_filter=[ScaledLinear])
+    if rank is not None:
+        run.add_lora(rank)
+    run.setup({"save": "grad"})
+    with run(data_id=range(4)):
+        model(x).square().sum().backward()
+    run.finalize()
+    losses = [lambda n=n: model(x[n]).square().sum() for n in range(4)]
+    watched = make_layers(model, ["0"], rank)
+    want = autograd_rows(model, watched, losses)
+    got = torch.from_numpy(logra.Store.open(tmp_path / "scaled").take(range(4)))
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_registered():
+    with pytest.raises(TypeError, match="kind: expected a subclass of Layer"):
+        register_layer_kind(nn.Linear, nn.Linear)
+    with pytest.raises(TypeError, match="module_class: expected a subclass of Module"):
+        register_layer_kind("Conv1D", LinearLayer)

@@ -1,0 +1,68 @@
+"""What a capture does to the user's autograd graph: small additions that change no value."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The overload itself: looking it up takes as long as the call.
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def hookable(output: Tensor) -> Tensor:
+    """The output of a module, in a form whose gradient a hook will see."""
+    return _without_view(output) if output.requires_grad else require_grad(output)
+
+
+def require_grad(tensor: Tensor) -> Tensor:
+    """A copy that requires grad, so that the backward pass comes down to it.
+
+    It is a copy, because the tensor itself could neither be changed in place afterwards (it would
+    be a leaf) nor be a view.
+    """
+    anchor = torch.empty(0, device=tensor.device, requires_grad=True)
+    return _CopyThatRequiresGrad.apply(tensor, anchor)
+
+
+def plain_arithmetic(like: Tensor) -> AbstractContextManager[Any]:
+    """Turn autograd off, and autocast where it is on (turning it off takes 3 us)."""
+    if not torch.is_autocast_enabled(like.device.type):
+        return torch.no_grad()
+    context = ExitStack()
+    context.enter_context(torch.no_grad())
+    context.enter_context(torch.autocast(like.device.type, enabled=False))
+    return context
+
+
+def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, hidden from Dynamo: that of torch 2.6 traces the hooks of a compiled model.
+
+    Importing Dynamo takes a second. Where it was not imported, nothing is compiled.
+    """
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
+class _CopyThatRequiresGrad(torch.autograd.Function):
+    """A copy of the tensor. The anchor makes it require grad, and never receives a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _without_view(output: Tensor) -> Tensor:
+    """The same memory, which autograd no longer takes for a view.
+
+    The output of a linear layer on tokens is a view of its matrix product. A change of a view in
+    place rewrites the history of what it views, and a hook on the view would never be called.
+    """
+    return _unsafe_view(output, output.shape) if output._is_view() else output

@@ -1,0 +1,108 @@
+"""A store's passages, ranked for the same queries in one mode after the other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from logra_kernels.attribution import Attributor, InfluenceResult, PreparedQueries
+from logra_kernels.defaults import DAMPING_SCALE, GRADIENT_DOT, MATRIX_MODE, NO_CURVATURE
+from logra_kernels.store import Store
+
+Passage = dict[str, Any]  # rank, row, id, score; later text, title, prompt, tokens
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The passages that one mode ranks first and last, for every query."""
+
+    mode: str
+    queries: PreparedQueries
+    top: list[list[Passage]]  # of each query
+    bottom: list[list[Passage]]
+    expected_ranks: dict[str, int | None]  # {query id: rank of the best expected passage}
+
+
+class Scans:
+    """Scans of a store for the same queries; modes with a curvature share one preconditioning.
+
+    Args:
+        store: the passages' rows.
+        rows: the queries' gradients, [Q, D].
+        names: the queries' ids.
+        damping_scale, damping: as in `Attributor`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rows: Tensor,
+        names: Sequence[str],
+        *,
+        damping_scale: float | None,
+        damping: float | None,
+    ) -> None:
+        self._store = store
+        self._rows = rows
+        self._names = names
+        self._damping_scale = damping_scale
+        self._damping = damping
+
+    @cached_property
+    def _curved(self) -> tuple[Attributor, PreparedQueries]:
+        attributor = Attributor(
+            self._store, damping_scale=self._damping_scale, damping=self._damping
+        )
+        return attributor, attributor.prepare(self._rows, self._names)
+
+    @cached_property
+    def _plain(self) -> tuple[Attributor, PreparedQueries]:
+        attributor = Attributor(self._store, NO_CURVATURE)
+        return attributor, attributor.prepare(self._rows, self._names)
+
+    def rank(self, mode: str, top_k: int, expected: Mapping[str, str]) -> Ranking:
+        """Rank the store's passages in one mode."""
+        attributor, queries = self._plain if mode == GRADIENT_DOT else self._curved
+        scan_mode = MATRIX_MODE if mode == GRADIENT_DOT else mode
+        result = attributor.top_k(queries, top_k, scan_mode)
+        ranks: dict[str, int | None] = {}
+        if expected:
+            scores = attributor.scores(queries, scan_mode).scores
+            assert scores is not None
+            ids = self._store.ids.to_pylist()
+            for name, of_query in zip(self._names, scores, strict=True):
+                if name in expected:
+                    ranks[name] = _best_rank(ids, of_query, expected[name])
+        top, bottom = (_passages(result, end) for end in ("top", "bottom"))
+        return Ranking(mode, queries, top, bottom, ranks)
+
+    def curvature_facts(self, rankings: Sequence[Ranking]) -> dict[str, Any]:
+        """What a report says of the curvature and the damping that the rankings used."""
+        if all(ranking.mode == GRADIENT_DOT for ranking in rankings):
+            return {"kind": NO_CURVATURE}
+        attributor, _ = self._curved
+        facts = {"kind": attributor.preconditioner.kind, "lambdas": attributor.dampings}
+        if self._damping is not None:
+            return {**facts, "damping": self._damping}
+        scale = DAMPING_SCALE if self._damping_scale is None else self._damping_scale
+        return {**facts, "damping_scale": scale}
+
+
+def _passages(result: InfluenceResult, end: str) -> list[list[Passage]]:
+    """The passages at one end of the ranking of each query."""
+    return [
+        [
+            {key: item[key] for key in ("rank", "row", "id", "score")}
+            for item in result.rows(query)
+            if item["end"] == end
+        ]
+        for query in range(len(result.query_ids))
+    ]
+
+
+def _best_rank(ids: Sequence[str], scores: Tensor, beginning: str) -> int | None:
+    """The rank, from 1, of the highest score [N] among the rows whose id begins so."""
+    order = scores.sort(descending=True, stable=True).indices.tolist()
+    return next((rank for rank, row in enumerate(order, 1) if ids[row].startswith(beginning)), None)
