@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logra_kernels.attribution.memory import SHARE_FOR_ROWS, available_bytes
 from logra_kernels.attribution.pipeline import HostLanes, Lanes, feed
-from logra_kernels.rows import share
+from logra_kernels.rows import scanned, share
 from logra_kernels.store import BlockReader, Store, huge_buffer
 
 READINGS = ("auto", "mapped", "streamed", "resident")
@@ -33,13 +33,14 @@ class ShardRows:
     first_row: int
     num_rows: int
     row_scale: np.ndarray | None = None  # [r] float32 powers of two; None: all are one
-    held: Tensor | None = None  # [r, D] on the device, for rows that are to stay there
+    elements: Callable[[Tensor], Tensor] = lambda stored: stored  # [R, W] -> [R, D], for the scan
+    held: Tensor | None = None  # [r, W] on the device, for rows that are to stay there
 
     def block(self, start: int, rows: Tensor) -> Block:
-        """Rows [R, D] from `start` on, in the memory they are to stay in if there is one."""
+        """Stored rows [R, W] from `start` on; kept first, if they are to stay on the device."""
         if self.held is not None:
             rows = self.held[start : start + rows.shape[0]].copy_(rows)
-        return Block(self, start, rows)
+        return Block(self, start, self.elements(rows))
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Reading:
             raise ValueError(f"block_rows: expected at least 1, got {block_rows}")
         self._store = store
         self._device = device
-        self._row_bytes = store.dim * np.dtype(store.dtype).itemsize
+        self._row_bytes = store.row_bytes
         self.way = self._choose(way, memory_bytes)
         on_gpu = device.type == "cuda"
         small = self.way == "streamed" and not on_gpu
@@ -111,8 +112,10 @@ class Reading:
     def shard(self, index: int) -> ShardRows:
         """A shard's place in the store, and its scales."""
         shard = self._store.shards[index]
+        codec, layout = self._store.codec, self._store.layout
         rows = ShardRows(index, shard.first_row, shard.num_rows)
-        if self._store.dtype != "float32":
+        rows.elements = lambda stored: scanned(codec, stored, layout)
+        if self._store.codec.scaled:
             streamed = self.way == "streamed"
             rows.row_scale = shard.read_row_scale() if streamed else shard.row_scale
         return rows
@@ -121,7 +124,8 @@ class Reading:
         """A shard before the first of its blocks is used, with room for rows that stay."""
         rows = self.shard(index)
         if self.way == "resident" and index not in self._held:
-            rows.held = self._room(rows.num_rows)
+            shard = self._store.shards[index]
+            rows.held = self._room((shard.num_rows, shard.columns), shard.dtype)
         return rows
 
     def close_shard(self, rows: ShardRows) -> None:
@@ -185,12 +189,11 @@ class Reading:
             )
         return "streamed"
 
-    def _room(self, num_rows: int) -> Tensor:
-        """Memory [num_rows, D] for a resident shard; on the CPU in huge pages."""
-        shape, dtype = (num_rows, self._store.dim), self._store.dtype
+    def _room(self, shape: tuple[int, int], dtype: np.dtype) -> Tensor:
+        """Memory [r, W] for a resident shard as it is stored; on the CPU in huge pages."""
         if self._device.type != "cpu":
-            return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
-        return share(huge_buffer(num_rows * self._row_bytes).view(dtype).reshape(shape))
+            return torch.empty(shape, dtype=getattr(torch, dtype.name), device=self._device)
+        return share(huge_buffer(shape[0] * self._row_bytes).view(dtype).reshape(shape))
 
 
 def block_rows_of(num_bytes: int, row_bytes: int, least: int = SMALLEST_BLOCK_ROWS) -> int:

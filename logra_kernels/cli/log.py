@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from logra_kernels.report.render import format_bytes
+from logra_kernels.store import row_codec
 
 # These load torch and transformers, for which a mistyped argument must not wait.
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _gradients(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
     names = lm.linear_modules(arguments.modules or ["mlp"], arguments.last_blocks)
     projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
     gradients = LMGradients(lm, names, projection)
-    row_bytes = gradients.dim * (2 if arguments.store_dtype == "float16" else 4)
+    row_bytes = row_codec(arguments.store_dtype).row_bytes(gradients.watched.layout)
     print(
         f"{lm.name}: {len(names)} layers, {names[0]} … {names[-1]};"
         f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row",

@@ -57,6 +57,10 @@ class Curvature(ABC):
     def update(self, rows: Tensor) -> None:
         """Add rows [R, D] float32, as the store holds them."""
 
+    def update_finite(self, rows: Tensor) -> None:
+        """`update` for a caller that knows every value to be finite: a kind may look no more."""
+        self.update(rows)
+
     @abstractmethod
     def merge(self: C, other: C) -> C:
         """Add another curvature's sums and count (another shard's or rank's); returns self."""

@@ -75,8 +75,11 @@ class RawCurvature(Curvature):
             raise TypeError(f"rows: expected float32, got {dtype_name(rows.dtype)}")
         if rows.ndim != 2 or rows.shape[1] != self.layout.dim:
             raise ValueError(f"rows: expected [R, {self.layout.dim}], got {list(rows.shape)}")
-        rows = rows.detach().cpu()
         self._check_finite(rows)
+        self.update_finite(rows)
+
+    def update_finite(self, rows: Tensor) -> None:
+        rows = rows.detach().cpu()
         self._version += 1
         while rows.shape[0]:
             if self._buffered_rows == 0 and rows.shape[0] >= self.fold_rows:

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from logra_kernels.defaults import STORE_DTYPE
+from logra_kernels.curvature import curvature_kind
+from logra_kernels.defaults import CURVATURE, NO_CURVATURE, STORE_DTYPE
 from logra_kernels.lm.corpus import WINDOW_EXAMPLES, Corpus, Example, batches
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprint
 from logra_kernels.run import FinitePolicy, LoggedRows, Recorder, Setup
 from logra_kernels.store import StoreError
-
-CURVATURES = ("raw", "none")
 
 
 @dataclass
@@ -48,7 +45,7 @@ def log_corpus(
     batch_tokens: int = 1024,
     batch_size: int | None = None,
     window: int = WINDOW_EXAMPLES,
-    curvature: str = "raw",
+    curvature: str = CURVATURE,
     on_nonfinite: str = "raise",
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -61,11 +58,11 @@ def log_corpus(
         corpus: what is to be logged.
         path: the store's folder.
         settings, data: how the text became tokens, and which text; kept in the store.
-        store_dtype: "float16" or "float32".
+        store_dtype: the row codec, such as "float16".
         shard_rows: rows of a full shard; None leaves it to the store.
         batch_tokens, batch_size: the largest batch, in tokens with padding and in examples.
         window: examples among which batches of similar length are formed.
-        curvature: "raw" (kept while logging, saved at the end) or "none".
+        curvature: the kind that is kept while logging and saved at the end, or "none".
         on_nonfinite: "raise", or "skip" examples whose gradient is NaN or infinite.
         resume: go on with the store at `path`, if there is one.
         stop: asked after each batch; True commits what there is and returns.
@@ -77,9 +74,8 @@ def log_corpus(
         StoreError: the store exists (and `resume` is false), is another run's, or cannot be
             written.
     """
-    if curvature not in CURVATURES:
-        raise ValueError(f"curvature: expected one of {', '.join(CURVATURES)}, got {curvature!r}")
-    setup = Setup(save=True, covariance=curvature == "raw")
+    kind = None if curvature == NO_CURVATURE else curvature_kind(curvature).kind
+    setup = Setup(save=True, curvature=kind)
     finite = FinitePolicy(on_nonfinite)
     progress = LoggingProgress()
     planned = _first_read(
@@ -90,14 +86,13 @@ def log_corpus(
             window=window,
         )
     )
-    row_bytes = gradients.dim * np.dtype(store_dtype).itemsize
     recorder = Recorder(
         Path(path),
         gradients.watched,
         _fingerprints(gradients, settings, data),
         setup,
         dtype=store_dtype,
-        shard_bytes=None if shard_rows is None else shard_rows * row_bytes,
+        shard_rows=shard_rows,
         resume=resume,
     )
     with _suspended_by_an_error(recorder):

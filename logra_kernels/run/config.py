@@ -18,8 +18,7 @@ from logra_kernels.defaults import (
 )
 from logra_kernels.projection import ProjectionSpec
 from logra_kernels.run.logged_rows import ON_NONFINITE
-
-DTYPES = ("float16", "float32")
+from logra_kernels.store import RowLayout, codec_names, row_codec
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _ = self.projection  # raises for a rank or an init that is not available
-        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("dtype", self.dtype, codec_names())
         _one_of("averaged_loss", self.averaged_loss, AVERAGED_LOSS)
         _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         if self.mode is not None:
@@ -85,6 +84,12 @@ class Config:
     def projection(self) -> ProjectionSpec:
         """The projection that add_lora makes unless told otherwise."""
         return ProjectionSpec(self.init, self.rank, self.seed)
+
+    def shard_rows(self, layout: RowLayout) -> int | None:
+        """Rows of a full shard; None leaves it to the store."""
+        if self.shard_bytes is None:
+            return None
+        return max(1, self.shard_bytes // row_codec(self.dtype).row_bytes(layout))
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

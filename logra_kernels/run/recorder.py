@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
-from logra_kernels import ops
 from logra_kernels.capture.layers import plain_name
-from logra_kernels.curvature import RawCurvature
+from logra_kernels.curvature import Curvature, curvature_kind
 from logra_kernels.projection import projection_tensors
+from logra_kernels.rows import decode, encode
 from logra_kernels.run.logged_rows import LoggedRows
 from logra_kernels.run.statistic import Setup
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import DuplicateIdError, Store, StoreWriter
+from logra_kernels.store.writer import append_finite
 
 SAMPLED_VALUES = 256
 
@@ -32,7 +32,7 @@ class Recorder:
         fingerprints: what tells this model and data from others.
         setup: what the first pass keeps.
         dtype: of the stored rows.
-        shard_bytes: size of a full shard; None leaves it to the store.
+        shard_rows: rows of a full shard; None leaves it to the store.
         resume: go on with the store at `path`, if there is one.
 
     Raises: StoreError if the store exists (and `resume` is false), is another run's, or cannot be
@@ -47,13 +47,10 @@ class Recorder:
         setup: Setup,
         *,
         dtype: str,
-        shard_bytes: int | None = None,
+        shard_rows: int | None = None,
         resume: bool = False,
     ) -> None:
         self._layout = watched.layout
-        self._dtype = dtype
-        self._exponents: list[int] | None = None
-        row_bytes = self._layout.dim * np.dtype(dtype).itemsize
         self._writer = StoreWriter.create(
             path,
             modules=self._layout,
@@ -61,15 +58,17 @@ class Recorder:
             projection=watched.description,
             projection_tensors=projection_tensors(watched.projections) or None,
             fingerprints=fingerprints,
-            shard_rows=None if shard_bytes is None else max(1, shard_bytes // row_bytes),
+            shard_rows=shard_rows,
             resume=resume,
         )
+        self._codec = self._writer.codec
+        self._exponents: list[int] = self._writer.module_exponents or []
         self._resumed = frozenset(self._writer.committed_ids)
         self.ids = set(self._resumed)  # of the rows in the store and on their way there
-        self.curvature: RawCurvature | None = None
+        self.curvature: Curvature | None = None
         try:
-            if setup.covariance:
-                self.curvature = self._curvature_so_far()
+            if setup.curvature is not None:
+                self.curvature = self._curvature_so_far(setup.curvature)
         except BaseException:
             self._writer.abort()
             raise
@@ -80,7 +79,7 @@ class Recorder:
         Raises: RuntimeError if rows were saved before the curvature was asked for;
             DuplicateIdError for an id that was logged already.
         """
-        if setup.covariance and self.curvature is None and self.ids:
+        if setup.curvature is not None and self._lacks(setup.curvature) and self.ids:
             raise RuntimeError(
                 "statistic: rows were saved before it was asked for; setup comes first"
             )
@@ -102,18 +101,20 @@ class Recorder:
             logged = logged.take(new)
         if not logged.ids:
             return
-        rows, row_scale = self._encode(logged.rows.float(), setup)
+        rows = logged.rows.float()
+        if self._codec.scaled:
+            self._fix_exponents(rows[0], setup)
+        stored, row_scale = encode(self._codec, rows, self._layout, self._exponents)
+        stored, row_scale = stored.cpu(), None if row_scale is None else row_scale.cpu()
         if setup.save:
             scale = None if row_scale is None else row_scale.numpy()
-            self._writer.append(logged.ids, rows.numpy(), scale, logged.metadata)
+            append_finite(self._writer, logged.ids, stored.numpy(), scale, logged.metadata)
             self.ids.update(logged.ids)
-        if setup.covariance:
-            if self.curvature is None:
-                self.curvature = RawCurvature(self._layout)
-            if row_scale is not None:
-                assert self._exponents is not None
-                rows = ops.unpack_rows(rows, row_scale, self._layout.sizes, self._exponents)
-            self.curvature.update(rows)
+        if setup.curvature is not None:
+            if self.curvature is None or self._lacks(setup.curvature):
+                self.curvature = curvature_kind(setup.curvature)(self._layout)
+            rows = decode(self._codec, stored, row_scale, self._layout, self._exponents)
+            self.curvature.update_finite(rows)
 
     def finish(self) -> Store:
         """Close the store, put the curvature into it, and open it for reading."""
@@ -127,31 +128,23 @@ class Recorder:
         """Commit the rows added so far and let go of the store, which resume goes on with."""
         self._writer.close(finalize=False)
 
-    def _encode(self, rows: Tensor, setup: Setup) -> tuple[Tensor, Tensor | None]:
-        """rows [N, D] float32 -> what the store holds: rows [N, D] and scales [N], on the CPU."""
-        if self._dtype != "float16":
-            return rows.cpu(), None
-        if self._exponents is None:
-            self._exponents = self._fix_exponents(rows[0], setup)
-        packed, row_scale = ops.pack_rows(rows, self._layout.sizes, self._exponents)
-        return packed.cpu(), row_scale.cpu()
+    def _lacks(self, kind: str) -> bool:
+        return self.curvature is None or self.curvature.kind != kind
 
-    def _curvature_so_far(self) -> RawCurvature:
+    def _curvature_so_far(self, kind: str) -> Curvature:
         if not self._resumed:
-            return RawCurvature(self._layout)
-        return RawCurvature.rebuild(Store.open(self._writer.path))
+            return curvature_kind(kind)(self._layout)
+        return curvature_kind(kind).rebuild(Store.open(self._writer.path))
 
-    def _fix_exponents(self, row: Tensor, setup: Setup) -> list[int]:
-        """The store's exponents, or those of the first row that is ever written.
+    def _fix_exponents(self, row: Tensor, setup: Setup) -> None:
+        """Take the modules' exponents from the run's first row, and give them to the store.
 
         The first row is the same however the data is split into batches, and so are the exponents.
         """
-        exponents = self._writer.module_exponents
-        if exponents is None:
-            exponents = [_exponent(part) for part in self._layout.split(row[None])]
-            if setup.save:
-                self._writer.set_module_exponents(exponents)
-        return exponents
+        if not self._exponents:
+            self._exponents = [_exponent(part) for part in self._layout.split(row[None])]
+        if setup.save and self._writer.module_exponents is None:
+            self._writer.set_module_exponents(self._exponents)
 
 
 def model_fingerprint(model: nn.Module) -> str:

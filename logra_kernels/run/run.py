@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from logra_kernels.attribution import Attributor
 from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import unwrapped
-from logra_kernels.curvature import IdentityPreconditioner, Preconditioner, RawCurvature
+from logra_kernels.curvature import (
+    Curvature,
+    IdentityPreconditioner,
+    Preconditioner,
+    curvature_kind,
+    kinds,
+)
+from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.run.config import Config
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
@@ -63,7 +70,7 @@ class Run:
         self._last: LoggedRows | None = None
         self._recorder: Recorder | None = None
         self._store: Store | None = None
-        self._curvature: RawCurvature | None = None
+        self._curvature: Curvature | None = None
         self._attributor: tuple[Any, Attributor] | None = None  # the last one, with its damping
         self._ids_to_resume: frozenset[str] | None = None
 
@@ -154,7 +161,7 @@ class Run:
 
     def save(self, enabled: bool = True) -> None:
         """Switch writing to the store on or off."""
-        self._setup = Setup(save=bool(enabled), covariance=self._setup.covariance)
+        self._setup = replace(self._setup, save=bool(enabled))
 
     # Logging.
 
@@ -205,8 +212,7 @@ class Run:
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
         )
-        saved = self._setup.save if save is None else save
-        setup = Setup(saved, self._setup.covariance)
+        setup = self._setup if save is None else replace(self._setup, save=save)
         return self.pass_type(capture, ids, metadata, setup, self._enter, self._leave)
 
     def start(self, data_id: Any, mask: Tensor | None = None) -> None:
@@ -224,7 +230,7 @@ class Run:
             raise RuntimeError("end: no pass is open; call start(data_id, mask) first")
         started, self._started = self._started, None
         if save is not None:
-            started.setup = Setup(save, started.setup.covariance)
+            started.setup = replace(started.setup, save=save)
         started.__exit__(None, None, None)
 
     def finalize(self) -> None:
@@ -296,7 +302,7 @@ class Run:
         return self._last.ids, self._last.rows
 
     @property
-    def curvature(self) -> RawCurvature:
+    def curvature(self) -> Curvature:
         """The curvature of the logged rows; computed from them, and kept, if the store has none.
 
         Raises: RuntimeError if no store is open and none is being logged with a curvature.
@@ -305,16 +311,17 @@ class Run:
             return self._recorder.curvature
         if self._curvature is None:
             store = self.store
-            saved = store.curvatures.get(RawCurvature.kind)
-            if saved is not None and (saved["rows"] == store.num_rows or store.num_rows == 0):
-                self._curvature = RawCurvature.load(store)
+            saved = {kind: held["rows"] for kind, held in store.curvatures.items()}
+            whole = [k for k in kinds() if k in saved and store.num_rows in (0, saved[k])]
+            if whole:
+                self._curvature = curvature_kind(whole[0]).load(store)
             else:
                 warnings.warn(
                     f"{store.path}: holds no curvature of its {store.num_rows} rows; it is "
                     "computed from them now and kept there",
                     stacklevel=3,
                 )
-                self._curvature = RawCurvature.rebuild(store)
+                self._curvature = curvature_kind(CURVATURE).rebuild(store)
                 self._curvature.save(store)
         return self._curvature
 
@@ -355,7 +362,7 @@ class Run:
         # One is kept, for its factors are as large as the curvature.
         if self._attributor is None or self._attributor[0] != key:
             if key is None:
-                made = Attributor(store, "none")
+                made = Attributor(store, NO_CURVATURE)
             else:
                 made = Attributor(store, self.curvature, damping=key[0], damping_scale=key[1])
             self._attributor = (key, made)
@@ -432,7 +439,7 @@ class Run:
                 fingerprints,
                 setup,
                 dtype=self.config.dtype,
-                shard_bytes=self.config.shard_bytes,
+                shard_rows=self.config.shard_rows(watched.layout),
                 resume=self._resume,
             )
         return self._recorder
@@ -447,7 +454,7 @@ class Run:
             self._ids_to_resume = frozenset(store.ids.to_pylist() if store is not None else ())
         return self._ids_to_resume
 
-    def _use(self, store: Store, curvature: RawCurvature | None = None) -> None:
+    def _use(self, store: Store, curvature: Curvature | None = None) -> None:
         self._store, self._curvature, self._attributor = store, curvature, None
 
     def _project_like(self, store: Store, watched: WatchedLayers) -> None:

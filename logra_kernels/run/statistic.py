@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from logra_kernels.curvature import kinds
 
 AVAILABLE = "Covariance of 'grad' (also called 'raw' or 'covariance')"
 _NOT_YET = {
@@ -14,7 +16,6 @@ _NOT_YET = {
     "mean": "the mean of the gradients",
     "variance": "the variance of the gradients",
 }
-_RAW = ("raw", "covariance")
 
 
 class Covariance:
@@ -23,26 +24,28 @@ class Covariance:
     To be given to setup, as a class: {"statistic": {"grad": Covariance}}.
     """
 
+    kind: ClassVar[str] = "raw"  # the curvature's name
+
 
 @dataclass(frozen=True)
 class Setup:
-    """save: write the rows to the store. covariance: accumulate Σ g gᵀ."""
+    """What is kept of a pass's rows. save: they are written. curvature: the kind they go into."""
 
     save: bool = False
-    covariance: bool = False
+    curvature: str | None = None
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""
-        return self.save or self.covariance
+        return self.save or self.curvature is not None
 
 
 def parse_setup(options: Mapping[str, Any]) -> Setup:
     """What setup was asked for.
 
     {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}, in any part: lists where
-    there is one name (an empty one asks for nothing), "stat" for "statistic", "raw" for
-    {"grad": Covariance}. LogIX's later form {"grad": ["log", "covariance"]} means the same, with
-    saving switched on by run.save(True).
+    there is one name (an empty one asks for nothing), "stat" for "statistic", a kind of curvature
+    such as "raw" for {"grad": Covariance}. LogIX's later form {"grad": ["log", "covariance"]} means
+    the same, with saving switched on by run.save(True).
 
     Raises: ValueError for a key, a tensor or a statistic that is not available.
     """
@@ -51,20 +54,22 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
             "setup: expected a dictionary such as "
             f'{{"save": "grad", "statistic": {{"grad": Covariance}}}}, got {options!r}'
         )
-    save = covariance = False
+    save, asked = False, set[str]()
     for key, value in options.items():
         if key in ("log", "save"):
             _check_tensors(key, value)
             save |= key == "save" and bool(_listed(value))
         elif key in ("stat", "statistic"):
-            covariance |= _parse_statistic(key, value)
+            asked |= _curvatures(key, _statistics(key, value))
         elif key in ("grad", "forward", "backward"):
             if _listed(value):  # "forward": [] asks for nothing
                 _check_tensors("setup", key)
-            covariance |= _has_covariance(key, _listed(value))
+            asked |= _curvatures(key, _listed(value))
         else:
             raise ValueError(f"setup: no key {key!r}; there are log, save, statistic (stat), grad")
-    return Setup(save, covariance)
+    if len(asked) > 1:
+        raise ValueError(f"setup: expected one curvature, got {' and '.join(sorted(asked))}")
+    return Setup(save, *asked)
 
 
 def _check_tensors(key: str, names: Any) -> None:
@@ -77,33 +82,32 @@ def _check_tensors(key: str, names: Any) -> None:
             raise ValueError(f"{key}: expected 'grad', got {name!r}")
 
 
-def _parse_statistic(key: str, value: Any) -> bool:
+def _statistics(key: str, value: Any) -> Sequence[Any]:
+    """What stands under "statistic": names and classes, under tensors' names or without."""
     if isinstance(value, Mapping):
         for tensor, listed in value.items():
             if _listed(listed):
                 _check_tensors(key, tensor)
-        plugins = [plugin for listed in value.values() for plugin in _listed(listed)]
-        return _has_covariance(key, plugins)
-    if value == "none":
-        return False
-    return _has_covariance(key, _listed(value))
+        return [statistic for listed in value.values() for statistic in _listed(listed)]
+    return [] if value == "none" else _listed(value)
 
 
-def _has_covariance(key: str, plugins: Sequence[Any]) -> bool:
-    found = False
-    for plugin in plugins:  # to the end: each is checked
-        found |= _parse_plugin(key, plugin)
-    return found
+def _curvatures(key: str, statistics: Iterable[Any]) -> set[str]:
+    """The kinds of curvature that are asked for; LogIX's Log asks for none."""
+    found = {_curvature(key, statistic) for statistic in statistics}
+    return {kind for kind in found if kind is not None}
 
 
-def _parse_plugin(key: str, plugin: Any) -> bool:
-    """True for the covariance, False for LogIX's Log; anything else is an error."""
-    name = plugin.lower() if isinstance(plugin, str) else getattr(plugin, "__name__", plugin)
-    if plugin is Covariance or name in _RAW:
-        return True
+def _curvature(key: str, statistic: Any) -> str | None:
+    is_name = isinstance(statistic, str)
+    name = statistic.lower() if is_name else getattr(statistic, "__name__", statistic)
+    if statistic is Covariance or name == "covariance":
+        return Covariance.kind
+    if name in kinds():
+        return str(name)
     if name == "log":
-        return False
-    shown = plugin if isinstance(plugin, str) else name
+        return None
+    shown = statistic if is_name else name
     meaning = _NOT_YET.get(str(name).lower())
     if meaning is not None:
         raise ValueError(

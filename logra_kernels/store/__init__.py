@@ -3,6 +3,7 @@
 It imports numpy and file-format libraries only, so that a store can be read without torch.
 """
 
+from logra_kernels.store.codecs import RowCodec, codec_names, register_codec, row_codec
 from logra_kernels.store.errors import (
     DuplicateIdError,
     StoreError,
@@ -25,6 +26,7 @@ __all__ = [
     "DuplicateIdError",
     "Module",
     "RowBlock",
+    "RowCodec",
     "RowLayout",
     "SelfInfluenceCache",
     "Shard",
@@ -36,6 +38,9 @@ __all__ = [
     "StoreMismatchError",
     "StoreWriteError",
     "StoreWriter",
+    "codec_names",
     "huge_buffer",
+    "register_codec",
+    "row_codec",
     "verify_store",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from logra_kernels.store.codecs import codec_names, row_codec
 from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
 from logra_kernels.store.files import check_file, crc32_text, npy_bytes, npy_header, replace_file
 from logra_kernels.store.layout import Module, RowLayout
@@ -15,7 +16,6 @@ FORMAT = "logra_kernels.store"
 VERSION = 1
 MANIFEST = "manifest.json"
 LOCK = "lock"
-NPY_DTYPES = {"float16": "<f2", "float32": "<f4"}
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # 2**e is a normal float32
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
@@ -23,10 +23,10 @@ _CRC32 = re.compile(r"[0-9a-f]{8}\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
-def shard_names(index: int) -> tuple[str, str, str]:
-    """The files of a shard: rows, row scales, ids."""
+def shard_names(index: int) -> dict[str, str]:
+    """The names of a shard's files, by their key in the manifest."""
     stem = f"shard-{index:05d}"
-    return f"{stem}.npy", f"{stem}.scale.npy", f"{stem}.ids.arrow"
+    return {"data": f"{stem}.npy", "scale": f"{stem}.scale.npy", "ids": f"{stem}.ids.arrow"}
 
 
 def check_modules(modules: Sequence[Module]) -> list[Module]:
@@ -90,14 +90,9 @@ def first_difference(stored: Any, given: Any, name: str) -> str | None:
 
 
 def new_manifest(
-    modules: Sequence[Module],
-    dtype: str,
-    projection: Any,
-    projection_tensors: dict[str, Any] | None,
-    fingerprints: Any,
+    layout: RowLayout, dtype: str, projection: Any, fingerprints: Any
 ) -> dict[str, Any]:
-    """The manifest of a store without rows."""
-    layout = RowLayout.of(modules)
+    """The manifest of a store without rows and matrices."""
     entries = [
         {"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset}
         for module, offset in zip(layout, layout.offsets, strict=False)
@@ -111,7 +106,7 @@ def new_manifest(
         "modules": entries,
         "module_exponents": None,
         "projection": projection,
-        "projection_tensors": projection_tensors,
+        "projection_tensors": None,
         "fingerprints": fingerprints,
         "rows": 0,
         "shards": [],
@@ -204,11 +199,10 @@ def layout_of(manifest: Mapping[str, Any]) -> RowLayout:
 
 def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
     """Every file entry with the .npy header its file must have (None: another kind of file)."""
-    width, dtype = layout_of(manifest).dim, NPY_DTYPES[manifest["dtype"]]
+    layout, codec = layout_of(manifest), row_codec(manifest["dtype"])
     for shard in manifest["shards"]:
-        yield shard["data"], npy_header(dtype, (shard["rows"], width))
-        if shard["scale"] is not None:
-            yield shard["scale"], npy_header("<f4", (shard["rows"],))
+        for key, array in codec.arrays(shard["rows"], layout).items():
+            yield shard[key], npy_header(*array)
         yield shard["ids"], None
     if manifest["projection_tensors"] is not None:
         yield manifest["projection_tensors"], None
@@ -228,7 +222,7 @@ class _Wrong(Exception):
 
 def _check(manifest: dict[str, Any]) -> None:
     _one_of(manifest, "state", ("open", "finalized"))
-    _one_of(manifest, "dtype", tuple(NPY_DTYPES))
+    _one_of(manifest, "dtype", codec_names())
     _one_of(manifest, "endianness", ("little",))
     for key in ("projection", "fingerprints"):
         if key not in manifest:
@@ -292,7 +286,7 @@ def _check_exponents(manifest: dict[str, Any]) -> None:
 
 
 def _check_shards(manifest: dict[str, Any]) -> None:
-    width, dtype = layout_of(manifest).dim, NPY_DTYPES[manifest["dtype"]]
+    layout, codec = layout_of(manifest), row_codec(manifest["dtype"])
     first_row = 0
     for index, shard in enumerate(_list(manifest, "shards")):
         where = f"shards[{index}]"
@@ -302,22 +296,24 @@ def _check_shards(manifest: dict[str, Any]) -> None:
         if _count(shard, "first_row", where, 0) != first_row:
             raise _Wrong(f"{where}.first_row: expected {first_row}, got {shard['first_row']}")
         first_row += rows
-        shapes = {"data": (dtype, (rows, width)), "scale": ("<f4", (rows,)), "ids": None}
-        for key, array in shapes.items():
-            if key == "scale" and manifest["dtype"] == "float32":
+        arrays = codec.arrays(rows, layout)
+        for key in ("data", "scale", "ids"):
+            if key == "scale" and not codec.scaled:
                 if shard.get(key, "missing") is not None:
-                    raise _Wrong(f"{where}.scale: expected null, for the rows are float32")
+                    raise _Wrong(f"{where}.scale: expected null, for the rows are {codec.name}")
                 continue
             entry = _object(shard, key, f"{where}.{key}")
             _check_file_entry(entry, f"{where}.{key}", "", "crc32", _CRC32)
-            if array is not None and entry["bytes"] != npy_bytes(*array):
+            if key in arrays and entry["bytes"] != npy_bytes(*arrays[key]):
                 raise _Wrong(
-                    f"{where}.{key}.bytes: expected {npy_bytes(*array)}, got {entry['bytes']}"
+                    f"{where}.{key}.bytes: expected {npy_bytes(*arrays[key])}, got {entry['bytes']}"
                 )
     if _count(manifest, "rows", "", 0) != first_row:
         raise _Wrong(f"rows: expected {first_row}, got {manifest['rows']}")
-    if first_row and manifest["dtype"] == "float16" and manifest["module_exponents"] is None:
-        raise _Wrong("module_exponents: expected integers, for there are float16 rows, got null")
+    if first_row and codec.scaled and manifest["module_exponents"] is None:
+        raise _Wrong(
+            f"module_exponents: expected integers, for there are {codec.name} rows, got null"
+        )
 
 
 def _named_shard_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -45,7 +45,7 @@ class RowBlock:
     def __init__(self, shard: int, start: int, rows: np.ndarray, free: Callable[[], None]) -> None:
         self.shard = shard  # index in store.shards
         self.start = start
-        self.rows = rows  # [r, D], as stored; valid until release()
+        self.rows = rows  # [r, W], as stored; valid until release()
         self._free: Callable[[], None] | None = free
 
     def release(self) -> None:
@@ -91,7 +91,7 @@ class BlockReader:
         self._store = store
         self._block_rows = block_rows
         self._shards = range(len(store.shards)) if shards is None else shards
-        self._row_bytes = store.dim * np.dtype(store.dtype).itemsize
+        self._row_bytes = store.row_bytes
         self._keep = keep
         self._in_place = in_place
         self._allocate = allocate or huge_buffer
@@ -165,7 +165,7 @@ class BlockReader:
             for part in _parts(base, last_byte)
         ]
         raw = buffer[first_byte - base : last_byte - base]
-        rows = raw.view(shard.dtype).reshape(end - start, self._store.dim)
+        rows = raw.view(shard.dtype).reshape(end - start, shard.columns)
         return RowBlock(index, start, rows, lambda: self._free.append(buffer)), reads
 
     def _buffer(self) -> np.ndarray:

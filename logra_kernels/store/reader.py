@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from logra_kernels.store.codecs import RowCodec, row_codec
+from logra_kernels.store.codecs.base import SCALE_DTYPE
 from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
     locked,
-    npy_bytes,
     remove,
     sync_folder,
     write_error,
@@ -23,7 +24,6 @@ from logra_kernels.store.ids import read_ids
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import (
     LOCK,
-    NPY_DTYPES,
     check_files,
     layout_of,
     plain_json,
@@ -39,20 +39,22 @@ from logra_kernels.store.verify import verify_store
 class Shard:
     """One file of rows; opened when it is first used."""
 
-    def __init__(self, folder: Path, entry: Mapping[str, Any], dtype: str, width: int) -> None:
+    def __init__(
+        self, folder: Path, entry: Mapping[str, Any], codec: RowCodec, layout: RowLayout
+    ) -> None:
         self.num_rows: int = entry["rows"]
         self.first_row: int = entry["first_row"]
         self.path: Path = folder / entry["data"]["file"]
-        self.dtype = np.dtype(NPY_DTYPES[dtype])
-        self.file_bytes: int = npy_bytes(NPY_DTYPES[dtype], (self.num_rows, width))
+        self.dtype = codec.dtype
+        self.columns = codec.columns(layout)
+        self.file_bytes: int = entry["data"]["bytes"]
         self._folder = folder
         self._entry = entry
-        self._width = width
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """[r, D], as stored, read in place from the mapped file."""
-        shape = (self.num_rows, self._width)
+        """[r, W], as stored, read in place from the mapped file."""
+        shape = (self.num_rows, self.columns)
         try:
             return map_array(self.path, self.dtype, shape, DATA_OFFSET_BYTES)
         except (OSError, ValueError) as error:  # ValueError: shorter than the shape
@@ -68,7 +70,7 @@ class Shard:
         if self._entry["scale"] is None:
             return np.ones(self.num_rows, np.float32)
         path = self._folder / self._entry["scale"]["file"]
-        return np.fromfile(path, "<f4", self.num_rows, offset=DATA_OFFSET_BYTES)
+        return np.fromfile(path, SCALE_DTYPE, self.num_rows, offset=DATA_OFFSET_BYTES)
 
     @cached_property
     def table(self) -> pa.Table:
@@ -102,7 +104,9 @@ class Store:
         self.layout: RowLayout = layout_of(manifest)
         self.modules: list[Module] = list(self.layout)
         self.dim: int = self.layout.dim
-        self.dtype: str = manifest["dtype"]
+        self.codec: RowCodec = row_codec(manifest["dtype"])
+        self.dtype: str = self.codec.name
+        self.row_bytes: int = self.codec.row_bytes(self.layout)
         self.num_rows: int = manifest["rows"]
         self.finalized: bool = manifest["state"] == "finalized"
         self.projection: Any = manifest["projection"]
@@ -110,7 +114,7 @@ class Store:
         # A store without rows has no exponents yet, and float32 rows need none.
         exponents = manifest["module_exponents"]
         self.module_exponents: list[int] = exponents or [0] * len(self.modules)
-        self.shards = [Shard(path, entry, self.dtype, self.dim) for entry in manifest["shards"]]
+        self.shards = [Shard(path, entry, self.codec, self.layout) for entry in manifest["shards"]]
 
     def __len__(self) -> int:
         return self.num_rows
@@ -163,19 +167,17 @@ class Store:
 
     def row(self, index: int) -> np.ndarray:
         """[D] float32: one row, unpacked."""
-        return self.take([index])[0]
+        row: np.ndarray = self.take([index])[0]
+        return row
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """[n, D] float32: rows by their index, unpacked.
-
-        row[d] = stored[d] · row_scale · 2**module_exponent(d)
-        """
-        places = [self._place(row) for row in rows]
-        taken = np.empty((len(places), self.dim), np.float32)
-        exponents = np.repeat(np.array(self.module_exponents, np.int32), self.layout.sizes)  # [D]
-        for out, (shard, row) in zip(taken, places, strict=True):
-            wide = np.ldexp(shard.rows[row].astype(np.float64), exponents)
-            out[:] = wide * np.float64(shard.row_scale[row])
+        """[n, D] float32: rows by their index, decoded."""
+        taken = np.empty((len(rows), self.dim), np.float32)
+        for out, (shard, row) in zip(taken, map(self._place, rows), strict=True):
+            one = slice(row, row + 1)
+            out[:] = self.codec.decode(
+                shard.rows[one], shard.row_scale[one], self.layout, self.module_exponents
+            )
         return taken
 
     def verify(

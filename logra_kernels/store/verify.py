@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from logra_kernels.store.codecs import row_codec
+from logra_kernels.store.codecs.base import SCALE_DTYPE
 from logra_kernels.store.errors import StoreError
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
@@ -19,7 +21,6 @@ from logra_kernels.store.files import (
 )
 from logra_kernels.store.ids import read_ids
 from logra_kernels.store.manifest import (
-    NPY_DTYPES,
     layout_of,
     listed_files,
     read_manifest,
@@ -94,21 +95,22 @@ def _checksum_problem(
 
 def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:
     """Values that the writer would have refused: they were wrong before the checksum was made."""
-    width, dtype = layout_of(manifest).dim, NPY_DTYPES[manifest["dtype"]]
-    block = max(1, _BLOCK_BYTES // (width * np.dtype(dtype).itemsize))
+    layout, codec = layout_of(manifest), row_codec(manifest["dtype"])
+    block = max(1, _BLOCK_BYTES // codec.row_bytes(layout))
     for shard in manifest["shards"]:
         path = folder / shard["data"]["file"]
         if shard["data"]["file"] in good:
-            rows = np.memmap(path, dtype, "r", DATA_OFFSET_BYTES, (shard["rows"], width))
+            shape = (shard["rows"], codec.columns(layout))
+            rows = np.memmap(path, codec.dtype, "r", DATA_OFFSET_BYTES, shape)
             for start in range(0, shard["rows"], block):
-                good_rows = finite(rows[start : start + block]).all(axis=1)
+                good_rows = codec.finite(rows[start : start + block], layout).all(axis=1)
                 if not good_rows.all():
                     row = shard["first_row"] + start + int(np.flatnonzero(~good_rows)[0])
                     yield f"{path}: expected finite values, got others in row {row}"
                     break
         if shard["scale"] is not None and shard["scale"]["file"] in good:
             path = folder / shard["scale"]["file"]
-            scales = np.fromfile(path, "<f4", shard["rows"], offset=DATA_OFFSET_BYTES)
+            scales = np.fromfile(path, SCALE_DTYPE, shard["rows"], offset=DATA_OFFSET_BYTES)
             bad = np.flatnonzero(~powers_of_two(scales))
             if len(bad):
                 row = shard["first_row"] + int(bad[0])

@@ -111,7 +111,7 @@ def test_an_error_of_the_thread_is_raised_by_every_call_after_it(
     writer = writer_of(tmp_path / "s")
     append(writer, [0, 1, 2])
     writer.flush()
-    monkeypatch.setattr("logra_kernels.store.writer.encode_ids", lambda *_: 1 / 0)
+    monkeypatch.setattr("logra_kernels.store.committer.encode_ids", lambda *_: 1 / 0)
     append(writer, [3, 4, 5])
     message = r"s: cannot write: ZeroDivisionError\('division by zero'\)"
     for call in (writer.flush, lambda: append(writer, [6]), writer.flush, writer.close):

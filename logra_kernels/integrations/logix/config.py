@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from logra_kernels.run.config import DTYPES, Config
+from logra_kernels.run import Config
+from logra_kernels.store import codec_names
 
 
 def load_config(
@@ -116,8 +117,9 @@ def _flush_threshold(value: Any, settings: dict[str, Any]) -> None:
 
 
 def _log_dtype(value: Any, settings: dict[str, Any]) -> None:
-    if value not in ("none", *DTYPES):
-        raise ValueError(f"expected none (float32), float16 or float32, got {value!r}")
+    if value not in ("none", *codec_names()):
+        names = " or ".join(codec_names())
+        raise ValueError(f"expected none (float32), {names}, got {value!r}")
     settings["dtype"] = "float32" if value == "none" else value
 
 

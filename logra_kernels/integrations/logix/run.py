@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from logra_kernels.attribution import Groups, InfluenceResult, find_groups, influence_between
+from logra_kernels.curvature import RawCurvature
 from logra_kernels.integrations.logix.logs import (
     Log,
     LogDataset,
@@ -21,9 +22,9 @@ from logra_kernels.integrations.logix.logs import (
 )
 from logra_kernels.integrations.logix.names import check_lora_arguments, refused
 from logra_kernels.progress import Progress
-from logra_kernels.run import LoggedPass, Run
+from logra_kernels.run import Covariance, LoggedPass, Run
 
-HESSIANS = ("auto", "raw")
+HESSIANS = ("auto", Covariance.kind)
 
 
 class LogixPass(LoggedPass):
@@ -130,8 +131,13 @@ class LogixRun(Run):
         )
 
     def get_covariance_state(self) -> dict[str, dict[str, Tensor]]:
-        """{module: {"grad": H = (1/N) Σ g gᵀ, [K, K] float64}}."""
+        """{module: {"grad": H = (1/N) Σ g gᵀ, [K, K] float64}}.
+
+        Raises: ValueError if the run's curvature is no covariance.
+        """
         curvature = self.curvature
+        if not isinstance(curvature, RawCurvature):
+            raise ValueError(f"get_covariance_state: the run's curvature is {curvature.kind!r}")
         sums = curvature.covariances
         return {name: {"grad": total / max(curvature.count, 1)} for name, total in sums.items()}
 

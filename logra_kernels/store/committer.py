@@ -1,0 +1,162 @@
+"""Shards on their way to the disk: filled, committed to the manifest, or discarded."""
+
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logra_kernels.store.codecs import RowCodec
+from logra_kernels.store.files import (
+    DATA_OFFSET_BYTES,
+    crc32_text,
+    npy_header,
+    remove,
+    sync_folder,
+    temporary,
+    write_all,
+    write_temporary,
+)
+from logra_kernels.store.ids import encode_ids
+from logra_kernels.store.incoming import Batch
+from logra_kernels.store.layout import RowLayout
+from logra_kernels.store.manifest import shard_names, write_manifest
+
+
+@dataclass
+class _OpenShard:
+    """The shard that is being filled: its rows are in a temporary file, the rest in memory."""
+
+    index: int
+    descriptor: int
+    crc: int = 0
+    ids: list[str] = field(default_factory=list)
+    metadata: list[str | None] = field(default_factory=list)
+    row_scales: list[np.ndarray] = field(default_factory=list)
+
+
+class Committer:
+    """Writes the shards of one store, in the order that FORMAT.md gives under "Writing".
+
+    One thread at a time uses it.
+
+    Args:
+        path: the store's folder, locked.
+        manifest: as it is on disk.
+        committed_ids: the ids of its rows; the ids of every committed shard are added.
+        codec, layout: of the rows.
+        shard_rows: rows of a full shard.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        committed_ids: list[str],
+        codec: RowCodec,
+        layout: RowLayout,
+        shard_rows: int,
+    ) -> None:
+        self.manifest = manifest
+        self.committed_ids = committed_ids
+        self.exponents: list[int] | None = manifest["module_exponents"]
+        self._path = path
+        self._codec = codec
+        self._layout = layout
+        self.shard_rows = shard_rows
+        self._shard: _OpenShard | None = None
+
+    def write(self, batch: Batch, start: int) -> int:
+        """Write the batch's rows from `start` on, as many as fit into the open shard.
+
+        A shard that is full then is committed. Returns where the rows begin that are left.
+        """
+        shard = self._open_shard()
+        stop = min(len(batch.ids), start + self.shard_rows - len(shard.ids))
+        data = batch.rows[start:stop].view(np.uint8).data
+        write_all(shard.descriptor, data)
+        shard.crc = zlib.crc32(data, shard.crc)
+        shard.ids += batch.ids[start:stop]
+        shard.metadata += batch.metadata[start:stop]
+        if batch.row_scale is not None:
+            shard.row_scales.append(batch.row_scale[start:stop])
+        if len(shard.ids) == self.shard_rows:
+            self.commit()
+        return stop
+
+    def commit(self) -> None:
+        """Rows, scales and ids to disk, then their names, then the manifest that lists them."""
+        shard = self._shard
+        if shard is None:
+            return
+        rows, names = len(shard.ids), shard_names(shard.index)
+        arrays = self._codec.arrays(rows, self._layout)
+        os.lseek(shard.descriptor, 0, os.SEEK_SET)
+        write_all(shard.descriptor, npy_header(*arrays["data"]))
+        size = os.fstat(shard.descriptor).st_size
+        os.fsync(shard.descriptor)
+        entry: dict[str, Any] = {
+            "rows": rows,
+            "first_row": self.manifest["rows"],
+            "data": _file_entry(names["data"], size, shard.crc),
+            "scale": None,
+        }
+        if "scale" in arrays:
+            scales = np.concatenate(shard.row_scales).view(np.uint8).data  # [4 * rows]
+            header = npy_header(*arrays["scale"])
+            write_temporary(self._path / names["scale"], header, scales)
+            size = len(header) + len(scales)
+            entry["scale"] = _file_entry(names["scale"], size, zlib.crc32(scales))
+        texts = encode_ids(shard.ids, shard.metadata)
+        write_temporary(self._path / names["ids"], texts)
+        entry["ids"] = _file_entry(names["ids"], len(texts), zlib.crc32(texts))
+        for key, name in names.items():
+            if entry[key] is not None:
+                os.replace(temporary(self._path / name), self._path / name)
+        sync_folder(self._path)
+        self._replace_manifest(
+            rows=self.manifest["rows"] + rows, shards=[*self.manifest["shards"], entry]
+        )
+        self.committed_ids += shard.ids
+        os.close(shard.descriptor)
+        self._shard = None
+        sync_folder(self._path)
+
+    def discard(self) -> None:
+        """Remove what is on the disk of the shard that was not committed."""
+        shard, self._shard = self._shard, None
+        if shard is None:
+            return
+        os.close(shard.descriptor)
+        # A call may fail after the manifest on disk lists the shard. Then its files stay.
+        if shard.index < len(self.manifest["shards"]):
+            return
+        for name in shard_names(shard.index).values():
+            remove(temporary(self._path / name))
+            remove(self._path / name)
+
+    def finalize(self) -> None:
+        """Mark the store complete. No shard may be open."""
+        self._replace_manifest(state="finalized")
+        sync_folder(self._path)
+
+    def _replace_manifest(self, **changes: Any) -> None:
+        manifest = {**self.manifest, "module_exponents": self.exponents, **changes}
+        write_manifest(self._path, manifest)
+        self.manifest = manifest
+
+    def _open_shard(self) -> _OpenShard:
+        if self._shard is None:
+            index = len(self.manifest["shards"])
+            place = temporary(self._path / shard_names(index)["data"])
+            descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._shard = _OpenShard(index, descriptor)
+            # The header holds the number of rows, so it is written last.
+            os.lseek(descriptor, DATA_OFFSET_BYTES, os.SEEK_SET)
+        return self._shard
+
+
+def _file_entry(name: str, size: int, crc: int) -> dict[str, Any]:
+    return {"file": name, "bytes": size, "crc32": crc32_text(crc)}

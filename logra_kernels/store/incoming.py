@@ -1,0 +1,180 @@
+"""Checks of what is appended to a store: ids, rows, row scales, metadata."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from logra_kernels.store.codecs import RowCodec
+from logra_kernels.store.codecs.base import SCALE_DTYPE
+from logra_kernels.store.errors import DuplicateIdError, StoreError
+from logra_kernels.store.files import powers_of_two
+from logra_kernels.store.ids import id_texts, metadata_texts
+from logra_kernels.store.layout import RowLayout
+from logra_kernels.store.manifest import LARGEST_EXPONENT, SMALLEST_EXPONENT
+
+
+@dataclass
+class Batch:
+    """Rows that were checked and copied, on their way to the writing thread."""
+
+    ids: list[str]
+    rows: np.ndarray  # [n, W]
+    row_scale: np.ndarray | None  # [n]
+    metadata: list[str | None]
+
+    @property
+    def bytes(self) -> int:
+        """What the batch takes of memory, nearly."""
+        texts = sum(map(len, self.ids)) + sum(len(text) for text in self.metadata if text)
+        return self.rows.nbytes + texts
+
+
+class Incoming:
+    """Makes batches of what is appended; raises before anything of a bad batch is taken.
+
+    Args:
+        codec, layout: of the store.
+        duplicates: what becomes of an id that is known: "error", or "skip" leaves its row out.
+    """
+
+    def __init__(self, codec: RowCodec, layout: RowLayout, duplicates: str) -> None:
+        if duplicates not in ("error", "skip"):
+            raise StoreError(f"duplicates: expected 'error' or 'skip', got {duplicates!r}")
+        self.known_ids: set[str] = set()  # in the store, or on their way there
+        self.exponents: list[int] | None = None  # one per module, once they are fixed
+        self.codec = codec
+        self.layout = layout
+        self._duplicates = duplicates
+
+    def fix_exponents(self, exponents: Sequence[int]) -> None:
+        """Check and keep the modules' exponents; they cannot be changed afterwards."""
+        values = [int(value) for value in exponents]
+        name, modules = self.codec.name, len(self.layout)
+        if not self.codec.scaled:
+            raise StoreError(f"module_exponents: expected none, for the store's rows are {name}")
+        if len(values) != modules:
+            raise StoreError(
+                f"module_exponents: expected {modules}, one per module, got {len(values)}"
+            )
+        for value in values:
+            if not SMALLEST_EXPONENT <= value <= LARGEST_EXPONENT:
+                raise StoreError(
+                    f"module_exponents: expected {SMALLEST_EXPONENT} to {LARGEST_EXPONENT}, "
+                    f"got {value}"
+                )
+        if self.exponents is not None and self.exponents != values:
+            raise StoreError(
+                f"module_exponents: the store's are fixed as {self.exponents}, got {values}"
+            )
+        self.exponents = values
+
+    def batch(
+        self,
+        ids: Iterable[str | int],
+        rows: np.ndarray,
+        row_scale: np.ndarray | None,
+        metadata: Sequence[Mapping[str, Any] | None] | None,
+        *,
+        values_are_finite: bool,
+    ) -> tuple[Batch, np.ndarray]:
+        """Copies of the rows that are to be written, and [n] bool: which of the n they are.
+
+        `values_are_finite` says that the caller has looked at every element of `rows`.
+        """
+        texts = id_texts(ids)
+        self._check_rows(texts, rows)
+        if not values_are_finite:
+            self._check_values(texts, rows)
+        self._check_row_scale(texts, row_scale)
+        notes: list[str | None] = [None] * len(texts)
+        if metadata is not None:
+            if len(metadata) != len(texts):
+                raise StoreError(
+                    f"metadata: expected {len(texts)}, one per row, got {len(metadata)}"
+                )
+            notes = metadata_texts(metadata)
+        kept = self._new_ids(texts)
+        if not kept.all():
+            rows, row_scale = rows[kept], None if row_scale is None else row_scale[kept]
+            texts = [text for text, keep in zip(texts, kept, strict=True) if keep]
+            notes = [note for note, keep in zip(notes, kept, strict=True) if keep]
+        scale = None if row_scale is None else row_scale.astype(SCALE_DTYPE)  # a copy
+        return Batch(texts, np.array(rows, order="C"), scale, notes), kept
+
+    def _check_rows(self, ids: list[str], rows: object) -> None:
+        dtype, columns = self.codec.dtype, self.codec.columns(self.layout)
+        if not isinstance(rows, np.ndarray):
+            raise StoreError(f"rows: expected a numpy array, got {type(rows).__name__}")
+        if rows.dtype != dtype or rows.ndim != 2 or rows.shape[1] != columns:
+            raise StoreError(
+                f"rows: expected {dtype} [{len(ids)}, {columns}], "
+                f"got {rows.dtype} {list(rows.shape)}"
+            )
+        if len(rows) != len(ids):
+            raise StoreError(f"ids: expected {len(rows)}, one per row, got {len(ids)}")
+
+    def _check_values(self, ids: list[str], rows: np.ndarray) -> None:
+        finite = self.codec.finite(rows, self.layout)
+        if finite.all():
+            return
+        row, column = (int(place) for place in np.argwhere(~finite)[0])
+        value = self.codec.elements(rows, self.layout)[row, column]
+        raise StoreError(
+            f"rows: expected finite values, got {value} in the row of id "
+            f"{ids[row]!r}, module {self.layout.module_of(column).name!r}"
+        )
+
+    def _check_row_scale(self, ids: list[str], row_scale: object) -> None:
+        if not self.codec.scaled:
+            if row_scale is not None:
+                name = self.codec.name
+                raise StoreError(f"row_scale: expected None, for the store's rows are {name}")
+            return
+        if self.exponents is None:
+            raise StoreError("module_exponents: expected set_module_exponents before append")
+        if not isinstance(row_scale, np.ndarray):
+            raise StoreError(f"row_scale: expected a numpy array, got {type(row_scale).__name__}")
+        if row_scale.dtype != np.float32 or row_scale.shape != (len(ids),):
+            raise StoreError(
+                f"row_scale: expected float32 [{len(ids)}], "
+                f"got {row_scale.dtype} {list(row_scale.shape)}"
+            )
+        bad = np.flatnonzero(~powers_of_two(row_scale))
+        if len(bad):
+            raise StoreError(
+                f"row_scale: expected powers of two, got {row_scale[bad[0]]} for id {ids[bad[0]]!r}"
+            )
+
+    def _new_ids(self, ids: list[str]) -> np.ndarray:
+        """[n] bool: which ids are neither known nor earlier in the batch."""
+        new = np.ones(len(ids), dtype=bool)
+        twice, stored, seen = [], [], set()
+        for place, text in enumerate(ids):
+            if text in seen:
+                twice.append(text)
+            elif text in self.known_ids:
+                stored.append(text)
+            else:
+                seen.add(text)
+                continue
+            new[place] = False
+        if self._duplicates == "error" and not new.all():
+            found = [
+                f"{len(group)} {where} ({_some(group)})"
+                for group, where in (
+                    (twice, "twice in the batch"),
+                    (stored, "in the store already"),
+                )
+                if group
+            ]
+            raise DuplicateIdError(
+                f"ids: expected new ids, got {' and '.join(found)}; nothing was written"
+            )
+        return new
+
+
+def _some(ids: list[str]) -> str:
+    shown = ", ".join(repr(text) for text in ids[:5])
+    return shown if len(ids) <= 5 else f"{shown}, …"
