@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from logra_kernels.store.codecs import codec_names, row_codec
+from logra_kernels.store.codecs import RowCodec, codec_names, row_codec
 from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
 from logra_kernels.store.files import check_file, crc32_text, npy_bytes, npy_header, replace_file
 from logra_kernels.store.layout import Module, RowLayout
@@ -90,9 +90,13 @@ def first_difference(stored: Any, given: Any, name: str) -> str | None:
 
 
 def new_manifest(
-    layout: RowLayout, dtype: str, projection: Any, fingerprints: Any
+    layout: RowLayout, codec: RowCodec, projection: Any, fingerprints: Any
 ) -> dict[str, Any]:
-    """The manifest of a store without rows and matrices."""
+    """The manifest of a store without rows and matrices.
+
+    Raises:
+        StoreError: projection or fingerprints cannot be written as JSON.
+    """
     entries = [
         {"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset}
         for module, offset in zip(layout, layout.offsets, strict=False)
@@ -101,13 +105,13 @@ def new_manifest(
         "format": FORMAT,
         "version": VERSION,
         "state": "open",
-        "dtype": dtype,
+        "dtype": codec.name,
         "endianness": "little",
         "modules": entries,
         "module_exponents": None,
-        "projection": projection,
+        "projection": plain_json(projection, "projection"),
         "projection_tensors": None,
-        "fingerprints": fingerprints,
+        "fingerprints": plain_json(fingerprints, "fingerprints"),
         "rows": 0,
         "shards": [],
         "curvature": {},
@@ -230,7 +234,8 @@ def _check(manifest: dict[str, Any]) -> None:
     _check_modules(_list(manifest, "modules"))
     _check_exponents(manifest)
     _check_shards(manifest)
-    names = [entry["file"] for entry in _named_shard_files(manifest)]
+    entries = [shard[key] for shard in manifest["shards"] for key in ("data", "scale", "ids")]
+    names = [entry["file"] for entry in entries if entry is not None]
     if len(set(names)) != len(names):
         raise _Wrong("shards: two entries name the same file")
     if "projection_tensors" not in manifest:
@@ -314,13 +319,6 @@ def _check_shards(manifest: dict[str, Any]) -> None:
         raise _Wrong(
             f"module_exponents: expected integers, for there are {codec.name} rows, got null"
         )
-
-
-def _named_shard_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for shard in manifest["shards"]:
-        for key in ("data", "scale", "ids"):
-            if shard[key] is not None:
-                yield shard[key]
 
 
 def _check_file_entry(

@@ -17,16 +17,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import DATA_OFFSET_BYTES
 from logra_kernels.store.maps import HUGE_PAGE_BYTES, forget, huge_buffer, is_cached, populate
-
-if TYPE_CHECKING:
-    from logra_kernels.store.reader import Shard, Store
+from logra_kernels.store.reader import Shard, Store
 
 READ_BYTES = 4 << 20  # one request of one thread
 DIRECT_THREADS = 2

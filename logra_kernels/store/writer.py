@@ -16,7 +16,7 @@ from logra_kernels.store.folder import open_folder
 from logra_kernels.store.ids import id_texts
 from logra_kernels.store.incoming import Incoming
 from logra_kernels.store.layout import Module, RowLayout
-from logra_kernels.store.manifest import check_modules, new_manifest, plain_json
+from logra_kernels.store.manifest import check_modules, new_manifest
 from logra_kernels.store.tensors import check_tensors
 from logra_kernels.store.write_queue import WriteQueue
 
@@ -74,12 +74,7 @@ class StoreWriter:
             StoreFormatError: the store to resume is damaged.
         """
         folder, layout, codec = Path(path), RowLayout.of(check_modules(modules)), row_codec(dtype)
-        fresh = new_manifest(
-            layout,
-            dtype,
-            plain_json(projection, "projection"),
-            plain_json(fingerprints, "fingerprints"),
-        )
+        fresh = new_manifest(layout, codec, projection, fingerprints)
         tensors = None
         if projection_tensors is not None:
             tensors = check_tensors(projection_tensors, "projection_tensors")
