@@ -25,14 +25,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
 
 def check_name(name: str, argument: str) -> str:
-    """Names that become file names: letters, digits, dash and underscore, at most 64."""
+    """The name, if it may become a file name: 1 to 64 letters, digits, dashes, underscores."""
     if not isinstance(name, str) or not _NAME.match(name):
         raise StoreError(f"{argument}: expected 1 to 64 letters, digits, '-' or '_', got {name!r}")
     return name
 
 
 def check_tensors(tensors: Mapping[str, Any], argument: str) -> dict[str, np.ndarray]:
-    """Contiguous little-endian arrays, ready to be written."""
+    """The tensors as contiguous little-endian arrays, ready to be written."""
     ready = {}
     for name, value in tensors.items():
         if not isinstance(name, str) or not name or name == "__metadata__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from logra_kernels.store.codecs import row_codec
+from logra_kernels.store.codecs import Float16, row_codec
 from logra_kernels.store.committer import Committer
 from logra_kernels.store.errors import StoreError
 from logra_kernels.store.files import write_error
@@ -44,7 +44,7 @@ class StoreWriter:
         path: str | os.PathLike[str],
         *,
         modules: Sequence[Module],
-        dtype: str = "float16",
+        dtype: str = Float16.name,
         projection: Any = None,
         projection_tensors: Mapping[str, np.ndarray] | None = None,
         fingerprints: Any = None,
@@ -58,9 +58,9 @@ class StoreWriter:
         Args:
             path: the store's folder; it is made if it is not there.
             modules: the layout of a row.
-            dtype: "float16" (packed rows, each with a scale) or "float32".
+            dtype: the name of a row codec: "float16" (each row with a scale) or "float32".
             projection: JSON that says how the rows were projected (kind, seed, scaling).
-            projection_tensors: the matrices, {name: array}, if they are to be kept.
+            projection_tensors: the projection's matrices, {name: array}, to keep in the store.
             fingerprints: JSON that tells this model and data from others.
             shard_rows: rows of a full shard; by default 256 MiB of them, at most 2**20.
             duplicates: an id that is in the store already is an "error", or "skip" leaves it out.
@@ -151,7 +151,7 @@ class StoreWriter:
 
         Args:
             ids: n strings or integers (written in decimal).
-            rows: [n, D] float16, packed, or float32, as the store's dtype says.
+            rows: [n, W], as the store's codec encodes them: float16 or float32, with W = D.
             row_scale: [n] float32 powers of two for float16 rows, None for float32.
             metadata: n JSON objects (or None) to be kept beside the ids.
 
