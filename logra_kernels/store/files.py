@@ -8,7 +8,7 @@ import os
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,12 @@ class Lock:
         self._descriptor: int | None = descriptor
         _held.add(self)
 
+    def __enter__(self) -> None:
+        """Hold the lock inside a with block."""
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Release the lock. A second call does nothing."""
         descriptor, self._descriptor = self._descriptor, None
@@ -220,13 +226,3 @@ def _release_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_release_in_child)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock at `path` inside a with block."""
-    lock = Lock(path)
-    try:
-        yield
-    finally:
-        lock.release()

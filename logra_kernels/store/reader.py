@@ -13,13 +13,7 @@ import pyarrow as pa
 from logra_kernels.store.codecs import RowCodec, row_codec
 from logra_kernels.store.codecs.base import SCALE_DTYPE
 from logra_kernels.store.errors import StoreError, StoreFormatError
-from logra_kernels.store.files import (
-    DATA_OFFSET_BYTES,
-    locked,
-    remove,
-    sync_folder,
-    write_error,
-)
+from logra_kernels.store.files import DATA_OFFSET_BYTES, Lock, remove, sync_folder, write_error
 from logra_kernels.store.ids import read_ids
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import (
@@ -223,7 +217,7 @@ class Store:
                 )
         meta = plain_json(meta, "meta")
         try:
-            with locked(self.path / LOCK):
+            with Lock(self.path / LOCK):
                 manifest = read_manifest(self.path)
                 old = manifest["curvature"].get(name)
                 entry = write_tensors(self.path / "curvature", name, ready)

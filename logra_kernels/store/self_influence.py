@@ -12,10 +12,10 @@ import numpy as np
 from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
+    Lock,
     check_file,
     crc32_of_file,
     crc32_text,
-    locked,
     npy_bytes,
     npy_header,
     remove,
@@ -92,7 +92,7 @@ class SelfInfluenceCache:
         name = f"shard-{index:05d}-{crc32_text(zlib.crc32(data))}.npy"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with locked(self.folder / LOCK):
+            with Lock(self.folder / LOCK):
                 if not (self.folder / KEY_FILE).exists():
                     text = seal({"key": self.key, "meta": self.meta})
                     replace_file(self.folder / KEY_FILE, text)

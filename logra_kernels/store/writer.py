@@ -14,7 +14,7 @@ from logra_kernels.store.errors import StoreError
 from logra_kernels.store.files import write_error
 from logra_kernels.store.folder import open_folder
 from logra_kernels.store.ids import id_texts
-from logra_kernels.store.incoming import Incoming
+from logra_kernels.store.incoming import Batch, Incoming
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import check_modules, new_manifest
 from logra_kernels.store.tensors import check_tensors
@@ -162,7 +162,8 @@ class StoreWriter:
             DuplicateIdError: ids that are in the batch twice or in the store already.
             StoreError: a wrong shape or dtype, a value that is not finite, or a failed writer.
         """
-        return self._append(ids, rows, row_scale, metadata, values_are_finite=False)
+        self._check_usable()
+        return self._put(*self._incoming.batch(ids, rows, row_scale, metadata))
 
     def flush(self) -> None:
         """Commit everything appended so far, as a short shard if need be."""
@@ -207,19 +208,7 @@ class StoreWriter:
         else:
             self.close(finalize=False)
 
-    def _append(
-        self,
-        ids: Iterable[str | int],
-        rows: np.ndarray,
-        row_scale: np.ndarray | None,
-        metadata: Sequence[Mapping[str, Any] | None] | None,
-        *,
-        values_are_finite: bool,
-    ) -> np.ndarray:
-        self._check_usable()
-        batch, taken = self._incoming.batch(
-            ids, rows, row_scale, metadata, values_are_finite=values_are_finite
-        )
+    def _put(self, batch: Batch, taken: np.ndarray) -> np.ndarray:
         if batch.ids:
             self._queue.put(batch)
             self._check_usable()
@@ -273,4 +262,5 @@ def append_finite(
     Every element is finite (`RowCodec.finite`), so it is not looked at again. Ids, shapes, dtypes
     and row scales are checked as in `append`.
     """
-    return writer._append(ids, rows, row_scale, metadata, values_are_finite=True)
+    writer._check_usable()
+    return writer._put(*writer._incoming.batch(ids, rows, row_scale, metadata, check_values=False))
