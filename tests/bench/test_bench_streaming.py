@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_read_ahead import wide_store
+from store_samples import wide_store
 
 from bench import _page_cache, bench_streaming
 from bench._page_cache import cached, evict, growth
