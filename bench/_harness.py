@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench import _limits, _results
 from bench._limits import Limits
-from logra_kernels import _native
+from logra_kernels import ops
 
 Result = Tensor | tuple[Tensor, ...]
 Provider = Callable[[], Result]
@@ -113,19 +113,19 @@ def isa_providers(name: str, call: Provider, every: bool) -> dict[str, Provider]
     """`call` under the active instruction set, or under each that this machine has."""
     if not every:
         return {name: call}
-    return {f"{name} {isa}": Held(call, isa) for isa in _native.available_isas()}
+    return {f"{name} {isa}": Held(call, isa) for isa in ops.available_isas()}
 
 
 @contextmanager
 def instruction_set(provider: Provider) -> Iterator[None]:
     """Ours as the provider wants it, and as it was before."""
-    before = _native.isa()
+    before = ops.isa()
     if isinstance(provider, Held) and provider.isa != before:
-        _native.set_isa(provider.isa)
+        ops.set_isa(provider.isa)
         try:
             yield
         finally:
-            _native.set_isa(str(before))
+            ops.set_isa(str(before))
     else:
         yield
 
@@ -139,7 +139,7 @@ def run_cases(
     random.seed(0)
     with torch.no_grad():
         limits = _limits.measure(5 if args.quick else 9)
-        print(f"{torch.get_num_threads()} threads, isa {_native.isa()}, {limits.line()}")
+        print(f"{torch.get_num_threads()} threads, isa {ops.isa()}, {limits.line()}")
         return [row for case in cases for row in run_case(case, limits, args, results)]
 
 
@@ -255,7 +255,7 @@ def summarise(
         quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0] * 3
         ours = name.startswith(OURS)
         provider = case.providers[name]
-        isa = provider.isa if isinstance(provider, Held) else _native.isa()
+        isa = provider.isa if isinstance(provider, Held) else ops.isa()
         row = Row(
             provider=name,
             isa=isa if ours else None,

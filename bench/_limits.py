@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from bench._machine import machine
-from logra_kernels import _native
+from logra_kernels import ops
 
 READ, FMA = "(read)", "(fma)"  # the probes' names
 Work = tuple[float, Callable[[], object]]  # bytes or FLOP, and what does them
@@ -57,8 +57,8 @@ def measure(rounds: int = 7) -> Limits:
     }
     if _has_bf16_products():
         calls["bf16"] = (product, lambda: narrow @ narrow)
-    if _native.C is not None and (tiles := _native.C.multiply_tiles(1e9)):
-        calls["tiles"] = (tiles, lambda: _native.C.multiply_tiles(1e9))
+    if ops.isa() is not None and (tiles := ops.limits.multiply_tiles(1e9)):
+        calls["tiles"] = (tiles, lambda: ops.limits.multiply_tiles(1e9))
     best = dict.fromkeys(calls, 0.0)
     with torch.no_grad():
         for _ in range(rounds):
@@ -81,13 +81,12 @@ def probes() -> dict[str, Work]:
     The speed of a machine that others use too may halve between two tables.
     """
     data = _data()
-    if _native.C is None:
+    if ops.isa() is None:
         a = torch.randn(512, 512)
         return {READ: (READ_BYTES, data.sum), FMA: (2.0 * 512**3, lambda: a @ a)}
-    c, address = _native.C, data.data_ptr()
     return {
-        READ: (READ_BYTES, lambda: c.read_all(address, data.numel())),
-        FMA: (c.multiply(1e9), lambda: c.multiply(1e9)),
+        READ: (READ_BYTES, lambda: ops.limits.read_all(data)),
+        FMA: (ops.limits.multiply(1e9), lambda: ops.limits.multiply(1e9)),
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from logra_kernels import _native
+from logra_kernels import ops
 
 # Instructions that decide which kernels run, here or in torch.
 FLAGS = (
@@ -75,9 +75,9 @@ def _fixed() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "compiler": getattr(_native.C, "compiler", None),
+        "compiler": ops.limits.compiler(),
         "commit": commit(),
-        "isas": _native.available_isas(),
+        "isas": ops.available_isas(),
     }
 
 

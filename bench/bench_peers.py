@@ -40,7 +40,7 @@ from bench._harness import OURS, Case, Row, common_parser, largest_error, run_ca
 from bench.peers import NAMES, missing, ours
 from bench.peers.influence import InfluenceSetting
 from bench.peers.setting import LoggingSetting
-from logra_kernels import _native
+from logra_kernels import ops
 
 TOP = 10
 FLOAT32 = 1e-4  # sums of products in another order, of the largest value
@@ -460,7 +460,7 @@ def show(comparison: Comparison, rows: list[Row]) -> None:
 
 def run(parts: list[str], args: Any, folder: Path) -> None:
     limits = _limits.measure(5 if args.quick else 9)
-    print(f"{torch.get_num_threads()} threads, isa {_native.isa()}, {limits.line()}")
+    print(f"{torch.get_num_threads()} threads, isa {ops.isa()}, {limits.line()}")
     for part in parts:
         inside = folder / part
         inside.mkdir()
@@ -482,7 +482,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if _native.C is None:
+    if ops.isa() is None:
         raise SystemExit(f"the C++ kernels are not loaded by {sys.executable}: nothing to compare")
     for name in NAMES:
         why = missing(name)

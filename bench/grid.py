@@ -33,7 +33,7 @@ from bench import bench_scores as scan
 from bench import bench_self_influence as influence
 from bench import bench_topk_scores as top
 from bench._harness import OURS, Case, check, time_providers
-from logra_kernels import _native
+from logra_kernels import ops
 
 BAR = 0.97
 AGAIN, HOPELESS = 1.03, 0.5  # below the first a cell is timed again; below both, once only
@@ -218,7 +218,7 @@ def run(
     """Measure, print, store; the exit status."""
     held = args.held or "nothing"
     limits = _limits.measure(5)
-    print(f"{torch.get_num_threads()} threads, isa {_native.isa()}, held to {held}")
+    print(f"{torch.get_num_threads()} threads, isa {ops.isa()}, held to {held}")
     print(limits.line(), flush=True)
     start = time.perf_counter()
     measured, not_reached = [], 0
@@ -246,7 +246,7 @@ def run(
             "bench": "grid",
             "case": f"held to {held}, {' '.join(args.ops)} {args.match}, part {args.part}",
             "held": args.held,
-            "isa": _native.isa(),
+            "isa": ops.isa(),
             "not_reached": not_reached,
             "limits": asdict(limits),
             "cells": [asdict(cell) for cell in measured],
@@ -257,8 +257,8 @@ def run(
 
 def hold(isa: str, argv: list[str]) -> int:
     """The same command in a process in which both sides are held to an instruction set."""
-    if isa not in _native.available_isas():
-        print(f"held to {isa}: left out, this machine has {', '.join(_native.available_isas())}")
+    if isa not in ops.available_isas():
+        print(f"held to {isa}: left out, this machine has {', '.join(ops.available_isas())}")
         return 0
     command = [sys.executable, "-m", "bench.grid", *argv, "--held", isa]
     root = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ from bench._harness import OURS, Case, Provider, check, time_providers
 from bench._limits import Limits
 from bench.bench_attribution import make_store
 from bench.grid import HOLDS
-from logra_kernels import _native, ops
+from logra_kernels import ops
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.store import Module
@@ -125,14 +125,14 @@ def held_scan(setting: Setting) -> Target:
     seconds = of_case(case, setting)
     best = min((v, k) for k, v in seconds.items() if k.startswith("torch"))[1]
     got = over_best(seconds, lambda name: not name.startswith(OURS))
-    what = f"scan, Q=16, both held to {_native.isa()}, best torch over ours"
+    what = f"scan, Q=16, both held to {ops.isa()}, best torch over ours"
     return Target(what, 3.0, got, note=f"the best is {best}")
 
 
 def held(isa: str) -> Target:
     """`held_scan` in a process of its own."""
     what = f"scan, Q=16, both held to {isa}, best torch over ours"
-    if isa not in _native.available_isas():
+    if isa not in ops.available_isas():
         return Target(what, 3.0, None, note=f"no {isa} here")
     done = subprocess.run(
         [sys.executable, "-m", "bench.targets", "--held", isa],
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(asdict(held_scan(setting))))
             return
         limits = _limits.measure(9)
-        print(f"{torch.get_num_threads()} threads, isa {_native.isa()}, {limits.line()}")
+        print(f"{torch.get_num_threads()} threads, isa {ops.isa()}, {limits.line()}")
         print(f"{'':<76}{'asked':>9}{'got':>10}")
         for name in args.only:
             for target in GROUPS[name](setting, limits):

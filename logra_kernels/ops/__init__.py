@@ -1,5 +1,11 @@
-"""The ops: each checks its arguments once, then calls `torch.ops.logra.<op>`."""
+"""The ops: each checks its arguments once, then calls `torch.ops.logra.<op>`.
 
+`isa`, `available_isas` and `set_isa` say and choose the CPU kernels' instruction set; `limits`
+holds the work that benchmarks time to know what the machine reaches.
+"""
+
+from logra_kernels._native import available_isas, isa, set_isa
+from logra_kernels.ops import limits
 from logra_kernels.ops.covariance_update import covariance_update_
 from logra_kernels.ops.pack_rows import pack_rows, unpack_rows
 from logra_kernels.ops.per_sample_gradients import per_sample_gradients
@@ -12,7 +18,10 @@ from logra_kernels.ops.topk_scores import TopK, topk_scores
 
 __all__ = [
     "TopK",
+    "available_isas",
     "covariance_update_",
+    "isa",
+    "limits",
     "pack_rows",
     "per_sample_gradients",
     "project",
@@ -20,6 +29,7 @@ __all__ = [
     "projected_gradients_grouped",
     "scores",
     "self_influence",
+    "set_isa",
     "topk_scores",
     "unpack_rows",
 ]

@@ -31,7 +31,7 @@ from bench import (
 )
 from bench._harness import Case, Held, check, isa_providers, run_case, time_providers
 from bench._limits import Limits
-from logra_kernels import _native
+from logra_kernels import ops
 
 LIMITS = Limits(40.0, 250.0, 100.0, 400.0, None)
 ONE = torch.ones(4)
@@ -118,18 +118,18 @@ def test_every_provider_is_sampled() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_instruction_sets_are_put_back() -> None:
-    before = _native.isa()
+    before = ops.isa()
     seen = []
-    providers = isa_providers("logra", lambda: seen.append(_native.isa()) or ONE, every=True)
+    providers = isa_providers("logra", lambda: seen.append(ops.isa()) or ONE, every=True)
     assert [one.isa for one in providers.values() if isinstance(one, Held)] == (
-        _native.available_isas()
+        ops.available_isas()
     )
     check(case(**providers))
-    assert seen == _native.available_isas()
-    assert _native.isa() == before
+    assert seen == ops.available_isas()
+    assert ops.isa() == before
     with pytest.raises(ZeroDivisionError):
-        check(case(a=Held(lambda: 1 // 0, _native.available_isas()[0])))
-    assert _native.isa() == before
+        check(case(a=Held(lambda: 1 // 0, ops.available_isas()[0])))
+    assert ops.isa() == before
 
 
 def test_json_lines_carry_the_machine(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_both_sides_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(_native, "available_isas", lambda: ["baseline", "avx2"])
+    monkeypatch.setattr(ops, "available_isas", lambda: ["baseline", "avx2"])
     assert grid.main(["--hold", "avx2", "--gate", "--ops", "scores"]) == 3
     assert seen["command"][1:] == [
         *("-m", "bench.grid", "--hold", "avx2", "--gate", "--ops", "scores", "--held", "avx2")
@@ -305,14 +305,14 @@ def test_the_ways_agree_on_the_rest() -> None:
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 5000])
 def test_every_number_is_read(count: int) -> None:
     data = torch.arange(count, dtype=torch.float32) % 7
-    for isa in _native.available_isas():
-        before = _native.isa()
-        _native.set_isa(isa)
+    for isa in ops.available_isas():
+        before = ops.isa()
+        ops.set_isa(isa)
         try:
-            assert _native.C.read_all(data.data_ptr(), count) == data.double().sum()  # all exact
-            assert 0.9e6 <= _native.C.multiply(1e6) / torch.get_num_threads() <= 1e6
+            assert ops.limits.read_all(data) == data.double().sum()  # all exact
+            assert 0.9e6 <= ops.limits.multiply(1e6) / torch.get_num_threads() <= 1e6
         finally:
-            _native.set_isa(before)
+            ops.set_isa(before)
 
 
 def test_a_part_that_fails_or_is_missing(
