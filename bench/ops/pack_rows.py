@@ -1,55 +1,47 @@
-"""Rows to fp16 with a power-of-two scale, and back: python -m bench.bench_pack_rows [--quick]"""
+"""Rows to fp16 with a power-of-two scale for each, and back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench._harness import Case, arguments, isa_providers, run_cases
+from bench.harness.cases import OURS, Case
 from logra_kernels.ops import pack_rows, unpack_rows
 
 
-def plain(rows: Tensor) -> tuple[Tensor, Tensor]:
+def in_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
     shift = torch.frexp(rows.abs().amax(1)).exponent - 15  # [R]
     return torch.ldexp(rows, -shift[:, None]).half(), torch.ldexp(torch.ones(len(rows)), shift)
 
 
-def case(num_rows: int, dim: int, unpack: bool = False, isas: bool = False) -> Case:
+def case(num_rows: int, dim: int, unpack: bool = False) -> Case:
     rows = torch.randn(num_rows, dim)  # [R, D]
     modules = [dim // 32] * 32, [0] * 32
     packed, scale = pack_rows(rows, *modules)
+    providers: dict[str, Callable[[], Any]]
     if unpack:
         providers = {
-            **isa_providers("logra", lambda: unpack_rows(packed, scale, *modules), isas),
+            OURS: lambda: unpack_rows(packed, scale, *modules),
             "torch float, multiply": lambda: packed.float() * scale[:, None],
         }
     else:
         providers = {
-            **isa_providers("logra", lambda: pack_rows(rows, *modules), isas),
-            "torch amax, ldexp, half": lambda: plain(rows),
+            OURS: lambda: pack_rows(rows, *modules),
+            "torch amax, ldexp, half": lambda: in_torch(rows),
         }
     return Case(
         op="pack_rows",
         title=f"{'unpack' if unpack else 'pack'}, R={num_rows}, D={dim}, 32 modules",
         providers=providers,
-        expected=packed.float() * scale[:, None] if unpack else plain(rows),
+        expected=packed.float() * scale[:, None] if unpack else in_torch(rows),
         rtol=0.0,
         num_bytes=6.0 * num_rows * dim,
         flops=0.0,
-        params={"R": num_rows, "D": dim, "unpack": unpack},
     )
 
 
-def cases(quick: bool, isas: bool) -> Iterator[Case]:
-    for num_rows, dim in ((64, 16384),) if quick else ((64, 16384), (1000, 49152)):
+def cases(quick: bool) -> Iterator[Case]:
+    for shape in [(64, 16384)] if quick else [(64, 16384), (1000, 49152)]:
         for unpack in (False, True):
-            yield case(num_rows, dim, unpack, isas)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, argv)
-    run_cases(cases(args.quick, args.isas), args)
-
-
-if __name__ == "__main__":
-    main()
+            yield case(*shape, unpack)

@@ -1,24 +1,30 @@
-"""Projection of tokens: python -m bench.bench_project [--quick]
+"""Projection of tokens.
 
-P is exact in bfloat16, as build_projections makes it; torch's products in 16 bits also round their
-result to them.
+P is exact in bfloat16, as build_projections makes it. Torch's products in 16 bits round their
+result to 16 bits too; ours is float32.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
+from torch import Tensor
 
-from bench._harness import Case, Provider, arguments, isa_providers, run_cases
+from bench.harness.cases import DTYPES, OURS, Case
 from logra_kernels.ops import project
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+def projection(rank: int, dim: int) -> Tensor:
+    """P [K, I] in float32, exact in bfloat16."""
+    return (torch.randn(rank, dim) / math.sqrt(rank)).bfloat16().float()
 
 
-def case(num_tokens: int, dim: int, rank: int, dtype: str = "fp32", isas: bool = False) -> Case:
+def case(num_tokens: int, dim: int, rank: int, dtype: str = "fp32") -> Case:
     x = torch.randn(num_tokens, dim).to(DTYPES[dtype])  # [M, I]
-    proj = (torch.randn(rank, dim) / rank**0.5).bfloat16().float()  # [K, I]
-    providers: dict[str, Provider] = {
-        **isa_providers("logra", lambda: project(x, proj), isas),
+    proj = projection(rank, dim)
+    providers: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: project(x, proj),
         "torch fp32 mm": lambda: x.float() @ proj.T,
     }
     if dtype != "fp32":
@@ -33,23 +39,10 @@ def case(num_tokens: int, dim: int, rank: int, dtype: str = "fp32", isas: bool =
         our_rtol=1e-5,
         num_bytes=float(x.nbytes + num_tokens * rank * 4),
         flops=2.0 * num_tokens * dim * rank,
-        params={"M": num_tokens, "I": dim, "K": rank, "dtype": dtype},
     )
 
 
-def cases(quick: bool, isas: bool) -> Iterator[Case]:
-    num_tokens = 2048 if quick else 8192
-    for dim, rank in (
-        ((576, 16), (2048, 64)) if quick else ((576, 8), (1536, 16), (2048, 64), (4096, 128))
-    ):
-        for dtype in ("fp32", "bf16"):
-            yield case(num_tokens, dim, rank, dtype, isas)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, argv)
-    run_cases(cases(args.quick, args.isas), args)
-
-
-if __name__ == "__main__":
-    main()
+def cases(quick: bool) -> Iterator[Case]:
+    shapes = [(576, 16), (2048, 64)] if quick else [(576, 8), (1536, 16), (2048, 64), (4096, 128)]
+    for (dim, rank), dtype in product(shapes, ("fp32", "bf16")):
+        yield case(2048 if quick else 8192, dim, rank, dtype)

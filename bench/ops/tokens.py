@@ -1,16 +1,17 @@
-"""Tokens for the benches of gradients: examples of equal length, masked, or ragged and packed."""
+"""Tokens for the gradient ops: examples of one length, with or without a mask, or packed ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-DTYPES = {
+DTYPES = {  # of x and of dy
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float16),
     "bf16": (torch.bfloat16, torch.bfloat16),
-    "mixed": (torch.float32, torch.bfloat16),  # what autocast gives: x, dy
+    "mixed": (torch.float32, torch.bfloat16),  # what autocast gives
 }
 
 
@@ -27,42 +28,41 @@ class Tokens:
     def num_tokens(self) -> int:
         return self.x[..., 0].numel()
 
-    @property
-    def num_examples(self) -> int:
-        return len(self.x) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-
-    def widened(self) -> "Tokens":
-        return Tokens(self.x.float(), self.dy.float(), self.mask, self.cu_seqlens)
+    def num_bytes(self, rank: int) -> float:
+        """Of the tokens, and of the float32 gradients [N, K, K]."""
+        num_examples = len(self.x) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return float(self.x.nbytes + self.dy.nbytes + num_examples * rank * rank * 4)
 
 
-def tokens(n: int, t: int, dims: tuple[int, int], dtype: str, lengths: str) -> Tokens:
+def tokens(n: int, t: int, dim: int, dtype: str, lengths: str) -> Tokens:
     """`lengths`: "full", "masked" (a tenth of the tokens) or "ragged" (1 to 2 T - 1, packed)."""
     x_dtype, dy_dtype = DTYPES[dtype]
+    cu_seqlens, shape = None, [n, t]
     if lengths == "ragged":
-        cu_seqlens = torch.randint(1, 2 * t, (n,)).cumsum(0)
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), cu_seqlens])  # [N + 1]
-        shape: tuple[int, ...] = (int(cu_seqlens[-1]),)
-    else:
-        cu_seqlens, shape = None, (n, t)
+        ends = torch.randint(1, 2 * t, (n,)).cumsum(0)
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends])  # [N + 1]
+        shape = [int(ends[-1])]
     mask = torch.rand(n, t) > 0.1 if lengths == "masked" else None
-    return Tokens(
-        torch.randn(*shape, dims[0]).to(x_dtype),
-        torch.randn(*shape, dims[1]).to(dy_dtype),
-        mask,
-        cu_seqlens,
-    )
+    x, dy = torch.randn(*shape, dim), torch.randn(*shape, dim)
+    return Tokens(x.to(x_dtype), dy.to(dy_dtype), mask, cu_seqlens)
 
 
-def outer_ways(x: Tensor, dy: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> dict:
-    """The ways to sum outer products in torch, each a function of nothing -> [N, Ko, Ki]."""
+def outer_ways(
+    x: Tensor, dy: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> dict[str, Callable[[], Tensor]]:
+    """The ways to sum outer products in torch; each call returns [N, Ko, Ki]."""
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        lengths = [end - start for start, end in pairwise(bounds)]
+        lengths = [end - start for start, end in pairwise(cu_seqlens.tolist())]
+
+        def padded(values: Tensor) -> Tensor:
+            parts = list(values.split(lengths))
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
         return {
             "mm of each": lambda: torch.stack(
                 [d.T @ a for a, d in zip(x.split(lengths), dy.split(lengths), strict=True)]
             ),
-            "padded bmm": lambda: padded(dy, lengths).transpose(1, 2) @ padded(x, lengths),
+            "padded bmm": lambda: padded(dy).transpose(1, 2) @ padded(x),
         }
     if mask is None:
         return {
@@ -74,7 +74,3 @@ def outer_ways(x: Tensor, dy: Tensor, mask: Tensor | None, cu_seqlens: Tensor | 
         "einsum": lambda: torch.einsum("nto,nti->noi", dy * keep, x),
         "bmm": lambda: (dy * keep).transpose(1, 2) @ x,
     }
-
-
-def padded(values: Tensor, lengths: list[int]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(values.split(lengths)), batch_first=True)
