@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench import _results
 from bench.gpu_check import describe
 from bench.gpu_report import GPUS, WORK, Gpu, predict, problems
+from bench.harness import results as stored
 from logra_kernels.triton.catalogue import recorded
 
 # of the largest value: torch's products of half types round their results to 8 or 11 bits
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         for one in part():
             print(show(one), flush=True)
             if args.json:
-                _results.append("gpu_bench", {**about, **asdict(limits), **asdict(one)})
+                stored.append("gpu_bench", {**about, **asdict(limits), **asdict(one)})
     if args.only in (None, "table1"):
         from bench.table1.__main__ import main as table1
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import _results
+from bench.harness import results as stored
 from logra_kernels import ops, reference
 from logra_kernels import triton as kernels
 
@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
         for one in results:
             if one["worst"] == torch.inf:
                 one["worst"] = None
-        _results.append("gpu_check", {"case": "gpu_check", **about, "checks": results})
+        stored.append("gpu_check", {"case": "gpu_check", **about, "checks": results})
     sys.exit(1 if any(one.failed for one in outcomes) else 0)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import _results
+from bench.harness import results as stored
 from logra_kernels.triton import (
     covariance_update_,
     pack_rows,
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
             print("\n".join(lines[-len(rows) - 4 :]), flush=True)
             if args.json:
                 for one in rows:
-                    _results.append("gpu_report", {"predicted": True, **vars(one)})
+                    stored.append("gpu_report", {"predicted": True, **vars(one)})
     if args.out:
         args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -30,7 +30,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "pack_rows": lambda x: ops.pack_rows(x[0], [8], [0]),
 }
 
-needs_kernels = pytest.mark.skipif(_native.C is None, reason="only the kernels have a short way")
+needs_kernels = pytest.mark.skipif(ops.isa() is None, reason="only the kernels have a short way")
 
 
 @needs_kernels

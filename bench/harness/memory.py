@@ -1,6 +1,7 @@
-"""Peak memory, sizes of folders, and a clock that waits for the device."""
+"""Peak memory, sizes of folders, and a clock that waits for the device.
 
-from __future__ import annotations
+Nothing here imports logra_kernels: an environment of other libraries may lack it.
+"""
 
 import resource
 import threading
@@ -13,20 +14,21 @@ from unittest.mock import patch
 
 import torch
 
-SAMPLE_SECONDS = 0.005
+SAMPLE_S = 0.005
+KINDS = {"RssAnon": "anonymous", "RssFile": "mapped", "VmRSS": "resident"}
 
 
 class PeakMemory:
-    """How far memory rose above what it was when this was made; for a process that does one thing.
+    """How far the memory of this process rises above what it was when this was made.
 
-    `anonymous` is what the process has allocated, sampled every 5 ms. `resident` is the kernel's
-    own maximum; it counts the mapped pages of files too, which the kernel may drop at any time.
+    `anonymous` is what the process has allocated, `mapped` the pages of files that it maps, both
+    sampled every 5 ms. `resident` is the system's own maximum of both since the process began.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self._before = _status_bytes()
-        self._most = self._before["RssAnon"]
+        self._before = status_bytes()
+        self._most = dict(self._before)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._on_device = 0
@@ -36,40 +38,38 @@ class PeakMemory:
         self._thread.start()
 
     def stop(self) -> dict[str, int]:
-        """{"anonymous", "resident", "device"}: bytes above the start."""
+        """{"anonymous", "mapped", "resident", "device"}: bytes above the start."""
         self._stop.set()
         self._thread.join()
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        on_device = 0
+        self._most["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        risen = {kind: max(0, most - self._before[kind]) for kind, most in self._most.items()}
+        risen["device"] = 0
         if self.device.type == "cuda":
-            on_device = torch.cuda.max_memory_allocated(self.device) - self._on_device
-        return {
-            "anonymous": self._most - self._before["RssAnon"],
-            "resident": max(0, peak_bytes - self._before["VmRSS"]),
-            "device": on_device,
-        }
+            risen["device"] = torch.cuda.max_memory_allocated(self.device) - self._on_device
+        return risen
 
     def _sample(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
-            self._most = max(self._most, _status_bytes()["RssAnon"])
+        while not self._stop.wait(SAMPLE_S):
+            for kind, num_bytes in status_bytes().items():
+                self._most[kind] = max(self._most[kind], num_bytes)
 
 
-def _status_bytes() -> dict[str, int]:
-    """RssAnon and VmRSS of /proc; 0 where there is no /proc."""
-    found = {"RssAnon": 0, "VmRSS": 0}
+def status_bytes() -> dict[str, int]:
+    """{"anonymous", "mapped", "resident"} of this process now; 0 where there is no /proc."""
+    found = dict.fromkeys(KINDS.values(), 0)
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return found
     for line in lines:
         name, _, value = line.partition(":")
-        if name in found:
-            found[name] = int(value.split()[0]) * 1024
+        if name in KINDS:
+            found[KINDS[name]] = int(value.split()[0]) * 1024
     return found
 
 
 def now(device: str) -> float:
-    """Seconds, after what the device was told to do is done."""
+    """Seconds, after the device has done what it was told to do."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -84,7 +84,7 @@ def folder_bytes(path: Path) -> int:
 
 @contextmanager
 def timed(module: Any, name: str, device: str) -> Iterator[list[float]]:
-    """Inside, calls of module.name are timed: a list that grows by their seconds."""
+    """Inside, calls of module.name are timed: the list grows by their seconds."""
     seconds: list[float] = []
     function: Callable[..., Any] = getattr(module, name)
 

@@ -1,13 +1,13 @@
-"""Check, then time: providers interleaved in one process, beside limits measured in the same run.
+"""Check, then time: providers in turns in one process, beside limits measured in the same run.
 
 Columns: median and interquartile range of the wall time of a call; `x best`, the time of the best
-provider that is not ours and solves the same problem, over this one's; GB/s of the bytes the op
-must read and write once; GFLOP/s of the multiplications and additions its definition has (two a
-product, half of them where only a triangle is wanted); `of limit`, the share of the time that those
-bytes take at the read bandwidth, or those FLOP at the fp32 FMA rate, whichever is longer, both
-measured in turns with the providers; and the error, as a share of the largest value (of the largest
-|q||x| for scans). More than 100 % means cache, a cheaper way to compute the same, or instructions
-with a higher rate than fp32 FMA.
+provider that is not ours and solves the same problem, over this one's; GB/s of the bytes that the
+op must read and write once; GFLOP/s of the multiplications and additions in the op's definition
+(two for each product, half of them where only a triangle is wanted); `of limit`, the share of the
+time that those bytes take at the read bandwidth, or those FLOP at the fp32 FMA rate, whichever is
+longer; and the error as a share of the largest value (of the largest |q||x| for scans). More than
+100 % means cache, a cheaper way to compute the same, or instructions with a higher rate than fp32
+FMA.
 
 A call shorter than 5 ms is repeated until a sample takes that long, so its operands are in cache.
 """
@@ -20,48 +20,61 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import _limits, _results
-from bench._limits import Limits
-from logra_kernels import _native
+from bench.harness import limits as machine_limits
+from bench.harness import results as stored
+from bench.harness.limits import Limits
+from logra_kernels import ops
 
-Result = Tensor | tuple[Tensor, ...]
-Provider = Callable[[], Result]
+Provider = Callable[[], Any]  # most return tensors; a case's `errors` know the others
 
-OURS = "logra"  # our providers' names start with it
+OURS = "logra"  # the names of our providers start with it
 SAMPLE_S = 5e-3
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 
 
 @dataclass
 class Case:
-    """One table: a problem, the ways to solve it, and what it costs at least."""
+    """One table: a problem, the providers that solve it, and what it costs at least."""
 
     op: str
     title: str
     providers: dict[str, Provider]
-    expected: Result
-    rtol: float  # of the unit; a provider that is less accurate is not timed
+    expected: Any  # a tensor or a tuple of tensors
+    rtol: float  # in units of `unit`; a provider that is less accurate is not timed
     num_bytes: float
     flops: float
     compare: Callable[[Tensor], Tensor] = lambda result: result  # the part that is compared
-    unit: float | None = None  # what errors are measured in; None for the largest expected value
+    unit: float | None = None  # what errors are divided by; None for the largest expected value
     our_rtol: float | None = None  # for our providers; None for rtol
-    # for providers that return something else: their error, in the unit
-    errors: dict[str, Callable[[Result], float]] = field(default_factory=dict)
+    # for providers that return something else: a function from their result to their error
+    errors: dict[str, Callable[[Any], float]] = field(default_factory=dict)
     apart: frozenset[str] = frozenset()  # providers that solve another problem: not in `x best`
     params: dict[str, object] = field(default_factory=dict)  # for readers of the results
 
-    def error(self, name: str, result: Result) -> float:
+    def error(self, name: str, result: Any) -> float:
         if name in self.errors:
             return self.errors[name](result)
         return largest_error(result, self.expected, self.compare, self.unit)
 
     def allowed(self, name: str) -> float:
-        ours = name.startswith(OURS) and self.our_rtol is not None
-        return self.our_rtol if ours else self.rtol
+        if is_ours(name) and self.our_rtol is not None:
+            return self.our_rtol
+        return self.rtol
+
+    def best(self, seconds: dict[str, float]) -> str | None:
+        """The fastest provider that is not ours and solves the same problem."""
+        rivals = [name for name in seconds if not is_ours(name) and name not in self.apart]
+        return min(rivals, key=seconds.__getitem__, default=None)
 
 
 @dataclass
@@ -77,92 +90,102 @@ class Row:
     of_limit: float
     limit: str
     error: float
-    x_best: float | None  # best median that is neither ours nor apart, over this one
+    x_best: float | None  # the best rival's median over this one; None without a rival
 
 
 @dataclass(frozen=True)
 class Held:
-    """A provider under an instruction set of ours, which is chosen outside the timed calls."""
+    """A provider under one instruction set, which is chosen outside the timed calls."""
 
     call: Provider
     isa: str
 
-    def __call__(self) -> Result:
+    def __call__(self) -> Any:
         return self.call()
 
 
-def arguments(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
-    return common_parser(description).parse_args(argv)
+def is_ours(name: str) -> bool:
+    return name.startswith(OURS)
 
 
-def common_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small problems, few rounds")
-    parser.add_argument("--threads", type=int, help="threads (default: torch's)")
-    parser.add_argument("--rounds", type=int, help="rounds of interleaved timing")
-    parser.add_argument(
+    made.add_argument("--quick", action="store_true", help="small problems, few rounds")
+    made.add_argument("--threads", type=int, help="threads (default: torch's)")
+    made.add_argument("--rounds", type=int, help="rounds of timing in turns")
+    made.add_argument(
         "--isas", action="store_true", help="every instruction set, not the best only"
     )
-    parser.add_argument("--json", action="store_true", help="append to bench/results/<op>.jsonl")
-    return parser
+    made.add_argument("--json", action="store_true", help="append to bench/results/<op>.jsonl")
+    return made
 
 
-def isa_providers(name: str, call: Provider, every: bool) -> dict[str, Provider]:
-    """`call` under the active instruction set, or under each that this machine has."""
-    if not every:
-        return {name: call}
-    return {f"{name} {isa}": Held(call, isa) for isa in _native.available_isas()}
+def prepare(threads: int | None) -> None:
+    """Set torch's threads, and the random generators to the same start in every run."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def every_isa(providers: dict[str, Provider]) -> dict[str, Provider]:
+    """Each of our providers once under each instruction set that this machine has."""
+    found: dict[str, Provider] = {}
+    for name, call in providers.items():
+        if is_ours(name):
+            found |= {f"{name} {isa}": Held(call, isa) for isa in ops.available_isas()}
+        else:
+            found[name] = call
+    return found
 
 
 @contextmanager
 def instruction_set(provider: Provider) -> Iterator[None]:
-    """Ours as the provider wants it, and as it was before."""
-    before = _native.isa()
+    """Inside, the provider's instruction set is active; afterwards the one that was before."""
+    before = ops.isa()
     if isinstance(provider, Held) and provider.isa != before:
-        _native.set_isa(provider.isa)
+        ops.set_isa(provider.isa)
         try:
             yield
         finally:
-            _native.set_isa(str(before))
+            ops.set_isa(str(before))
     else:
         yield
 
 
 def run_cases(
-    cases: Iterable[Case], args: argparse.Namespace, results: Path = _results.RESULTS
+    cases: Iterable[Case], args: argparse.Namespace, folder: Path = stored.RESULTS
 ) -> list[Row]:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    random.seed(0)
+    prepare(args.threads)
     with torch.no_grad():
-        limits = _limits.measure(5 if args.quick else 9)
-        print(f"{torch.get_num_threads()} threads, isa {_native.isa()}, {limits.line()}")
-        return [row for case in cases for row in run_case(case, limits, args, results)]
+        limits = machine_limits.measure(5 if args.quick else 9)
+        print(machine_limits.header(limits))
+        return [row for case in cases for row in run_case(case, limits, args, folder)]
 
 
 def run_case(
-    case: Case, limits: Limits, args: argparse.Namespace, results: Path = _results.RESULTS
+    case: Case, limits: Limits, args: argparse.Namespace, folder: Path = stored.RESULTS
 ) -> list[Row]:
     print(f"\n{case.op}: {case.title}")
     print(
         f"  {'provider':<28}{'median ms':>10}{'± ms':>9}{'x best':>9}"
         f"{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>12}{'error':>9}"
     )
+    if args.isas:
+        case.providers = every_isa(case.providers)
     good, errors, left_out = check(case)
     for name, why in left_out.items():
         print(f"  {name:<28} not timed: {why}")
-    timed = {**good, **{name: call for name, (_, call) in _limits.probes().items()}}
+    timed = {**good, **{name: call for name, (_, call) in machine_limits.probes().items()}}
     if args.rounds:
         times = time_providers(timed, args.rounds, args.rounds, budget_s=float("inf"))
     else:
         times = time_providers(
             timed, 5, 9 if args.quick else 15, budget_s=0.25 if args.quick else 0.6
         )
-    read_s, fma_s = (statistics.median(times.pop(name)) for name in (_limits.READ, _limits.FMA))
-    limits = _limits.refined(limits, read_s, fma_s)
+    limits = machine_limits.refined(limits, times)
     rows = summarise(case, times, errors, limits)
     for row in rows:
         ratio = "" if row.x_best is None else f"{row.x_best:.2f}"
@@ -180,17 +203,17 @@ def run_case(
             "providers": [asdict(row) for row in rows],
             "left_out": left_out,
         }
-        _results.append(case.op, record, results)
+        stored.append(case.op, record, folder)
     return rows
 
 
 def check(case: Case) -> tuple[dict[str, Provider], dict[str, float], dict[str, str]]:
-    """Every provider once: those that are right, their errors, and why the others are not timed."""
+    """Call every provider once: those that are right, their errors, and what the others lack."""
     good, errors, left_out = {}, {}, {}
     for name, provider in case.providers.items():
         with instruction_set(provider):
             error = case.error(name, provider())
-        if error <= case.allowed(name):  # a NaN is not
+        if error <= case.allowed(name):  # False for a NaN
             good[name], errors[name] = provider, error
         else:
             left_out[name] = f"wrong by {error:.1e}, {case.allowed(name):.0e} allowed"
@@ -200,17 +223,15 @@ def check(case: Case) -> tuple[dict[str, Provider], dict[str, float], dict[str, 
 def time_providers(
     providers: dict[str, Provider], least: int, most: int, budget_s: float
 ) -> dict[str, list[float]]:
-    """Seconds a call, `least` to `most` samples each: a provider stops once it took its budget.
+    """Seconds a call, `least` to `most` samples each; a provider stops when its budget is used up.
 
-    Each takes its turn behind each: who comes after one that empties the cache pays for it.
+    The order is drawn anew in each round: a provider that follows one that empties the cache pays
+    for it.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
     loops, spent = {}, dict.fromkeys(providers, 0.0)
     for name, provider in providers.items():
-        sample_s = sample(provider, 1)
-        if sample_s < SAMPLE_S:  # once more: the first call may set things up
-            sample_s = sample(provider, 1)
-        loops[name] = max(1, round(SAMPLE_S / max(sample_s, 1e-7)))
+        loops[name], sample_s = loops_of(provider)
         if sample_s > budget_s:  # so slow that this is one of its samples
             times[name].append(sample_s)
             spent[name] = sample_s
@@ -229,8 +250,16 @@ def time_providers(
     return times
 
 
+def loops_of(provider: Provider) -> tuple[int, float]:
+    """How many calls make a sample of 5 ms, and the seconds of one call."""
+    sample_s = sample(provider, 1)
+    if sample_s < SAMPLE_S:  # once more: the first call may set things up
+        sample_s = sample(provider, 1)
+    return max(1, round(SAMPLE_S / max(sample_s, 1e-7))), sample_s
+
+
 def sample(provider: Provider, loops: int) -> float:
-    """Seconds for so many calls."""
+    """The seconds that so many calls take."""
     with instruction_set(provider):
         call = provider.call if isinstance(provider, Held) else provider
         start = time.perf_counter()
@@ -239,52 +268,49 @@ def sample(provider: Provider, loops: int) -> float:
         return time.perf_counter() - start
 
 
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
 def summarise(
     case: Case, times: dict[str, list[float]], errors: dict[str, float], limits: Limits
 ) -> list[Row]:
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    others = [
-        median
-        for name, median in medians.items()
-        if not name.startswith(OURS) and name not in case.apart
-    ]
+    seconds = medians({name: times[name] for name in errors})
+    best = case.best(seconds)
     floor_s, limit = limits.floor(case.num_bytes, case.flops)
     rows = []
-    for name, median_s in medians.items():
-        seconds = times[name]
-        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0] * 3
-        ours = name.startswith(OURS)
+    for name, median_s in seconds.items():
+        samples = times[name]
+        quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [0.0] * 3
         provider = case.providers[name]
-        isa = provider.isa if isinstance(provider, Held) else _native.isa()
+        isa = provider.isa if isinstance(provider, Held) else ops.isa()
         row = Row(
             provider=name,
-            isa=isa if ours else None,
+            isa=isa if is_ours(name) else None,
             median_ms=median_s * 1e3,
-            least_ms=min(seconds) * 1e3,
+            least_ms=min(samples) * 1e3,
             quartile_range_ms=(quartiles[2] - quartiles[0]) * 1e3,
-            samples=len(seconds),
+            samples=len(samples),
             gb_per_s=case.num_bytes / median_s / 1e9,
             gflop_per_s=case.flops / median_s / 1e9,
             of_limit=floor_s / median_s,
             limit=limit,
             error=errors[name],
-            x_best=min(others) / median_s if others else None,
+            x_best=None if best is None else seconds[best] / median_s,
         )
         rows.append(row)
     return rows
 
 
 def largest_error(
-    got: Result,
-    expected: Result,
+    got: Any,
+    expected: Any,
     compare: Callable[[Tensor], Tensor] = lambda result: result,
     unit: float | None = None,
 ) -> float:
     """Over all tensors: the largest difference, over the unit or the largest expected value."""
-    if isinstance(got, Tensor):
-        got = (got,)
-    if isinstance(expected, Tensor):
-        expected = (expected,)
+    got = (got,) if isinstance(got, Tensor) else got
+    expected = (expected,) if isinstance(expected, Tensor) else expected
     worst = 0.0
     for one, wanted in zip(got, expected, strict=True):
         one = compare(one).double()

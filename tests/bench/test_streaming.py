@@ -1,21 +1,24 @@
 """The bench of streaming: its disk rate is that of all bytes, and its memory is seen."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from store_samples import wide_store
 
-from bench import _page_cache, bench_streaming
-from bench._page_cache import cached, evict, growth
+from bench.harness.memory import PeakMemory
+from bench.harness.page_cache import cached, evict
+from bench.paths import streaming
 
 
 def test_the_rate_of_the_disk_is_that_of_all_bytes(tmp_path, monkeypatch):
     store = wide_store(tmp_path / "s")
     evict(store)
-    bench_streaming.read_directly(store, 2, 8192)
-    monkeypatch.setattr(bench_streaming.os, "preadv", lambda *_: 1)
+    streaming.read_directly(store, 2, 8192)
+    monkeypatch.setattr(streaming.os, "preadv", lambda *_: 1)
     with pytest.raises(AssertionError):
-        bench_streaming.read_directly(store, 2, 8192)
+        streaming.read_directly(store, 2, 8192)
 
 
 def test_pages_are_evicted_and_counted(tmp_path):
@@ -30,26 +33,24 @@ def test_pages_are_evicted_and_counted(tmp_path):
     assert cached(store) == 0
 
 
-def test_growth_sees_what_a_call_takes():
-    def take() -> None:
-        _page_cache.threading.Event().wait(0.05)
-        held = np.ones(64 << 20, np.uint8)
-        _page_cache.threading.Event().wait(0.2)
-        assert held[0]
-
-    anonymous, _ = growth(take)
-    assert 60 << 20 <= anonymous <= 100 << 20
+def test_peak_memory_sees_what_was_freed():
+    time.sleep(0.05)
+    memory = PeakMemory()
+    held = np.ones(64 << 20, np.uint8)
+    time.sleep(0.2)  # some samples
+    del held
+    assert 60 << 20 <= memory.stop()["anonymous"] <= 100 << 20
 
 
 @pytest.mark.filterwarnings("ignore:the curvature is of 2048 rows")
 def test_a_wrong_answer_stops_the_bench(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_streaming, "MODULES", bench_streaming.MODULES[:2])
-    monkeypatch.setattr(bench_streaming, "SIZES", bench_streaming.SIZES[:2])
-    monkeypatch.setattr(bench_streaming, "DIM", 512)
-    store = bench_streaming.make_store(tmp_path / "s", 2100)
+    monkeypatch.setattr(streaming, "MODULES", streaming.MODULES[:2])
+    monkeypatch.setattr(streaming, "SIZES", streaming.SIZES[:2])
+    monkeypatch.setattr(streaming, "DIM", 512)
+    store = streaming.make_store(tmp_path / "s", 2100)
     queries = {count: torch.randn(count, 512) / 512 / 64 for count in (1, 16)}
-    calls = bench_streaming.providers(store, queries)
-    assert set(bench_streaming.check(store, queries, calls)) == set(calls)
+    calls = streaming.providers(store, queries)
+    assert set(streaming.check(store, queries, calls)) == set(calls)
     wrong = {"logra streamed, Q=1": lambda: calls["logra streamed, Q=1"]() * 1.0001}
     with pytest.raises(AssertionError, match="other bits than the mapped way"):
-        bench_streaming.check(store, queries, wrong)
+        streaming.check(store, queries, wrong)

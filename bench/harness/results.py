@@ -1,12 +1,12 @@
 """bench/results/<name>.jsonl: one JSON object a line, each with its date and its machine.
 
-A record of the ops' benches (bench._harness) is one case:
+A record of the ops' benchmarks (bench.harness.cases) is one case:
 
     {"date", "machine", "load", "bench", "case", "params", "limits",
      "providers": [{"provider", "median_ms", …}, …], "left_out": {provider: why}}
 
-Other benches choose their own fields beside "date", "machine" and "load". A file grows with every
-run; `latest` is what the newest run said about each case.
+Other benchmarks choose their own fields beside "date", "machine" and "load". A file grows with
+every run; `latest` gives the newest record of each case.
 """
 
 import json
@@ -16,9 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench._machine import machine
+from bench.harness.machine import machine
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def append(name: str, record: dict[str, Any], folder: Path = RESULTS) -> None:
@@ -69,7 +69,7 @@ def median_ms(record: dict[str, Any], provider: str) -> float | None:
 
 
 def rates(record: dict[str, Any]) -> dict[str, float]:
-    """What each provider of a record of the peers' bench does in a second: pairs, or tokens."""
+    """Pairs or tokens a second of each provider in a record of the peers' benchmark."""
     counts = record["params"]["count"]
     return {
         row["provider"]: counts[row["provider"]] / row["median_ms"] * 1e3

@@ -1,11 +1,11 @@
-"""A page cache that is too small, or empty: for benches of what reads from a disk."""
+"""A page cache that is empty or too small, for benchmarks of what reads from a disk."""
 
 import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from bench.harness.memory import status_bytes
 from logra_kernels.store import Store
 from logra_kernels.store.maps import cached_bytes
 
@@ -13,7 +13,7 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def evict(store: Store) -> None:
-    """Drop the shards from the page cache; what this process has mapped would stay."""
+    """Drop the shards from the page cache. Pages that this process has mapped would stay."""
     for shard in store.shards:
         shard.__dict__.pop("rows", None)
         descriptor = os.open(shard.path, os.O_RDONLY)
@@ -28,11 +28,12 @@ def cached(store: Store) -> int:
 
 @contextlib.contextmanager
 def limited(num_bytes: int) -> Iterator[str | None]:
-    """This process in a control group with so much memory beside what it has; None: not allowed.
+    """Put this process in a control group with `num_bytes` more memory than it has allocated.
 
     Pages that it reads through the page cache count, so a larger store is evicted as it is read.
+    Gives the group's kind; None where this process may not make a group.
     """
-    made = _group(num_bytes + _resident("RssAnon"))
+    made = _group(num_bytes + status_bytes()["anonymous"])
     if made is None:
         yield None
         return
@@ -67,31 +68,3 @@ def _group(num_bytes: int) -> tuple[Path, str] | None:
             continue
         return folder, name
     return None
-
-
-def growth(call: Callable[[], object]) -> tuple[int, int]:
-    """Peak growth of anonymous memory and of mapped files' pages during a call, in bytes."""
-    before = _resident("RssAnon"), _resident("RssFile")
-    peak = list(before)
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(2e-3):
-            for i, key in enumerate(("RssAnon", "RssFile")):
-                peak[i] = max(peak[i], _resident(key))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        call()
-    finally:
-        over.set()
-        watcher.join()
-    return peak[0] - before[0], peak[1] - before[1]
-
-
-def _resident(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"/proc/self/status: expected {key}, got none")

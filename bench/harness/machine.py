@@ -1,4 +1,4 @@
-"""What a result was measured on, without names of hosts or folders."""
+"""What a result was measured on, without the names of hosts or folders."""
 
 import os
 import platform
@@ -10,28 +10,13 @@ from pathlib import Path
 import numpy
 import torch
 
-from logra_kernels import _native
+from logra_kernels import ops
 
 # Instructions that decide which kernels run, here or in torch.
 FLAGS = (
-    "avx2",
-    "f16c",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "amx_fp16",
-    "asimd",
-    "asimdhp",
-    "sve",
-    "bf16",
-    "i8mm",
-)
+    "avx2", "f16c", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_bf16", "amx_int8", "amx_fp16", "asimd", "asimdhp", "sve", "bf16", "i8mm",
+)  # fmt: skip
 
 
 def machine() -> dict[str, object]:
@@ -41,12 +26,12 @@ def machine() -> dict[str, object]:
 
 def commit() -> str | None:
     """The commit of this copy, with a + for uncommitted changes; None outside a repository."""
-    folder = Path(__file__).parent
+    root = Path(__file__).parents[2]
 
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+                ["git", *words], cwd=root, capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError):
             return None
@@ -55,7 +40,7 @@ def commit() -> str | None:
     head = git("rev-parse", "--short=10", "HEAD")
     if head is None:
         return None
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../logra_kernels")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "bench", "logra_kernels")
     return head + ("+" if changed else "")
 
 
@@ -75,9 +60,9 @@ def _fixed() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "compiler": getattr(_native.C, "compiler", None),
+        "compiler": ops.limits.compiler(),
         "commit": commit(),
-        "isas": _native.available_isas(),
+        "isas": ops.available_isas(),
     }
 
 

@@ -1,15 +1,13 @@
-"""Logging a model's layers: python -m bench.bench_logging [--quick]
+"""Logging a model's layers.
 
 The floor is what no logging can do without: the forward pass, and the backward pass through the
 activations alone, down to the lowest watched layers. "torch hooks" is what a user would write:
 hooks that keep x, and einsum of the projected x and dy. "full backward" computes the weight
 gradients of the whole batch, as training does, and no per-sample gradient at all.
 
-"60 linear layers of 64" is the case that hooks themselves decide: a layer's forward and backward
-pass take some 50 us there, and projections of rank 16 are a quarter of its multiplications.
+The cost of hooks decides the case "60 linear layers of 64": a layer's forward and backward pass
+take some 50 us there, and projections of rank 16 are a quarter of its multiplications.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,10 +15,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench._harness import Case, arguments, run_cases
+from bench.harness.cases import OURS, Case
+from bench.harness.models import linear_weights, llama, summed_loss
 from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import Layer, layer_kind
 from logra_kernels.projection import build_projections
@@ -40,7 +37,7 @@ class Setting:
     """
 
     def __init__(
-        self, model: nn.Module, batch: Tensor, rank: int, precision: str, only: str
+        self, model: nn.Module, batch: Tensor, rank: int, precision: str = "fp32", only: str = ""
     ) -> None:
         self.model = model.bfloat16() if precision == "bf16" else model
         self.batch = batch
@@ -54,25 +51,19 @@ class Setting:
         projections = build_projections(widths, rank)
         for layer in self.layers:
             layer.projection = projections[layer.name]
-        self.lowest: list[Layer] = []  # whose outputs autograd does not reach by itself
+        self.lowest: list[Layer] = []  # autograd does not reach their outputs by itself
         self.hooked(self._find_lowest, self.layers)
 
     def loss(self) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
             if isinstance(self.model, Perceptron):
-                return self.model(self.batch).square().sum()
-            logits = self.model(self.batch).logits[:, :-1]
-            return functional.cross_entropy(
-                logits.flatten(0, 1).float(), self.batch[:, 1:].flatten(), reduction="sum"
-            )
-
-    def freeze(self, frozen: bool) -> None:
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(not frozen)
+                output: Tensor = self.model(self.batch)
+                return output.square().sum()
+            return summed_loss(self.model, self.batch)
 
     def hooked(self, hook: Callable[..., Tensor | None], layers: list[Layer]) -> None:
         """One pass with a forward hook on these layers, all parameters frozen."""
-        self.freeze(True)
+        self.model.requires_grad_(False)
         handles = [la.module.register_forward_hook(partial(hook, la)) for la in layers]
         with torch.enable_grad():
             self.loss().backward()
@@ -88,7 +79,7 @@ class Setting:
         return output.clone().requires_grad_()
 
     def rows_of_capture(self) -> Tensor:
-        self.freeze(False)
+        self.model.requires_grad_(True)
         with torch.enable_grad(), Capture(self.model, self.layers, len(self.batch)) as capture:
             self.loss().backward()
         return capture.rows()
@@ -118,90 +109,50 @@ class Setting:
         self.hooked(hook, self.lowest)
 
     def full_backward(self) -> None:
-        self.freeze(False)
+        self.model.requires_grad_(True)
         self.model.zero_grad()
         with torch.enable_grad():
             self.loss().backward()
         self.model.zero_grad()
 
-    def forward_flops(self) -> float:
-        linear = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear))
-        tokens = self.batch[..., 0] if isinstance(self.model, Perceptron) else self.batch
-        return 2.0 * linear * tokens.numel()
+    def case(self, title: str, **params: object) -> Case:
+        expected = self.rows_of_hooks()
+
+        def pass_alone(run: Callable[[], None]) -> Tensor:
+            run()
+            return expected  # there is nothing to check: the pass gives no rows
+
+        num_tokens = self.batch.shape[0] * self.batch.shape[1]
+        return Case(
+            "logging",
+            title,
+            {
+                OURS: self.rows_of_capture,
+                "torch hooks, einsum": self.rows_of_hooks,
+                "floor": partial(pass_alone, self.floor),
+                "full backward": partial(pass_alone, self.full_backward),
+            },
+            expected,
+            # float32 sums over T in another order; the hooks' bf16 products have 8 bits, twice
+            rtol=1e-4 if params["dtype"] == "fp32" else 3e-2,
+            num_bytes=0.0,
+            flops=4.0 * linear_weights(self.model) * num_tokens,
+            apart=frozenset({"floor", "full backward"}),
+            params=params,
+        )
 
 
-def llama(blocks: int) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=blocks,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    )
-    return LlamaForCausalLM(config).eval()
+def language_model(blocks: int, n: int, t: int, rank: int, precision: str = "fp32") -> Case:
+    model = llama(blocks=blocks, key_value_heads=3)
+    setting = Setting(model, torch.randint(0, 8192, (n, t)), rank, precision, only="mlp")
+    title = f"Llama, {blocks} blocks of 576, N={n}, T={t}, rank {rank}, {precision}"
+    return setting.case(title, model="llama", blocks=blocks, N=n, T=t, rank=rank, dtype=precision)
 
 
-def language_model(
-    blocks: int, num_examples: int, num_tokens: int, rank: int, precision: str = "fp32"
-) -> Case:
-    ids = torch.randint(0, 8192, (num_examples, num_tokens))
-    return case(
-        Setting(llama(blocks), ids, rank, precision, only="mlp"),
-        f"Llama, {blocks} blocks of 576, N={num_examples}, T={num_tokens}, rank {rank}, "
-        f"{precision}",
-        {
-            "model": "llama",
-            "blocks": blocks,
-            "N": num_examples,
-            "T": num_tokens,
-            "rank": rank,
-            "dtype": precision,
-        },
-    )
-
-
-def small_layers(depth: int, width: int, num_examples: int, num_tokens: int, rank: int) -> Case:
-    x = torch.randn(num_examples, num_tokens, width)
-    return case(
-        Setting(Perceptron(depth, width), x, rank, "fp32", only=""),
-        f"{depth} linear layers of {width}, N={num_examples}, T={num_tokens}, rank {rank}, fp32",
-        {
-            "model": "perceptron",
-            "blocks": depth,
-            "N": num_examples,
-            "T": num_tokens,
-            "rank": rank,
-            "dtype": "fp32",
-        },
-    )
-
-
-def case(setting: Setting, title: str, params: dict[str, object]) -> Case:
-    expected = setting.rows_of_hooks()
-
-    def pass_alone(run: Callable[[], None]) -> Tensor:
-        run()
-        return expected  # there is nothing to check: it gives no rows
-
-    exact = params["dtype"] == "fp32"
-    return Case(
-        "logging",
-        title,
-        {
-            "logra": setting.rows_of_capture,
-            "torch hooks, einsum": setting.rows_of_hooks,
-            "floor": partial(pass_alone, setting.floor),
-            "full backward": partial(pass_alone, setting.full_backward),
-        },
-        expected,
-        # float32 sums over T in another order; the hooks' bf16 products have 8 bits, twice
-        rtol=1e-4 if exact else 3e-2,
-        num_bytes=0.0,
-        flops=2 * setting.forward_flops(),
-        apart=frozenset({"floor", "full backward"}),
-        params=params,
-    )
+def small_layers(depth: int, width: int, n: int, t: int, rank: int) -> Case:
+    setting = Setting(Perceptron(depth, width), torch.randn(n, t, width), rank)
+    title = f"{depth} linear layers of {width}, N={n}, T={t}, rank {rank}, fp32"
+    return setting.case(title, model="perceptron", blocks=depth, N=n, T=t, rank=rank, dtype="fp32")
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -217,12 +168,3 @@ def cases(quick: bool) -> Iterator[Case]:
         yield language_model(4, 8, 256, 64, precision)
     yield small_layers(60, 64, 8, 64, 16)
     yield small_layers(40, 256, 8, 64, 16)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, argv)
-    run_cases(cases(args.quick), args)
-
-
-if __name__ == "__main__":
-    main()
