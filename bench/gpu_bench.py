@@ -11,7 +11,6 @@ flushed before each.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from bench import _results
 from bench.gpu_check import describe
 from bench.gpu_report import GPUS, WORK, Gpu, predict, problems
 from logra_kernels.triton.catalogue import recorded
+from tools.timing import Timer
 
 # of the largest value: torch's products of half types round their results to 8 or 11 bits
 TOLERANCE = 2.0**-6
@@ -51,28 +51,6 @@ class Measured:
 class Limits:
     copy_bytes_per_s: float
     matrix_flop_per_s: float
-
-
-class Timer:
-    """Medians on a CUDA stream. The tests put another in its place."""
-
-    def __init__(self, repeats: int = 20) -> None:
-        self.repeats = repeats
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def median_s(self, call: Callable[[], Any]) -> float:
-        for _ in range(3):
-            call()
-        events = []
-        for _ in range(self.repeats):
-            self.flush.zero_()  # leaves nothing of the inputs in the L2 cache
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(s.elapsed_time(e) for s, e in events) / 1e3
 
 
 def measure_limits(timer: Timer, device: str, size: int = 1 << 30) -> Limits:

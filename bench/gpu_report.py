@@ -35,7 +35,8 @@ from logra_kernels.triton import (
     self_influence,
     topk_scores,
 )
-from logra_kernels.triton.catalogue import Entry, recorded, resources
+from logra_kernels.triton.catalogue import Entry, recorded
+from tools.assembly import resources
 
 LATENCY_S = 800e-9
 ARITHMETIC = 0.7

@@ -17,11 +17,12 @@ import torch
 
 from bench import gpu_bench
 from bench.gpu_report import GPUS, problems
+from tools.timing import Timer
 
 ROOT = Path(__file__).parent.parent
 
 
-class Clock(gpu_bench.Timer):
+class Clock(Timer):
     """Calls once; everything takes a millisecond."""
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from logra_kernels.triton import _launch, catalogue, project
+from logra_kernels.triton import catalogue, launch, project
 from logra_kernels.triton.catalogue import ARCHITECTURES, Entry, defaults
 
 
@@ -35,7 +35,7 @@ def test_grids_are_formulas_of_the_arguments(entries: list[Entry]) -> None:
         integers = {
             name: value for name, value in entry.arguments.items() if isinstance(value, int)
         }
-        assert _launch.programs(entry.grid, integers) == entry.launch.programs > 0
+        assert launch.programs(entry.grid, integers) == entry.launch.programs > 0
 
 
 def test_no_grid_is_beyond_the_hardware(entries: list[Entry]) -> None:
@@ -59,7 +59,7 @@ def test_float32_products_are_exact_unless_torch_is_told_otherwise() -> None:
     x = torch.empty(3, 40, 64, device="meta")
 
     def precision(**how: str) -> str:
-        with _launch.recording("sm_90") as launches:
+        with launch.recording("sm_90") as launches:
             project(x, x[0], **how)
         return launches[0].arguments["PRECISION"]
 
@@ -82,7 +82,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 
 def test_recording_ends_and_runs_nothing() -> None:
     x = torch.empty(3, 40, 64, device="meta")
-    with _launch.recording("sm_90") as launches:
+    with launch.recording("sm_90") as launches:
         project(x, x[0])
     assert len(launches) == 1
     with pytest.raises(RuntimeError, match="the Triton kernels need a tensor on a GPU"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import tune
-from logra_kernels.triton import _launch, heuristics
+from logra_kernels.triton import heuristics, launch
+from tools import tune
 
 PROBLEMS = list(tune.problems_to_measure())
 SCANS = [p for p in PROBLEMS if p.op == "scores"]
@@ -159,13 +159,13 @@ def test_every_problem_launches_what_it_tunes(problem: tune.Problem) -> None:
     """On tensors without memory: the kernel of the op is there, with the tiles that are tried."""
     ours, _ = problem.make("meta")
     tried = next(iter(tune.candidates(problem)))
-    with _launch.trying(problem.op, tried), _launch.recording("sm_90") as launches:
+    with launch.trying(problem.op, tried), launch.recording("sm_90") as launches:
         ours()
     mine = [one for one in launches if one.kernel.__name__ == tune.KERNELS[problem.op]]
     assert mine
     assert all(one.config["num_warps"] == tried["num_warps"] for one in mine)
     if problem.types is not None:
-        with _launch.recording("sm_90") as launches:
+        with launch.recording("sm_90") as launches:
             ours()
         (rule,) = (
             rule

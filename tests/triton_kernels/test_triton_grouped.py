@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels.triton import _launch, projected_gradients, projected_gradients_grouped
+from logra_kernels.triton import launch, projected_gradients, projected_gradients_grouped
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
@@ -72,10 +72,10 @@ def test_modules_of_other_strides_or_addresses_have_launches_of_their_own(device
     xs[1] = torch.randn(2, 30, 48, device=device).half()[..., :32]
     xs[2] = torch.randn(2, 30, 49, device=device).half()[..., 1:33]
     check(xs, dys, [], [])
-    with _launch.recording("sm_90") as launches:
+    with launch.recording("sm_90") as launches:
         projected_gradients_grouped(xs, dys, [], [])
     assert [one.arguments["modules"] for one in launches] == [1, 1, 1, 1]
-    with _launch.recording("sm_90") as launches:
+    with launch.recording("sm_90") as launches:
         projected_gradients_grouped([xs[0], xs[3]], dys[:2], [], [])
     assert [one.arguments["modules"] for one in launches] == [2]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels.triton import _launch, topk_scores
+from logra_kernels.triton import launch, topk_scores
 
 module = importlib.import_module("logra_kernels.triton.topk_scores")
 
@@ -82,14 +82,14 @@ def test_blocks_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     queries = whole_numbers(2, 3, device=device)
     rows = whole_numbers(300, 3, device=device).half()
     scale = whole_numbers(300, device=device)
-    with _launch.trying("merge_topk", {"MERGE": 32, "num_warps": 4}):
+    with launch.trying("merge_topk", {"MERGE": 32, "num_warps": 4}):
         check(queries, rows, 7, scale, scale)
     monkeypatch.setattr(module, "_LARGEST_K", 6)
     check(queries, rows, 7, scale, scale)
 
 
 def test_merges_in_several_passes(device: str) -> None:
-    with _launch.trying("merge_topk", {"MERGE": 16, "num_warps": 4}):
+    with launch.trying("merge_topk", {"MERGE": 16, "num_warps": 4}):
         check(whole_numbers(2, 3, device=device), whole_numbers(700, 3, device=device).half(), 3)
 
 
