@@ -1,4 +1,4 @@
-"""What the catalogue says of each launch is what a launcher would do on a GPU."""
+"""The catalogue describes each launch as a launcher would make it on a GPU."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_every_argument_is_described(entries: list[Entry]) -> None:
         constant = {name for name, kind in entry.signature.items() if kind == "constexpr"}
         assert set(entry.constexprs) == constant
         assert not constant & set(entry.aligned)
-        # strides are 64 bits wide, counts carry no hint
+        # Strides are 64 bits wide, and counts carry no hint.
         for name, kind in entry.signature.items():
             if name.endswith(("_stride", "_example", "_token", "_outer", "_inner", "cov_row")):
                 assert kind in ("i64", "constexpr"), (entry.name, name)
@@ -30,7 +30,7 @@ def test_every_argument_is_described(entries: list[Entry]) -> None:
                 assert name not in entry.aligned
 
 
-def test_grids_are_formulas_of_the_arguments(entries: list[Entry]) -> None:
+def test_grids_follow_from_the_arguments(entries: list[Entry]) -> None:
     for entry in entries:
         integers = {
             name: value for name, value in entry.arguments.items() if isinstance(value, int)

@@ -18,7 +18,7 @@ TABLE = json.loads(heuristics.PATH.read_text())
 
 
 class Fake:
-    """Knows the best tiles, refuses some, and may be told to stop."""
+    """A measure that knows the best tiles, refuses some, and stops after so many calls."""
 
     def __init__(self, best: dict[str, int], stop_after: int = 10**9) -> None:
         self.best, self.left = best, stop_after
@@ -88,7 +88,7 @@ def test_rules_are_found_by_architecture_types_and_sizes() -> None:
     assert heuristics.choose("projected_gradients", "full", "sm_120", rank=64) == (
         heuristics.choose("projected_gradients", "full", "sm_80", rank=64)
     )
-    known["BLOCK"] = 0  # a caller's copy
+    known["BLOCK"] = 0  # the caller has a copy
     assert heuristics.choose("projected_gradients", "half", "sm_90", rank=64)["BLOCK"]
 
 
@@ -113,7 +113,7 @@ def test_the_fastest_is_written_and_the_rest_stays(tmp_path: Path) -> None:
 
 
 def test_few_and_many_queries_get_one_order_of_summation() -> None:
-    """Q <= 16 would rather have 64 of D, the others 32 by more."""
+    """Up to 16 queries are faster with DIM 64, more queries with DIM 32 and by a larger factor."""
     few, many = (p for p in SCANS if p.types == "half")
 
     def config(dim: int, queries: int) -> str:
@@ -127,7 +127,7 @@ def test_few_and_many_queries_get_one_order_of_summation() -> None:
     table = tune.rewritten(TABLE, "sm_90", [few, many], results)
     half = [rule for rule in table["scores"]["sm_90"] if rule["types"] == "half"]
     assert [rule["config"]["DIM"] for rule in half] == [32, 32]
-    # what was not measured keeps its rules
+    # Types that were not measured keep their rules.
     assert {r["types"] for r in table["scores"]["sm_90"]} == set(heuristics.TYPES)
 
 

@@ -23,7 +23,7 @@ def check(
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The bits of single calls, and near the reference."""
+    """The bits are those of single calls, and the values are near the reference."""
     got = projected_gradients_grouped(xs, dys, projs_in, projs_out, mask, cu_seqlens, out_dtype)
     for m, part in enumerate(got):
         p_in, p_out = (projs[m] if projs else None for projs in (projs_in, projs_out))
@@ -62,7 +62,7 @@ def test_packed(device: str) -> None:
 
 
 def test_wide_gradients_are_projected_first(device: str) -> None:
-    """Beyond two tiles a side: one projection a module, then one launch."""
+    """Beyond two tiles a side each module is projected first; then all share one launch."""
     xs, dys = modules(2, 1, 20, 30, device=device), modules(2, 1, 20, 190, device=device)
     check(xs, dys, modules(2, 10, 30, device=device), [])
 
