@@ -60,6 +60,21 @@ def _segment_of_slot(cu_seqlens, slot, segments, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _place(slot, cu_seqlens, segments, tokens, chunks, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+    """A slot's segment, the segment's first token and length, and which of its chunks it is."""
+    if PACKED:
+        segment = _segment_of_slot(cu_seqlens, slot, segments, CHUNK)
+        begin, length = _segment(cu_seqlens, segment, tokens)
+        chunk = slot - (begin // CHUNK + segment)
+    else:
+        segment = slot // chunks
+        begin = 0
+        length = tokens
+        chunk = slot % chunks
+    return segment, begin, length, chunk
+
+
+@triton.jit
 def _side(
     values,  # pointers to the tokens [BLOCK]
     keep,  # [BLOCK]
@@ -169,15 +184,9 @@ def _gradients_kernel(
         out += module.to(tl.int64) * segments * size
         partial += module.to(tl.int64) * slots * size
 
-    if PACKED:
-        segment = _segment_of_slot(cu_seqlens, slot, segments, CHUNK)
-        begin, length = _segment(cu_seqlens, segment, tokens)
-        chunk = slot - (begin // CHUNK + segment)
-    else:
-        segment = slot // chunks
-        begin = 0
-        length = tokens
-        chunk = slot % chunks
+    segment, begin, length, chunk = _place(
+        slot, cu_seqlens, segments, tokens, chunks, PACKED, CHUNK
+    )
     used = tl.maximum(tl.cdiv(length, CHUNK), 1)  # an empty segment has to write its zeros
     if chunk < 0 or chunk >= used:
         return
