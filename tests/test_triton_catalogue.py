@@ -61,7 +61,7 @@ def test_float32_products_are_exact_unless_torch_is_told_otherwise() -> None:
     def precision(**how: str) -> str:
         with launch.recording("sm_90") as launches:
             project(x, x[0], **how)
-        return launches[0].arguments["PRECISION"]
+        return str(launches[0].arguments["PRECISION"])
 
     before = torch.get_float32_matmul_precision()
     try:

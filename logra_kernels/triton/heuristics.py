@@ -56,8 +56,8 @@ SIZES = {
 UNSPLIT = ("rank",)
 SUMMED = ("CHUNK", "BLOCK", "WIDTH", "DIM")
 OPTIONS = ("num_warps", "num_stages")
-# The beginning of an architecture's name -> the architecture whose rules it uses. Both have the same
-# matrix units, and the first has at least as much shared memory.
+# The beginning of an architecture's name -> the architecture whose rules it uses: one with the same
+# matrix units and no more shared memory.
 FAMILIES = {"sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "gfx9": "gfx942"}
 
 

@@ -61,8 +61,8 @@ def test_gradients(far: Tensor) -> None:
         want = projected_gradients(same, same, proj, None)
         assert torch.equal(projected_gradients(x, same, proj, None), want)
         assert torch.equal(projected_gradients(x, x, proj, None), want)
-        both = [x, x], [x, x], [proj, proj], []
-        assert torch.equal(projected_gradients_grouped(*both)[1], want)
+        grouped = projected_gradients_grouped([x, x], [x, x], [proj, proj], [])
+        assert torch.equal(grouped[1], want)
     bounds = torch.tensor([0, 1, 3], device=far.device)
     assert torch.equal(
         per_sample_gradients(far, far, None, bounds), per_sample_gradients(near, near, None, bounds)

@@ -28,9 +28,10 @@ def check(
     got = projected_gradients(x, dy, proj_in, proj_out, mask, cu_seqlens)
     assert got.dtype == torch.float32
     tensors = (x, dy, proj_in, proj_out)
-    want = reference.projected_gradients(*map(wide, tensors), mask, cu_seqlens)  # type: ignore[arg-type]
-    sizes: Any = [wide(t, absolute=True) for t in tensors]
-    magnitude = reference.projected_gradients(*sizes, mask, cu_seqlens)
+    exact: list[Any] = [*map(wide, tensors), mask, cu_seqlens]
+    want = reference.projected_gradients(*exact)
+    sizes: list[Any] = [*(wide(t, absolute=True) for t in tensors), mask, cu_seqlens]
+    magnitude = reference.projected_gradients(*sizes)
     assert_within(got, want, magnitude, terms=x.shape[-1] + dy.shape[-1] + x.shape[-2])
     return got
 

@@ -52,7 +52,8 @@ def test_equals_single_calls(
 
 
 def test_one_module(device: str) -> None:
-    check(*(modules(1, 2, 20, 18, device=device) for _ in range(2)), [], [])
+    xs, dys = (modules(1, 2, 20, 18, device=device) for _ in range(2))
+    check(xs, dys, [], [])
 
 
 def test_packed(device: str) -> None:

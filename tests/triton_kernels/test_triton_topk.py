@@ -124,7 +124,7 @@ def test_rounded_scores(device: str) -> None:
     got = topk_scores(queries, rows, 20, scale)
     exact = reference.scores(queries.double(), rows.double(), scale.double())
     # 180 additions of two pieces, and 2**-22 for the pieces, of magnitudes of about 90 * 4.
-    close = {"rtol": 0.0, "atol": 182 * 2.0**-23 * 360}
+    close: dict[str, Any] = {"rtol": 0.0, "atol": 182 * 2.0**-23 * 360}
     for values, ids, largest in ((got[0], got[1], True), (got[2], got[3], False)):
         torch.testing.assert_close(values.double(), exact.gather(1, ids), **close)
         torch.testing.assert_close(values.double(), exact.topk(20, largest=largest)[0], **close)
