@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_version_stands_in_one_place() -> None:
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version is not None
-    for name in ("CMakeLists.txt", "setup.py", "CITATION.cff"):
+    for name in ("CMakeLists.txt", "setup.py", "CITATION.cff", "mkdocs.yml"):
         assert version[1] not in (ROOT / name).read_text(), f"{name} repeats the version"
 
 
