@@ -95,7 +95,7 @@ sanitize: install
 # Python only: what the C++ tests and the GPU kernels' interpreter run is not counted.
 coverage: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
-	  --cov=logra_kernels --cov-branch --cov-report=term:skip-covered --cov-report=html:build/coverage
+	  --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 	@echo "C++ is not counted. Line by line: build/coverage/index.html"
 
 bench: $(VENV)/bench-installed
