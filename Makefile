@@ -95,6 +95,7 @@ sanitize: install
 
 # Python only: what the C++ tests and the GPU kernels' interpreter run is not counted.
 coverage: install
+	@mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
 	  --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 	@echo "C++ is not counted. Line by line: build/coverage/index.html"
