@@ -5,6 +5,7 @@ LOGRA_BUILD_TYPE chooses CMake's build type (Release).
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,22 +23,33 @@ NO_COMPILER = (
 )
 
 
+def find_tool(name: str) -> str:
+    """The program on PATH, or beside this Python (an environment that is not activated)."""
+    folders = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
+    )
+    return shutil.which(name, path=folders) or name
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
+        cmake = find_tool("cmake")
         configure = [
-            "cmake",
+            cmake,
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            # The cache of an earlier build may name the ninja of an environment that pip deleted.
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('LOGRA_BUILD_TYPE', 'Release')}",
             "-DLOGRA_PYTHON=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
         ]
-        for command in (configure, ["cmake", "--build", str(build), "--target", "_C"]):
+        for command in (configure, [cmake, "--build", str(build), "--target", "_C"]):
             try:
                 subprocess.run(command, check=True)
             except (OSError, subprocess.CalledProcessError):

@@ -2,8 +2,8 @@
 
 A cell's ratio is the median time of the best of torch's ways over ours, timed in turns; short
 calls are repeated until a sample takes 5 ms. A cell that comes out below 1.03 is timed again, up
-to twice, and its samples are pooled. Cells stand with the worst first; those below 0.97
-are marked, and with --gate make the exit status 1.
+to twice, and its samples are pooled. The worst cells stand first; those below 0.97 are marked, and
+with --gate they make the exit status 1.
 
 --hold avx2 or avx512 runs the grid in a process of its own in which both sides are held to that
 instruction set: ours by LOGRA_ISA, torch by ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and
@@ -12,34 +12,37 @@ MKL_ENABLE_INSTRUCTIONS.
 
 import argparse
 import os
-import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench import _limits, _results
-from bench import bench_covariance_update as covariance
-from bench import bench_pack_rows as packing
-from bench import bench_per_sample_gradients as per_sample
-from bench import bench_project as project
-from bench import bench_projected_gradients as projected
-from bench import bench_scores as scan
-from bench import bench_self_influence as influence
-from bench import bench_topk_scores as top
-from bench._harness import OURS, Case, check, time_providers
-from logra_kernels import _native
+from bench.harness import limits as machine_limits
+from bench.harness import results as stored
+from bench.harness.cases import DTYPES, Case, check, is_ours, medians, prepare, time_providers
+from bench.ops import (
+    covariance_update,
+    pack_rows,
+    per_sample_gradients,
+    project,
+    projected_gradients,
+    scores,
+    self_influence,
+    topk_scores,
+)
+from logra_kernels import ops
 
 BAR = 0.97
 AGAIN, HOPELESS = 1.03, 0.5  # below the first a cell is timed again; below both, once only
 RANKS = (16, 32, 64, 128)
 QUERIES = (1, 4, 16, 64, 256)
-ROWS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+KINDS = ("fp16", "bf16", "fp32")
 
 HOLDS = {
     "avx2": {
@@ -67,7 +70,7 @@ class Cell:
     ours_ms: float | None
     best_ms: float | None
     best: str | None
-    our_error: float | None  # as in bench._harness
+    our_error: float | None  # as in bench.harness.cases
     best_error: float | None
     left_out: dict[str, str]
 
@@ -75,14 +78,24 @@ class Cell:
     def loses(self) -> bool:
         return self.ratio is None or self.ratio < BAR
 
+    def line(self) -> str:
+        mark, name = "!" if self.loses else "", f"{self.op}: {self.title}"
+        if self.ratio is None:
+            why = "; ".join(f"{provider}: {text}" for provider, text in self.left_out.items())
+            return f"{mark:2}{'-':>7}{'':>36}  {name}; {why}"
+        return (
+            f"{mark:2}{self.ratio:>7.2f}{self.ours_ms:>10.3f}{self.best_ms:>10.3f}"
+            f"{self.our_error:>8.0e}{self.best_error:>8.0e}  {name}; {self.best}"
+        )
+
 
 def cells() -> Iterator[tuple[str, Build]]:
-    """(op, a function that makes the case): memory is taken when a cell's turn comes."""
-    for dtype in ("fp32", "fp16", "bf16"):
+    """(op, a function that makes the case): a cell takes memory only when its turn comes."""
+    for dtype in KINDS:
         for rank in RANKS:
             for num_tokens, dim in ((256, 576), (256, 2048), (4096, 576), (4096, 2048)):
-                yield "project", _bind(project.case, num_tokens, dim, rank, dtype)
-    for dtype in ("fp32", "fp16", "bf16", "mixed"):
+                yield "project", partial(project.case, num_tokens, dim, rank, dtype)
+    for dtype in (*KINDS, "mixed"):
         for rank in RANKS:
             for n, t, lengths in (
                 (4, 64, "full"),
@@ -91,135 +104,95 @@ def cells() -> Iterator[tuple[str, Build]]:
                 (8, 256, "ragged"),
                 (1, 2048, "full"),
             ):
-                yield "per_sample_gradients", _bind(per_sample.case, n, t, rank, dtype, lengths)
+                build = partial(per_sample_gradients.case, n, t, rank, dtype, lengths)
+                yield "per_sample_gradients", build
             for dim in (576, 2048):
                 for lengths in ("full", "ragged"):
-                    build = _bind(projected.case, 8, 256, dim, rank, dtype, lengths)
+                    build = partial(projected_gradients.case, 8, 256, dim, rank, dtype, lengths)
                     yield "projected_gradients", build
     for size in (16, 64, 256, 1024):
         for num_rows in (64, 2048):
-            for dtype in ("fp32", "fp64"):
-                yield "covariance_update", _bind(covariance.case, num_rows, size, dtype)
-            for rows in ("fp16", "bf16"):
-                yield "covariance_update", _bind(covariance.case, num_rows, size, "fp32", rows)
-    yield "covariance_update", _bind(covariance.case, 256, 4096, "fp32")
-    for kind in ROWS:
+            for dtype, rows in (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "fp16"),
+                                ("fp32", "bf16")):  # fmt: skip
+                build = partial(covariance_update.case, num_rows, size, dtype, rows)
+                yield "covariance_update", build
+    yield "covariance_update", partial(covariance_update.case, 256, 4096, "fp32")
+    for kind in KINDS:
         for num_rows, dim in ((2000, 256), (2000, 1024), (2000, 4096), (2000, 16384), (300, 4099)):
             for num_queries in QUERIES:
-                yield "scores", _bind(_scores, num_queries, num_rows, dim, kind)
+                yield "scores", partial(_scores, num_queries, num_rows, dim, kind)
     for num_queries in QUERIES:
-        yield "scores", _bind(_scores, num_queries, 16000, 4096, "fp16")
-        yield "topk_scores", _bind(_topk, num_queries, 20000, 1024, "fp16")
-        for kind in ROWS:
-            yield "topk_scores", _bind(_topk, num_queries, 4000, 4096, kind)
-    for dtype in ("fp16", "bf16", "fp32"):
+        yield "scores", partial(_scores, num_queries, 16000, 4096, "fp16")
+        yield "topk_scores", partial(_topk, num_queries, 20000, 1024, "fp16")
+        for kind in KINDS:
+            yield "topk_scores", partial(_topk, num_queries, 4000, 4096, kind)
+    for kind in KINDS:
         for num_rows, size in ((2000, 256), (2000, 1024), (300, 4096)):
-            yield "self_influence", _bind(influence.case, num_rows, size, dtype)
+            yield "self_influence", partial(self_influence.case, num_rows, size, kind)
     for num_rows, dim in ((8, 4096), (64, 16384), (500, 49152)):
         for unpack in (False, True):
-            yield "pack_rows", _bind(packing.case, num_rows, dim, unpack)
-
-
-OPS = (
-    "project",
-    "per_sample_gradients",
-    "projected_gradients",
-    "covariance_update",
-    "scores",
-    "topk_scores",
-    "self_influence",
-    "pack_rows",
-)
-
-
-def _bind(make: Callable[..., Case], *args: object) -> Build:
-    return lambda: make(*args)
+            yield "pack_rows", partial(pack_rows.case, num_rows, dim, unpack)
 
 
 def _scores(num_queries: int, num_rows: int, dim: int, kind: str) -> Case:
-    rows = torch.randn(num_rows, dim).to(ROWS[kind])
-    return scan.case(torch.randn(num_queries, dim), rows, torch.rand(num_rows) + 0.5)
+    rows = torch.randn(num_rows, dim).to(DTYPES[kind])
+    return scores.case(torch.randn(num_queries, dim), rows, torch.rand(num_rows) + 0.5)
 
 
 def _topk(num_queries: int, num_rows: int, dim: int, kind: str) -> Case:
-    rows = torch.randn(num_rows, dim).to(ROWS[kind])
-    return top.case(torch.randn(num_queries, dim), rows, 10)
+    rows = torch.randn(num_rows, dim).to(DTYPES[kind])
+    return topk_scores.case(torch.randn(num_queries, dim), rows, 10)
+
+
+OPS = tuple(dict.fromkeys(op for op, _ in cells()))
 
 
 def measure(case: Case, rounds: int, budget_s: float) -> Cell:
     good, errors, left_out = check(case)
+    ours = next((name for name in good if is_ours(name)), None)
+    cell = Cell(case.op, case.title, None, None, None, None, None, None, left_out)
+    if ours is not None:
+        cell.our_error = errors[ours]
     times: dict[str, list[float]] = {name: [] for name in good}
-    ratio = ours_s = best_s = best = None
     for turn in range(3):
-        for name, seconds in time_providers(good, 5, rounds, budget_s).items():
-            times[name] += seconds
-        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-        ours = [value for name, value in medians.items() if name.startswith(OURS)]
-        others = {
-            name: value
-            for name, value in medians.items()
-            if not name.startswith(OURS) and name not in case.apart
-        }
-        if not ours or not others:
+        for name, samples in time_providers(good, 5, rounds, budget_s).items():
+            times[name] += samples
+        seconds = medians(times)
+        cell.best = case.best(seconds)
+        if ours is None or cell.best is None:
             break
-        best = min(others, key=others.__getitem__)
-        ours_s, best_s = min(ours), others[best]
-        ratio = best_s / ours_s
-        if ratio >= AGAIN or (turn and ratio < HOPELESS):
+        cell.ours_ms, cell.best_ms = seconds[ours] * 1e3, seconds[cell.best] * 1e3
+        cell.ratio = cell.best_ms / cell.ours_ms
+        cell.best_error = errors[cell.best]
+        if cell.ratio >= AGAIN or (turn and cell.ratio < HOPELESS):
             break
-    return Cell(
-        op=case.op,
-        title=case.title,
-        ratio=ratio,
-        ours_ms=None if ours_s is None else ours_s * 1e3,
-        best_ms=None if best_s is None else best_s * 1e3,
-        best=best,
-        our_error=max((errors[name] for name in good if name.startswith(OURS)), default=None),
-        best_error=None if best is None else errors[best],
-        left_out=left_out,
-    )
+    return cell
 
 
-def report(measured: Iterable[Cell]) -> list[str]:
+def report(measured: list[Cell], worst: int | None = None) -> list[str]:
     """The table's lines, the worst first: a cell without a ratio is worse than any other."""
     ordered = sorted(measured, key=lambda cell: -1.0 if cell.ratio is None else cell.ratio)
-    lines = [
-        f"{'':2}{'ratio':>7}{'ours ms':>10}{'best ms':>10}{'error':>8}{'best':>8}"
-        "  cell; the best of torch"
-    ]
-    for cell in ordered:
-        mark = "!" if cell.loses else ""
-        if cell.ratio is None:
-            why = "; ".join(f"{name}: {text}" for name, text in cell.left_out.items())
-            lines.append(f"{mark:2}{'-':>7}{'':>36}  {cell.op}: {cell.title}; {why}")
-        else:
-            lines.append(
-                f"{mark:2}{cell.ratio:>7.2f}{cell.ours_ms:>10.3f}{cell.best_ms:>10.3f}"
-                f"{cell.our_error:>8.0e}{cell.best_error:>8.0e}"
-                f"  {cell.op}: {cell.title}; {cell.best}"
-            )
+    head = f"{'':2}{'ratio':>7}{'ours ms':>10}{'best ms':>10}{'error':>8}{'best':>8}"
+    lines = [f"{head}  cell; the best of torch", *(cell.line() for cell in ordered[:worst])]
     losing = sum(cell.loses for cell in ordered)
     lines.append(f"{losing} of {len(ordered)} cells below {BAR}")
-    by_op: dict[str, list[float]] = {}
-    for cell in ordered:
-        if cell.ratio is not None:
-            by_op.setdefault(cell.op, []).append(cell.ratio)
-    for op, ratios in by_op.items():
-        middle = statistics.median(ratios)
-        lines.append(f"  {op}: {len(ratios)} cells, least {min(ratios):.2f}, median {middle:.2f}")
+    for op in dict.fromkeys(cell.op for cell in ordered):
+        ratios = [cell.ratio for cell in ordered if cell.op == op and cell.ratio is not None]
+        if ratios:
+            middle = statistics.median(ratios)
+            lines.append(f"  {op}: {len(ratios)} cells, least {ratios[0]:.2f}, median {middle:.2f}")
     return lines
 
 
 def run(
     builds: Iterable[tuple[str, Build]],
     args: argparse.Namespace,
-    results: Path = _results.RESULTS,
+    folder: Path = stored.RESULTS,
 ) -> int:
     """Measure, print, store; the exit status."""
     held = args.held or "nothing"
-    limits = _limits.measure(5)
-    print(f"{torch.get_num_threads()} threads, isa {_native.isa()}, held to {held}")
-    print(limits.line(), flush=True)
+    limits = machine_limits.measure(5)
+    print(f"held to {held}: {machine_limits.header(limits)}", flush=True)
     start = time.perf_counter()
     measured, not_reached = [], 0
     for _, build in builds:
@@ -231,13 +204,7 @@ def run(
             case = build()
             if args.match in f"{case.op}: {case.title}":
                 measured.append(measure(case, args.rounds, args.budget))
-    lines = report(measured)
-    shown = (
-        lines
-        if args.worst is None
-        else [*lines[: args.worst + 1], "…", *lines[len(measured) + 1 :]]
-    )
-    print("\n".join(shown))
+    print("\n".join(report(measured, args.worst)))
     if not_reached:
         print(f"{not_reached} cells were not reached in {args.seconds:g} s")
     print(f"{time.perf_counter() - start:.0f} s")
@@ -246,19 +213,19 @@ def run(
             "bench": "grid",
             "case": f"held to {held}, {' '.join(args.ops)} {args.match}, part {args.part}",
             "held": args.held,
-            "isa": _native.isa(),
+            "isa": ops.isa(),
             "not_reached": not_reached,
             "limits": asdict(limits),
             "cells": [asdict(cell) for cell in measured],
         }
-        _results.append("grid", record, results)
+        stored.append("grid", record, folder)
     return 1 if args.gate and (not_reached or any(cell.loses for cell in measured)) else 0
 
 
 def hold(isa: str, argv: list[str]) -> int:
     """The same command in a process in which both sides are held to an instruction set."""
-    if isa not in _native.available_isas():
-        print(f"held to {isa}: left out, this machine has {', '.join(_native.available_isas())}")
+    if isa not in ops.available_isas():
+        print(f"held to {isa}: left out, this machine has {', '.join(ops.available_isas())}")
         return 0
     command = [sys.executable, "-m", "bench.grid", *argv, "--held", isa]
     root = Path(__file__).parents[1]
@@ -299,9 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(given)
     if args.hold and not args.held:
         return hold(args.hold, given)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    random.seed(0)
+    prepare(args.threads)
     one, of = args.part
     chosen = [(op, build) for op, build in cells() if op in args.ops][one - 1 :: of]
     return run(chosen, args)

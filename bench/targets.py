@@ -1,37 +1,34 @@
 """What this package holds itself to, as ratios within one run: python -m bench.targets
 
-Measured here: the scan in memory, its two extra duties (l-RelatIF, the ends kept), the ops beside
-torch, and logging beside its floor. What other parts measure (disk, peers, Table 1) is taken from
-the newest of their results in bench/results/, with its date.
+Measured here: the scan in memory, l-RelatIF and top k beside the plain scan, the ops beside torch,
+and logging beside its floor. What other parts measure (disk, peers, Table 1) is taken from the
+newest of their results in bench/results/, with its date.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import os
-import random
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import _limits, _results, bench_covariance_update, bench_logging, bench_scores
-from bench import bench_projected_gradients as projected
-from bench._harness import OURS, Case, Provider, check, time_providers
-from bench._limits import Limits
-from bench.bench_attribution import make_store
 from bench.grid import HOLDS
-from logra_kernels import _native, ops
+from bench.harness import limits as machine_limits
+from bench.harness import results
+from bench.harness.cases import Case, Provider, check, is_ours, medians, prepare, time_providers
+from bench.harness.limits import Limits
+from bench.ops import covariance_update, projected_gradients, scores
+from bench.paths.attribution import TOP, squares, write_store
+from logra_kernels import ops
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.store import Module
 
 PRODUCTS = 3  # of bfloat16 tiles for one of ours: rows in two parts, queries in two, three of four
 
@@ -54,7 +51,7 @@ class Target:
 
 @dataclass
 class Setting:
-    """Small for a test of this file, and as large as the targets mean them."""
+    """The sizes that the targets mean; a test of this file makes them small."""
 
     num_rows: int = 8000
     dim: int = 16384
@@ -65,74 +62,77 @@ class Setting:
     width: int = 2048
     tokens: tuple[int, int] = (16, 512)
 
+    def seconds(self, providers: dict[str, Provider]) -> dict[str, float]:
+        """The median of each."""
+        return medians(time_providers(providers, 5, self.rounds, self.budget_s))
 
-def medians(providers: dict[str, Provider], setting: Setting) -> dict[str, float]:
-    times = time_providers(providers, 5, setting.rounds, setting.budget_s)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
-def of_case(case: Case, setting: Setting) -> dict[str, float]:
-    """Seconds of the providers that are right, and of the probes of the limits."""
-    good, _, left_out = check(case)
-    for name, why in left_out.items():
-        print(f"{case.op}, {name}: {why}")
-    return medians(
-        {**good, **{name: call for name, (_, call) in _limits.probes().items()}}, setting
-    )
+    def rows(self) -> torch.Tensor:
+        return torch.randn(self.num_rows, self.dim).half()
 
 
-def over_best(seconds: dict[str, float], names: Callable[[str], bool]) -> float | None:
-    """The best of the named over the best of ours."""
-    probes = (_limits.READ, _limits.FMA)
-    others = [value for name, value in seconds.items() if names(name) and name not in probes]
-    ours = [value for name, value in seconds.items() if name.startswith(OURS)]
-    return min(others) / min(ours) if others and ours else None
+class Timed:
+    """A case's providers that are right, timed in turns with the probes of the limits."""
+
+    def __init__(self, case: Case, setting: Setting) -> None:
+        good, _, left_out = check(case)
+        for name, why in left_out.items():
+            print(f"{case.op}, {name}: {why}")
+        probes = machine_limits.probes()
+        times = time_providers(
+            {**good, **{name: call for name, (_, call) in probes.items()}},
+            5,
+            setting.rounds,
+            setting.budget_s,
+        )
+        self.seconds = medians({name: times[name] for name in good})
+        self.probes = {name: times[name] for name in probes}
+        self.ours_s = min((s for name, s in self.seconds.items() if is_ours(name)), default=None)
+        rivals = {name: s for name, s in self.seconds.items() if not is_ours(name)}
+        self.best = min(rivals, key=rivals.__getitem__, default=None)
+
+    def over(self, rival: str | None) -> float | None:
+        """A rival's time over ours."""
+        if self.ours_s is None or rival is None or rival not in self.seconds:
+            return None
+        return self.seconds[rival] / self.ours_s
 
 
 def scan(setting: Setting, limits: Limits) -> Iterator[Target]:
-    rows = torch.randn(setting.num_rows, setting.dim).half()
+    rows = setting.rows()
     amx = limits.amx_gflop_per_s
+    no_amx = "" if amx else "no AMX here"
     for num_queries in (1, 4, 16, 256):
-        case = bench_scores.case(torch.randn(num_queries, setting.dim), rows)
-        seconds = of_case(case, setting)
-        ours = min(value for name, value in seconds.items() if name.startswith(OURS))
-        now = _limits.refined(limits, seconds.pop(_limits.READ), seconds.pop(_limits.FMA))
-        read = case.num_bytes / ours / 1e9 / now.read_gb_per_s
-        rate = case.flops / ours / 1e9
+        case = scores.case(torch.randn(num_queries, setting.dim), rows)
+        timed = Timed(case, setting)
+        assert timed.ours_s is not None
+        now = machine_limits.refined(limits, timed.probes)
+        read = case.num_bytes / timed.ours_s / 1e9 / now.read_gb_per_s
+        rate = case.flops / timed.ours_s / 1e9
+        what = f"scan, Q={num_queries}"
         if num_queries <= 4:
-            yield Target(f"scan, Q={num_queries}, of the read bandwidth", 0.85, read)
+            yield Target(f"{what}, of the read bandwidth", 0.85, read)
         if num_queries == 16:
-            note = "" if amx else "no AMX here"
-            yield Target(
-                "scan, Q=16, AMX, of the read bandwidth", 0.6, read if amx else None, note=note
-            )
-            share = rate / now.fma_gflop_per_s
-            yield Target(
-                "scan, Q=16, of the fp32 FMA rate", 0.0, share, note="no bar: for the record"
-            )
+            got = read if amx else None
+            yield Target(f"{what}, AMX, of the read bandwidth", 0.6, got, note=no_amx)
+            share, note = rate / now.fma_gflop_per_s, "no bar: for the record"
+            yield Target(f"{what}, of the fp32 FMA rate", 0.0, share, note=note)
         if num_queries == 256:
-            note = "" if amx else "no AMX here"
             got = PRODUCTS * rate / amx if amx else None
-            yield Target("scan, Q=256, of the AMX rate with tile loads", 0.7, got, note=note)
-            got = over_best(seconds, lambda name: name == "torch fp16 mm")
-            yield Target("scan, Q=256, torch fp16 mm over ours", 2.0, got)
+            yield Target(f"{what}, of the AMX rate with tile loads", 0.7, got, note=no_amx)
+            yield Target(f"{what}, torch fp16 mm over ours", 2.0, timed.over("torch fp16 mm"))
 
 
 def held_scan(setting: Setting) -> Target:
     """In this process, which is held to an instruction set already."""
-    rows = torch.randn(setting.num_rows, setting.dim).half()
-    case = bench_scores.case(torch.randn(16, setting.dim), rows)
-    seconds = of_case(case, setting)
-    best = min((v, k) for k, v in seconds.items() if k.startswith("torch"))[1]
-    got = over_best(seconds, lambda name: not name.startswith(OURS))
-    what = f"scan, Q=16, both held to {_native.isa()}, best torch over ours"
-    return Target(what, 3.0, got, note=f"the best is {best}")
+    timed = Timed(scores.case(torch.randn(16, setting.dim), setting.rows()), setting)
+    what = f"scan, Q=16, both held to {ops.isa()}, best torch over ours"
+    return Target(what, 3.0, timed.over(timed.best), note=f"the best is {timed.best}")
 
 
 def held(isa: str) -> Target:
     """`held_scan` in a process of its own."""
     what = f"scan, Q=16, both held to {isa}, best torch over ours"
-    if isa not in _native.available_isas():
+    if isa not in ops.available_isas():
         return Target(what, 3.0, None, note=f"no {isa} here")
     done = subprocess.run(
         [sys.executable, "-m", "bench.targets", "--held", isa],
@@ -146,77 +146,68 @@ def held(isa: str) -> Target:
 
 
 def duties(setting: Setting) -> Iterator[Target]:
-    """What l-RelatIF costs beside the dot product, and keeping the ends beside all scores."""
-    dim = setting.rank**2 * max(1, setting.dim // setting.rank**2)
-    modules = [
-        Module(f"module.{i}", setting.rank, setting.rank) for i in range(dim // setting.rank**2)
-    ]
-    folder = Path(tempfile.mkdtemp(prefix="logra-bench-"))
-    try:
-        store = make_store(folder / "store", setting.num_rows, modules)
-        diagonal = RawCurvature.rebuild(store)
-        attributor = Attributor(store, diagonal)
+    """What l-RelatIF costs beside the dot product, and the ends beside all scores."""
+    modules = squares(max(1, setting.dim // setting.rank**2), setting.rank)
+    with tempfile.TemporaryDirectory(prefix="logra-bench-") as folder:
+        rows = torch.randn(setting.num_rows, sum(module.size for module in modules))
+        store = write_store(Path(folder) / "store", modules, rows)
+        attributor = Attributor(store, RawCurvature.rebuild(store))
         attributor.self_influence()
         for num_queries in (1, 16, 64):
-            queries = torch.randn(num_queries, store.dim)
-            seconds = medians(
-                {
-                    mode: lambda m=mode, q=queries: attributor.top_k(q, 10, m).top_scores
-                    for mode in ("dot", "l-relatif")
-                },
-                setting,
-            )
-            what = f"top 10 of a store, Q={num_queries}, l-RelatIF (sigma known) over dot"
+            top_k = partial(attributor.top_k, torch.randn(num_queries, store.dim), TOP)
+            seconds = setting.seconds({m: partial(top_k, m) for m in ("dot", "l-relatif")})
+            what = f"top {TOP} of a store, Q={num_queries}, l-RelatIF (sigma known) over dot"
             yield Target(what, 1.03, seconds["l-relatif"] / seconds["dot"], at_least=False)
-    finally:
-        shutil.rmtree(folder)
-    rows = torch.randn(setting.num_rows, setting.dim).half()
+    rows = setting.rows()
     for num_queries in (1, 16, 64, 256):
         queries = torch.randn(num_queries, setting.dim)
-        seconds = medians(
+        seconds = setting.seconds(
             {
-                "scores": lambda q=queries: ops.scores(q, rows),
-                "top": lambda q=queries: ops.topk_scores(q, rows, 10).top_scores,
-            },
-            setting,
+                "scores": partial(ops.scores, queries, rows),
+                "top": partial(ops.topk_scores, queries, rows, TOP),
+            }
         )
-        what = f"top-k over scores, Q={num_queries}, k=10"
+        what = f"top-k over scores, Q={num_queries}, k={TOP}"
         yield Target(what, 1.1, seconds["top"] / seconds["scores"], at_least=False)
 
 
 def logging_ops(setting: Setting, limits: Limits) -> Iterator[Target]:
     amx = limits.amx_gflop_per_s is not None
     n, t = setting.tokens
-    case = projected.case(n, t, setting.width, setting.rank, "fp32", "full")
-    got = over_best(of_case(case, setting), lambda name: not name.startswith(OURS))
-    yield Target("projected gradients, fp32, torch over ours", 1.7 if amx else 1.25, got)
+    timed = Timed(
+        projected_gradients.case(n, t, setting.width, setting.rank, "fp32", "full"), setting
+    )
+    asked = 1.7 if amx else 1.25
+    yield Target("projected gradients, fp32, torch over ours", asked, timed.over(timed.best))
     for num_rows, size in ((1024, 256), (1024, 1024), (256, setting.rank**2)):
-        case = bench_covariance_update.case(num_rows, size)
-        got = over_best(of_case(case, setting), lambda name: not name.startswith(OURS))
-        yield Target(f"covariance, R={num_rows}, K={size}, addmm over ours", 1.5, got)
+        timed = Timed(covariance_update.case(num_rows, size), setting)
+        what = f"covariance, R={num_rows}, K={size}, addmm over ours"
+        yield Target(what, 1.5, timed.over(timed.best))
 
 
 def logging(setting: Setting) -> Iterator[Target]:
-    case = bench_logging.language_model(*setting.logging, setting.rank)
+    from bench.paths.logging import language_model  # imports transformers, which is optional
+
+    case = language_model(*setting.logging, setting.rank)
     case.providers = {name: case.providers[name] for name in ("logra", "floor")}
-    seconds = of_case(case, setting)
+    over = Timed(case, setting).over("floor")
     what = "logging a small LM, over its forward and activation-gradient pass"
-    yield Target(what, 1.10, seconds["logra"] / seconds["floor"], at_least=False)
+    yield Target(what, 1.10, None if over is None else 1 / over, at_least=False)
 
 
-def stored(folder: Path = _results.RESULTS) -> Iterator[Target]:
-    """From the newest results of the parts that others than this one measure."""
-    yield from _of_streaming(_results.latest("streaming", folder))
-    yield from _of_peers(_results.latest("peers", folder))
-    yield from _of_table1(_results.latest("table1", folder))
+def stored(folder: Path = results.RESULTS) -> Iterator[Target]:
+    """From the newest results of other parts."""
+    yield from _of_streaming(results.latest("streaming", folder))
+    yield from _of_peers(results.latest("peers", folder))
+    yield from _of_table1(results.latest("table1", folder))
 
 
-def _of_streaming(records: list[dict]) -> Iterator[Target]:
+def _of_streaming(records: list[dict[str, Any]]) -> Iterator[Target]:
     what = "scan of a store of three times the page cache's budget, of the disk's rate"
     yield from _newest(what, 0.9, [(r, r.get("of_disk")) for r in records], least=False)
 
 
-def _of_peers(records: list[dict]) -> Iterator[Target]:
+def _of_peers(records: list[dict[str, Any]]) -> Iterator[Target]:
     """Our rate over that of a library as released, in its best way; the least of a part's cases."""
     out_of_core = ("Bergson FAISS", "Bergson Scorer, mapped")
     for what, part, names, bar in (
@@ -226,11 +217,11 @@ def _of_peers(records: list[dict]) -> Iterator[Target]:
         ("influence pairs/s, over Bergson out of core", "influence", out_of_core, 10.0),
         ("pairs/s over bergson score, which runs the model", "model", ("bergson score",), 10.0),
     ):
-        found = []
+        found: list[tuple[dict[str, Any], float | None]] = []
         for record in records:
             if record["params"].get("part") == part:
-                rates = _results.rates(record)
-                ours = [rate for name, rate in rates.items() if name.startswith(OURS)]
+                rates = results.rates(record)
+                ours = [rate for name, rate in rates.items() if is_ours(name)]
                 # "LogIX, repaired" and "LogIX with logra's ops" are not LogIX as released.
                 exact = [rates[name] for name in names if name in rates]
                 ways = [r for name, r in rates.items() if name.startswith("Bergson FAISS")]
@@ -240,7 +231,7 @@ def _of_peers(records: list[dict]) -> Iterator[Target]:
         yield from _newest(what, bar, found, least=True)
 
 
-def _of_table1(records: list[dict]) -> Iterator[Target]:
+def _of_table1(records: list[dict[str, Any]]) -> Iterator[Target]:
     for name in ("largest over smallest batch", "best over best"):
         found = [(r, r.get("ratios", {}).get(name)) for r in records]
         what = f"influence pairs/s over kronfluence's EKFAC, {name}"
@@ -248,7 +239,7 @@ def _of_table1(records: list[dict]) -> Iterator[Target]:
 
 
 def _newest(
-    what: str, asked: float, found: list[tuple[dict, float | None]], least: bool
+    what: str, asked: float, found: list[tuple[dict[str, Any], float | None]], least: bool
 ) -> Iterator[Target]:
     values = [(value, record) for record, value in found if value is not None]
     if not values:
@@ -270,13 +261,7 @@ GROUPS: dict[str, Callable[[Setting, Limits], Iterator[Target]]] = {
 
 def line(target: Target) -> str:
     sign = "≥" if target.at_least else "≤"
-    got = (
-        ""
-        if target.got is None
-        else f"{target.got:,.3g}"
-        if target.got < 100
-        else f"{target.got:,.0f}"
-    )
+    got = "" if target.got is None else format(target.got, ",.0f" if target.got >= 100 else ".3g")
     asked = f"{sign} {target.asked:,g}" if target.asked else ""
     verdict = target.verdict if target.asked else ""
     return f"{target.what:<76}{asked:>9}{got:>10}  {verdict:<13}{target.note}"
@@ -295,21 +280,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     setting = Setting()
-    torch.manual_seed(0)
-    random.seed(0)
+    prepare(threads=None)
     with torch.no_grad():
         if args.held:
             print(json.dumps(asdict(held_scan(setting))))
             return
-        limits = _limits.measure(9)
-        print(f"{torch.get_num_threads()} threads, isa {_native.isa()}, {limits.line()}")
+        limits = machine_limits.measure(9)
+        print(machine_limits.header(limits))
         print(f"{'':<76}{'asked':>9}{'got':>10}")
         for name in args.only:
             for target in GROUPS[name](setting, limits):
                 print(line(target), flush=True)
                 if args.json and name != "stored":
                     record = {"bench": "targets", "case": target.what, **asdict(target)}
-                    _results.append("targets", {**record, "verdict": target.verdict})
+                    results.append("targets", {**record, "verdict": target.verdict})
 
 
 if __name__ == "__main__":

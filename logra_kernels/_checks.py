@@ -57,9 +57,7 @@ def expect_sizes(name: str, sizes: Sequence[int], total: int) -> None:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The same values outside autograd, with a contiguous last axis."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
+    """The same values with a contiguous last axis, which the kernels need; copied where need be."""
     if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     return tensor

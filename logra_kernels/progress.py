@@ -1,4 +1,4 @@
-"""Progress of long passes: a bar, a callback, or nothing."""
+"""Tells how far a long pass over rows has come: by a bar, by a callback, or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-# True: a bar on stderr; a callback gets (rows done, rows in all); None or False: silence.
+# True draws a bar on stderr. A callback gets (rows done, rows in all). None and False: silence.
 Progress = bool | Callable[[int, int], None] | None
 
 

@@ -5,25 +5,25 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from logra_kernels import _native
+from logra_kernels import ops
 
 
-@pytest.fixture(params=_native.available_isas() or ["reference"])
+@pytest.fixture(params=ops.available_isas() or ["reference"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set this machine has; "reference" where the C++ kernels are not loaded."""
     if request.param == "reference":
         yield request.param
         return
-    before = _native.isa()
-    _native.set_isa(request.param)
+    before = ops.isa()
+    ops.set_isa(request.param)
     yield request.param
-    _native.set_isa(str(before))
+    ops.set_isa(str(before))
 
 
 @pytest.fixture
 def native() -> None:
     """For what only the C++ kernels promise."""
-    if _native.C is None:
+    if ops.isa() is None:
         pytest.skip("the C++ kernels are not loaded")
 
 

@@ -1,23 +1,23 @@
 """Other libraries at the same work: LogIX, Bergson, dattri, dattri-llm. None is needed at run time.
 
-`make peers-env` installs them into .venv-peers; `.venv-peers/bin/python -m bench.bench_peers` runs
-what is installed. Each `with_<library>` runs a peer as its documentation says, from its own public
-names where they suffice; what had to be worked round on a CPU, or was repaired for a fair
-comparison, stands in the module's first lines. Patches are undone after each call.
+`make peers-env` installs them into .venv-peers; `.venv-peers/bin/python -m bench.peers` runs what
+is installed. Each `with_<library>` runs a peer as its documentation says, by its own public names
+where they suffice. The first lines of the module say what it works round on a CPU, and what it
+repairs for a fair comparison. Patches are undone after each call.
 """
 
-from __future__ import annotations
-
 import contextlib
+import importlib
 import importlib.util
 import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # bars of one peer would stand in another's time
+os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar takes time of the call that is timed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 NAMES = ("logix", "bergson", "dattri", "dattri_llm")
@@ -32,9 +32,14 @@ def missing(name: str) -> str | None:
     return None
 
 
+def peer(name: str) -> ModuleType | None:
+    """bench.peers.with_<name>; None where the peer is not installed."""
+    return None if missing(name) else importlib.import_module(f"bench.peers.with_{name}")
+
+
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """What a peer prints and logs is not part of the table."""
+    """Inside, nothing that a peer prints or logs is shown."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -52,7 +57,7 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(**attributes: Any) -> Iterator[None]:
-    """Attributes of modules or classes, for a while: replaced(**{"package.module:name": value})."""
+    """Inside, attributes of modules or classes: replaced(**{"package.module:name": value})."""
     undo = []
     try:
         for path, value in attributes.items():

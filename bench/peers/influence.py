@@ -85,4 +85,5 @@ class InfluenceSetting:
         return scores
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self.rank**2, dim=1)
+        parts: tuple[Tensor, ...] = rows.split(self.rank**2, dim=1)
+        return parts

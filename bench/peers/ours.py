@@ -1,20 +1,20 @@
-"""Our own logging and scoring, in the form the peers' have."""
+"""Our own logging and scoring, in the form that the peers' have."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import logra_kernels as logra
+from bench.harness.models import summed_loss
+from bench.paths.attribution import write_store
 from bench.peers import replaced, silenced
 from bench.peers.setting import LoggingSetting
-from logra_kernels import ops
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.run.statistic import Covariance
-from logra_kernels.store import Module, Store, StoreWriter
+from logra_kernels.store import Module, Store
 
 
 class Logger:
@@ -40,7 +40,7 @@ class Logger:
         run.setup({**kept, "statistic": {"grad": Covariance}} if self.curvature else kept)
         for indices, ids in setting.batches():
             with torch.enable_grad(), run(data_id=indices):
-                setting.summed_loss(self.model, ids).backward()
+                summed_loss(self.model, ids).backward()
         run.finalize()
         return folder
 
@@ -49,19 +49,16 @@ class Logger:
         return torch.from_numpy(store.take(range(store.num_rows)))
 
 
-def write_store(folder: Path, modules: list[Module], rows: Tensor) -> Store:
-    sizes = [module.size for module in modules]
-    with StoreWriter.create(folder, modules=modules) as writer:
-        writer.set_module_exponents([0] * len(modules))
-        for first in range(0, len(rows), 256):
-            block = rows[first : first + 256]
-            packed, scale = ops.pack_rows(block, sizes, [0] * len(modules))
-            writer.append(range(first, first + len(block)), packed.numpy(), scale.numpy())
-    return Store.open(folder)
-
-
 def attributor(folder: Path, modules: list[Module], rows: Tensor, curvature: bool) -> Attributor:
     """Ready for questions: the preconditioner factorised, the norms not yet computed."""
     with silenced():
         store = write_store(folder, modules, rows)
         return Attributor(store, RawCurvature.rebuild(store) if curvature else "none")
+
+
+def scores(asked: Attributor, queries: Tensor, mode: str) -> Callable[[], Tensor | None]:
+    return lambda: asked.scores(queries, mode).scores
+
+
+def top(asked: Attributor, queries: Tensor, k: int, mode: str) -> Callable[[], Tensor | None]:
+    return lambda: asked.top_k(queries, k, mode).top_scores

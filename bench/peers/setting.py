@@ -1,16 +1,14 @@
 """One model, one set of examples and one projection for every library."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.harness.models import linear_weights, llama, summed_loss
 from logra_kernels.projection import ModuleProjection, build_projections
 from logra_kernels.store import Module
 
@@ -37,16 +35,7 @@ class LoggingSetting:
         torch.manual_seed(0)
         self.rank, self.batch_size = rank, batch_size
         self.ids = torch.randint(0, VOCABULARY, (num_examples, num_tokens))
-        self._model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=width,
-                intermediate_size=width * 8 // 3,
-                num_hidden_layers=blocks,
-                num_attention_heads=width // 64,
-                num_key_value_heads=width // 64,
-            )
-        ).eval()
+        self._model = llama(blocks=blocks, width=width, vocabulary=VOCABULARY)
         widths = {
             name: (module.in_features, module.out_features)
             for name, module in self._model.named_modules()
@@ -77,12 +66,12 @@ class LoggingSetting:
         assert projection.proj_in is not None
         return projection.proj_out, projection.proj_in
 
-    def model(self) -> LlamaForCausalLM:
-        """A copy, for each library changes it in its own way."""
+    def model(self) -> Any:
+        """A copy, for each library changes the model in its own way."""
         return copy.deepcopy(self._model)
 
-    def probe(self) -> LlamaForCausalLM:
-        """A copy frozen but for the embedding: no weight gradients, as Bergson sets it up."""
+    def probe(self) -> Any:
+        """A copy frozen but for the embedding, as Bergson sets it up: no weight gradients."""
         model = self.model().requires_grad_(False)
         model.get_input_embeddings().requires_grad_(True)
         return model
@@ -92,20 +81,27 @@ class LoggingSetting:
             ids = self.ids[first : first + self.batch_size]
             yield list(range(first, first + len(ids))), ids
 
-    @staticmethod
-    def summed_loss(model: nn.Module, ids: Tensor) -> Tensor:
-        logits = model(ids).logits[:, :-1]
-        return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    def passes_alone(self) -> Callable[[], None]:
+        """Forward and backward pass of every batch, down to the embedding."""
+        model = self.probe()
+
+        def run() -> None:
+            for _, ids in self.batches():
+                model.zero_grad()
+                with torch.enable_grad():
+                    summed_loss(model, ids).backward()
+
+        return run
 
     @cached_property
     def first_rows(self) -> Tensor:
-        """What the first examples' rows are, [4, D] float64: one example at a time, by autograd."""
+        """Rows of the first four examples, [4, D] float64: one at a time, by autograd."""
         model = self.model().double()
         rows = []
         for ids in self.ids[:4]:
             model.zero_grad()
             with torch.enable_grad():
-                self.summed_loss(model, ids[None]).backward()
+                summed_loss(model, ids[None]).backward()
             parts = []
             for name in self.names:
                 gradient = model.get_submodule(name).weight.grad
@@ -116,8 +112,5 @@ class LoggingSetting:
 
     @property
     def flops(self) -> float:
-        """Forward and activation-gradient pass: 4 a parameter and token."""
-        parameters = sum(
-            m.weight.numel() for m in self._model.modules() if isinstance(m, nn.Linear)
-        )
-        return 4.0 * parameters * self.num_tokens
+        """Of the forward and activation-gradient pass: 4 for each weight and token."""
+        return 4.0 * linear_weights(self._model) * self.num_tokens

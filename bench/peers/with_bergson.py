@@ -10,9 +10,8 @@
 - It asks faiss for its GPU class, which faiss-cpu does not have: told that nothing is on a GPU.
 """
 
-from __future__ import annotations
-
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +107,14 @@ class Logger:
     def rows(self, folder: Path) -> Tensor:
         return torch.from_numpy(np.array(load_gradients(folder)))
 
+    def scores(self, folder: Path, queries: Tensor) -> Tensor:
+        """`bergson score`: dot products [Q, N] by running the model."""
+        parts = queries.split([module.size for module in self.setting.modules], dim=1)
+        asked = dict(zip(self.names, parts, strict=True))
+        writer = Kept(len(self.setting.ids), len(queries))
+        self(folder, Scorer(asked, self.names, writer, torch.device("cpu"), torch.float32))
+        return writer.scores.T
+
 
 class Kept(ScoreWriter):
     """Scores in memory, [N, Q]."""
@@ -165,7 +172,15 @@ class Influence:
             )
 
     def preconditioned(self, queries: Tensor) -> dict[str, Tensor]:
-        return self.one_sided.apply(self.nested(queries))
+        nested: dict[str, Tensor] = self.one_sided.apply(self.nested(queries))
+        return nested
+
+    def search(
+        self, index: Attributor, queries: Tensor, k: int, by_hand: bool = False
+    ) -> Callable[[], Tensor]:
+        """A call of `index` for the k highest scores; by_hand: the query is preconditioned here."""
+        nest = self.preconditioned if by_hand else self.nested
+        return lambda: index.search(nest(queries), k)[0]
 
     def stream(self, queries: Tensor, block_rows: int = 256, whitened: bool = False) -> Tensor:
         """Its Scorer, as `bergson score` sets it up, fed from the mapped gradients: [Q, N].

@@ -8,12 +8,10 @@
 - The model is frozen but for its embedding, which it does not do itself.
 """
 
-from __future__ import annotations
-
-import functools
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from dattri.algorithm.logra import LoGraAttributor
@@ -22,6 +20,7 @@ from dattri.task import AttributionTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from bench.harness.models import summed_loss
 from bench.peers import silenced
 from bench.peers.setting import LoggingSetting
 from logra_kernels.store import Module
@@ -35,7 +34,7 @@ class AveragedLoss(nn.Module):
         self.lm, self.setting = setting.probe(), setting
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(loss=self.setting.summed_loss(self.lm, input_ids) / len(input_ids))
+        return SimpleNamespace(loss=summed_loss(self.lm, input_ids) / len(input_ids))
 
 
 class Logger:
@@ -48,8 +47,8 @@ class Logger:
             model=(model := AveragedLoss(setting)),
             checkpoints=model.state_dict(),
         )
-        examples = [{"input_ids": ids} for ids in setting.ids]
-        self.loader = DataLoader(examples, batch_size=setting.batch_size)
+        examples: Any = [{"input_ids": ids} for ids in setting.ids]
+        self.loader: DataLoader[Any] = DataLoader(examples, batch_size=setting.batch_size)
         self.attributors: dict[Path, LoGraAttributor] = {}
         with silenced(), tempfile.TemporaryDirectory() as folder:
             attributor = self._attributor(Path(folder))
@@ -85,7 +84,7 @@ class Logger:
         return torch.cat([torch.cat(part, dim=1) for part in parts])
 
 
-def _projector_of(project: functools.partial) -> BasicProjector:
+def _projector_of(project: Any) -> BasicProjector:
     """The projector in the closure of what random_project returned."""
     found = [cell.cell_contents for cell in project.__closure__]
     return next(value for value in found if isinstance(value, BasicProjector))
@@ -100,7 +99,8 @@ class Influence:
         task = AttributionTask(
             lambda model, batch, device: None, model, checkpoints=model.state_dict()
         )
-        self.loader = DataLoader(list(range(len(rows))), batch_size=batch)
+        numbers: Any = list(range(len(rows)))
+        self.loader: DataLoader[Any] = DataLoader(numbers, batch_size=batch)
         with silenced():
             attributor = self.attributor = LoGraAttributor(
                 task,
@@ -125,4 +125,5 @@ class Influence:
         """[Q, N]."""
         self.attributor._compute_test_gradients = lambda loader: (queries, {})
         with silenced():
-            return self.attributor.attribute(self.loader, self.loader).T
+            scores: Tensor = self.attributor.attribute(self.loader, self.loader).T
+        return scores

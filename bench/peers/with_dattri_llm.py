@@ -7,8 +7,6 @@
 - The writer is its asynchronous one, one file a step, its default for a batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +23,12 @@ from dattri_llm.gradient import ops as their_ops
 from dattri_llm.gradient.gradient import Gradient, GradientRecord
 from torch import Tensor
 
+from bench.harness.models import summed_loss
 from bench.peers import silenced
 from bench.peers.setting import LoggingSetting
 from logra_kernels.store import Module
+
+Projector = Callable[[Tensor], Tensor]
 
 
 class Logger:
@@ -41,7 +42,7 @@ class Logger:
         # seed 2i is layer i's output side, 2i + 1 its input side: its LoGra convention
         matrices = [matrix for name in setting.names for matrix in setting.matrices(name)]
 
-        def projector(feature: Tensor, batch: int, *, proj_seed: int, **_: object) -> Callable:
+        def projector(feature: Tensor, batch: int, *, proj_seed: int, **_: object) -> Projector:
             return lambda x: x @ matrices[proj_seed].T
 
         self.config = HookManagerConfig(
@@ -64,7 +65,7 @@ class Logger:
             with hooks.collect():
                 for _, ids in self.setting.batches():
                     self.model.zero_grad()
-                    self.setting.summed_loss(self.model, ids).backward()
+                    summed_loss(self.model, ids).backward()
             hooks.remove()
         return folder
 
@@ -121,4 +122,5 @@ class Influence:
             score = TracInAttributor(self.arguments).attribute_from_cache(
                 str(self.folder / "train"), str(self.folder / name)
             )
-        return score.agnostic_matrix()[1].T
+        scores: Tensor = score.agnostic_matrix()[1].T
+        return scores

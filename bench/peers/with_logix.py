@@ -9,8 +9,6 @@
 - Its scores need the state's inverse, computed once; what is timed comes after that.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from logix.lora.modules import LoraLinear
 from logix.statistic import Covariance, Log
 from torch import Tensor, nn
 
+from bench.harness.models import summed_loss
 from bench.peers import replaced, silenced
 from bench.peers.setting import LoggingSetting
 from logra_kernels import ops
@@ -85,7 +84,7 @@ class Logger:
             for indices, ids in self.setting.batches():
                 self.model.zero_grad()
                 with torch.enable_grad(), run(data_id=[str(index) for index in indices]):
-                    self.setting.summed_loss(self.model, ids).backward()
+                    summed_loss(self.model, ids).backward()
             run.finalize()
             run.logger.clear()  # its hooks stay otherwise
         return folder
@@ -140,4 +139,6 @@ class Influence:
         with silenced(), replaced(**(patches or {})):
             self.run.log_dataloader = None  # it keeps the first one it made
             loader = self.run.build_log_dataloader(batch_size=batch_rows)
-            return self.run.compute_influence_all(asked, loader, mode="cosine")["influence"]
+            result = self.run.compute_influence_all(asked, loader, mode="cosine")
+        scores: Tensor = result["influence"]
+        return scores

@@ -1,5 +1,6 @@
 """python -m bench.table1"""
 
-from bench.table1 import main
+from bench.table1.command import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.harness.models import summed_loss
 from bench.table1 import logra
-from bench.table1.setting import Setting, summed_loss
+from bench.table1.setting import Setting
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.store import Store
@@ -50,7 +51,7 @@ def scores(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str,
 def dense_products(setting: Setting) -> Tensor:
     """[Q, N]: products of whole weight gradients, one example at a time, by autograd alone."""
     model = setting.load()
-    weights = [model.get_submodule(name).weight for name in setting.modules]
+    weights = [model.get_parameter(f"{name}.weight") for name in setting.modules]
 
     def gradient(tokens: Tensor) -> Tensor:
         parts = torch.autograd.grad(summed_loss(model, tokens[None].to(setting.device)), weights)
@@ -97,8 +98,8 @@ def compare(ours: dict[str, Tensor], ekfac: dict[str, Tensor] | None) -> dict[st
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's, of [Q, N] and [Q, N], the mean over Q; scores without ties."""
     ranks = [scores.argsort(dim=1).argsort(dim=1).double() for scores in (a, b)]
-    centred = [r - r.mean(dim=1, keepdim=True) for r in ranks]
-    return float(torch.cosine_similarity(*centred, dim=1).mean())
+    x, y = (r - r.mean(dim=1, keepdim=True) for r in ranks)
+    return float(torch.cosine_similarity(x, y, dim=1).mean())
 
 
 def train(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def train(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, 
     options: steps, batch, learning_rate.
     """
     torch.manual_seed(0)
-    model = setting.load().train()
+    model: Any = setting.load().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"])
     losses = []
     for _ in range(options["steps"]):

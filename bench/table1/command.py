@@ -14,8 +14,6 @@ An EKFAC row is written TRAINxTEST, the examples at a time and the queries of on
 with :r32 for kronfluence's low-rank queries and :bf16 for its mixed precision ("16x256:r32:bf16").
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
@@ -31,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import _results
 from bench.__main__ import PEERS_PYTHON
+from bench.harness import results
 from bench.table1 import check, prepare
 from bench.table1.setting import DTYPES, Setting
 from bench.table1.table import (
@@ -44,10 +42,10 @@ from bench.table1.table import (
     memory_bytes,
     pairs_per_s,
     pairs_per_s_with_queries,
-    plot,
 )
 
 ROOT = Path(__file__).parents[2]
+Measured = dict[str, Any]  # what goes in and out of a step, ready for JSON
 WHOLE = {"width": 384, "inner": 1024, "blocks": 4}
 QUICK = {"width": 128, "inner": 352, "blocks": 2}
 
@@ -93,7 +91,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no-ekfac", action="store_true", help="our rows only")
     add("--work", type=Path, help="keep everything there; steps that are done are not done again")
     add("--json", action="store_true", help="append to bench/results/table1.jsonl")
-    add("--plot", type=Path, help="write the bars there (.png or .svg)")
     args = parser.parse_args(argv)
     quick = args.quick
     defaults = {
@@ -127,7 +124,8 @@ def parse_ekfac(row: str) -> dict[str, Any]:
     train, _, test = head.partition("x")
     if not train.isdigit() or not test.isdigit() or not int(train) or not int(test):
         raise ValueError(f"--ekfac: expected TRAINxTEST such as 16x256:r32, got {row!r}")
-    options = {"train_batch": int(train), "test_batch": int(test), "low_rank": None, "amp": None}
+    options: dict[str, Any] = {"train_batch": int(train), "test_batch": int(test)}
+    options |= {"low_rank": None, "amp": None}
     for mark in marks:
         if mark == "bf16":
             options["amp"] = "bfloat16"
@@ -156,7 +154,9 @@ class Steps:
         self._kept = work / "steps"
         self._kept.mkdir(exist_ok=True)
 
-    def run(self, step: str, label: str, setting: Setting, options: dict[str, Any]) -> dict:
+    def run(
+        self, step: str, label: str, setting: Setting, options: dict[str, Any]
+    ) -> dict[str, Any]:
         """What a step measured, now or in an earlier run with the same setting and options.
 
         Raises: RuntimeError with the last lines of what the process said.
@@ -166,7 +166,7 @@ class Steps:
         given = {"setting": asdict(setting), "options": options, "threads": threads}
         given = json.loads(json.dumps(given))
         if file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))
+            kept: dict[str, Measured] = json.loads(file.read_text(encoding="utf-8"))
             if kept["given"] == given:
                 return kept["measured"]
         print(f"  {step} {label} …", file=sys.stderr, flush=True)
@@ -190,7 +190,7 @@ class Steps:
         if done.returncode != 0 or not out.exists():
             said = "\n".join(done.stdout.strip().splitlines()[-12:])
             raise RuntimeError(f"{step} {label}: ended with {done.returncode}:\n{said}")
-        measured = json.loads(out.read_text(encoding="utf-8"))
+        measured: Measured = json.loads(out.read_text(encoding="utf-8"))
         file.write_text(json.dumps({"given": given, "measured": measured}), encoding="utf-8")
         return measured
 
@@ -206,9 +206,7 @@ def run(args: argparse.Namespace, work: Path) -> None:
     add_logra(table, steps, setting, args)
     print(table.text())
     if args.json:
-        _results.append("table1", {"bench": "table1", **table.record()})
-    if args.plot and not plot(table.record(), args.plot):
-        print(f"\n  no {args.plot.name}: matplotlib is not installed")
+        results.append("table1", {"bench": "table1", **table.record()})
 
 
 def find_kronfluence(args: argparse.Namespace) -> tuple[Path | None, str | None]:
@@ -355,14 +353,10 @@ def add_logra(table: Table, steps: Steps, setting: Setting, args: argparse.Names
                 "test_batch": test_batch,
                 "query_batch": max(args.log_batch),
                 "repeats": args.repeats,
-                "relatif": rank == args.ranks[0] and test_batch == max(args.logra),
             }
             found = steps.run("logra-query", f"rank-{rank}-{test_batch}", setting, options)
             row = influence_row(LOGRA, variant, found["block_rows"], found, args)
             once = f"factorisation {found['factorise_s']:.2f} s"
-            if "sigma_s" in found:
-                row.relatif_over_dot = found["relatif_s"] / found["dot_s"]
-                once += f", sigma {found['sigma_s'] / found['num_train'] * 1e6:.1f} us/example"
             for logged in table.logging:
                 if logged.system == LOGRA and logged.variant == variant:
                     logged.once, logged.once_s = once, found["factorise_s"]
@@ -371,7 +365,7 @@ def add_logra(table: Table, steps: Steps, setting: Setting, args: argparse.Names
 
 
 def influence_row(
-    system: str, variant: str, train_batch: int, found: dict, args: argparse.Namespace
+    system: str, variant: str, train_batch: int, found: Measured, args: argparse.Namespace
 ) -> InfluenceRow:
     return InfluenceRow(
         system,

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bench.table1.measure import PeakMemory, folder_bytes, now, timed
-from bench.table1.setting import DTYPES, Setting, summed_loss
+from bench.harness.memory import PeakMemory, folder_bytes, now, timed
+from bench.harness.models import summed_loss
+from bench.table1.setting import DTYPES, Setting
 
 NAME = "table1"
 # Queries that are differentiated at a time; more only take memory for their whole gradients.
 QUERY_BATCH = 16
 
 
-class Windows(Dataset):
+class Windows(Dataset[Tensor]):
     """[N, T] tokens as kronfluence reads them."""
 
     def __init__(self, tokens: Tensor) -> None:

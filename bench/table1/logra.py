@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import logra_kernels
-from bench.table1.measure import PeakMemory, folder_bytes, now
-from bench.table1.setting import Setting, summed_loss
+from bench.harness.memory import PeakMemory, folder_bytes, now
+from bench.harness.models import summed_loss
+from bench.table1.setting import Setting
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.run import Run
@@ -99,7 +100,7 @@ def query(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, 
     """Scores of all rows of the large store for `test_batch` queries.
 
     options: project, large, rank, train_batch (rows at a time; None: the package's choice),
-    test_batch, query_batch (queries differentiated at a time), repeats, relatif (time it too).
+    test_batch, query_batch (queries differentiated at a time), repeats.
     """
     model_run, model = watched_run(setting, folder, options["project"], None)
     model_run.initialize_from_log()
@@ -144,8 +145,6 @@ def query(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, 
         "block_rows": scan.block_rows,
         "memory": memory.stop(),
     }
-    if options.get("relatif"):
-        measured.update(_relatif(setting, known, large, queries, options["repeats"]))
     return measured
 
 
@@ -178,21 +177,3 @@ def check_scores(known: Attributor, queries: Tensor, result: Tensor) -> None:
     # the preconditioned queries are rounded to float32 in between: 2**-24 a product, D of them
     if not error <= 1e-5:
         raise RuntimeError(f"scan: off by {error:.1e} of the largest score")
-
-
-def _relatif(
-    setting: Setting, known: Attributor, large: Store, queries: Tensor, repeats: int
-) -> dict[str, float]:
-    """l-RelatIF: sigma once, then its scans and those of the plain scores in turn."""
-    attributor = Attributor(large, known.preconditioner, device=setting.device)
-    start = now(setting.device)
-    attributor.self_influence()
-    sigma_s = now(setting.device) - start
-    times: dict[str, list[float]] = {"dot": [], "l-relatif": []}
-    for _ in range(repeats):
-        for mode, seconds in times.items():
-            start = now(setting.device)
-            attributor.scores(queries, mode)
-            seconds.append(now(setting.device) - start)
-    dot_s, relatif_s = (statistics.median(seconds) for seconds in times.values())
-    return {"sigma_s": sigma_s, "relatif_s": relatif_s, "dot_s": dot_s}

@@ -1,14 +1,14 @@
 """The model, the tokens and the watched modules of a Setting."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from bench.harness.models import llama
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Corpus, TokenSettings
 
@@ -17,21 +17,14 @@ BYTES = 256  # tokens of a model that reads bytes
 
 def random_llama(folder: Path, width: int, inner: int, blocks: int, seed: int = 0) -> Path:
     """A Llama over bytes with random weights, in a Hugging Face folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=BYTES,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=max(1, width // 64),
-        num_key_value_heads=max(1, width // 64),
-        max_position_embeddings=4096,
+    model = llama(
+        blocks=blocks, width=width, inner=inner, vocabulary=BYTES, max_position_embeddings=4096
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -45,27 +38,27 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def module_names(folder: Path, name_filter: Sequence[str], last_blocks: int | None) -> list[str]:
-    """The linear layers to watch; the model is made without weights for this."""
+def _without_weights(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    lm = CausalLM(model, None, str(folder), "float32", {})
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def module_names(folder: Path, name_filter: Sequence[str], last_blocks: int | None) -> list[str]:
+    """The linear layers to watch."""
+    lm = CausalLM(_without_weights(folder), None, str(folder), "float32", {})
     return lm.linear_modules(name_filter, last_blocks)
 
 
 def parameters(folder: Path, names: Sequence[str]) -> tuple[int, int]:
     """How many weights the model has, and how many of them are watched."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = _without_weights(folder)
     watched = sum(model.get_submodule(name).weight.numel() for name in names)
     return sum(parameter.numel() for parameter in model.parameters()), watched
 
 
-def windows(text: Path | None, model: Path, count: int, length: int) -> np.ndarray:
+def windows(text: Path | None, model: Path, count: int, length: int) -> "np.ndarray[Any, Any]":
     """[count, length] tokens: the text from its beginning, cut into windows without padding.
 
     Args:
@@ -74,29 +67,25 @@ def windows(text: Path | None, model: Path, count: int, length: int) -> np.ndarr
     Raises:
         ValueError: the text is too short; the message says how many windows it has.
     """
-    has_tokenizer = (model / "tokenizer.json").exists()
-    if text is None and not has_tokenizer:
-        tokens = list(reference_text().encode()[: count * length])
-    elif not has_tokenizer:
-        if text.suffix != ".txt":
-            raise ValueError(f"text: a model that reads bytes takes a .txt file, got {text.name}")
-        tokens = list(text.read_bytes()[: count * length])
-    else:
+    wanted = count * length
+    if (model / "tokenizer.json").exists():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         if text is None:
             ids = tokenizer(reference_text(), add_special_tokens=False, verbose=False)["input_ids"]
-            tokens = list(ids[: count * length])
+            tokens = list(ids[:wanted])
         else:
-            settings = TokenSettings(max_tokens=length, long="split")
-            examples = (example.tokens for example in Corpus(text, tokenizer, settings))
-            tokens = []
-            for token in chain.from_iterable(examples):
-                tokens.append(token)
-                if len(tokens) == count * length:
-                    break
-    if len(tokens) < count * length:
+            corpus = Corpus(text, tokenizer, TokenSettings(max_tokens=length, long="split"))
+            examples = (example.tokens for example in corpus)
+            tokens = list(islice(chain.from_iterable(examples), wanted))
+    elif text is None:
+        tokens = list(reference_text().encode()[:wanted])
+    elif text.suffix == ".txt":
+        tokens = list(text.read_bytes()[:wanted])
+    else:
+        raise ValueError(f"text: a model that reads bytes takes a .txt file, got {text.name}")
+    if len(tokens) < wanted:
         raise ValueError(
             f"text: expected {count} windows of {length} tokens, got {len(tokens) // length};"
             " fewer or shorter examples are needed, or a longer text"

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,7 +52,7 @@ class Setting:
         return self.all_tokens[self.num_train :]
 
     def load(self) -> nn.Module:
-        """The model on its device, in evaluation mode; sets the threads too."""
+        """The model on its device, in evaluation mode. Sets torch's threads too."""
         from transformers import AutoModelForCausalLM, __version__
         from transformers.utils import logging
 
@@ -62,13 +61,5 @@ class Setting:
         logging.disable_progress_bar()
         key = "torch_dtype" if __version__.startswith("4.") else "dtype"
         options: dict[str, Any] = {key: DTYPES[self.dtype], "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(self.model, **options)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.model, **options)
         return model.eval().to(self.device)
-
-
-def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Cross entropy of every token given those before it, summed over tokens and examples."""
-    logits = model(input_ids=tokens, use_cache=False).logits  # [N, T, V]
-    return functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
-    )

@@ -1,9 +1,6 @@
-"""From what was measured to the table, its ratios, the JSON record and the plot."""
-
-from __future__ import annotations
+"""From what was measured to the table, its ratios and the JSON record."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 TARGET = 6500
@@ -22,7 +19,7 @@ class LoggingRow:
     memory_bytes: int
     storage_bytes: int
     storage_bytes_per_example: float  # of `storage_bytes`, what grows with the examples
-    once: str  # what follows once, and its seconds
+    once: str  # in words: the work that follows once, and its seconds
     once_s: float
 
 
@@ -39,7 +36,6 @@ class InfluenceRow:
     pairs_per_s_with_queries: float  # with the queries' gradients, over `corpus` examples
     query_s: float  # the queries' gradients, preconditioned
     memory_bytes: int
-    relatif_over_dot: float | None = None  # time of an l-RelatIF scan, sigma known, over dot's
 
     @property
     def batches(self) -> str:
@@ -130,7 +126,7 @@ class Table:
         return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """What is appended to bench/results/table1.jsonl."""
         return {
             "case": self.title,
             "corpus": self.corpus,
@@ -162,20 +158,17 @@ class Table:
             f"{'queries s':>11}{'memory':>10}"
         ]
         for row in self.influence:
-            note = ""
-            if row.relatif_over_dot is not None:
-                note = f"  l-RelatIF {row.relatif_over_dot:.2f}x dot's time"
             lines.append(
                 f"  {row.system + ' ' + row.variant:<30}{row.batches:>14}{row.pairs_per_s:>14,.0f}"
                 f"{row.pairs_per_s_with_queries:>28,.0f}{row.query_s:>11.2f}"
-                f"{size(row.memory_bytes):>10}{note}"
+                f"{size(row.memory_bytes):>10}"
             )
         return lines
 
 
 def pairs_per_s(measured: dict[str, Any]) -> float:
     """All training examples times all queries, over the time of the training side."""
-    return measured["num_train"] * measured["num_queries"] / measured["train_s"]
+    return float(measured["num_train"] * measured["num_queries"] / measured["train_s"])
 
 
 def pairs_per_s_with_queries(measured: dict[str, Any], corpus: int) -> float:
@@ -184,7 +177,7 @@ def pairs_per_s_with_queries(measured: dict[str, Any], corpus: int) -> float:
     The training side is as long as the examples are many, for either system; the queries' is not.
     """
     train_s = measured["train_s"] * corpus / measured["num_train"]
-    return corpus * measured["num_queries"] / (train_s + measured["query_s"])
+    return float(corpus * measured["num_queries"] / (train_s + measured["query_s"]))
 
 
 def memory_bytes(measured: dict[str, Any]) -> int:
@@ -209,51 +202,6 @@ def duration(seconds: float) -> str:
             return f"{seconds:.2g} {unit}"
         seconds /= length
     return f"{seconds:.3g} d"
-
-
-def plot(record: dict[str, Any], path: Path) -> bool:
-    """Bars of tokens/s and of pairs/s, the latter on a logarithmic axis; False: no matplotlib.
-
-    Args:
-        record: Table.record(), or a line of bench/results/table1.jsonl.
-        path: .png or .svg.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = {EKFAC: "#b0b7c3", LOGRA: "#2f6fde"}
-    logging = [LoggingRow(**row) for row in record["logging"]]
-    influence = [InfluenceRow(**row) for row in record["influence"]]
-    count = max(len(logging), len(influence))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.4 + 0.42 * count))
-    for axis, rows, title in (
-        (left, logging, "logging, tokens/s"),
-        (right, influence, "influence, (train, test) pairs/s"),
-    ):
-        values, names = [], []
-        for row in rows:
-            values.append(row.tokens_per_s if isinstance(row, LoggingRow) else row.pairs_per_s)
-            batches = row.batch if isinstance(row, LoggingRow) else row.batches
-            names.append(f"{row.system} {row.variant} {batches}")
-        bars = axis.barh(range(len(rows)), values, color=[colours[row.system] for row in rows])
-        axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=8)
-        axis.set_yticks(range(len(rows)), names, fontsize=8)
-        axis.invert_yaxis()
-        axis.set_title(title, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    left.margins(x=0.15)
-    right.set_xscale("log")
-    right.margins(x=0.25)
-    figure.suptitle(record["case"], fontsize=9)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
-    return True
 
 
 def _best(rows: list[InfluenceRow], with_queries: bool = False) -> float:

@@ -15,15 +15,15 @@
 #include <omp.h>
 #endif
 
-#include "../src/products.h"
-#include "../src/tiles.h"
 #include "logra/gradients.h"
 #include "logra/isa.h"
 #include "logra/project.h"
 #include "logra/scores.h"
 #include "logra/self_influence.h"
 #include "logra/topk_scores.h"
+#include "products/products.h"
 #include "tile_emulation.h"
+#include "tiles/tiles.h"
 
 namespace {
 
@@ -154,7 +154,7 @@ std::vector<float> products(const Data& queries, const Data& rows, std::size_t d
     std::vector<const void*> pointers;
     for (std::size_t i = r; i < std::min(num_rows, r + tiles.row_block()); ++i)
       pointers.push_back(rows.bytes.data() + i * dim * logra::size_bytes(rows.dtype));
-    tiles.run(pointers.data(), pointers.size(), 0, num_queries, block.data(), 256, scratch.get(), 0);
+    tiles.run({pointers.data(), pointers.size(), 0, 0, num_queries, block.data(), 256}, scratch.get());
     for (std::size_t i = 0; i < pointers.size(); ++i)
       for (std::size_t q = 0; q < num_queries; ++q) out[q * num_rows + r + i] = block[i * 256 + q];
   }

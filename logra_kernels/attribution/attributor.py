@@ -181,7 +181,7 @@ class Attributor:
         missing = []
         for index in range(len(self.store.shards)):
             if norms.known(index):
-                rows = self._reading.open_shard(index)
+                rows = self._reading.shard(index)
                 sink.put(rows.first_row, norms.of_shard(rows), slice(0, rows.num_rows))
                 done(rows.num_rows)
             else:
@@ -271,6 +271,7 @@ class _Scan:
 def _use(
     block: Block, norms: Norms | None, found: ShardNorms | None, sinks: Sequence[Sink]
 ) -> None:
+    """Find the block's norms if they are not known, then give it to every sink."""
     if norms and found:
         norms.compute(block, found)
     for sink in sinks:

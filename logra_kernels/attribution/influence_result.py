@@ -1,4 +1,4 @@
-"""What a query gets: scores of rows, ranked, under this package's names and LogIX's."""
+"""The scores of a store's rows for queries, ranked, under this package's names and LogIX's."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ TOTAL = "total"
 
 @dataclass
 class InfluenceResult(Mapping[str, Any]):
-    """Scores of stored rows for queries; positive: training more on the row helps the query.
+    """Scores of stored rows for queries; a positive one: more training on the row helps the query.
 
-    A full result has `scores [Q, N]`; a top-k result has `top_scores`, `top_rows`,
-    `bottom_scores`, `bottom_rows`, each [Q, k], best (worst) first, ties by the lower row. Groups
-    of modules are results of their own in `groups`. As a mapping it has LogIX's keys `src_ids`
-    (queries), `tgt_ids` (rows) and `influence`.
+    A full result has `scores` [Q, N]. A top-k result has `top_scores` and `top_rows`, best first,
+    and `bottom_scores` and `bottom_rows`, worst first, each [Q, k]; equal scores are ordered by the
+    lower row. `groups` holds a result of its own for each group of modules. As a mapping it has
+    LogIX's keys `src_ids` (queries), `tgt_ids` (rows) and `influence`.
     """
 
     mode: str
     query_ids: list[str]
     row_ids: Sequence[str]  # all rows of the store
     dampings: dict[str, float]  # lambda per module; empty without a curvature
-    zero_rows: int | None  # rows whose normaliser is zero, and so their score; None for "dot"
+    zero_rows: int | None  # rows that score 0 because their normaliser is 0; None for "dot"
     scores: Tensor | None = None  # [Q, N] float32
     top_scores: Tensor | None = None
     top_rows: Tensor | None = None  # int64
@@ -47,7 +47,7 @@ class InfluenceResult(Mapping[str, Any]):
         return self._ids(self.bottom_rows, "bottom_ids")
 
     def rows(self, query: int) -> list[dict[str, Any]]:
-        """One query's ranked rows: dicts with rank, row, id, score and (for a top k) end."""
+        """One query's rows, best first: dicts with rank, row, id, score and, for a top k, end."""
         if self.scores is not None:
             order = self.scores[query].sort(descending=True, stable=True).indices
             return self._ranked(self.scores[query][order], order)
@@ -112,7 +112,7 @@ class InfluenceResult(Mapping[str, Any]):
 
 
 class StoredIds(Sequence[str]):
-    """A store's ids, read when asked for, from the shards that have them."""
+    """A store's ids; one is read from its shard when it is asked for."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Of the memory left, the part that rows may take: the rest is the caller's.
+# The part of the memory left that rows may take; the rest is for the caller.
 SHARE_FOR_ROWS = 0.7
 
 
 def available_bytes() -> int:
-    """What could be taken without swapping: the page cache counts, for it gives way.
+    """Memory that this process could take without swapping; the page cache counts as free.
 
-    The least of the machine's MemAvailable and of what each control group above this process has
-    left of its limit (both versions).
+    It is the least of the machine's MemAvailable and of what each control group (version 1 or 2)
+    above this process has left of its limit.
     """
     return min([_machine(), *_groups()])
 
@@ -25,13 +25,13 @@ def _machine() -> int:
                 return int(line.split()[1]) << 10
     except OSError:
         pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # no Linux: all there is
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: all of it
 
 
 def _groups(
     proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[int]:
-    """What the groups with a limit have left; a group that cannot be read sets none."""
+    """What each group with a limit has left; a group that cannot be read counts as without one."""
     left = []
     try:
         lines = proc.read_text().splitlines()
@@ -47,7 +47,7 @@ def _groups(
         else:
             continue
         parts = Path(path).parts[1:]
-        # In a container the path may be the host's: then only the mounted top is there.
+        # In a container the path may be the host's, of which only the top is mounted.
         for depth in range(len(parts), -1, -1):
             folder = top.joinpath(*parts[:depth])
             try:

@@ -46,9 +46,6 @@ class Norms:
         device: where rows and W meet.
         store: keeps the norms beside its rows; None for rows in memory, whose norms are not kept.
         remember: keep in memory what scans make of known norms, 5 bytes a row and group.
-
-    Raises:
-        StoreMismatchError: norms kept under the same key are of something else.
     """
 
     def __init__(

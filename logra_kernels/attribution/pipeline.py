@@ -2,9 +2,9 @@
 
     disk ─ reader's threads ─► host buffers ─ copy lane ─► two device buffers ─ compute lane ─► work
 
-A lane does what it was given in order; lanes run beside each other and beside the host, and meet in
-events. `CudaLanes` (cuda_lanes.py) makes them of streams. Work on the CPU needs no lanes: it uses
-the host's memory in place.
+Each lane does its work in order, beside the other lane and the host. An event marks a point in a
+lane's work that the host or the other lane can wait for. `CudaLanes` (cuda_lanes.py) makes lanes of
+streams. Work on the CPU needs none: it uses the host's memory in place.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
 
-DEVICE_BUFFERS = 2  # one computed with, one copied into
+DEVICE_BUFFERS = 2  # work reads one while the next block is copied into the other
 
-Event = Any  # what a lane has done so far, when it was made
+Event = Any  # a point in a lane's work: reached when all that the lane was given before is done
 Work = Callable[[RowBlock, Tensor], None]
 
 
@@ -33,56 +33,59 @@ class Lanes(Protocol):
     device: torch.device
 
     def host_buffer(self, num_bytes: int) -> np.ndarray:
-        """[num_bytes] uint8 that copies leave while the host goes on."""
+        """Host memory, [num_bytes] uint8, that is copied from while the host goes on."""
 
     def device_buffer(self, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8."""
+        """Device memory, [num_bytes] uint8."""
 
     def copy(self, target: Tensor, source: Tensor) -> Event:
-        """Copy lane: host to device. The event: it is there, and the source is free."""
+        """Copy lane: host to device. At the event the copy is done and the source is free."""
 
     def copy_waits_for(self, event: Event) -> None:
-        """What the copy lane is given from now on begins after the event."""
+        """The copy lane does nothing that it is given from now on before the event."""
 
     def compute(self, work: Callable[[], None]) -> Event:
-        """Compute lane: whatever work() launches. The event: it is done."""
+        """Compute lane: what work() launches. At the event it is done."""
 
     def compute_waits_for(self, event: Event) -> None:
-        """What the compute lane is given from now on begins after the event."""
+        """The compute lane does nothing that it is given from now on before the event."""
 
     def wait(self, event: Event) -> None:
         """The host waits for the event."""
 
     def upload(self, values: np.ndarray) -> Tensor:
-        """Compute lane, inside work(): a small array on the device."""
+        """Compute lane, called in work(): a small host array, copied to the device."""
 
     def close(self) -> None:
-        """Wait for both lanes, and let go of the buffers."""
+        """Wait for both lanes, then free the buffers."""
 
 
 class HostLanes:
-    """Another device than CUDA: the host's memory is used in place, or copied as torch does it."""
+    """For the CPU, in place, and for devices other than CUDA, to which torch copies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def upload(self, values: np.ndarray) -> Tensor:
+        """A host array on the device."""
         return share(values).to(self.device)
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Nothing runs that could be waited for."""
 
 
 class _Threads:
-    """One compute thread where that is enough for what the disk brings, else all.
+    """Lets one thread compute where the disk is slower than that, else all threads.
 
-    A team of threads that waits for the next block spins, and so takes from the threads (and, in
-    a virtual machine, from the host) what reads need. Results do not depend on the choice.
+    Threads that wait for the next block spin, and so take processor time from the reads (in a
+    virtual machine, from the host's part of them). Results do not depend on the choice.
     """
 
-    ENOUGH = 0.6  # of the time of a block: the most that one thread's work may take
-    BUSY = 0.1  # of the work: less waiting than this, and the disk is no longer what is slow
-    MEMORY = 0.7  # weight of the blocks before
+    ENOUGH = 0.6  # one thread computes if its work would take less than this part of a block's time
+    BUSY = (
+        0.1  # all threads compute again once waiting takes less than this part of the work's time
+    )
+    MEMORY = 0.7  # weight of the blocks before in both times
 
     def __init__(self) -> None:
         self._all = self._now = torch.get_num_threads()
@@ -95,7 +98,7 @@ class _Threads:
         self._use(self._all)
 
     def saw(self, waited_s: float, worked_s: float) -> None:
-        """A block came after so much waiting, and took so much work."""
+        """Count a block that was waited for and worked on so long, and choose anew."""
         self._waited_s = self.MEMORY * self._waited_s + waited_s
         self._worked_s = self.MEMORY * self._worked_s + worked_s
         if self._now == 1:
@@ -113,7 +116,7 @@ class _Threads:
 
 @dataclass
 class _Slot:
-    """A device buffer, and the last work that reads it."""
+    """A device buffer, and the event after the last work that reads it."""
 
     memory: Tensor  # [n] uint8
     used: Event | None = None
@@ -130,6 +133,7 @@ class _Copied:
 
 
 def lanes_of(device: torch.device) -> Lanes | HostLanes:
+    """The lanes of a device; close them after use."""
     if device.type != "cuda":
         return HostLanes(device)
     from logra_kernels.attribution.cuda_lanes import CudaLanes
@@ -140,19 +144,19 @@ def lanes_of(device: torch.device) -> Lanes | HostLanes:
 def feed(
     blocks: Iterable[RowBlock], lanes: Lanes | HostLanes, work: Work, block_bytes: int
 ) -> None:
-    """work(block, its rows on the device) for every block, in order; done when it returns.
+    """Call work(block, its rows on the device) for every block, in order; all is done at the end.
 
-    A block's copy is under way before the work on the block before it begins. Three waits keep
-    lanes off each other's memory, and nothing else is waited for:
+    A block's copy begins before the work on the block before it. Three waits keep the lanes from
+    memory that is in use, and nothing else is waited for:
 
-    - a copy into a device buffer for the work on what is there;
-    - the work for its copy;
-    - a host buffer's return to the reader for the copy out of it.
+    - a copy into a device buffer waits for the work that reads the buffer;
+    - the work on a block waits for the block's copy;
+    - a host buffer goes back to the reader after the copy out of it.
 
     Args:
-        blocks: as a BlockReader gives them; two are held at most when the next is asked for.
-        lanes: the device.
-        work: launches the work on a block; what it needs of the block it takes before it returns.
+        blocks: as a BlockReader gives them; at most two are unreleased when the next is asked for.
+        lanes: the device's.
+        work: launches the work on a block, and does not use the block after it returns.
         block_bytes: the size of the largest block.
     """
     if isinstance(lanes, HostLanes):

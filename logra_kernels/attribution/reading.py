@@ -109,8 +109,8 @@ class Reading:
         """Rows of a block for a scan with so many queries."""
         return max(self.block_rows, min(self._most_rows, ROWS_PER_QUERY * num_queries))
 
-    def open_shard(self, index: int) -> ShardRows:
-        """A shard before the first of its blocks is used."""
+    def shard(self, index: int) -> ShardRows:
+        """A shard's place in the store, and its scales."""
         shard = self._store.shards[index]
         codec, layout = self._store.codec, self._store.layout
         rows = ShardRows(index, shard.first_row, shard.num_rows)
@@ -118,7 +118,13 @@ class Reading:
         if self._store.codec.scaled:
             streamed = self.way == "streamed"
             rows.row_scale = shard.read_row_scale() if streamed else shard.row_scale
+        return rows
+
+    def open_shard(self, index: int) -> ShardRows:
+        """A shard before the first of its blocks is used, with room for rows that stay."""
+        rows = self.shard(index)
         if self.way == "resident" and index not in self._held:
+            shard = self._store.shards[index]
             rows.held = self._room((shard.num_rows, shard.columns), shard.dtype)
         return rows
 

@@ -46,11 +46,7 @@ class Curvature(ABC):
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype: expected float32, float64 or None, got {dtype}")
         self.layout = RowLayout.of(modules)
-
-    @property
-    def modules(self) -> list[Module]:
-        """The modules of a row, in order."""
-        return list(self.layout)
+        self.modules: list[Module] = list(self.layout)
 
     @property
     @abstractmethod

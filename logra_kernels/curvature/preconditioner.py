@@ -51,12 +51,8 @@ class Preconditioner(ABC):
         self.key = key
         self.layout = RowLayout.of(modules)
         self.mean_eigenvalues = list(mean_eigenvalues)
+        self.modules: list[Module] = list(self.layout)
         self.dampings: dict[str, float] = dict(zip(self.layout.names, dampings or (), strict=False))
-
-    @property
-    def modules(self) -> list[Module]:
-        """The modules of a row, in order."""
-        return list(self.layout)
 
     def precondition(self, rows: Tensor) -> Tensor:
         """(H + λI)⁻¹ g for rows g [Q, D] float32 or float64, solved in float64.
@@ -180,7 +176,6 @@ class CholeskyPreconditioner(_OfMatrices):
     def __init__(self, matrices: ModuleMatrices, dampings: Sequence[float]) -> None:
         super().__init__(matrices, dampings, "cholesky")
         self._matrices = matrices
-        self._lambdas = dampings
         self._kept: dict[int, Tensor | None] = {}
         keep = sum(8 * size**2 for size in self.layout.sizes) <= KEPT_FACTOR_BYTES
         # Factors that are not kept are computed here too: a singular module is an error now.
@@ -194,7 +189,8 @@ class CholeskyPreconditioner(_OfMatrices):
             return self._kept[i]
         if self.mean_eigenvalues[i] == 0:
             return None
-        damping, name = self._lambdas[i], self.layout.names[i]
+        name = self.layout.names[i]
+        damping = self.dampings[name]
         matrix = self._matrices.matrix(i)
         if not matrix.isfinite().all():
             raise ValueError(f"module '{name}': H is not finite; rebuild it from the store")

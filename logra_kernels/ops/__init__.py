@@ -1,9 +1,11 @@
 """The ops: each checks its arguments once, then calls `torch.ops.logra.<op>`.
 
-`available_isas`, `isa` and `set_isa` say which instruction set their CPU kernels use.
+`isa`, `available_isas` and `set_isa` say and choose the CPU kernels' instruction set; `limits`
+holds the work that benchmarks time to know what the machine reaches.
 """
 
 from logra_kernels._native import available_isas, isa, set_isa
+from logra_kernels.ops import limits
 from logra_kernels.ops.covariance_update import covariance_update_
 from logra_kernels.ops.pack_rows import pack_rows, unpack_rows
 from logra_kernels.ops.per_sample_gradients import per_sample_gradients
@@ -19,6 +21,7 @@ __all__ = [
     "available_isas",
     "covariance_update_",
     "isa",
+    "limits",
     "pack_rows",
     "per_sample_gradients",
     "project",

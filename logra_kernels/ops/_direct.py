@@ -44,14 +44,17 @@ except (AttributeError, TypeError):  # another torch: the long way is always rig
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Whether these are plain CPU tensors and nobody intercepts, traces or profiles operations."""
+    """Whether these are plain CPU tensors that nobody differentiates, intercepts or traces."""
     if _compiling() or not _known or _native.C is None:
         return False
     if _included_keys().raw_repr() & ~_THREAD_BITS or _function_modes() or _profiled():
         return False
+    follows = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in _TYPES or _keys_of(tensor).raw_repr() & ~_TENSOR_BITS
+            type(tensor) not in _TYPES
+            or _keys_of(tensor).raw_repr() & ~_TENSOR_BITS
+            or (follows and tensor.requires_grad)
         ):
             return False
     return True

@@ -1,20 +1,20 @@
 """Registration of the ops under `torch.ops.logra`.
 
+An op may be called by its public function, by `torch.ops.logra.<op>` or out of a compiled graph. So
+its arguments are checked where all of these meet: in the registered kernels, and in the fake one.
+
 On CPU an op runs its C++ kernel if the extension is loaded, else the reference; on CUDA it calls
 the launcher `logra_kernels.triton.<op>.<function>` with the schema's arguments, positionally; on
-any other device it runs the reference. Schemas have no default values, so that every argument
-arrives.
-
-Tensors reach the kernels outside autograd and with a contiguous last axis (`_checks.plain`); all
-other axes may be strided.
+any other device it runs the reference. The ops have no derivatives: a backward pass through one
+raises.
 """
 
 import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,28 +31,36 @@ def register(
     schema: str,
     *,
     module: str,
+    check: Kernel,
     reference: Kernel,
     fake: Kernel,
     native: Kernel,
     check_values: Kernel | None = None,
     first_input: int = 0,
 ) -> Kernel:
-    """Define the op of `schema`; returns what calls it, past the dispatcher where it may.
+    """Define the op of `schema`.
 
-    `native` returns NotImplemented for arguments it does not take (float64), which the reference
-    then computes. `check_values` sees the arguments before any kernel does, and returns those to
-    use. On CUDA, arguments from `first_input` on that are float64 go to the reference.
+    Args:
+        schema: as `torch.library.Library.define` takes it.
+        module: the module of `logra_kernels.triton` with the launcher.
+        check: takes the schema's arguments, refuses what no kernel may see (types, shapes, devices)
+            and returns the arguments with a contiguous last axis; no value of a tensor is read.
+        reference, native: the kernels. `native` takes the extension first, and returns
+            NotImplemented for arguments that it leaves to the reference (float64).
+        fake: shapes and dtypes of the results.
+        check_values: like `check`, for the values in tensors, which a trace does not have.
+        first_input: float64 arguments from this one on go to the reference on CUDA.
+
+    Returns:
+        a function of the schema's arguments that calls the op, past the dispatcher where it may.
     """
     name = schema.split("(")[0]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
 
     def checked(kernel: Kernel) -> Kernel:
-        if check_values is None:
-            return kernel
-
-        @wraps(kernel)
         def run(*args: Any) -> Any:
-            return kernel(*check_values(*args))
+            args = check(*args)
+            return kernel(*(args if check_values is None else check_values(*args)))
 
         return run
 
@@ -72,13 +80,47 @@ def register(
     library.impl(name, checked(reference), "CompositeExplicitAutograd")
     library.impl(name, checked(cpu), "CPU")
     library.impl(name, checked(cuda), "CUDA")
-    torch.library.register_fake(f"logra::{name}", fake, lib=library)
+    torch.library.register_fake(f"logra::{name}", lambda *args: fake(*check(*args)), lib=library)
     op, checked_cpu = getattr(torch.ops.logra, name).default, checked(cpu)
+    if op._schema.is_mutable:
+        _register_mutation(name, op)
+    else:
+        torch.library.register_autograd(
+            f"logra::{name}", lambda *_: _no_derivative(name), lib=library
+        )
 
     def call(*args: Any) -> Any:
-        return checked_cpu(*args) if direct(*tensors_in(args)) else op(*args)
+        tensors = list(tensors_in(args))
+        if direct(*tensors):
+            return checked_cpu(*args)
+        if not tensors and not torch.compiler.is_compiling():
+            check(*args)  # the dispatcher would only say that it found no tensor
+        return op(*args)
 
     return call
+
+
+def _no_derivative(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"logra::{name} has no derivative; call it on detached tensors, or under torch.no_grad()"
+    )
+
+
+def _register_mutation(name: str, op: Any) -> None:
+    """The op writes its first argument: autograd's version counter learns of it."""
+
+    def autograd(keyset: Any, written: Tensor, *args: Any) -> Any:
+        tensors = tensors_in((written, *args))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            _no_derivative(name)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, written, *args)
+
+    def count(keyset: Any, written: Tensor, *args: Any) -> None:
+        op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, written, *args)
+        torch.autograd.graph.increment_version(written)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+    library.impl(name, count, "ADInplaceOrView", with_keyset=True)
 
 
 def tensors_in(args: tuple[Any, ...]) -> Iterator[Tensor]:

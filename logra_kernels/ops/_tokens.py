@@ -75,6 +75,31 @@ def check_tokens(
     return Tokens(x, dy, mask, cu_seqlens)
 
 
+def check_operands(
+    x: Tensor,
+    dy: Tensor,
+    proj_in: Tensor | None,
+    proj_out: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What the kernels take: tokens [N, T, *], or packed [T, *] with cu_seqlens; projections."""
+    if cu_seqlens is None:
+        expect_shape("x", x, N=None, T=None, I=None)
+    x, dy, mask, cu_seqlens = check_tokens(x, dy, mask, cu_seqlens, None, None, out_dtype)
+    if proj_in is not None:
+        expect_dtype("proj_in", proj_in, *FLOATS)
+        expect_shape("proj_in", proj_in, Ki=None, I=x.shape[-1])
+        proj_in = plain(proj_in)
+    if proj_out is not None:
+        expect_dtype("proj_out", proj_out, *FLOATS)
+        expect_shape("proj_out", proj_out, Ko=None, O=dy.shape[-1])
+        proj_out = plain(proj_out)
+    expect_same_device(x=x, proj_in=proj_in, proj_out=proj_out)
+    return x, dy, proj_in, proj_out, mask, cu_seqlens
+
+
 def direct_gradients(
     x: Tensor, dy: Tensor, proj_in: Tensor | None, proj_out: Tensor | None, mask: Tensor | None
 ) -> Tensor | None:
@@ -154,8 +179,8 @@ def check_token_values(
     asserts of the device, so that no launch waits for them.
     """
     if cu_seqlens is not None:
-        steps = cu_seqlens.diff()
-        good = (steps >= 0).all() & (cu_seqlens[0] >= 0) & (cu_seqlens[-1] <= num_tokens)
+        rising = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()  # a difference could wrap
+        good = rising & (cu_seqlens[0] >= 0) & (cu_seqlens[-1] <= num_tokens)
         text = f"cu_seqlens: expected values that never fall, from 0 to {num_tokens} at most"
         if cu_seqlens.is_cuda:
             torch._assert_async(good, text)

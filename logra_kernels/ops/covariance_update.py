@@ -36,7 +36,13 @@ def covariance_update_(cov: Tensor, rows: Tensor) -> Tensor:
     Source: LoGra (Choe et al. 2024), Eq. 3: H = sum of g g^T, its count kept apart.
     """
     if direct(cov, rows) and _direct(cov, rows):
+        torch.autograd.graph.increment_version(cov)
         return cov
+    _call(cov, rows)
+    return cov
+
+
+def _check(cov: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     expect_dtype("cov", cov, torch.float32, torch.float64)
     expect_dtype("rows", rows, *FLOATS)
     expect_shape("rows", rows, R=None, K=None)
@@ -44,17 +50,24 @@ def covariance_update_(cov: Tensor, rows: Tensor) -> Tensor:
     expect_same_device(cov=cov, rows=rows)
     if not cov.is_contiguous():
         raise ValueError(f"cov: expected a contiguous tensor, got strides {cov.stride()}")
-    _call(cov, plain(rows))
-    return cov
+    return cov, plain(rows)
+
+
+def _check_values(cov: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return cov, rows.clone() if _share_memory(cov, rows) else rows
+
+
+def _share_memory(cov: Tensor, rows: Tensor) -> bool:
+    return cov.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
 
 
 def _direct(cov: Tensor, rows: Tensor) -> bool:
     """False for arguments that take the long way."""
     if (
         cov.dtype not in (torch.float32, torch.float64)
-        or cov.requires_grad
         or not dense(rows, 2)
         or not cov.is_contiguous()
+        or _share_memory(cov, rows)
     ):
         return False
     width = rows.shape[1]
@@ -82,8 +95,10 @@ def _reference(cov: Tensor, rows: Tensor) -> None:
 _call = register(
     "covariance_update_(Tensor(a!) cov, Tensor rows) -> ()",
     module="covariance_update",
+    check=_check,
+    check_values=_check_values,
     reference=_reference,
     fake=_fake,
     native=_kernel,
-    first_input=1,  # a float64 cov is what the kernels accumulate into
+    first_input=1,  # the kernels accumulate into a float64 cov
 )

@@ -45,10 +45,7 @@ def pack_rows(
         TypeError: another dtype.
         ValueError: sizes that do not sum to D, an exponent out of range or too few.
     """
-    expect_dtype("rows", rows, *FLOATS)
-    expect_shape("rows", rows, R=None, D=None)
-    sizes, exponents = _check_modules(rows, module_sizes, module_exponents)
-    return _pack(plain(rows), sizes, exponents)
+    return _pack(rows, list(module_sizes), list(module_exponents))
 
 
 def unpack_rows(
@@ -72,19 +69,31 @@ def unpack_rows(
         ValueError: shapes or devices that disagree, sizes that do not sum to D, an exponent out
             of range or too few.
     """
+    return _unpack(packed, row_scale, list(module_sizes), list(module_exponents))
+
+
+def _check_pack(
+    rows: Tensor, sizes: list[int], exponents: list[int]
+) -> tuple[Tensor, list[int], list[int]]:
+    expect_dtype("rows", rows, *FLOATS)
+    expect_shape("rows", rows, R=None, D=None)
+    _check_modules(rows, sizes, exponents)
+    return plain(rows), sizes, exponents
+
+
+def _check_unpack(
+    packed: Tensor, row_scale: Tensor, sizes: list[int], exponents: list[int]
+) -> tuple[Tensor, Tensor, list[int], list[int]]:
     expect_dtype("packed", packed, torch.float16)
     expect_dtype("row_scale", row_scale, torch.float32)
     expect_shape("packed", packed, R=None, D=None)
     expect_shape("row_scale", row_scale, R=packed.shape[0])
     expect_same_device(packed=packed, row_scale=row_scale)
-    sizes, exponents = _check_modules(packed, module_sizes, module_exponents)
-    return _unpack(plain(packed), plain(row_scale), sizes, exponents)
+    _check_modules(packed, sizes, exponents)
+    return plain(packed), plain(row_scale), sizes, exponents
 
 
-def _check_modules(
-    rows: Tensor, module_sizes: Sequence[int], module_exponents: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    sizes, exponents = list(module_sizes), list(module_exponents)
+def _check_modules(rows: Tensor, sizes: list[int], exponents: list[int]) -> None:
     expect_sizes("module_sizes", sizes, rows.shape[1])
     if len(exponents) != len(sizes):
         raise ValueError(f"module_exponents: expected {len(sizes)}, got {len(exponents)}")
@@ -93,7 +102,6 @@ def _check_modules(
             raise ValueError(
                 f"module_exponents: expected {MIN_EXPONENT} to {MAX_EXPONENT}, got {exponent}"
             )
-    return sizes, exponents
 
 
 def _fake_pack(rows: Tensor, sizes: list[int], exponents: list[int]) -> tuple[Tensor, Tensor]:
@@ -128,6 +136,7 @@ def _native_unpack(
 _pack = register(
     "pack_rows(Tensor rows, int[] module_sizes, int[] module_exponents) -> (Tensor, Tensor)",
     module="pack_rows",
+    check=_check_pack,
     reference=reference.pack_rows,
     fake=_fake_pack,
     native=_native_pack,
@@ -136,6 +145,7 @@ _unpack = register(
     "unpack_rows(Tensor packed, Tensor row_scale, int[] module_sizes, int[] module_exponents) "
     "-> Tensor",
     module="pack_rows",
+    check=_check_unpack,
     reference=reference.unpack_rows,
     fake=_fake_unpack,
     native=_native_unpack,

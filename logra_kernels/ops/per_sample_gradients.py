@@ -9,7 +9,12 @@ from torch import Tensor
 from logra_kernels import reference
 from logra_kernels.ops._library import has_float64, register
 from logra_kernels.ops._pointers import pointer, view
-from logra_kernels.ops._tokens import check_token_values, check_tokens, direct_gradients
+from logra_kernels.ops._tokens import (
+    check_operands,
+    check_token_values,
+    check_tokens,
+    direct_gradients,
+)
 from logra_kernels.reference._dtype import accumulator
 
 
@@ -91,6 +96,17 @@ def _reference(x: Tensor, dy: Tensor, mask: Any, cu_seqlens: Any, out_dtype: Any
     return reference.per_sample_gradients(x, dy, mask, cu_seqlens, out_dtype=out_dtype)
 
 
+def _check(
+    x: Tensor,
+    dy: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    x, dy, _, _, mask, cu_seqlens = check_operands(x, dy, None, None, mask, cu_seqlens, out_dtype)
+    return x, dy, mask, cu_seqlens, out_dtype
+
+
 def _check_values(
     x: Tensor, dy: Tensor, mask: Any, cu_seqlens: Any, out_dtype: Any
 ) -> tuple[Any, ...]:
@@ -98,9 +114,10 @@ def _check_values(
 
 
 _call = register(
-    "per_sample_gradients(Tensor x, Tensor dy, Tensor? mask, Tensor? cu_seqlens, "
-    "ScalarType? out_dtype) -> Tensor",
+    "per_sample_gradients(Tensor x, Tensor dy, Tensor? mask=None, Tensor? cu_seqlens=None, "
+    "ScalarType? out_dtype=None) -> Tensor",
     module="per_sample_gradients",
+    check=_check,
     reference=_reference,
     fake=_fake,
     native=_native,

@@ -33,13 +33,17 @@ def project(x: Tensor, proj: Tensor) -> Tensor:
     """
     if direct(x, proj) and (out := _direct(x, proj)) is not None:
         return out
+    return _call(x, proj)
+
+
+def _check(x: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     expect_dtype("x", x, *FLOATS)
     expect_dtype("proj", proj, *FLOATS)
     if x.dim() == 0:
         raise ValueError("x: expected [..., I], got []")
     expect_shape("proj", proj, K=None, I=x.shape[-1])
     expect_same_device(x=x, proj=proj)
-    return _call(plain(x), plain(proj))
+    return plain(x), plain(proj)
 
 
 def _direct(x: Tensor, proj: Tensor) -> Tensor | None:
@@ -75,6 +79,7 @@ def _kernel(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor:
 _call = register(
     "project(Tensor x, Tensor proj) -> Tensor",
     module="project",
+    check=_check,
     reference=reference.project,
     fake=_fake,
     native=_kernel,

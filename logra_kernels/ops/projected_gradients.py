@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
 from logra_kernels.ops._library import has_float64, register
 from logra_kernels.ops._pointers import pointer, view
-from logra_kernels.ops._tokens import check_token_values, check_tokens, direct_gradients
+from logra_kernels.ops._tokens import (
+    check_operands,
+    check_token_values,
+    check_tokens,
+    direct_gradients,
+)
 from logra_kernels.reference._dtype import accumulator
 
 
@@ -63,17 +67,9 @@ def projected_gradients(
         out = direct_gradients(x, dy, proj_in, proj_out, mask)
         if out is not None:
             return out
-    tokens = check_tokens(x, dy, mask, cu_seqlens, segment_ids, num_segments, out_dtype)
-    if proj_in is not None:
-        expect_dtype("proj_in", proj_in, *FLOATS)
-        expect_shape("proj_in", proj_in, Ki=None, I=x.shape[-1])
-        proj_in = plain(proj_in)
-    if proj_out is not None:
-        expect_dtype("proj_out", proj_out, *FLOATS)
-        expect_shape("proj_out", proj_out, Ko=None, O=dy.shape[-1])
-        proj_out = plain(proj_out)
-    expect_same_device(x=x, proj_in=proj_in, proj_out=proj_out)
-    x, dy, mask, cu_seqlens = tokens
+    x, dy, mask, cu_seqlens = check_tokens(
+        x, dy, mask, cu_seqlens, segment_ids, num_segments, out_dtype
+    )
     return _call(x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype)
 
 
@@ -121,6 +117,18 @@ def _reference(
     )
 
 
+def _check(
+    x: Tensor,
+    dy: Tensor,
+    proj_in: Tensor | None = None,
+    proj_out: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    return *check_operands(x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype), out_dtype
+
+
 def _check_values(
     x: Tensor, dy: Tensor, proj_in: Any, proj_out: Any, mask: Any, cu_seqlens: Any, out_dtype: Any
 ) -> tuple[Any, ...]:
@@ -129,9 +137,10 @@ def _check_values(
 
 
 _call = register(
-    "projected_gradients(Tensor x, Tensor dy, Tensor? proj_in, Tensor? proj_out, Tensor? mask, "
-    "Tensor? cu_seqlens, ScalarType? out_dtype) -> Tensor",
+    "projected_gradients(Tensor x, Tensor dy, Tensor? proj_in=None, Tensor? proj_out=None, "
+    "Tensor? mask=None, Tensor? cu_seqlens=None, ScalarType? out_dtype=None) -> Tensor",
     module="projected_gradients",
+    check=_check,
     reference=_reference,
     fake=_fake,
     native=_native,

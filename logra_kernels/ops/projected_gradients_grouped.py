@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels._checks import (
+    FLOATS,
+    dtype_name,
+    expect_dtype,
+    expect_same_device,
+    expect_shape,
+    plain,
+)
 from logra_kernels.ops._library import has_float64, register
 from logra_kernels.ops._pointers import pointer, view
-from logra_kernels.ops._tokens import check_token_values, check_tokens
+from logra_kernels.ops._tokens import check_operands, check_token_values
 from logra_kernels.reference._dtype import accumulator
 
 
@@ -54,13 +61,31 @@ def projected_gradients_grouped(
 
     Source: LoGra (Choe et al. 2024), Eq. 6.
     """
+    if cu_seqlens is None and xs and isinstance(xs[0], Tensor) and xs[0].dim() == 2:
+        xs, dys = [x.unsqueeze(1) for x in xs], [dy.unsqueeze(1) for dy in dys]
+        mask = None if mask is None else mask.unsqueeze(1)
+    projs = list(projs_in or ()), list(projs_out or ())
+    return _call(list(xs), list(dys), *projs, mask, cu_seqlens, out_dtype)
+
+
+def _check(
+    xs: list[Tensor],
+    dys: list[Tensor],
+    projs_in: list[Tensor],
+    projs_out: list[Tensor],
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    """All modules are as the first, and the first is as `projected_gradients` takes it."""
     if not xs:
         raise ValueError("xs: expected at least one module, got none")
-    named = {"xs": xs, "dys": dys, "projs_in": projs_in or (), "projs_out": projs_out or ()}
+    named = {"xs": xs, "dys": dys, "projs_in": projs_in, "projs_out": projs_out}
     for name, tensors in named.items():
         if len(tensors) != len(xs) and (tensors or name == "dys"):
-            raise ValueError(f"{name}: expected {len(xs)} tensors, one a module like xs, "
-                             f"got {len(tensors)}")  # fmt: skip
+            raise ValueError(
+                f"{name}: expected {len(xs)} tensors, one a module like xs, got {len(tensors)}"
+            )
         for m, tensor in enumerate(tensors):
             expect_dtype(f"{name}[{m}]", tensor, *FLOATS)
             if tensor.shape != tensors[0].shape:
@@ -70,28 +95,17 @@ def projected_gradients_grouped(
                 )
             if tensor.dtype != tensors[0].dtype:
                 raise TypeError(
-                    f"{name}[{m}]: expected the dtype {str(tensors[0].dtype)[6:]} of {name}[0], "
-                    f"got {str(tensor.dtype)[6:]}"
+                    f"{name}[{m}]: expected the dtype {dtype_name(tensors[0].dtype)} of {name}[0], "
+                    f"got {dtype_name(tensor.dtype)}"
                 )
             expect_same_device(**{"xs[0]": xs[0], f"{name}[{m}]": tensor})
-    first = check_tokens(xs[0], dys[0], mask, cu_seqlens, None, None, out_dtype)
+    *_, mask, cu_seqlens = check_operands(xs[0], dys[0], None, None, mask, cu_seqlens, out_dtype)
     if projs_in:
         expect_shape("projs_in[0]", projs_in[0], Ki=None, I=xs[0].shape[-1])
     if projs_out:
         expect_shape("projs_out[0]", projs_out[0], Ko=None, O=dys[0].shape[-1])
-
-    def tokens(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
-        return [plain(t if t.dim() == dim else t.unsqueeze(1)) for t in tensors]
-
-    return _call(
-        tokens(xs, first.x.dim()),
-        tokens(dys, first.dy.dim()),
-        [plain(proj) for proj in projs_in or ()],
-        [plain(proj) for proj in projs_out or ()],
-        first.mask,
-        first.cu_seqlens,
-        out_dtype,
-    )
+    lists = ([plain(tensor) for tensor in tensors] for tensors in named.values())
+    return *lists, mask, cu_seqlens, out_dtype
 
 
 def _fake(
@@ -151,8 +165,10 @@ def _check_values(
 
 _call = register(
     "projected_gradients_grouped(Tensor[] xs, Tensor[] dys, Tensor[] projs_in, "
-    "Tensor[] projs_out, Tensor? mask, Tensor? cu_seqlens, ScalarType? out_dtype) -> Tensor",
+    "Tensor[] projs_out, Tensor? mask=None, Tensor? cu_seqlens=None, "
+    "ScalarType? out_dtype=None) -> Tensor",
     module="projected_gradients_grouped",
+    check=_check,
     reference=_reference,
     fake=_fake,
     native=_native,

@@ -38,12 +38,11 @@ def scores(
 
     Source: LoGra (Choe et al. 2024), Eq. 3; RelatIF (Barshan et al. 2020).
     """
-    queries, rows, row_scale, row_bias = check_scan(queries, rows, row_scale, row_bias)
     return _call(queries, rows, row_scale, row_bias)
 
 
 def check_scan(
-    queries: Tensor, rows: Tensor, row_scale: Tensor | None, row_bias: Tensor | None
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, row_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     expect_dtype("queries", queries, torch.float32, torch.float64)
     expect_dtype("rows", rows, *FLOATS)
@@ -77,8 +76,9 @@ def _native(
 
 
 _call = register(
-    "scores(Tensor queries, Tensor rows, Tensor? row_scale, Tensor? row_bias) -> Tensor",
+    "scores(Tensor queries, Tensor rows, Tensor? row_scale=None, Tensor? row_bias=None) -> Tensor",
     module="scores",
+    check=check_scan,
     reference=reference.scores,
     fake=_fake,
     native=_native,

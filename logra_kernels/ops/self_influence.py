@@ -34,12 +34,16 @@ def self_influence(rows: Tensor, factor: Tensor) -> Tensor:
 
     Source: RelatIF (Barshan et al. 2020), the denominator of l-RelatIF.
     """
+    return _call(rows, factor)
+
+
+def _check(rows: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     expect_dtype("rows", rows, *FLOATS)
     expect_dtype("factor", factor, torch.float32, torch.float64)
     expect_shape("rows", rows, R=None, K=None)
     expect_shape("factor", factor, M=None, K=rows.shape[1])
     expect_same_device(rows=rows, factor=factor)
-    return _call(plain(rows), plain(factor))
+    return plain(rows), plain(factor)
 
 
 def _fake(rows: Tensor, factor: Tensor) -> Tensor:
@@ -57,6 +61,7 @@ def _native(c: ModuleType, rows: Tensor, factor: Tensor) -> Tensor:
 _call = register(
     "self_influence(Tensor rows, Tensor factor) -> Tensor",
     module="self_influence",
+    check=_check,
     reference=reference.self_influence,
     fake=_fake,
     native=_native,

@@ -1,7 +1,7 @@
 """Most and least influential rows of a stream, in memory that does not grow with it."""
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from logra_kernels.ops._library import has_float64, register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.ops.scores import check_scan
 from logra_kernels.reference._dtype import accumulator
+
+LARGEST_ID = 2**63 - 1  # ids are int64
+LARGEST_K = 2**31 - 1
 
 
 class TopK(NamedTuple):
@@ -46,11 +49,11 @@ def topk_scores(
     Args:
         queries: ``[Q, D]`` float32 (or float64), already preconditioned.
         rows: ``[R, D]`` float16, bfloat16, float32 or float64.
-        k: rows to keep at each end, at least 1; it may exceed R.
+        k: rows to keep at each end, 1 to 2**31 - 1; it may exceed R.
         row_scale: ``[R]`` float32, a; None for 1.
         row_bias: ``[R]`` float32, b; None for 0.
         state: the result of the blocks before, with the same Q and k; None to begin.
-        row_offset: the id of the first row, at least 0.
+        row_offset: the id of the first row, at least 0; the last row's is at most 2**63 - 2.
 
     Returns:
         `TopK`; scores are float32 (float64 if queries or rows are), ids int64.
@@ -61,12 +64,28 @@ def topk_scores(
 
     Source: LoGra (Choe et al. 2024), Eq. 3.
     """
+    parts = None if state is None else list(state)
+    return TopK(*_call(queries, rows, k, row_scale, row_bias, parts, row_offset))
+
+
+def _check(
+    queries: Tensor,
+    rows: Tensor,
+    k: int,
+    row_scale: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    state: list[Tensor] | None = None,
+    row_offset: int = 0,
+) -> tuple[Any, ...]:
     queries, rows, row_scale, row_bias = check_scan(queries, rows, row_scale, row_bias)
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
+    if k > LARGEST_K:
+        raise ValueError(f"k: expected at most {LARGEST_K}, got {k}")
     if row_offset < 0:
         raise ValueError(f"row_offset: expected at least 0, got {row_offset}")
-    parts = None
+    if row_offset > LARGEST_ID - rows.shape[0]:
+        raise ValueError(f"row_offset: expected ids below 2**63, got {row_offset} + R")
     if state is not None:
         if len(state) != 4:
             raise ValueError(f"state: expected the four tensors of a TopK, got {len(state)}")
@@ -75,8 +94,7 @@ def topk_scores(
             expect_dtype(f"state.{name}", part, wanted)
             expect_shape(f"state.{name}", part, Q=queries.shape[0], k=k)
             expect_same_device(queries=queries, **{f"state.{name}": part})
-        parts = list(state)
-    return TopK(*_call(queries, rows, k, row_scale, row_bias, parts, row_offset))
+    return queries, rows, k, row_scale, row_bias, state, row_offset
 
 
 def _fake(
@@ -129,9 +147,11 @@ def _native(
 
 
 _call = register(
-    "topk_scores(Tensor queries, Tensor rows, int k, Tensor? row_scale, Tensor? row_bias, "
-    "Tensor[]? state, int row_offset) -> (Tensor, Tensor, Tensor, Tensor)",
+    "topk_scores(Tensor queries, Tensor rows, int k, Tensor? row_scale=None, "
+    "Tensor? row_bias=None, Tensor[]? state=None, int row_offset=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     module="topk_scores",
+    check=_check,
     reference=reference.topk_scores,
     fake=_fake,
     native=_native,

@@ -1,4 +1,4 @@
-"""Files of a store: npy headers, checksums, writes that survive a kill, the lock."""
+"""Files of a store: .npy headers, checksums, writes that survive a kill, the lock."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import os
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from logra_kernels.store.errors import StoreFormatError, StoreLockedError, Store
 DATA_OFFSET_BYTES = 4096  # where the data of every .npy file starts: one page, so maps are aligned
 TEMPORARY_SUFFIX = ".tmp"
 _READ_BYTES = 1 << 22
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of a file system without locks
 
 
 def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
@@ -30,7 +30,7 @@ def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
 
 
 def npy_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """The size of that file."""
+    """The size of an .npy file that holds such an array."""
     size = np.dtype(dtype).itemsize
     for extent in shape:
         size *= extent
@@ -87,7 +87,7 @@ def write_all(descriptor: int, data: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the folder's names survive a power cut."""
+    """Sync a folder, so that the names in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -128,13 +128,13 @@ def replace_file(path: Path, *pieces: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file that may be gone already, or may refuse: it is only rubbish."""
+    """Delete a file. Where that fails it stays, for a file that nobody lists does no harm."""
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def write_error(error: OSError, doing: str) -> StoreWriteError:
-    """The operating system's refusal as one sentence."""
+    """An error that says in one sentence what was done and why the system refused it."""
     if error.errno == errno.ENOSPC:
         why = "the disk is full"
     elif error.errno == errno.EDQUOT:
@@ -147,7 +147,7 @@ def write_error(error: OSError, doing: str) -> StoreWriteError:
 
 
 def check_file(folder: Path, name: str, want_bytes: int, header: bytes | None = None) -> None:
-    """Size, and for .npy files the header.
+    """Compare the size of a file, and the header of an .npy file, with what the manifest says.
 
     Raises:
         StoreFormatError: the file is missing, cut short or grown, or is another array.
@@ -171,14 +171,14 @@ def check_file(folder: Path, name: str, want_bytes: int, header: bytes | None = 
 
 
 class Lock:
-    """An exclusive lock on a store; the system lets go of it when the process dies.
+    """An exclusive lock on a store. The system releases it when the process dies.
 
     Raises:
         StoreLockedError: another process, or another writer of this process, holds it.
     """
 
     def __init__(self, path: Path) -> None:
-        # Not O_TRUNC: the holder's process id must stay readable until the lock is ours.
+        # Without O_TRUNC: the holder's process id must stay readable until this process holds it.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,8 +202,14 @@ class Lock:
         self._descriptor: int | None = descriptor
         _held.add(self)
 
+    def __enter__(self) -> None:
+        """Hold the lock inside a with block."""
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def release(self) -> None:
-        """Let go; releasing twice is harmless."""
+        """Release the lock. A second call does nothing."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -220,13 +226,3 @@ def _release_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_release_in_child)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock at `path` inside a with block."""
-    lock = Lock(path)
-    try:
-        yield
-    finally:
-        lock.release()

@@ -88,10 +88,9 @@ def _refuse_other_folder(path: Path, resume: bool) -> None:
 def _begin(
     path: Path, manifest: dict[str, Any], tensors: dict[str, np.ndarray] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    described = None
     if tensors is not None:
-        described = {"tensors": {name: fingerprint(value) for name, value in tensors.items()}}
-        manifest["projection_tensors"] = described
+        described = {name: fingerprint(value) for name, value in tensors.items()}
+        manifest["projection_tensors"] = {"tensors": described}
     if (path / MANIFEST).exists():
         stored = read_manifest(path)
         check_same_run(stored, manifest, path)
@@ -100,8 +99,9 @@ def _begin(
         _remove_unlisted(path, stored)
         stored["state"] = "open"
         return stored, ids
-    if described is not None and tensors is not None:
-        described.update(write_tensors(path / "projection", "projection", tensors))
+    if tensors is not None:
+        entry = write_tensors(path / "projection", "projection", tensors)
+        manifest["projection_tensors"].update(entry)
     _remove_unlisted(path, manifest)
     write_manifest(path, manifest)
     sync_folder(path)

@@ -1,4 +1,4 @@
-"""The ids of a shard's rows, and what the user says about them, as an Arrow IPC file."""
+"""The ids and the metadata of a shard's rows, as an Arrow IPC file."""
 
 import json
 import operator
@@ -48,7 +48,7 @@ def id_texts(ids: Iterable[Any]) -> list[str]:
 
 
 def metadata_texts(metadata: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
-    """One JSON object, or nothing, per row.
+    """Each row's metadata as JSON; None where there is none.
 
     Raises:
         StoreError: an entry is no mapping, or cannot be written as JSON.

@@ -77,15 +77,15 @@ class Incoming:
         row_scale: np.ndarray | None,
         metadata: Sequence[Mapping[str, Any] | None] | None,
         *,
-        values_are_finite: bool,
+        check_values: bool = True,
     ) -> tuple[Batch, np.ndarray]:
         """Copies of the rows that are to be written, and [n] bool: which of the n they are.
 
-        `values_are_finite` says that the caller has looked at every element of `rows`.
+        Without `check_values` every element of `rows` is taken to be finite.
         """
         texts = id_texts(ids)
         self._check_rows(texts, rows)
-        if not values_are_finite:
+        if check_values:
             self._check_values(texts, rows)
         self._check_row_scale(texts, row_scale)
         notes: list[str | None] = [None] * len(texts)

@@ -1,4 +1,4 @@
-"""The columns of a row: which belong to which module. Nothing else adds module sizes up."""
+"""Which columns of a row belong to which module. Only this file adds up modules' sizes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RowLayout(Sequence[Module]):
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Where each module begins, and at the end D."""
+        """The first column of each module, and at the end D."""
         return [0, *accumulate(self.sizes)]
 
     @property

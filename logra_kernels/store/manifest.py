@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from logra_kernels.store.codecs import codec_names, row_codec
+from logra_kernels.store.codecs import RowCodec, codec_names, row_codec
 from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
 from logra_kernels.store.files import check_file, crc32_text, npy_bytes, npy_header, replace_file
 from logra_kernels.store.layout import Module, RowLayout
@@ -30,7 +30,7 @@ def shard_names(index: int) -> dict[str, str]:
 
 
 def check_modules(modules: Sequence[Module]) -> list[Module]:
-    """Names are unique and sizes are positive, or the argument `modules` is wrong."""
+    """The modules as a list, or StoreError if a name is not unique or a size not positive."""
     modules = list(modules)
     if not modules:
         raise StoreError("modules: expected at least one, got none")
@@ -90,9 +90,13 @@ def first_difference(stored: Any, given: Any, name: str) -> str | None:
 
 
 def new_manifest(
-    layout: RowLayout, dtype: str, projection: Any, fingerprints: Any
+    layout: RowLayout, codec: RowCodec, projection: Any, fingerprints: Any
 ) -> dict[str, Any]:
-    """The manifest of a store without rows and matrices."""
+    """The manifest of a store without rows and matrices.
+
+    Raises:
+        StoreError: projection or fingerprints cannot be written as JSON.
+    """
     entries = [
         {"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset}
         for module, offset in zip(layout, layout.offsets, strict=False)
@@ -101,13 +105,13 @@ def new_manifest(
         "format": FORMAT,
         "version": VERSION,
         "state": "open",
-        "dtype": dtype,
+        "dtype": codec.name,
         "endianness": "little",
         "modules": entries,
         "module_exponents": None,
-        "projection": projection,
+        "projection": plain_json(projection, "projection"),
         "projection_tensors": None,
-        "fingerprints": fingerprints,
+        "fingerprints": plain_json(fingerprints, "fingerprints"),
         "rows": 0,
         "shards": [],
         "curvature": {},
@@ -115,7 +119,7 @@ def new_manifest(
 
 
 def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
-    """A run may resume a store only if their rows mean the same.
+    """A run may resume a store only if its rows mean the same as the store's.
 
     Raises:
         StoreMismatchError: names the first difference.
@@ -137,7 +141,7 @@ def seal(value: Mapping[str, Any]) -> bytes:
 
 
 def check_seal(data: bytes, path: Path) -> None:
-    """Every byte is as it was written, or StoreFormatError."""
+    """Raise StoreFormatError if a byte is not as it was written."""
     sealed, mark, _ = data.rpartition(b',\n "crc32": "')
     if not mark or data[len(sealed) :] != _end_of(sealed):
         raise StoreFormatError(f"{path}: damaged: its bytes do not agree with its own crc32")
@@ -153,7 +157,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json, checked by itself; the files it lists are not looked at.
+    """The checked content of manifest.json. The files that it lists are not looked at.
 
     Raises:
         StoreFormatError: no store, another format, a newer version, or a damaged manifest.
@@ -198,7 +202,7 @@ def layout_of(manifest: Mapping[str, Any]) -> RowLayout:
 
 
 def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
-    """Every file entry with the .npy header its file must have (None: another kind of file)."""
+    """Every file's entry, and the header it must have if it is an .npy file."""
     layout, codec = layout_of(manifest), row_codec(manifest["dtype"])
     for shard in manifest["shards"]:
         for key, array in codec.arrays(shard["rows"], layout).items():
@@ -211,7 +215,7 @@ def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], 
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Every listed file is there with its size and header, or StoreFormatError names it."""
+    """Raise StoreFormatError for a listed file that is missing, or of another size or header."""
     for entry, header in listed_files(manifest):
         check_file(folder, entry["file"], entry["bytes"], header)
 
@@ -230,20 +234,19 @@ def _check(manifest: dict[str, Any]) -> None:
     _check_modules(_list(manifest, "modules"))
     _check_exponents(manifest)
     _check_shards(manifest)
-    names = [entry["file"] for entry in _named_shard_files(manifest)]
+    entries = [shard[key] for shard in manifest["shards"] for key in ("data", "scale", "ids")]
+    names = [entry["file"] for entry in entries if entry is not None]
     if len(set(names)) != len(names):
         raise _Wrong("shards: two entries name the same file")
     if "projection_tensors" not in manifest:
         raise _Wrong("projection_tensors: missing")
     if manifest["projection_tensors"] is not None:
-        entry = _object(manifest, "projection_tensors", "projection_tensors")
+        entry = _object(manifest["projection_tensors"], "projection_tensors")
         _check_file_entry(entry, "projection_tensors", "projection/", "sha256", _SHA256)
-        _object(entry, "tensors", "projection_tensors.tensors")
-    for name, entry in _object(manifest, "curvature", "curvature").items():
+        _object(entry.get("tensors"), "projection_tensors.tensors")
+    for name, entry in _object(manifest.get("curvature"), "curvature").items():
         where = f"curvature.{name}"
-        if not isinstance(entry, dict):
-            raise _Wrong(f"{where}: expected an object, got {_short(entry)}")
-        _check_file_entry(entry, where, "curvature/", "sha256", _SHA256)
+        _check_file_entry(_object(entry, where), where, "curvature/", "sha256", _SHA256)
         _count(entry, "rows", where, 0)
         if "meta" not in entry:
             raise _Wrong(f"{where}.meta: missing")
@@ -255,9 +258,7 @@ def _check_modules(entries: list[Any]) -> None:
     offset, names = 0, set()
     for index, entry in enumerate(entries):
         where = f"modules[{index}]"
-        if not isinstance(entry, dict):
-            raise _Wrong(f"{where}: expected an object, got {_short(entry)}")
-        name = entry.get("name")
+        name = _object(entry, where).get("name")
         if not isinstance(name, str) or not name or name in names:
             raise _Wrong(f"{where}.name: expected a name of its own, got {_short(name)}")
         names.add(name)
@@ -290,9 +291,7 @@ def _check_shards(manifest: dict[str, Any]) -> None:
     first_row = 0
     for index, shard in enumerate(_list(manifest, "shards")):
         where = f"shards[{index}]"
-        if not isinstance(shard, dict):
-            raise _Wrong(f"{where}: expected an object, got {_short(shard)}")
-        rows = _count(shard, "rows", where, 1)
+        rows = _count(_object(shard, where), "rows", where, 1)
         if _count(shard, "first_row", where, 0) != first_row:
             raise _Wrong(f"{where}.first_row: expected {first_row}, got {shard['first_row']}")
         first_row += rows
@@ -302,7 +301,7 @@ def _check_shards(manifest: dict[str, Any]) -> None:
                 if shard.get(key, "missing") is not None:
                     raise _Wrong(f"{where}.scale: expected null, for the rows are {codec.name}")
                 continue
-            entry = _object(shard, key, f"{where}.{key}")
+            entry = _object(shard.get(key), f"{where}.{key}")
             _check_file_entry(entry, f"{where}.{key}", "", "crc32", _CRC32)
             if key in arrays and entry["bytes"] != npy_bytes(*arrays[key]):
                 raise _Wrong(
@@ -314,13 +313,6 @@ def _check_shards(manifest: dict[str, Any]) -> None:
         raise _Wrong(
             f"module_exponents: expected integers, for there are {codec.name} rows, got null"
         )
-
-
-def _named_shard_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for shard in manifest["shards"]:
-        for key in ("data", "scale", "ids"):
-            if shard[key] is not None:
-                yield shard[key]
 
 
 def _check_file_entry(
@@ -363,8 +355,7 @@ def _list(entry: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _object(entry: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    value = entry.get(key)
+def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _Wrong(f"{where}: expected an object, got {_short(value)}")
     return value

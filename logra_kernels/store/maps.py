@@ -1,4 +1,4 @@
-"""Memory of the system: mapped files, what the page cache has of them, huge pages."""
+"""Mapped files, what the page cache holds of them, and buffers in huge pages."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 HUGE_PAGE_BYTES = 2 << 20
-SAMPLED_PAGES = 8  # of a range, to see whether it is cached
+SAMPLED_PAGES = 8  # pages of a range that are asked about to tell whether it is cached
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python knows no name for it
 _MADV_DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
@@ -24,7 +24,7 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 class _Map:
-    """A file's bytes in memory, under the array interface, as long as an array uses them.
+    """A mapped part of a file, under the array interface. It is unmapped when no array uses it.
 
     Python's own maps, and so NumPy's, each keep a file descriptor: a thousand shards would use up
     what a process may have.
@@ -33,7 +33,7 @@ class _Map:
     def __init__(self, path: Path, dtype: np.dtype, shape: Sequence[int], offset: int) -> None:
         self._address = None
         num_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        before = offset % mmap.PAGESIZE  # maps begin on a page, of whatever size
+        before = offset % mmap.PAGESIZE  # a map begins on a page of the system's size
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < offset + num_bytes:
@@ -74,7 +74,7 @@ def map_array(path: Path, dtype: np.dtype, shape: Sequence[int], offset: int) ->
 
 
 def huge_buffer(num_bytes: int) -> np.ndarray:
-    """[num_bytes] uint8 of its own, in huge pages and aligned to them where the system has them."""
+    """A new array [num_bytes] uint8, in huge pages and aligned to them where the system can."""
     length = -(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     memory = mmap.mmap(-1, length + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -86,9 +86,9 @@ def huge_buffer(num_bytes: int) -> np.ndarray:
 
 
 def is_cached(rows: np.ndarray, first: int, last: int) -> bool:
-    """Whether the page cache has the bytes [first, last) of a map, by a few of its pages.
+    """Whether the page cache holds the bytes [first, last) of a map, judged by a few pages.
 
-    To a process that may not write the file the system says yes to everything.
+    If the process may not write the file, the system says of every page that it is cached.
     """
     page = ctypes.c_ubyte()
     start = rows.ctypes.data
@@ -101,22 +101,22 @@ def is_cached(rows: np.ndarray, first: int, last: int) -> bool:
 
 
 def populate(rows: np.ndarray, first: int, last: int) -> int:
-    """Read the bytes [first, last) of a map into the page cache; 0, or the system's error.
+    """Read the bytes [first, last) of a map into the page cache. Returns 0, or an error number.
 
-    A kernel that cannot do it reads the pages when they are used.
+    On a kernel that cannot do it, the pages are read when they are used.
     """
     code = _advise(rows, first, last, _MADV_POPULATE_READ)
     return 0 if code == _EINVAL else code
 
 
 def forget(rows: np.ndarray, first: int, last: int) -> None:
-    """Take the bytes [first, last) of a map out of this process; the page cache keeps them."""
+    """Unmap the bytes [first, last) of a map until they are used; the page cache keeps them."""
     if _MADV_DONTNEED is not None:
         _advise(rows, first, last, _MADV_DONTNEED)
 
 
 def cached_bytes(path: Path) -> int:
-    """How many bytes of a file the page cache holds."""
+    """The number of bytes of a file that the page cache holds."""
     size = os.path.getsize(path)
     view = map_array(path, np.dtype(np.uint8), [size], 0)
     pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)

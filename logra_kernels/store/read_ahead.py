@@ -17,20 +17,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import DATA_OFFSET_BYTES
 from logra_kernels.store.maps import HUGE_PAGE_BYTES, forget, huge_buffer, is_cached, populate
-
-if TYPE_CHECKING:
-    from logra_kernels.store.reader import Shard, Store
+from logra_kernels.store.reader import Shard, Store
 
 READ_BYTES = 4 << 20  # one request of one thread
 DIRECT_THREADS = 2
-CACHED_THREADS = 1  # two would hide from the system that the file is read in order
+CACHED_THREADS = 1  # with two the system would not notice that the file is read in order
 BLOCKS_AHEAD = 4  # buffers of the ring: one in use, the others read or being read
 ALIGN_BYTES = 4096  # of O_DIRECT's addresses, offsets and lengths, on every disk in use
 
@@ -49,7 +46,7 @@ class RowBlock:
         self._free: Callable[[], None] | None = free
 
     def release(self) -> None:
-        """The rows are not used any more: their buffer may be filled again."""
+        """Say that the rows are not used any more, so that their buffer may be filled again."""
         free, self._free = self._free, None
         if free is not None:
             free()
@@ -136,7 +133,7 @@ class BlockReader:
         return bool(self._free) or self._num_buffers < BLOCKS_AHEAD
 
     def _begin(self, index: int, start: int) -> tuple[RowBlock, list[Future[None]]]:
-        """A block, and the reads that are to be waited for before it is used."""
+        """A block, and the reads that must have ended before it is used."""
         shard = self._store.shards[index]
         end = min(start + self._block_rows, shard.num_rows)
         first_byte, last_byte = start * self._row_bytes, end * self._row_bytes
@@ -198,17 +195,17 @@ class _File:
         self._want_bytes = shard.file_bytes
         self._keep = keep
         self._descriptor = self._open(0)
-        # To those who may not write the file the system says of every page that it is cached.
+        # If the process may not write the file, the system says of every page that it is cached.
         owned = os.fstat(self._descriptor).st_uid == os.geteuid()
         self.tells_cached = owned or os.access(self.path, os.W_OK)
-        self._streamed: list[tuple[int, int]] = []  # what came through the page cache
+        self._streamed: list[tuple[int, int]] = []  # parts read through the page cache
         self._direct: int | None = None
         if _DIRECT and not keep:
             with contextlib.suppress(StoreError):  # tmpfs and others have no O_DIRECT
                 self._direct = self._open(_DIRECT)
 
     def check_size(self) -> None:
-        """A page behind the end of a mapped file is no error but a signal, so look before."""
+        """Reading a map behind the file's end would kill the process, so its size is checked."""
         got = os.fstat(self._descriptor).st_size
         if got < self._want_bytes:
             raise StoreFormatError(
@@ -225,7 +222,7 @@ class _File:
                 try:
                     return self._fill(self._direct, place, first, last - first)
                 except OSError as error:
-                    if error.errno != errno.EINVAL:  # "not at all", or not from this address
+                    if error.errno != errno.EINVAL:  # EINVAL: no O_DIRECT here, read as usual
                         raise
             self._fill(self._descriptor, place, first, last - first)
             if not (self._keep or cached):
@@ -257,7 +254,7 @@ class _File:
             os.posix_fadvise(self._descriptor, first, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        for part in self._streamed:  # again: the system reads ahead, also of a part just dropped
+        for part in self._streamed:  # once more: the system may have read ahead into it
             self._forget(*part)
         os.close(self._descriptor)
         if self._direct is not None:

@@ -13,13 +13,7 @@ import pyarrow as pa
 from logra_kernels.store.codecs import RowCodec, row_codec
 from logra_kernels.store.codecs.base import SCALE_DTYPE
 from logra_kernels.store.errors import StoreError, StoreFormatError
-from logra_kernels.store.files import (
-    DATA_OFFSET_BYTES,
-    locked,
-    remove,
-    sync_folder,
-    write_error,
-)
+from logra_kernels.store.files import DATA_OFFSET_BYTES, Lock, remove, sync_folder, write_error
 from logra_kernels.store.ids import read_ids
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import (
@@ -37,7 +31,7 @@ from logra_kernels.store.verify import verify_store
 
 
 class Shard:
-    """One file of rows; opened when it is first used."""
+    """A part of a store's rows, in a file that is opened when it is first used."""
 
     def __init__(
         self, folder: Path, entry: Mapping[str, Any], codec: RowCodec, layout: RowLayout
@@ -62,11 +56,11 @@ class Shard:
 
     @cached_property
     def row_scale(self) -> np.ndarray:
-        """[r] float32 powers of two; ones where the rows are float32."""
+        """[r] float32 powers of two; ones if the codec has no row scales."""
         return self.read_row_scale()
 
     def read_row_scale(self) -> np.ndarray:
-        """`row_scale`, read anew: for who does not want all shards' in memory."""
+        """`row_scale` read from the file, and not kept in memory."""
         if self._entry["scale"] is None:
             return np.ones(self.num_rows, np.float32)
         path = self._folder / self._entry["scale"]["file"]
@@ -91,7 +85,7 @@ class Store:
 
         Raises:
             StoreFormatError: names the file, what was wanted and what came: no store, another
-                format, a newer version, a missing, cut or foreign file.
+                format, a newer version, or a file that is missing, cut, or another array.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -111,7 +105,7 @@ class Store:
         self.finalized: bool = manifest["state"] == "finalized"
         self.projection: Any = manifest["projection"]
         self.fingerprints: Any = manifest["fingerprints"]
-        # A store without rows has no exponents yet, and float32 rows need none.
+        # A store without rows may have no exponents yet, and some codecs need none.
         exponents = manifest["module_exponents"]
         self.module_exponents: list[int] = exponents or [0] * len(self.modules)
         self.shards = [Shard(path, entry, self.codec, self.layout) for entry in manifest["shards"]]
@@ -146,7 +140,7 @@ class Store:
         return shard.table["id"][place].as_py()
 
     def metadata(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any] | None]:
-        """What was said about each row when it was appended; None where nothing was."""
+        """Each row's metadata, as it was appended; None where there is none."""
         found: list[dict[str, Any] | None] = []
         for shard, row in map(self._place, rows):
             text = shard.table["metadata"][row].as_py()
@@ -183,7 +177,7 @@ class Store:
     def verify(
         self, checksums: bool = True, progress: Callable[[int, int], None] | None = None
     ) -> list[str]:
-        """What is wrong with the files, a sentence each; nothing if the store is good."""
+        """A sentence for each thing that is wrong with the files; empty if the store is good."""
         return verify_store(self.path, checksums, progress)
 
     def load_tensors(self, name: str = "projection") -> dict[str, np.ndarray]:
@@ -206,7 +200,7 @@ class Store:
         return dict(self.manifest["curvature"])
 
     def save_curvature(self, name: str, tensors: Mapping[str, np.ndarray], meta: Any) -> None:
-        """Keep named float32 or float64 arrays and JSON about them (count, kind) in the store.
+        """Keep named float32 or float64 arrays in the store, with JSON about them (count, kind).
 
         An older curvature of the same name is replaced, atomically.
 
@@ -223,7 +217,7 @@ class Store:
                 )
         meta = plain_json(meta, "meta")
         try:
-            with locked(self.path / LOCK):
+            with Lock(self.path / LOCK):
                 manifest = read_manifest(self.path)
                 old = manifest["curvature"].get(name)
                 entry = write_tensors(self.path / "curvature", name, ready)
@@ -251,7 +245,7 @@ class Store:
         return read_tensors(self.path / entry["file"], entry["sha256"]), entry["meta"]
 
     def self_influence_cache(self, key: str, meta: Any) -> SelfInfluenceCache:
-        """The place for σ of one (curvature, damping), which `key` tells from others.
+        """Where the self-influences of one curvature and damping are kept, under `key`.
 
         Args:
             key: letters, digits, dash, underscore; at most 64.

@@ -1,4 +1,4 @@
-"""σ beside the store: per key a folder with one [r, M] float32 array per shard."""
+"""Self-influences kept beside the store: a folder for each key, a [r, M] array for each shard."""
 
 import json
 import os
@@ -12,10 +12,10 @@ import numpy as np
 from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
+    Lock,
     check_file,
     crc32_of_file,
     crc32_text,
-    locked,
     npy_bytes,
     npy_header,
     remove,
@@ -30,10 +30,10 @@ _FILE = re.compile(r"shard-(\d{5,})-([0-9a-f]{8})\.npy\Z")
 
 
 class SelfInfluenceCache:
-    """One key's values; an interrupted computation goes on with the shards that are missing.
+    """The values of one key. An interrupted computation goes on with the shards that are missing.
 
-    A file carries the CRC-32 of its data in its name, so it needs no manifest: a shard's values are
-    there, whole, or they are missing.
+    A file carries the CRC-32 of its data in its name, so it needs no manifest: the values of a
+    shard are either whole, or they count as missing.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SelfInfluenceCache:
                 raise StoreMismatchError(f"{self.folder / KEY_FILE}: {found}")
 
     def missing(self) -> list[int]:
-        """The indices of the shards whose values are not there, or are damaged."""
+        """The indices of the shards whose values are missing or damaged."""
         found = find_files(self.folder)
         return [
             index
@@ -66,7 +66,7 @@ class SelfInfluenceCache:
         """Shard `index`'s values, [r, M] float32, mapped.
 
         Raises:
-            StoreFormatError: they are not there; `missing` lists such shards.
+            StoreFormatError: there are none; `missing` lists such shards.
         """
         self._check_index(index)
         shape = (self._shard_rows[index], self._modules)
@@ -92,7 +92,7 @@ class SelfInfluenceCache:
         name = f"shard-{index:05d}-{crc32_text(zlib.crc32(data))}.npy"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with locked(self.folder / LOCK):
+            with Lock(self.folder / LOCK):
                 if not (self.folder / KEY_FILE).exists():
                     text = seal({"key": self.key, "meta": self.meta})
                     replace_file(self.folder / KEY_FILE, text)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from logra_kernels.store.errors import StoreError, StoreFormatError
-from logra_kernels.store.files import remove, sha256_of_file, sync_folder, temporary, write_all
+from logra_kernels.store.files import replace_file, sha256_of_file, sync_folder
 
 _NAMES: dict[np.dtype[Any], str] = {
     np.dtype("<f8"): "F64",
@@ -26,14 +25,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
 
 def check_name(name: str, argument: str) -> str:
-    """Names that become file names: letters, digits, dash and underscore, at most 64."""
+    """The name, if it may become a file name: 1 to 64 letters, digits, dashes, underscores."""
     if not isinstance(name, str) or not _NAME.match(name):
         raise StoreError(f"{argument}: expected 1 to 64 letters, digits, '-' or '_', got {name!r}")
     return name
 
 
 def check_tensors(tensors: Mapping[str, Any], argument: str) -> dict[str, np.ndarray]:
-    """Contiguous little-endian arrays, ready to be written."""
+    """The tensors as contiguous little-endian arrays, ready to be written."""
     ready = {}
     for name, value in tensors.items():
         if not isinstance(name, str) or not name or name == "__metadata__":
@@ -76,25 +75,14 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, np.ndarray]) ->
         start += array.nbytes
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8 bytes
+    head = memoryview(len(text).to_bytes(8, "little") + text)
+    pieces = [head, *map(_bytes, tensors.values())]
     digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    name = f"{stem}-{digest.hexdigest()[:16]}.safetensors"
     folder.mkdir(exist_ok=True)
-    place = temporary(folder / stem)
-    try:
-        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            head = len(text).to_bytes(8, "little") + text
-            pieces = [memoryview(head), *map(_bytes, tensors.values())]
-            for piece in pieces:
-                digest.update(piece)
-                write_all(descriptor, piece)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        name = f"{stem}-{digest.hexdigest()[:16]}.safetensors"
-        os.replace(place, folder / name)
-    except BaseException:
-        remove(place)
-        raise
+    replace_file(folder / name, *pieces)
     sync_folder(folder)
     return {
         "file": f"{folder.name}/{name}",

@@ -1,4 +1,4 @@
-"""Looking at every byte of a store, and saying what is wrong."""
+"""Checks every byte of a store, and says what is wrong."""
 
 import json
 import os
@@ -20,11 +20,7 @@ from logra_kernels.store.files import (
     sha256_of_file,
 )
 from logra_kernels.store.ids import read_ids
-from logra_kernels.store.manifest import (
-    layout_of,
-    listed_files,
-    read_manifest,
-)
+from logra_kernels.store.manifest import layout_of, listed_files, read_manifest
 from logra_kernels.store.self_influence import file_problem, find_files, read_key
 from logra_kernels.store.tensors import read_tensors
 
@@ -36,7 +32,7 @@ def verify_store(
     checksums: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """What is wrong with a store, a sentence with the file's name each; empty if it is good.
+    """A sentence for each thing that is wrong with a store, with the file's name; empty if good.
 
     Args:
         path: the store's folder.

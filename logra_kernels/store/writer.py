@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from logra_kernels.store.codecs import row_codec
+from logra_kernels.store.codecs import Float16, row_codec
 from logra_kernels.store.committer import Committer
 from logra_kernels.store.errors import StoreError
 from logra_kernels.store.files import write_error
 from logra_kernels.store.folder import open_folder
 from logra_kernels.store.ids import id_texts
-from logra_kernels.store.incoming import Incoming
+from logra_kernels.store.incoming import Batch, Incoming
 from logra_kernels.store.layout import Module, RowLayout
-from logra_kernels.store.manifest import check_modules, new_manifest, plain_json
+from logra_kernels.store.manifest import check_modules, new_manifest
 from logra_kernels.store.tensors import check_tensors
 from logra_kernels.store.write_queue import WriteQueue
 
@@ -44,7 +44,7 @@ class StoreWriter:
         path: str | os.PathLike[str],
         *,
         modules: Sequence[Module],
-        dtype: str = "float16",
+        dtype: str = Float16.name,
         projection: Any = None,
         projection_tensors: Mapping[str, np.ndarray] | None = None,
         fingerprints: Any = None,
@@ -58,9 +58,9 @@ class StoreWriter:
         Args:
             path: the store's folder; it is made if it is not there.
             modules: the layout of a row.
-            dtype: "float16" (packed rows, each with a scale) or "float32".
+            dtype: the name of a row codec: "float16" (each row with a scale) or "float32".
             projection: JSON that says how the rows were projected (kind, seed, scaling).
-            projection_tensors: the matrices, {name: array}, if they are to be kept.
+            projection_tensors: the projection's matrices, {name: array}, to keep in the store.
             fingerprints: JSON that tells this model and data from others.
             shard_rows: rows of a full shard; by default 256 MiB of them, at most 2**20.
             duplicates: an id that is in the store already is an "error", or "skip" leaves it out.
@@ -74,12 +74,7 @@ class StoreWriter:
             StoreFormatError: the store to resume is damaged.
         """
         folder, layout, codec = Path(path), RowLayout.of(check_modules(modules)), row_codec(dtype)
-        fresh = new_manifest(
-            layout,
-            dtype,
-            plain_json(projection, "projection"),
-            plain_json(fingerprints, "fingerprints"),
-        )
+        fresh = new_manifest(layout, codec, projection, fingerprints)
         tensors = None
         if projection_tensors is not None:
             tensors = check_tensors(projection_tensors, "projection_tensors")
@@ -156,7 +151,7 @@ class StoreWriter:
 
         Args:
             ids: n strings or integers (written in decimal).
-            rows: [n, D] float16, packed, or float32, as the store's dtype says.
+            rows: [n, W], as the store's codec encodes them: float16 or float32, with W = D.
             row_scale: [n] float32 powers of two for float16 rows, None for float32.
             metadata: n JSON objects (or None) to be kept beside the ids.
 
@@ -167,7 +162,8 @@ class StoreWriter:
             DuplicateIdError: ids that are in the batch twice or in the store already.
             StoreError: a wrong shape or dtype, a value that is not finite, or a failed writer.
         """
-        return self._append(ids, rows, row_scale, metadata, values_are_finite=False)
+        self._check_usable()
+        return self._put(*self._incoming.batch(ids, rows, row_scale, metadata))
 
     def flush(self) -> None:
         """Commit everything appended so far, as a short shard if need be."""
@@ -212,19 +208,7 @@ class StoreWriter:
         else:
             self.close(finalize=False)
 
-    def _append(
-        self,
-        ids: Iterable[str | int],
-        rows: np.ndarray,
-        row_scale: np.ndarray | None,
-        metadata: Sequence[Mapping[str, Any] | None] | None,
-        *,
-        values_are_finite: bool,
-    ) -> np.ndarray:
-        self._check_usable()
-        batch, taken = self._incoming.batch(
-            ids, rows, row_scale, metadata, values_are_finite=values_are_finite
-        )
+    def _put(self, batch: Batch, taken: np.ndarray) -> np.ndarray:
         if batch.ids:
             self._queue.put(batch)
             self._check_usable()
@@ -278,4 +262,5 @@ def append_finite(
     Every element is finite (`RowCodec.finite`), so it is not looked at again. Ids, shapes, dtypes
     and row scales are checked as in `append`.
     """
-    return writer._append(ids, rows, row_scale, metadata, values_are_finite=True)
+    writer._check_usable()
+    return writer._put(*writer._incoming.batch(ids, rows, row_scale, metadata, check_values=False))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from dense_influence import DIM, gradients, make_store
+from system_state import evict, left_behind
 from test_attribution import assert_same
 from test_pipeline import LateLanes
-from test_read_ahead import evict, left_behind
 
 from logra_kernels.attribution import Attributor, memory
 from logra_kernels.attribution import attributor as attributor_module

@@ -14,24 +14,21 @@ import torch
 from torch import Tensor
 
 import bench.__main__ as parts
-from bench import (
-    _limits,
-    _results,
-    bench_covariance_update,
-    bench_pack_rows,
-    bench_per_sample_gradients,
-    bench_project,
-    bench_projected_gradients,
-    bench_scores,
-    bench_self_influence,
-    bench_topk_scores,
-    grid,
-    plots,
-    targets,
+from bench import grid, plots, targets
+from bench.harness import limits, results
+from bench.harness.cases import Case, Held, check, every_isa, run_case, time_providers
+from bench.harness.limits import Limits
+from bench.ops import (
+    covariance_update,
+    pack_rows,
+    per_sample_gradients,
+    project,
+    projected_gradients,
+    scores,
+    self_influence,
+    topk_scores,
 )
-from bench._harness import Case, Held, check, isa_providers, run_case, time_providers
-from bench._limits import Limits
-from logra_kernels import _native
+from logra_kernels import ops
 
 LIMITS = Limits(40.0, 250.0, 100.0, 400.0, None)
 ONE = torch.ones(4)
@@ -80,7 +77,7 @@ def test_a_wrong_provider_is_reported_and_not_timed(
     assert [row.provider for row in rows] == ["logra"]
     assert rows[0].x_best is None
     assert "bad                          not timed: wrong by" in capsys.readouterr().out
-    (record,) = _results.read("toy", tmp_path)
+    (record,) = results.read("toy", tmp_path)
     assert list(record["left_out"]) == ["bad"]
 
 
@@ -118,18 +115,18 @@ def test_every_provider_is_sampled() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_instruction_sets_are_put_back() -> None:
-    before = _native.isa()
+    before = ops.isa()
     seen = []
-    providers = isa_providers("logra", lambda: seen.append(_native.isa()) or ONE, every=True)
+    providers = every_isa({"logra": lambda: seen.append(ops.isa()) or ONE})
     assert [one.isa for one in providers.values() if isinstance(one, Held)] == (
-        _native.available_isas()
+        ops.available_isas()
     )
     check(case(**providers))
-    assert seen == _native.available_isas()
-    assert _native.isa() == before
+    assert seen == ops.available_isas()
+    assert ops.isa() == before
     with pytest.raises(ZeroDivisionError):
-        check(case(a=Held(lambda: 1 // 0, _native.available_isas()[0])))
-    assert _native.isa() == before
+        check(case(a=Held(lambda: 1 // 0, ops.available_isas()[0])))
+    assert ops.isa() == before
 
 
 def test_json_lines_carry_the_machine(tmp_path: Path) -> None:
@@ -152,34 +149,34 @@ def test_json_lines_carry_the_machine(tmp_path: Path) -> None:
     assert socket.gethostname() not in text
     assert str(Path.home()) not in text
     assert str(Path(__file__).parents[2]) not in text
-    (newest,) = _results.latest("toy", tmp_path)
-    assert _results.median_ms(newest, "logra") > 0
-    assert _results.median_ms(newest, "torch") is None  # of the second run, which had none
-    assert _results.read("nothing", tmp_path) == []
+    (newest,) = results.latest("toy", tmp_path)
+    assert results.median_ms(newest, "logra") > 0
+    assert results.median_ms(newest, "torch") is None  # of the second run, which had none
+    assert results.read("nothing", tmp_path) == []
 
 
 def test_results_are_json_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        _results.append("bad", {"case": "x", "value": float("nan")}, tmp_path)
+        results.append("bad", {"case": "x", "value": float("nan")}, tmp_path)
     assert not (tmp_path / "bad.jsonl").exists()
-    _results.append("bad", {"case": "x"}, tmp_path)
+    results.append("bad", {"case": "x"}, tmp_path)
     with open(tmp_path / "bad.jsonl", "a") as file:
         file.write("{half a li\n")
     with pytest.raises(ValueError, match=r"bad.jsonl:2: not JSON"):
-        _results.read("bad", tmp_path)
+        results.read("bad", tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"case": "x"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:1: expected an object with date and machine"):
-        _results.read("bad", tmp_path)
+        results.read("bad", tmp_path)
 
 
 def test_stored_results_can_be_read() -> None:
-    for path in sorted(_results.RESULTS.glob("*.jsonl")):
-        assert _results.read(path.stem), path.name
+    for path in sorted(results.RESULTS.glob("*.jsonl")):
+        assert results.read(path.stem), path.name
 
 
 @pytest.fixture
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_limits, "measure", lambda rounds=7: LIMITS)
+    monkeypatch.setattr(limits, "measure", lambda rounds=7: LIMITS)
 
 
 SLOW, FAST, WRONG = (lambda: time.sleep(0.004) or ONE), (lambda: ONE), (lambda: ONE * 2)
@@ -216,7 +213,7 @@ def test_the_gate(
     assert said in out
     table = [line for line in out.splitlines() if "toy: ones" in line and "median" not in line]
     assert table[0].startswith("!") == (said[0] != "0")  # the worst first
-    (record,) = _results.read("grid", tmp_path)
+    (record,) = results.read("grid", tmp_path)
     assert [cell["title"] for cell in record["cells"]] == ["ones", "ones"]
 
 
@@ -228,7 +225,7 @@ def test_both_sides_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(_native, "available_isas", lambda: ["baseline", "avx2"])
+    monkeypatch.setattr(ops, "available_isas", lambda: ["baseline", "avx2"])
     assert grid.main(["--hold", "avx2", "--gate", "--ops", "scores"]) == 3
     assert seen["command"][1:] == [
         *("-m", "bench.grid", "--hold", "avx2", "--gate", "--ops", "scores", "--held", "avx2")
@@ -257,8 +254,8 @@ def test_the_grid_has_cells_of_every_op_and_refuses_others() -> None:
 def test_the_ways_agree_on_gradients(dtype: str, lengths: str) -> None:
     torch.manual_seed(0)
     for one in (
-        bench_per_sample_gradients.case(3, 5, 8, dtype, lengths),
-        bench_projected_gradients.case(3, 5, 24, 8, dtype, lengths),
+        per_sample_gradients.case(3, 5, 8, dtype, lengths),
+        projected_gradients.case(3, 5, 24, 8, dtype, lengths),
     ):
         good, _, left_out = check(one)
         assert left_out == {}
@@ -270,8 +267,8 @@ def test_the_ways_agree_on_scans(kind: str) -> None:
     torch.manual_seed(0)
     rows, queries = torch.randn(70, 96).to(getattr(torch, kind)), torch.randn(3, 96)
     for one in (
-        bench_scores.case(queries, rows, torch.rand(70) + 0.5, numpy_too=True),
-        bench_topk_scores.case(queries, rows, 5),
+        scores.case(queries, rows, torch.rand(70) + 0.5, numpy_too=True),
+        topk_scores.case(queries, rows, 5),
     ):
         good, _, left_out = check(one)
         assert left_out == {}
@@ -282,19 +279,19 @@ def test_faiss_is_checked_too() -> None:
     pytest.importorskip("faiss")
     torch.manual_seed(0)
     rows, queries = torch.randn(70, 96).half(), torch.randn(3, 96)
-    one = bench_scores.case(queries, rows, index=bench_scores.Faiss(rows))
+    one = scores.case(queries, rows, index=scores.Faiss(rows))
     assert check(one)[2] == {}
-    one = bench_scores.case(queries, rows, index=bench_scores.Faiss(rows + 1))
+    one = scores.case(queries, rows, index=scores.Faiss(rows + 1))
     assert list(check(one)[2]) == ["faiss flat, top 10", "faiss SQfp16, top 10"]
 
 
 def test_the_ways_agree_on_the_rest() -> None:
     torch.manual_seed(0)
-    cases = [bench_project.case(7, 40, 8, dtype) for dtype in ("fp32", "fp16", "bf16")]
-    cases += [bench_covariance_update.case(9, 12, dtype) for dtype in ("fp32", "fp64")]
-    cases += [bench_covariance_update.case(9, 12, "fp32", rows) for rows in ("fp16", "bf16")]
-    cases += [bench_self_influence.case(9, 12, dtype) for dtype in ("fp32", "fp16", "bf16")]
-    cases += [bench_pack_rows.case(5, 64, unpack) for unpack in (False, True)]
+    cases = [project.case(7, 40, 8, dtype) for dtype in ("fp32", "fp16", "bf16")]
+    cases += [covariance_update.case(9, 12, dtype) for dtype in ("fp32", "fp64")]
+    cases += [covariance_update.case(9, 12, "fp32", rows) for rows in ("fp16", "bf16")]
+    cases += [self_influence.case(9, 12, dtype) for dtype in ("fp32", "fp16", "bf16")]
+    cases += [pack_rows.case(5, 64, unpack) for unpack in (False, True)]
     for one in cases:
         good, _, left_out = check(one)
         assert left_out == {}, one.title
@@ -305,41 +302,47 @@ def test_the_ways_agree_on_the_rest() -> None:
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 5000])
 def test_every_number_is_read(count: int) -> None:
     data = torch.arange(count, dtype=torch.float32) % 7
-    for isa in _native.available_isas():
-        before = _native.isa()
-        _native.set_isa(isa)
+    for isa in ops.available_isas():
+        before = ops.isa()
+        ops.set_isa(isa)
         try:
-            assert _native.C.read_all(data.data_ptr(), count) == data.double().sum()  # all exact
-            assert 0.9e6 <= _native.C.multiply(1e6) / torch.get_num_threads() <= 1e6
+            assert ops.limits.read_all(data) == data.double().sum()  # all exact
+            assert 0.9e6 <= ops.limits.multiply(1e6) / torch.get_num_threads() <= 1e6
         finally:
-            _native.set_isa(before)
+            ops.set_isa(before)
 
 
 def test_a_part_that_fails_or_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def failing(part: parts.Part, options: list[str]) -> str | None:
-        raise parts.Failed(part.name)
-
-    ran: list[list[str]] = []
+    ran: list[argparse.Namespace] = []
+    monkeypatch.setattr(parts, "run_cases", lambda cases, args: ran.append(args))
     monkeypatch.setattr(
         parts,
         "PARTS",
         (
-            parts.Part("good", "", "", parts.ALL, lambda part, options: ran.append(options)),
-            parts.Part("lost", "", "bench.no_such_module", parts.ALL, parts.here),
-            parts.Part("far", "", "bench.grid", parts.FULL, parts.with_peers),
-            parts.Part("bad", "", "", parts.FULL, failing),
+            parts.Part("good", "", "bench.ops.project"),
+            parts.Part("lost", "", "bench.no_such_module"),
+            parts.Part("peers", "", "bench.peers", parts.FULL),
+            parts.Part("bad", "", "bench.peers.setting", parts.FULL),
         ),
     )
+    commands: list[list[str]] = []
+
+    def failing(command: list[str], cwd: Path) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", failing)
     monkeypatch.setattr(parts, "PEERS_PYTHON", Path("/nowhere/python"))
     assert parts.main(["--quick", "--threads", "2"]) == 0
-    assert ran == [["--quick", "--threads", "2"]]
+    assert [(args.quick, args.threads) for args in ran] == [(True, 2)]
     assert "lost is left out: there is no bench.no_such_module" in capsys.readouterr().out
     assert parts.main(["--full", "--json"]) == 1
     out = capsys.readouterr().out
-    assert "far is left out: the peers are not installed" in out
+    assert "peers is left out: the peers are not installed" in out
     assert out.endswith("failed: bad\n")
+    assert [command[1:] for command in commands] == [["-m", "bench.peers.setting", "--json"]]
     with pytest.raises(SystemExit):
         parts.main(["godo"])
     assert "no part godo" in capsys.readouterr().err
@@ -353,8 +356,8 @@ def test_targets_are_met_or_missed() -> None:
 
 
 def peers_record(folder: Path, part: str, case: str, **rates: float) -> None:
-    """As bench_peers writes them; every call of 10 ms."""
-    _results.append(
+    """As bench.peers writes them; every call of 10 ms."""
+    results.append(
         "peers",
         {
             "case": case,
@@ -389,7 +392,7 @@ def test_pictures_of_stored_results(
     assert f"{name}.png is left out: there are no results for it" in capsys.readouterr().out
     rows = torch.randn(16, 32).half()
     for num_queries in (1, 4):
-        one = bench_scores.case(torch.randn(num_queries, 32), rows, numpy_too=True)
+        one = scores.case(torch.randn(num_queries, 32), rows, numpy_too=True)
         run_case(one, LIMITS, arguments(), tmp_path)
     logging = case(logra=FAST, floor=FAST)
     logging.op = "logging"

@@ -90,18 +90,18 @@ def test_our_scores(influence_setting: InfluenceSetting, tmp_path: Path) -> None
 
 
 def test_a_replacement_is_undone_after_an_error() -> None:
-    before = ours.write_store, ours.Logger.rows
-    paths = {"bench.peers.ours:write_store": None, "bench.peers.ours:Logger.rows": None}
+    before = ours.attributor, ours.Logger.rows
+    paths = {"bench.peers.ours:attributor": None, "bench.peers.ours:Logger.rows": None}
 
     def fail_inside() -> None:
         with replaced(**paths):
-            assert ours.write_store is None
+            assert ours.attributor is None
             assert ours.Logger.rows is None
             raise KeyError
 
     with pytest.raises(KeyError):
         fail_inside()
-    assert (ours.write_store, ours.Logger.rows) == before
+    assert (ours.attributor, ours.Logger.rows) == before
 
 
 def test_a_peer_that_is_none() -> None:

@@ -120,9 +120,10 @@ def test_objects_with_isa_flags_show_nothing_but_their_table(tmp_path: Path) -> 
     elif platform.machine() == "aarch64":
         flags["isa_neon"] = []
     for name, isa_flags in flags.items():
-        source, target = ROOT / "csrc/src" / f"{name}.cpp", tmp_path / f"{name}.o"
+        source, target = ROOT / "csrc/src/isa" / f"{name}.cpp", tmp_path / f"{name}.o"
         # -O0 keeps what optimisation would inline away
-        command = ["g++", "-std=c++17", "-O0", "-w", *isa_flags, f"-I{ROOT / 'csrc/include'}"]
+        includes = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/src'}"]
+        command = ["g++", "-std=c++17", "-O0", "-w", *isa_flags, *includes]
         subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         symbols = subprocess.run(
             ["nm", "-C", str(target)], capture_output=True, text=True, check=True

@@ -49,7 +49,8 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
 
 
 def test_every_op_is_listed() -> None:
-    assert set(CALLS) == set(ops.__all__) - {"TopK"}
+    others = {"TopK", "available_isas", "isa", "limits", "set_isa"}
+    assert set(CALLS) == set(ops.__all__) - others
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -184,11 +185,144 @@ def to_fake(argument: Any) -> Any:
     )
 
 
-def test_results_are_outside_autograd() -> None:
-    x, proj = X.clone().requires_grad_(), PROJ_IN.clone().requires_grad_()
-    assert not ops.project(x, proj).requires_grad
-    assert not ops.projected_gradients(x, DY, proj, None).requires_grad
-    assert not ops.scores(QUERIES.clone().requires_grad_(), ROWS).requires_grad
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.project(x, PROJ_IN),
+        lambda x: ops.projected_gradients(x, DY, PROJ_IN, None),
+        lambda x: ops.scores(x[0], x[0]),
+        lambda x: torch.ops.logra.self_influence(x[0], PROJ_IN),
+        lambda x: ops.topk_scores(x[0], ROWS[:, :8], 2)[0],
+        lambda x: ops.pack_rows(x[0], [8], [0])[1],
+    ],
+)
+def test_a_backward_pass_through_an_op_raises(call: Callable[[Any], Any]) -> None:
+    out = call(X.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=r"logra::\w+ has no derivative"):
+        out.sum().backward()
+    with pytest.raises(RuntimeError, match="has no derivative|functorch transforms"):
+        torch.func.grad(lambda x: call(x).sum())(X)
+    with torch.no_grad():
+        assert not call(X.clone().requires_grad_()).requires_grad
+
+
+def test_a_covariance_is_not_differentiated_and_its_change_is_counted() -> None:
+    cov = torch.zeros(20, 20)
+    for number, update in enumerate(
+        (ops.covariance_update_, torch.ops.logra.covariance_update_), 1
+    ):
+        update(cov, ROWS.float())
+        assert cov._version == number
+        with pytest.raises(RuntimeError, match="covariance_update_ has no derivative"):
+            update(cov, ROWS.float().requires_grad_())
+    weight = torch.ones(20, 20, requires_grad=True)
+    product = (weight * cov).sum()
+    ops.covariance_update_(cov, ROWS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+UNSAFE: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "a covariance of another size": (
+        "covariance_update_",
+        (torch.zeros(4, 4), ROWS),
+        r"cov: expected \[K=20, K=20\]",
+    ),
+    "a covariance in steps": (
+        "covariance_update_",
+        (torch.zeros(20, 40)[:, ::2], ROWS),
+        "cov: expected a contiguous",
+    ),
+    "a short row_scale": (
+        "scores",
+        (QUERIES, ROWS, SCALE[:3], None),
+        r"row_scale: expected \[R=7\]",
+    ),
+    "a row_scale in float64": (
+        "scores",
+        (QUERIES, ROWS, SCALE.double()),
+        "row_scale: expected float32",
+    ),
+    "rows of another width": ("scores", (QUERIES, ROWS[:, :5]), r"rows: expected \[R, D=20\]"),
+    "rows of integers": ("scores", (QUERIES, ROWS.int()), "rows: expected float16 or"),
+    "an unscaled top k": ("topk_scores", (QUERIES, ROWS, 0), "k: expected at least 1, got 0"),
+    "a state of another k": (
+        "topk_scores",
+        (QUERIES, ROWS, 2, None, None, STATE, 0),
+        r"state.top_scores: expected \[Q=2, k=2\]",
+    ),
+    "ids beyond int64": (
+        "topk_scores",
+        (QUERIES, ROWS, 2, None, None, None, 2**63 - 5),
+        "row_offset: expected ids below",
+    ),
+    "a mask of another shape": (
+        "per_sample_gradients",
+        (X, DY, MASK[:, :2]),
+        r"mask: expected \[N=3, T=5\]",
+    ),
+    "packed tokens without their segments": (
+        "per_sample_gradients",
+        (X[0], DY[0]),
+        r"x: expected \[N, T, I\]",
+    ),
+    "segments behind the tokens": (
+        "per_sample_gradients",
+        (X[0], DY[0], None, torch.tensor([0, 9])),
+        "cu_seqlens: expected values",
+    ),
+    "segments whose difference wraps": (
+        "per_sample_gradients",
+        (X[0], DY[0], None, torch.tensor([0, 2**31 - 1, -(2**31), 5]).int()),
+        "cu_seqlens: expected values",
+    ),
+    "a projection of another width": (
+        "projected_gradients",
+        (X, DY, PROJ_OUT),
+        r"proj_in: expected \[Ki, I=8\]",
+    ),
+    "modules of other shapes": (
+        "projected_gradients_grouped",
+        ([X, X[:, :2]], [DY, DY], [], []),
+        r"xs\[1\]: expected the shape",
+    ),
+    "no module": (
+        "projected_gradients_grouped",
+        ([], [], [], []),
+        "xs: expected at least one module",
+    ),
+    "a factor of another width": (
+        "self_influence",
+        (ROWS, PROJ_IN),
+        r"factor: expected \[M, K=20\]",
+    ),
+    "sizes beyond the row": ("pack_rows", (ROWS, [12, 9], [0, 0]), "module_sizes: expected sizes"),
+    "a missing exponent": (
+        "pack_rows",
+        (ROWS, [12, 8], [0]),
+        "module_exponents: expected 2, got 1",
+    ),
+    "a short scale": ("unpack_rows", (ROWS, SCALE[:1], *MODULES), r"row_scale: expected \[R=7\]"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAFE)
+def test_an_op_called_by_torch_checks_its_arguments(case: str) -> None:
+    """The kernels read and write memory by these arguments, whoever calls them."""
+    name, arguments, message = UNSAFE[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        getattr(torch.ops.logra, name)(*arguments)
+
+
+def test_an_op_called_by_torch_takes_what_its_function_takes() -> None:
+    """Strided rows and a cov that is among the rows give what copies of them give."""
+    wide = randn(7, 40, seed=8)[:, ::2]
+    assert_same(torch.ops.logra.scores(QUERIES, wide), ops.scores(QUERIES, wide.contiguous()))
+    square = randn(300, 300, seed=9)
+    for update in (ops.covariance_update_, torch.ops.logra.covariance_update_):
+        own = square.clone()
+        update(own, own)
+        assert_same(own, ops.covariance_update_(square.clone(), square))
 
 
 def test_other_devices_use_the_reference() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_samples import append, writer_of
+from store_samples import append, wide_store, writer_of
+from system_state import evict, left_behind
 
 from logra_kernels.store import (
     BlockReader,
@@ -25,30 +26,6 @@ from logra_kernels.store import (
 from logra_kernels.store.files import DATA_OFFSET_BYTES
 from logra_kernels.store.maps import cached_bytes
 from logra_kernels.store.read_ahead import BLOCKS_AHEAD
-
-
-def evict(store: Store) -> int:
-    """Drop the shards from the page cache; the bytes that stayed (a tmpfs keeps all)."""
-    for shard in store.shards:
-        shard.__dict__.pop("rows", None)  # pages that a process has mapped stay
-        descriptor = os.open(shard.path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-    return sum(cached_bytes(shard.path) for shard in store.shards)
-
-
-def wide_store(path: Path, dtype: str = "float16", shard_rows: int = 7, dim: int = 3001) -> Store:
-    """23 rows of 6,002 or 12,004 bytes: no block ends on a page."""
-    rows = np.arange(23 * dim).reshape(23, dim) % 2039
-    with StoreWriter.create(
-        path, modules=[Module("m", 1, dim)], dtype=dtype, shard_rows=shard_rows
-    ) as writer:
-        if dtype == "float16":
-            writer.set_module_exponents([0])
-            writer.append(range(23), rows.astype(dtype), np.ones(23, np.float32))
-        else:
-            writer.append(range(23), rows.astype(dtype))
-    return Store.open(path)
 
 
 def all_rows(store: Store) -> np.ndarray:
@@ -76,11 +53,6 @@ def drain(blocks: Iterable[RowBlock], last: tuple[int, int]) -> None:
     for block in blocks:
         assert (block.shard, block.start) <= last
         block.release()
-
-
-def left_behind() -> tuple[int, list[str]]:
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("logra")]
-    return len(os.listdir("/proc/self/fd")), names
 
 
 WAYS = {

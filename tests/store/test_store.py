@@ -30,6 +30,7 @@ from tree import environment
 from logra_kernels.store import (
     DuplicateIdError,
     Module,
+    RowLayout,
     Store,
     StoreError,
     StoreExistsError,
@@ -37,6 +38,8 @@ from logra_kernels.store import (
     StoreMismatchError,
     StoreWriter,
 )
+from logra_kernels.store.codecs import Float16, base
+from logra_kernels.store.writer import append_finite
 
 
 def stored_rows(store: Store) -> np.ndarray:
@@ -211,6 +214,31 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, dt
         with pytest.raises(StoreError, match=message + r"'layers\.1\.mlp'"):
             writer.append(["a", "b"], rows, scale)
     assert Store.open(tmp_path / "s").num_rows == 0
+
+
+def test_rows_whose_values_were_looked_at_are_not_looked_at_again(tmp_path: Path) -> None:
+    looked = []
+
+    class Watched(Float16):
+        def finite(self, stored: np.ndarray, layout: RowLayout) -> np.ndarray:
+            looked.append(len(stored))
+            return super().finite(stored, layout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(base._codecs, "float16", Watched())
+        with writer_of(tmp_path / "s") as writer:
+            append(writer, [0, 1])
+            append_finite(writer, [2], rows_of([2]), scales_of([2]), [{"n": 2}])
+            with pytest.raises(DuplicateIdError, match="1 in the store already"):
+                append_finite(writer, [2], rows_of([2]), scales_of([2]))
+            with pytest.raises(StoreError, match=r"rows: expected float16 \[1, 10\], got float32"):
+                append_finite(writer, [3], rows_of([3], "float32"), scales_of([3]))
+            with pytest.raises(StoreError, match=r"row_scale: expected powers of two, got 3\.0"):
+                append_finite(writer, [3], rows_of([3]), np.array([3], np.float32))
+    assert looked == [2]
+    store = Store.open(tmp_path / "s")
+    np.testing.assert_array_equal(stored_rows(store), rows_of([0, 1, 2]))
+    assert store.metadata([2]) == [{"n": 2}]
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 3.0, np.inf, np.nan])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logra_kernels import _native
+from logra_kernels import ops
 
 # around every vector width, and the tiles of 2, 4 and 6
 TAILS = [1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64]
@@ -64,7 +64,7 @@ def assert_same(one: Any, other: Any) -> None:
     """The same bits from the C++ kernels; nearly so from torch, whose sums depend on layout."""
     one = (one,) if isinstance(one, Tensor) else one
     other = (other,) if isinstance(other, Tensor) else other
-    tolerance = 1e-4 if _native.C is None else 0.0
+    tolerance = 1e-4 if ops.isa() is None else 0.0
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 

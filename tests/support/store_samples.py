@@ -64,6 +64,20 @@ def full_store(path: Path) -> Store:
     return Store.open(path)
 
 
+def wide_store(path: Path, dtype: str = "float16", shard_rows: int = 7, dim: int = 3001) -> Store:
+    """23 rows of 6,002 or 12,004 bytes: no block ends on a page."""
+    rows = np.arange(23 * dim).reshape(23, dim) % 2039
+    with StoreWriter.create(
+        path, modules=[Module("m", 1, dim)], dtype=dtype, shard_rows=shard_rows
+    ) as writer:
+        if dtype == "float16":
+            writer.set_module_exponents([0])
+            writer.append(range(23), rows.astype(dtype), np.ones(23, np.float32))
+        else:
+            writer.append(range(23), rows.astype(dtype))
+    return Store.open(path)
+
+
 def edit_manifest(path: Path, change: Any) -> None:
     """Change manifest.json and seal it again, as a malicious or buggy writer would."""
     file = path / "manifest.json"

@@ -1,0 +1,1 @@
+"""What every benchmark needs: cases, timing, limits, memory, results."""

@@ -1,0 +1,31 @@
+// Private: what every op checks before it touches memory.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "logra/types.h"
+
+namespace logra {
+
+inline void expect(bool good, const char* what) {
+  if (!good) throw std::invalid_argument(what);
+}
+
+inline void expect_narrow(Dtype dtype, const char* name) {
+  if (dtype == Dtype::kFloat64)
+    throw std::invalid_argument(std::string(name) + ": expected float32, float16 or bfloat16, got float64");
+}
+
+inline std::size_t checked_product(std::size_t a, std::size_t b) {
+  if (b != 0 && a > static_cast<std::size_t>(-1) / b) throw std::length_error("logra: sizes overflow");
+  return a * b;
+}
+
+inline std::size_t ceil_div(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
+
+inline const void* element(const void* data, Dtype dtype, std::size_t offset) {
+  return static_cast<const char*>(data) + offset * size_bytes(dtype);
+}
+
+}  // namespace logra

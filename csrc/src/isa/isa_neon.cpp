@@ -1,0 +1,99 @@
+// NEON, which every AArch64 CPU has. Everything here has internal linkage, as in the other isa_*.cpp.
+#include <arm_neon.h>
+
+#include "isa/table-inl.h"
+
+namespace logra {
+namespace {
+
+struct Vec {
+  using Sum = Vec;
+  using Word = float;
+  static constexpr std::size_t kLanes = 4;
+  // 24 sums + 4 queries + 1 row of 32 registers
+  static constexpr int kTileRows = 6, kTileQueries = 4, kSums = 24;
+  static constexpr int kPanelVecs = 4, kProjectRows = 8;
+  // 24 sums + 3 vectors + 1 number of 32 registers
+  static constexpr int kFactorRows = 8, kFactorVecs = 3;
+  static constexpr std::size_t kDirectQueries = 16;
+  float32x4_t v;
+
+  static Vec zero() { return {vdupq_n_f32(0.0f)}; }
+  static Vec broadcast(float x) { return {vdupq_n_f32(x)}; }
+  // Loads are by bytes: the pointers may be misaligned.
+  static Vec load(const float* p) {
+    return {vreinterpretq_f32_u8(vld1q_u8(reinterpret_cast<const std::uint8_t*>(p)))};
+  }
+  static Vec load(const Float16* p) {
+    return {vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(p))))};
+  }
+  static Vec load(const Bfloat16* p) {
+    const uint16x4_t bits = vreinterpret_u16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(p)));
+    return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
+  }
+  // One number in all lanes.
+  static Vec repeat(const float* p) { return broadcast(read<float>(p)); }
+  template <class T>
+  static Vec load_n(const T* p, std::size_t n) {
+    return load_copy<Vec>(p, n);
+  }
+  static void store(float* p, Vec a) {
+    vst1q_u8(reinterpret_cast<std::uint8_t*>(p), vreinterpretq_u8_f32(a.v));
+  }
+  static void store_n(float* p, Vec a, std::size_t n) { store_copy(p, a, n); }
+  static void store_f16(std::uint16_t* p, Vec a) {
+    vst1_u8(reinterpret_cast<std::uint8_t*>(p), vreinterpret_u8_f16(vcvt_f16_f32(a.v)));
+  }
+  static float least(Vec a) { return vminvq_f32(a.v); }
+  // Sums of the lanes of a, b, c and d, each (0 + 1) + (2 + 3).
+  static Quad sums(Vec a, Vec b, Vec c, Vec d) {
+    return vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v));
+  }
+};
+inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
+// Lane j of the i-th becomes lane i of the j-th.
+inline void transpose(Vec (&a)[4]) {
+  const float64x2_t even = vreinterpretq_f64_f32(vtrn1q_f32(a[0].v, a[1].v));
+  const float64x2_t odd = vreinterpretq_f64_f32(vtrn2q_f32(a[0].v, a[1].v));
+  const float64x2_t even2 = vreinterpretq_f64_f32(vtrn1q_f32(a[2].v, a[3].v));
+  const float64x2_t odd2 = vreinterpretq_f64_f32(vtrn2q_f32(a[2].v, a[3].v));
+  a[0].v = vreinterpretq_f32_f64(vtrn1q_f64(even, even2));
+  a[1].v = vreinterpretq_f32_f64(vtrn1q_f64(odd, odd2));
+  a[2].v = vreinterpretq_f32_f64(vtrn2q_f64(even, even2));
+  a[3].v = vreinterpretq_f32_f64(vtrn2q_f64(odd, odd2));
+}
+// a with x in lane i
+inline Vec with_lane(Vec a, std::size_t i, float x) {
+  static const std::uint32_t kLane[4] = {0, 1, 2, 3};
+  const uint32x4_t here = vceqq_u32(vld1q_u32(kLane), vdupq_n_u32(static_cast<std::uint32_t>(i)));
+  return {vbslq_f32(here, vdupq_n_f32(x), a.v)};
+}
+// Bit i says that lane i of a is at least that of b; false for NaN.
+inline unsigned at_least(Vec a, Vec b) {
+  static const std::uint32_t kBits[4] = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(vcgeq_f32(a.v, b.v), vld1q_u32(kBits)));
+}
+// The larger of a, which is not negative, and |b|, both taken as integers.
+inline Vec larger_bits(Vec a, Vec b) {
+  const uint32x4_t size = vandq_u32(vreinterpretq_u32_f32(b.v), vdupq_n_u32(0x7fffffff));
+  return {vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a.v), size))};
+}
+
+struct VecD {
+  static constexpr std::size_t kLanes = 2;
+  static constexpr int kPanelVecs = 4;
+  float64x2_t v;
+  static VecD broadcast(double x) { return {vdupq_n_f64(x)}; }
+  static VecD load(const double* p) { return {vld1q_f64(p)}; }
+  static void store(double* p, VecD a) { vst1q_f64(p, a.v); }
+};
+inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+
+}  // namespace
+
+constexpr Kernels kNeonKernels = kernel_table<Vec, VecD>();
+
+}  // namespace logra

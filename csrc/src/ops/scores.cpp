@@ -1,0 +1,38 @@
+#include "logra/scores.h"
+
+#include "products/scan.h"
+
+namespace logra {
+
+// Queries from which on scores are transposed in registers.
+constexpr std::size_t kTransposed = 8;
+
+void scores(const Matrix& queries, const Matrix& rows, const float* row_scale, const float* row_bias,
+            float* out) {
+  expect_narrow(queries.dtype, "queries");
+  expect_narrow(rows.dtype, "rows");
+  expect(queries.cols == rows.cols, "rows: expected as many columns as queries");
+  if (queries.rows == 0 || rows.rows == 0) return;
+  const Kernels& kernels = active_kernels();
+  const Products products(kernels, queries, rows.dtype, rows.rows);
+  const int threads = scan_threads(products, rows);
+  scan(products, rows, threads, false, [&](const ScanBlock& block, std::size_t) {
+    for (std::size_t r = 0; r < block.num_rows && (row_scale != nullptr || row_bias != nullptr); ++r) {
+      float* line = block.c + r * block.stride;
+      const std::size_t row = block.first_row + r;
+      for (std::size_t q = 0; row_scale != nullptr && q < block.num_queries; ++q) line[q] *= row_scale[row];
+      for (std::size_t q = 0; row_bias != nullptr && q < block.num_queries; ++q) line[q] += row_bias[row];
+    }
+    float* to = out + block.first_query * rows.rows + block.first_row;
+    std::size_t r = 0;
+    for (; block.num_queries >= kTransposed && r + kernels.lanes <= block.num_rows; r += kernels.lanes) {
+      const void* lines[kMostLanes];
+      for (std::size_t i = 0; i < kernels.lanes; ++i) lines[i] = block.c + (r + i) * block.stride;
+      kernels.codecs.transpose[Dtype::kFloat32](lines, 0, block.num_queries, to + r, rows.rows);
+    }
+    for (std::size_t q = 0; q < block.num_queries; ++q)
+      for (std::size_t i = r; i < block.num_rows; ++i) to[q * rows.rows + i] = block.c[i * block.stride + q];
+  });
+}
+
+}  // namespace logra

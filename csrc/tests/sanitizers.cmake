@@ -1,0 +1,25 @@
+# LOGRA_SANITIZE=address (with undefined behaviour) or thread. Included before any target is made; g++ only.
+if(LOGRA_SANITIZE STREQUAL "address")
+  set(sanitizers -fsanitize=address,undefined -fno-sanitize-recover=all)
+elseif(LOGRA_SANITIZE STREQUAL "thread")
+  set(sanitizers -fsanitize=thread)
+else()
+  message(FATAL_ERROR "LOGRA_SANITIZE: expected address or thread, got ${LOGRA_SANITIZE}")
+endif()
+add_compile_options(${sanitizers} -g1)
+add_link_options(${sanitizers})
+
+if(LOGRA_SANITIZE STREQUAL "thread")
+  # ThreadSanitizer knows nothing of the barriers inside libgomp, and would take every parallel region for a race.
+  find_package(Threads REQUIRED)
+  add_library(openmp_over_threads OBJECT csrc/tests/openmp_over_threads.cpp)
+  add_library(OpenMP::OpenMP_CXX INTERFACE IMPORTED)
+  target_compile_options(OpenMP::OpenMP_CXX INTERFACE -fopenmp)
+  target_link_libraries(OpenMP::OpenMP_CXX INTERFACE $<TARGET_OBJECTS:openmp_over_threads> Threads::Threads)
+  set(OpenMP_CXX_FOUND TRUE)
+
+  add_executable(logra_race csrc/tests/race.cpp)
+  target_link_libraries(logra_race PRIVATE OpenMP::OpenMP_CXX)
+  add_test(NAME race COMMAND logra_race)
+  set_tests_properties(race PROPERTIES WILL_FAIL TRUE)
+endif()

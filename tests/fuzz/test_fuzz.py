@@ -1,0 +1,16 @@
+"""A short run of each fuzzer; `make fuzz` runs them for longer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tree import environment
+
+
+@pytest.mark.parametrize("fuzzer", ["fuzz_ops.py"])
+def test_random_input_ends_in_a_result_or_in_words(fuzzer: str) -> None:
+    """In a process of its own, which a wrong address would end."""
+    command = [sys.executable, str(Path(__file__).parent / fuzzer), "--calls", "2000"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
