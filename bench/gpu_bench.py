@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls
 """What the GPU kernels reach, on a GPU: python -m bench.gpu_bench [--json] [--only PART]
 
 Parts:
@@ -11,7 +12,6 @@ flushed before each.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,14 +26,15 @@ from bench.gpu_check import describe
 from bench.gpu_report import GPUS, WORK, Gpu, predict, problems
 from bench.harness import results as stored
 from logra_kernels.triton.catalogue import recorded
+from tools.timing import Timer
 
-# of the largest value: torch's products of half types round their results to 8 or 11 bits
+# Of the largest value: torch's products of half types round their results to 8 or 11 bits.
 TOLERANCE = 2.0**-6
 
 
 @dataclass
 class Measured:
-    """One provider of one case; seconds, bytes/s and FLOP/s. of_*: of what this run measured."""
+    """One provider of one case. of_bandwidth and of_matrix_rate: parts of this run's limits."""
 
     part: str
     case: str
@@ -53,28 +54,6 @@ class Limits:
     matrix_flop_per_s: float
 
 
-class Timer:
-    """Medians on a CUDA stream. The tests put another in its place."""
-
-    def __init__(self, repeats: int = 20) -> None:
-        self.repeats = repeats
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def median_s(self, call: Callable[[], Any]) -> float:
-        for _ in range(3):
-            call()
-        events = []
-        for _ in range(self.repeats):
-            self.flush.zero_()  # leaves nothing of the inputs in the L2 cache
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(s.elapsed_time(e) for s, e in events) / 1e3
-
-
 def measure_limits(timer: Timer, device: str, size: int = 1 << 30) -> Limits:
     a = torch.empty(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
@@ -86,7 +65,7 @@ def measure_limits(timer: Timer, device: str, size: int = 1 << 30) -> Limits:
 
 
 def real(value: Any, device: str) -> Any:
-    """A tensor with memory in the place of one without."""
+    """value, or a random tensor on the device if value is a tensor without memory."""
     if not isinstance(value, Tensor) or value.device.type != "meta":
         return value
     if value.dtype == torch.bool:
@@ -95,7 +74,7 @@ def real(value: Any, device: str) -> Any:
 
 
 def plain_torch(name: str, arguments: list[Any]) -> Callable[[], Any] | None:
-    """What a user would write; the best of the ways that a type offers."""
+    """What a user of torch would write, in the fastest way that the types allow."""
     if name == "scores":
         queries, rows, *scale = arguments
         low = queries.to(rows.dtype)
@@ -169,34 +148,43 @@ def ops(timer: Timer, device: str, limits: Limits, gpu: Gpu | None) -> Iterator[
         del arguments, ours, theirs, providers, seen
 
 
-def logging(timer: Timer, device: str, quick: bool) -> Iterator[Measured]:
-    """Rows of one batch by a capture, against the passes that none can do without."""
+def llama(blocks: int, width: int, vocabulary: int) -> Any:
+    """A Llama of random weights, with heads of at most 128."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from logra_kernels.capture import Capture
-    from logra_kernels.capture.layers import Layer, layer_kind
-    from logra_kernels.projection import build_projections
-
-    width, blocks, examples, tokens = (64, 2, 2, 16) if quick else (2048, 8, 8, 1024)
+    heads = max(4, width // 128)
     config = LlamaConfig(
-        vocab_size=256 if quick else 32000,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=blocks,
-        num_attention_heads=4 if quick else 16,
-        num_key_value_heads=4 if quick else 16,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
     )
-    model = LlamaForCausalLM(config).to(device).bfloat16().eval()
-    ids = torch.randint(0, config.vocab_size, (examples, tokens), device=device)
-    layers: list[Layer] = []
-    for name, module in model.named_modules():
-        kind = layer_kind(module)
-        if "mlp" in name and kind is not None:
-            layers.append(kind(name, module))
+    return LlamaForCausalLM(config)
+
+
+def projected_layers(model: nn.Module, rank: int) -> Any:
+    """The layers of a model's MLPs, as a capture takes them."""
+    from logra_kernels.capture.layers import layer_kind
+    from logra_kernels.projection import build_projections
+
+    kinds = {n: (layer_kind(m), m) for n, m in model.named_modules() if "mlp" in n}
+    layers = [kind(name, module) for name, (kind, module) in kinds.items() if kind is not None]
     widths = {layer.name: (layer.in_features, layer.out_features) for layer in layers}
-    projections = build_projections(widths, 16 if quick else 64)
-    for layer in layers:
-        layer.projection = projections[layer.name]
+    for layer, projection in zip(layers, build_projections(widths, rank).values(), strict=True):
+        layer.projection = projection
+    return layers
+
+
+def logging(timer: Timer, device: str, quick: bool) -> Iterator[Measured]:
+    """Rows of one batch by a capture, against the passes that none can do without."""
+    from logra_kernels.capture import Capture
+
+    blocks, width, examples, tokens = (2, 64, 2, 16) if quick else (8, 2048, 8, 1024)
+    model = llama(blocks, width, vocabulary=256 if quick else 32000).to(device).bfloat16().eval()
+    layers = projected_layers(model, rank=16 if quick else 64)
+    ids = torch.randint(0, model.config.vocab_size, (examples, tokens), device=device)
 
     def loss() -> Tensor:
         logits = model(ids).logits[:, :-1].flatten(0, 1)

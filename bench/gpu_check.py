@@ -1,8 +1,8 @@
 """Everything that only a GPU can show to be right: python -m bench.gpu_check [--quick] [--json]
 
 - every op's Triton kernel against float64 on the CPU, over types, ragged sizes and strides;
-- equal bits however rows, queries, tokens' examples are split into calls, and from run to run;
-- the torch ops give what the kernels give; addresses past 2^31 elements;
+- equal bits however rows, queries and examples are split into calls, and from run to run;
+- the torch ops give what the kernels give, and addresses past 2^31 elements work;
 - a model's rows logged on the GPU, and a store scored on it, against the CPU;
 - the kernels' whole test suite; NVIDIA's compute-sanitizer on a small part, where it is installed.
 
@@ -31,7 +31,8 @@ from logra_kernels import triton as kernels
 
 ROOT = Path(__file__).parent.parent
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
-# a float32 addition on tensor cores may truncate, 2**-23; operands in pieces leave out 2**-19
+# A float32 addition on tensor cores may truncate, an error of 2**-23. Operands split into pieces
+# leave out 2**-19.
 STEP, PIECES = 2.0**-23, 2.0**-19
 
 
@@ -69,7 +70,7 @@ class Data:
 
 
 def compare(name: str, got: Tensor, wanted: Tensor, size: Tensor, terms: int) -> Comparison:
-    """|got - wanted| over (terms additions + what pieces leave out) of the magnitudes `size`."""
+    """|got - wanted| over the errors of terms additions and of pieces, both in parts of `size`."""
     bound = (terms * STEP + PIECES) * size + terms * 2.0**-126
     error = (got.detach().cpu().double() - wanted).abs()
     ratio = float((error / bound).nan_to_num(torch.inf).max()) if error.numel() else 0.0
@@ -77,18 +78,18 @@ def compare(name: str, got: Tensor, wanted: Tensor, size: Tensor, terms: int) ->
 
 
 def same(name: str, one: Any, other: Any) -> Comparison:
-    """Equal bits: 0, or infinitely far."""
+    """A ratio of 0 if the bits are equal, else of infinity."""
     one = (one,) if isinstance(one, Tensor) else one
     other = (other,) if isinstance(other, Tensor) else other
     equal = all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     return Comparison(name, 0.0 if equal else torch.inf)
 
 
-def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+def wide(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.detach().cpu().double() for t in tensors]
 
 
-def sizes(*tensors: Tensor | None) -> list[Tensor | None]:
+def sizes(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.abs() for t in wide(*tensors)]
 
 
@@ -113,15 +114,15 @@ def gradients(data: Data, quick: bool) -> Iterator[Comparison]:
             proj_out = data.randn(rank, width, dtype=dy_dtype)
             mask = data.mask(n, t)
             x[~mask] = torch.nan
-            for sides in ((proj_in, proj_out), (None, proj_out), (None, None)):
-                if sides == (None, None) and width > 128:
-                    continue  # a full outer product of raw activations is nobody's use
-                got = kernels.projected_gradients(x, dy, *sides, mask)
-                clean = x.nan_to_num(0)
-                arguments = clean, dy, *sides
-                bare = mask.cpu()
-                wanted = reference.projected_gradients(*wide(*arguments), bare)
-                size = reference.projected_gradients(*sizes(*arguments), bare)
+            projs: tuple[tuple[Tensor | None, Tensor | None], ...]
+            projs = (proj_in, proj_out), (None, proj_out), (None, None)
+            for p_in, p_out in projs:
+                if p_out is None and width > 128:
+                    continue  # nobody stores the full outer product of raw activations
+                got = kernels.projected_gradients(x, dy, p_in, p_out, mask)
+                arguments = x.nan_to_num(0), dy, p_in, p_out
+                wanted = reference.projected_gradients(*wide(*arguments, mask))
+                size = reference.projected_gradients(*sizes(*arguments, mask))
                 name = f"projected_gradients {n}x{t}, {width}->{rank}, {x_dtype} {dy_dtype}"
                 yield compare(name, got, wanted, size, t + 2 * width)
             packed = x.flatten(0, 1), dy.flatten(0, 1), proj_in, proj_out, mask.flatten()
@@ -146,7 +147,7 @@ def scans(data: Data, quick: bool) -> Iterator[Comparison]:
             for k in (1, 20, 128, 150)[: 2 + 2 * (not quick)]:
                 top = kernels.topk_scores(queries, rows, k, scale)
                 listed = kernels.scores(queries, rows, scale).cpu()
-                # of rows that are unit vectors, the scores are the queries
+                # With unit vectors as rows, the scores are the queries.
                 wanted_top = reference.topk_scores(listed, torch.eye(num_rows), k)
                 yield same(f"topk_scores k={k} {dtype}", [t.cpu() for t in top], wanted_top)
             factor = data.randn(count, dim).tril()
@@ -182,8 +183,8 @@ def packing(data: Data, quick: bool) -> Iterator[Comparison]:
 
 
 def splits(data: Data, quick: bool) -> Iterator[Comparison]:
-    """Halves of a call are the call; a call repeated is itself."""
-    # the interpreter multiplies by a library whose sums depend on a row's place in its tile
+    """Two halves of a call give the bits of the whole, and so does the call repeated."""
+    # The interpreter multiplies by a library whose sums depend on a row's place in its tile.
     interpreted = data.device == "cpu"
     big = not quick
     count, num_rows, dim = (70, 3000, 4096) if big else (20, 300, 48)
@@ -225,15 +226,15 @@ def dispatch(data: Data, quick: bool) -> Iterator[Comparison]:
     """The torch ops launch these kernels."""
     queries, rows = data.randn(9, 64), data.randn(100, 64, dtype=HALF)
     yield same("ops.scores", ops.scores(queries, rows), kernels.scores(queries, rows))
-    got, wanted = ops.topk_scores(queries, rows, 7), kernels.topk_scores(queries, rows, 7)
-    yield same("ops.topk_scores", tuple(got), wanted)
+    got, best = ops.topk_scores(queries, rows, 7), kernels.topk_scores(queries, rows, 7)
+    yield same("ops.topk_scores", tuple(got), best)
     x, proj = data.randn(3, 50, 64, dtype=BRAIN), data.randn(16, 64, dtype=BRAIN)
     wanted = kernels.projected_gradients(x, x, proj, proj)
     yield same("ops.projected_gradients", ops.projected_gradients(x, x, proj, proj), wanted)
 
 
 def large_addresses(data: Data, quick: bool) -> Iterator[Comparison]:
-    """Rows whose last ones start more than 2^31 elements in."""
+    """The last rows start more than 2^31 elements after the first."""
     dim = 16384
     num_rows = (1 << 31) // dim + 500
     rows = torch.zeros(num_rows, dim, device=data.device, dtype=HALF)
@@ -254,7 +255,8 @@ class TinyModel(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        out: Tensor = self.layers(x)
+        return out
 
 
 def end_to_end(data: Data, quick: bool) -> Iterator[Comparison]:
@@ -282,14 +284,14 @@ def end_to_end(data: Data, quick: bool) -> Iterator[Comparison]:
         here, there = (Attributor(path) for path in paths)
         rows = torch.from_numpy(here.store.take(range(32))).double()
         others = torch.from_numpy(there.store.take(range(32)))
-        # fp16 rows: half a unit of 11 bits of the row's largest, and float32 sums below it
+        # About 2**-11 of the row's largest: fp16 rounds by 2**-12, float32 sums by less.
         size = rows.abs().amax(1, keepdim=True).expand_as(rows) * 2.0**8
         yield compare("rows", others, rows, size, 1)
         queries = torch.from_numpy(here.store.take(range(5)))
         on_gpu = Attributor(paths[0], device=data.device)
         for mode in ("dot", "l-relatif"):
-            wanted = here.scores(queries, mode).scores.double()
-            got = on_gpu.scores(queries, mode).scores
+            wanted = torch.as_tensor(here.scores(queries, mode).scores).double()
+            got = torch.as_tensor(on_gpu.scores(queries, mode).scores)
             size = wanted.abs().amax(1, keepdim=True).expand_as(wanted) * 2.0**6
             yield compare(f"scores, {mode}", got, wanted, size, 1)
             best = here.top_k(queries, 5, mode).top_rows

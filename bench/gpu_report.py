@@ -35,7 +35,8 @@ from logra_kernels.triton import (
     self_influence,
     topk_scores,
 )
-from logra_kernels.triton.catalogue import Entry, recorded, resources
+from logra_kernels.triton.catalogue import Calls, Entry, make, recorded
+from tools.assembly import resources
 
 LATENCY_S = 800e-9
 ARITHMETIC = 0.7
@@ -63,7 +64,7 @@ GPUS = (
     Gpu("H100", "sm_90", 132, 3.35e12, 5.7e12, 989e12, 67e12, 227 << 10),
     Gpu("H200", "sm_90", 132, 4.8e12, 5.7e12, 989e12, 67e12, 227 << 10),
     Gpu("B200", "sm_100", 148, 8.0e12, 13e12, 2250e12, 75e12, 227 << 10),
-    # one wave of 64 threads; 512 registers for each of four waves a thread's slot
+    # Four SIMD units of 512 registers for each of a wave's 64 threads.
     Gpu("MI300X", "gfx942", 304, 5.3e12, 11.9e12, 1307e12, 81.7e12, 64 << 10, 131072, 2048, 64),
 )
 
@@ -184,16 +185,16 @@ def reduce_work(entry: Entry, a: dict[str, Any]) -> Work:
 
 
 def covariance_work(entry: Entry, a: dict[str, Any]) -> Work:
-    """A program reads two strips of TILE columns of all its rows."""
+    """A program reads TILE columns of its rows, twice, for the tile's rows and columns."""
     rows = a["rows"]
     size, tiles = element_bytes(rows), a["tiles"]
-    strips = 2.0 * tiles * a["TILE"] * a["count"] * size
+    columns = 2.0 * tiles * a["TILE"] * a["count"] * size
     spans = a["spans"] if a["SPLIT"] else 1
     cov = 4.0 * tiles * a["TILE"] ** 2 * (spans if a["SPLIT"] else 2)
     product = 2.0 * tiles * a["TILE"] ** 2 * a["count"]
     return Work(
         memory=a["count"] * a["size"] * size + cov,
-        l2=strips + cov,
+        l2=columns + cov,
         **{"half" if size == 2 else "full": product},
         in_flight=max(1, entry.num_stages - 1) * 2.0 * a["TILE"] * a["BLOCK"] * size,
     )
@@ -216,59 +217,40 @@ WORK: dict[str, Callable[[Entry, dict[str, Any]], Work]] = {
 }
 
 
-def problems() -> Iterator[tuple[str, Callable[[], Any]]]:
+def problems() -> Calls:
     """The sizes of an LLM's store and of one of its layers; tensors have no memory."""
-    half, brain, full = torch.float16, torch.bfloat16, torch.float32
-
-    def make(*shape: int, dtype: torch.dtype = half) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    brain, full = torch.bfloat16, torch.float32
     rows, scale = make(65536, 16384), make(65536, dtype=full)
     for count in (1, 4, 16, 64, 256):
-        queries = make(count, 16384, dtype=full)
-        yield f"scores, 65536 x 16384 fp16, Q={count}", partial(scores, queries, rows, scale)
+        queries, name = make(count, 16384, dtype=full), f"65536 x 16384 fp16, Q={count}"
+        yield f"scores, {name}", partial(scores, queries, rows, scale)
         if count in (16, 64):
-            yield (
-                f"topk_scores, 65536 x 16384 fp16, Q={count}, k=20",
-                partial(topk_scores, queries, rows, 20, scale),
-            )
+            yield f"topk_scores, {name}, k=20", partial(topk_scores, queries, rows, 20, scale)
     mask = make(64, 1024, dtype=torch.bool)
     for width in (2048, 4096):
         for dtype, name in ((brain, "bf16"), (full, "fp32")):
             x, proj = make(64, 1024, width, dtype=dtype), make(64, width, dtype=dtype)
-            yield (
-                f"projected_gradients, 64 x 1024 tokens of {width} {name}, k=64",
-                partial(projected_gradients, x, x, proj, proj, mask),
-            )
-    x, proj, mask = make(16, 512, 2048), make(64, 2048), mask[:16, :512]
-    yield (
-        "projected_gradients, 16 x 512 tokens of 2048 fp16, k=64",
-        partial(projected_gradients, x, x, proj, proj, mask),
-    )
+            call = partial(projected_gradients, x, x, proj, proj, mask)
+            yield f"projected_gradients, 64 x 1024 tokens of {width} {name}, k=64", call
+    x, proj = make(16, 512, 2048), make(64, 2048)
+    call = partial(projected_gradients, x, x, proj, proj, mask[:16, :512])
+    yield "projected_gradients, 16 x 512 tokens of 2048 fp16, k=64", call
     seen = make(64, 1024, 64, dtype=full), make(64, 1024, 4096, dtype=brain)
-    proj, mask = make(64, 4096, dtype=brain), make(64, 1024, dtype=torch.bool)
-    yield (
-        "projected_gradients, x projected in forward, 64 x 1024 tokens of 4096 bf16, k=64",
-        partial(projected_gradients, *seen, None, proj, mask),
-    )
-    yield (
-        "self_influence, 65536 x 4096 fp16",
-        partial(self_influence, make(65536, 4096), make(4096, 4096, dtype=full)),
-    )
-    yield (
-        "covariance_update_, 4096 rows of 4096 fp16",
-        partial(covariance_update_, make(4096, 4096, dtype=full), make(4096, 4096)),
-    )
-    yield (
-        "pack_rows, 4096 x 16384 fp32",
-        partial(pack_rows, make(4096, 16384, dtype=full), [16384], [0]),
-    )
+    call = partial(projected_gradients, *seen, None, make(64, 4096, dtype=brain), mask)
+    name = "x projected in forward, 64 x 1024 tokens of 4096 bf16, k=64"
+    yield f"projected_gradients, {name}", call
+    rows, square = make(65536, 4096), make(4096, 4096, dtype=full)
+    yield "self_influence, 65536 x 4096 fp16", partial(self_influence, rows, square)
+    call_cov = partial(covariance_update_, square, make(4096, 4096))
+    yield "covariance_update_, 4096 rows of 4096 fp16", call_cov
+    packed = partial(pack_rows, make(4096, 16384, dtype=full), [16384], [0])
+    yield "pack_rows, 4096 x 16384 fp32", packed
 
 
 def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> int:
-    """Programs of which one multiprocessor has room, at most 32."""
+    """How many programs fit on one multiprocessor, at most 32."""
     by_registers = gpu.registers // max(1, registers * threads)
-    by_shared = gpu.shared // (shared + 1024) if shared else 32  # 1 KiB each is the system's
+    by_shared = gpu.shared // (shared + 1024) if shared else 32  # the system takes 1 KiB of each
     return max(1, min(32, by_registers, by_shared, gpu.threads // threads))
 
 
@@ -280,7 +262,7 @@ def predict(gpu: Gpu, case: str, entry: Entry) -> Prediction:
     resident = resident_programs(gpu, registers, shared, threads)
     work = WORK[entry.kernel_name](entry, entry.arguments)
     at_once = min(programs, resident * gpu.processors)
-    busy = min(programs, gpu.processors) / gpu.processors  # multiprocessors with work at all
+    busy = min(programs, gpu.processors) / gpu.processors  # those that have work
     memory_s = work.memory / gpu.memory
     arithmetic_s = (work.half / gpu.half + work.full / gpu.full) / ARITHMETIC
     times = {
@@ -302,13 +284,13 @@ def predict(gpu: Gpu, case: str, entry: Entry) -> Prediction:
 def last_wave_s(
     gpu: Gpu, work: Work, programs: int, resident: int, all_s: float, bound: str
 ) -> float:
-    """What the programs of the last, incomplete wave lose by being few."""
+    """Time lost because the last wave has too few programs to fill the GPU."""
     last = programs % (resident * gpu.processors)
     if last == 0 or last == programs:
         return 0.0
     if bound == "arithmetic":
         rate = min(last, gpu.processors) / gpu.processors
-    else:  # as long as enough is in flight, few programs draw the whole bandwidth
+    else:  # few programs reach the whole bandwidth if they keep enough bytes in flight
         rate = min(1.0, last * work.in_flight / (gpu.memory * LATENCY_S))
     return all_s * last / programs * (1 / rate - 1)
 

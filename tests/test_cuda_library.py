@@ -1,4 +1,4 @@
-"""liblogra_cuda: builds without a GPU, says so when it is used, launches its kernels rightly."""
+"""liblogra_cuda builds without a GPU, says so when it is used, and launches its kernels rightly."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = Path(__file__).parent / "cuda_library"
-# one generation, and of each kernel enough variants that every launcher's every branch is taken
+# One generation of GPUs, and enough variants of each kernel to take every branch of every launcher.
 SOME = (
     r"^(scores|candidates|self_influence)\.rows=f16|^split_queries\.rows=f16|^merge|^state|"
     r"^gradients\.x=f16,dy=f16,project_in=1,project_out=1|"
@@ -88,7 +88,7 @@ def test_a_c_program_is_told_that_there_is_no_gpu(build: Path) -> None:
     status, nothing = run(program).splitlines()
     assert nothing == "0"
     if status.startswith("0"):
-        return  # a GPU and a context of another program: nothing to say
+        return  # this machine has a GPU and a context
     assert status.startswith("1 libcuda.so.1, which NVIDIA's driver installs, cannot be opened: ")
 
 

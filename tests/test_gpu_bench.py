@@ -1,4 +1,4 @@
-"""bench.gpu_bench, which runs on a GPU: its parts with another clock, on the CPU."""
+"""The parts of bench.gpu_bench, which runs on a GPU, on the CPU with a made-up clock."""
 
 import importlib.util
 import subprocess
@@ -17,11 +17,12 @@ import torch
 
 from bench import gpu_bench
 from bench.gpu_report import GPUS, problems
+from tools.timing import Timer
 
 ROOT = Path(__file__).parent.parent
 
 
-class Clock(gpu_bench.Timer):
+class Clock(Timer):
     """Calls once; everything takes a millisecond."""
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ def test_logging_runs_every_provider() -> None:
 
 
 def test_torchs_ways_are_the_reference() -> None:
-    """Each plain way of torch, on small tensors, against the definition of the op."""
+    """What a user of torch would write gives what the op is defined to give."""
     from logra_kernels import reference
 
     queries, rows, scale = torch.randn(3, 16), torch.randn(40, 16), torch.rand(40)

@@ -1,29 +1,27 @@
-"""Every Triton kernel, compiled for GPUs that are not here, stays in registers and uses their
-matrix units. That is neither "correct on a GPU" nor "fast": nothing is run."""
+"""Every Triton kernel, compiled for GPUs that need not be present, stays in registers and uses
+their matrix units. That shows neither that it is correct on a GPU nor that it is fast: nothing is
+run."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
-from bench._assembly import PRODUCTS, STREAMS, problems
-
-SCRIPT = Path(__file__).parent / "triton_kernels" / "compile_ahead.py"
+from tools.assembly import PRODUCTS, STREAMS, problems
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# the matrix instruction that came with it
+# The matrix instruction that came with each target.
 NEWEST = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 def compiled(*arguments: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, "-m", "tools.compile_ahead", *arguments],
         env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -43,11 +41,11 @@ def test_compiles(target: str) -> None:
     bad = [f"{line['case']}, {line['kernel']}: {found}" for line in lines
            if (found := problems(line, target))]  # fmt: skip
     assert not bad, "\n".join(bad)
-    # the matrix unit that is the target's own, not only an older one's
+    # Some kernel uses the matrix unit that the target brought, not only those of older targets.
     assert any(NEWEST[target] in line["matrix"] for line in lines)
     same_order_for_any_number_of_queries(lines)
 
-    # the gate refuses what it should, for the reason it should
+    # The gate refuses the controls, each for its own reason.
     def said(control: str) -> str:
         return "; ".join(problems(controls.pop(f"control: {control}"), target))
 

@@ -1,10 +1,10 @@
-"""What the catalogue says of each launch is what a launcher would do on a GPU."""
+"""The catalogue describes each launch as a launcher would make it on a GPU."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from logra_kernels.triton import _launch, catalogue, project
+from logra_kernels.triton import catalogue, launch, project
 from logra_kernels.triton.catalogue import ARCHITECTURES, Entry, defaults
 
 
@@ -21,7 +21,7 @@ def test_every_argument_is_described(entries: list[Entry]) -> None:
         constant = {name for name, kind in entry.signature.items() if kind == "constexpr"}
         assert set(entry.constexprs) == constant
         assert not constant & set(entry.aligned)
-        # strides are 64 bits wide, counts carry no hint
+        # Strides are 64 bits wide, and counts carry no hint.
         for name, kind in entry.signature.items():
             if name.endswith(("_stride", "_example", "_token", "_outer", "_inner", "cov_row")):
                 assert kind in ("i64", "constexpr"), (entry.name, name)
@@ -30,12 +30,12 @@ def test_every_argument_is_described(entries: list[Entry]) -> None:
                 assert name not in entry.aligned
 
 
-def test_grids_are_formulas_of_the_arguments(entries: list[Entry]) -> None:
+def test_grids_follow_from_the_arguments(entries: list[Entry]) -> None:
     for entry in entries:
         integers = {
             name: value for name, value in entry.arguments.items() if isinstance(value, int)
         }
-        assert _launch.programs(entry.grid, integers) == entry.launch.programs > 0
+        assert launch.programs(entry.grid, integers) == entry.launch.programs > 0
 
 
 def test_no_grid_is_beyond_the_hardware(entries: list[Entry]) -> None:
@@ -59,9 +59,9 @@ def test_float32_products_are_exact_unless_torch_is_told_otherwise() -> None:
     x = torch.empty(3, 40, 64, device="meta")
 
     def precision(**how: str) -> str:
-        with _launch.recording("sm_90") as launches:
+        with launch.recording("sm_90") as launches:
             project(x, x[0], **how)
-        return launches[0].arguments["PRECISION"]
+        return str(launches[0].arguments["PRECISION"])
 
     before = torch.get_float32_matmul_precision()
     try:
@@ -82,7 +82,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 
 def test_recording_ends_and_runs_nothing() -> None:
     x = torch.empty(3, 40, 64, device="meta")
-    with _launch.recording("sm_90") as launches:
+    with launch.recording("sm_90") as launches:
         project(x, x[0])
     assert len(launches) == 1
     with pytest.raises(RuntimeError, match="the Triton kernels need a tensor on a GPU"):

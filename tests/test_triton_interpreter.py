@@ -25,7 +25,7 @@ def test_kernels_equal_the_reference_under_the_interpreter() -> None:
 
 
 def python(program: str) -> str:
-    """What a program that must fail says last; without the interpreter."""
+    """The last line that a program prints which must fail, run without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", program],

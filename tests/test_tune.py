@@ -9,8 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import tune
-from logra_kernels.triton import _launch, heuristics
+from logra_kernels.triton import heuristics, launch
+from tools import tune
 
 PROBLEMS = list(tune.problems_to_measure())
 SCANS = [p for p in PROBLEMS if p.op == "scores"]
@@ -18,7 +18,7 @@ TABLE = json.loads(heuristics.PATH.read_text())
 
 
 class Fake:
-    """Knows the best tiles, refuses some, and may be told to stop."""
+    """A measure that knows the best tiles, refuses some, and stops after so many calls."""
 
     def __init__(self, best: dict[str, int], stop_after: int = 10**9) -> None:
         self.best, self.left = best, stop_after
@@ -88,7 +88,7 @@ def test_rules_are_found_by_architecture_types_and_sizes() -> None:
     assert heuristics.choose("projected_gradients", "full", "sm_120", rank=64) == (
         heuristics.choose("projected_gradients", "full", "sm_80", rank=64)
     )
-    known["BLOCK"] = 0  # a caller's copy
+    known["BLOCK"] = 0  # the caller has a copy
     assert heuristics.choose("projected_gradients", "half", "sm_90", rank=64)["BLOCK"]
 
 
@@ -113,7 +113,7 @@ def test_the_fastest_is_written_and_the_rest_stays(tmp_path: Path) -> None:
 
 
 def test_few_and_many_queries_get_one_order_of_summation() -> None:
-    """Q <= 16 would rather have 64 of D, the others 32 by more."""
+    """Up to 16 queries are faster with DIM 64, more queries with DIM 32 and by a larger factor."""
     few, many = (p for p in SCANS if p.types == "half")
 
     def config(dim: int, queries: int) -> str:
@@ -127,7 +127,7 @@ def test_few_and_many_queries_get_one_order_of_summation() -> None:
     table = tune.rewritten(TABLE, "sm_90", [few, many], results)
     half = [rule for rule in table["scores"]["sm_90"] if rule["types"] == "half"]
     assert [rule["config"]["DIM"] for rule in half] == [32, 32]
-    # what was not measured keeps its rules
+    # Types that were not measured keep their rules.
     assert {r["types"] for r in table["scores"]["sm_90"]} == set(heuristics.TYPES)
 
 
@@ -159,13 +159,13 @@ def test_every_problem_launches_what_it_tunes(problem: tune.Problem) -> None:
     """On tensors without memory: the kernel of the op is there, with the tiles that are tried."""
     ours, _ = problem.make("meta")
     tried = next(iter(tune.candidates(problem)))
-    with _launch.trying(problem.op, tried), _launch.recording("sm_90") as launches:
+    with launch.trying(problem.op, tried), launch.recording("sm_90") as launches:
         ours()
     mine = [one for one in launches if one.kernel.__name__ == tune.KERNELS[problem.op]]
     assert mine
     assert all(one.config["num_warps"] == tried["num_warps"] for one in mine)
     if problem.types is not None:
-        with _launch.recording("sm_90") as launches:
+        with launch.recording("sm_90") as launches:
             ours()
         (rule,) = (
             rule

@@ -79,7 +79,7 @@ class Workspace {
     return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + begin);
   }
   std::size_t bytes() const { return used_; }
-  /// After everything was taken, before anything is launched.
+  /// To be called after everything was taken and before anything is launched.
   void expect_room() const {
     expect(used_ <= given_ && (memory_ != nullptr || used_ == 0),
            "workspace_bytes: expected at least " + std::to_string(used_) + ", got " + std::to_string(given_));
@@ -90,7 +90,7 @@ class Workspace {
   std::size_t given_ = 0, used_ = 0;
 };
 
-/// The size of the workspace that `plan` takes; 0 for arguments that the op itself will refuse.
+/// The size of the workspace that `plan` takes; 0 for arguments that the op will refuse.
 template <class Plan>
 std::size_t workspace_bytes(const Plan& plan) {
   Workspace workspace;

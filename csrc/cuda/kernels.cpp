@@ -38,7 +38,7 @@ int architecture() {
   const int major = attribute(kMajor), minor = attribute(kMinor);
   int best = 0;
   for (const int candidate : kArchitectures) {
-    // sm_90 and later are compiled with features that only the very same number has
+    // Code for sm_90 and later uses features that only GPUs of that very number have.
     const bool runs = candidate >= 90 ? candidate == 10 * major + minor
                                       : candidate / 10 == major && candidate % 10 <= minor;
     if (runs) best = candidate;
@@ -118,8 +118,8 @@ void Launch::run(std::int64_t programs, Stream stream) {
   if (programs > INT32_MAX)
     throw Error(LOGRA_CUDA_INVALID_ARGUMENT, std::string(kernel_.variant) + ": a grid of " +
                                                  std::to_string(programs) + " programs is too large");
-  // little endian: a 32-bit argument is read from the front of its 64 bits. Triton's kernels end with two
-  // pointers to scratch memory, of which these need none.
+  // The host is little endian, so the first half of 64 bits is a 32-bit argument. Triton's kernels end with
+  // two pointers to scratch memory, which these kernels do not use.
   std::uint64_t none = 0;
   void* pointers[kMost + 2];
   for (std::size_t i = 0; i < count_; ++i) pointers[i] = &values_[i];

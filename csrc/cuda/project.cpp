@@ -18,7 +18,7 @@ logra_cuda_status logra_cuda_project(const logra_cuda_matrix* x, const logra_cud
         kernel(std::string("project.x=") + dtype_name(x->dtype, "x") + "," + part("aligned", fast));
     Launch launch(chosen);
     launch.pointer(x->data).pointer(proj->data).pointer(out);
-    launch.number("x.rows", x->rows).number("x.rows", x->rows);  // all tokens in one run: no outer axis
+    launch.number("x.rows", x->rows).number("x.rows", x->rows);  // no outer axis: all tokens are one run
     launch.number("x.cols", x->cols).number("proj.rows", proj->rows);
     launch.wide(0).wide(x->row_stride).wide(proj->row_stride);
     launch.run(ceil_div(x->rows, constant(chosen, "TOKENS")) * ceil_div(proj->rows, constant(chosen, "RANK")),

@@ -27,14 +27,19 @@ bool aligned_side(const logra_cuda_tokens& tokens, const logra_cuda_matrix* proj
          (packed || divides(tokens.example_stride)) && (proj == nullptr || aligned(*proj));
 }
 
+/// What one call is given, and the memory that it takes.
 struct Plan {
+  const logra_cuda_examples* examples;
+  const logra_cuda_tokens *x, *dy;
+  const logra_cuda_matrix *proj_in, *proj_out;
   bool packed;
   std::int64_t rank_in, rank_out, chunks, slots;
   std::uint8_t* keep_all;
   float* partial = nullptr;
 
-  Plan(const logra_cuda_examples* examples, const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
-       const logra_cuda_matrix* proj_in, const logra_cuda_matrix* proj_out, Workspace& workspace) {
+  Plan(const logra_cuda_examples* which, const logra_cuda_tokens* x_side, const logra_cuda_tokens* dy_side,
+       const logra_cuda_matrix* in, const logra_cuda_matrix* out, Workspace& workspace)
+      : examples(which), x(x_side), dy(dy_side), proj_in(in), proj_out(out) {
     expect(examples != nullptr, "examples: expected a description, got NULL");
     check_size(examples->num_examples, "num_examples");
     check_size(examples->num_tokens, "num_tokens");
@@ -53,7 +58,70 @@ struct Plan {
     keep_all = workspace.take<std::uint8_t>(1);
     if (chunks > 1) partial = workspace.take<float>(slots * rank_in * rank_out);
   }
+  std::int64_t size() const { return rank_in * rank_out; }
 };
+
+const Kernel& gradients_kernel(const Plan& plan, const float* out, const float* partial) {
+  const logra_cuda_tokens &x = *plan.x, &dy = *plan.dy;
+  const bool fast = divides(out) && divides(partial) &&
+                    aligned_side(x, plan.proj_in, plan.packed, plan.rank_in) &&
+                    aligned_side(dy, plan.proj_out, plan.packed, plan.rank_out);
+  const Kernel& chosen = kernel(
+      std::string("gradients.x=") + dtype_name(x.dtype, "x") + ",dy=" + dtype_name(dy.dtype, "dy") + "," +
+      part("project_in", plan.proj_in != nullptr) + "," + part("project_out", plan.proj_out != nullptr) +
+      "," + part("packed", plan.packed) + "," + part("aligned", fast));
+  expect(constant(chosen, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
+  return chosen;
+}
+
+/// The tokens' mask, or a single 1 in the workspace where all tokens count.
+const std::uint8_t* mask_of(const Plan& plan, Stream stream) {
+  if (plan.examples->mask != nullptr) return plan.examples->mask;
+  expect_success(driver().fill8(address(plan.keep_all), 1, 1, stream), "mask");
+  return plan.keep_all;
+}
+
+/// The gradients of examples of one chunk, into out; the sums of all chunks, into partial, for the others.
+void launch_gradients(const Plan& plan, float* out, float* partial, Stream stream) {
+  const logra_cuda_examples& examples = *plan.examples;
+  const logra_cuda_tokens &x = *plan.x, &dy = *plan.dy;
+  const logra_cuda_matrix *proj_in = plan.proj_in, *proj_out = plan.proj_out;
+  const Kernel& chosen = gradients_kernel(plan, out, partial);
+  const bool masked = examples.mask != nullptr, packed = plan.packed;
+  Launch launch(chosen);
+  launch.pointer(x.data).pointer(dy.data);
+  if (proj_in != nullptr) launch.pointer(proj_in->data);
+  if (proj_out != nullptr) launch.pointer(proj_out->data);
+  launch.pointer(mask_of(plan, stream));
+  if (packed) launch.pointer(examples.cu_seqlens);
+  launch.pointer(out).pointer(partial);
+  launch.number("modules", 1).number("num_examples", examples.num_examples).number("num_tokens", plan.slots);
+  launch.number("num_tokens", examples.num_tokens).number("num_tokens", plan.chunks);
+  launch.number("x.dim", x.dim).number("dy.dim", dy.dim);
+  launch.number("proj_in.rows", plan.rank_in).number("proj_out.rows", plan.rank_out);
+  launch.wide(packed ? 0 : x.example_stride).wide(x.token_stride);
+  launch.wide(packed ? 0 : dy.example_stride).wide(dy.token_stride);
+  launch.wide(proj_in != nullptr ? proj_in->row_stride : 0);
+  launch.wide(proj_out != nullptr ? proj_out->row_stride : 0);
+  launch.wide(masked && !packed ? examples.num_tokens : 0).wide(masked);
+  launch.run(plan.slots * ceil_div(plan.rank_in, constant(chosen, "RANK_IN")) *
+                 ceil_div(plan.rank_out, constant(chosen, "RANK_OUT")),
+             stream);
+}
+
+/// Adds the sums of each example's chunks, in their order.
+void launch_reduce(const Plan& plan, float* out, const float* partial, Stream stream) {
+  const Kernel& chosen = kernel("reduce." + part("packed", plan.packed));
+  expect(constant(chosen, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
+  const logra_cuda_examples& examples = *plan.examples;
+  Launch launch(chosen);
+  launch.pointer(partial);
+  if (plan.packed) launch.pointer(examples.cu_seqlens);
+  launch.pointer(out).number("modules", 1).number("num_examples", examples.num_examples);
+  launch.number("num_tokens", plan.slots).number("num_tokens", examples.num_tokens);
+  launch.number("num_tokens", plan.chunks).number("proj_in.rows", plan.size());
+  launch.run(examples.num_examples * ceil_div(plan.size(), constant(chosen, "REDUCE")), stream);
+}
 
 }  // namespace
 }  // namespace logra::cuda
@@ -76,57 +144,13 @@ logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* exam
   return guarded([&] {
     Workspace memory(workspace, workspace_bytes);
     const Plan plan(examples, x, dy, proj_in, proj_out, memory);
-    const std::int64_t size = plan.rank_in * plan.rank_out;
-    if (examples->num_examples == 0 || size == 0) return;
+    if (examples->num_examples == 0 || plan.size() == 0) return;
     expect(out != nullptr, "out: expected a pointer, got NULL");
     expect(examples->num_tokens == 0 || (x->data != nullptr && dy->data != nullptr),
            "x.data, dy.data: expected pointers, got NULL");
     memory.expect_room();
     float* partial = plan.partial != nullptr ? plan.partial : out;
-    const bool fast = divides(out) && divides(partial) &&
-                      aligned_side(*x, proj_in, plan.packed, plan.rank_in) &&
-                      aligned_side(*dy, proj_out, plan.packed, plan.rank_out);
-    const Kernel& chosen = kernel(
-        std::string("gradients.x=") + dtype_name(x->dtype, "x") + ",dy=" + dtype_name(dy->dtype, "dy") + "," +
-        part("project_in", proj_in != nullptr) + "," + part("project_out", proj_out != nullptr) + "," +
-        part("packed", plan.packed) + "," + part("aligned", fast));
-    expect(constant(chosen, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
-    const std::uint8_t* mask = examples->mask;
-    if (mask == nullptr) {
-      expect_success(driver().fill8(address(plan.keep_all), 1, 1, stream), "mask");
-      mask = plan.keep_all;
-    }
-    const bool masked = examples->mask != nullptr;
-    Launch launch(chosen);
-    launch.pointer(x->data).pointer(dy->data);
-    if (proj_in != nullptr) launch.pointer(proj_in->data);
-    if (proj_out != nullptr) launch.pointer(proj_out->data);
-    launch.pointer(mask);
-    if (plan.packed) launch.pointer(examples->cu_seqlens);
-    launch.pointer(out).pointer(partial);
-    launch.number("modules", 1)
-        .number("num_examples", examples->num_examples)
-        .number("num_tokens", plan.slots);
-    launch.number("num_tokens", examples->num_tokens).number("num_tokens", plan.chunks);
-    launch.number("x.dim", x->dim).number("dy.dim", dy->dim);
-    launch.number("proj_in.rows", plan.rank_in).number("proj_out.rows", plan.rank_out);
-    launch.wide(plan.packed ? 0 : x->example_stride).wide(x->token_stride);
-    launch.wide(plan.packed ? 0 : dy->example_stride).wide(dy->token_stride);
-    launch.wide(proj_in != nullptr ? proj_in->row_stride : 0);
-    launch.wide(proj_out != nullptr ? proj_out->row_stride : 0);
-    launch.wide(masked && !plan.packed ? examples->num_tokens : 0).wide(masked);
-    launch.run(plan.slots * ceil_div(plan.rank_in, constant(chosen, "RANK_IN")) *
-                   ceil_div(plan.rank_out, constant(chosen, "RANK_OUT")),
-               stream);
-    if (plan.chunks == 1) return;
-    const Kernel& reduce = kernel("reduce." + part("packed", plan.packed));
-    expect(constant(reduce, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
-    Launch sums(reduce);
-    sums.pointer(partial);
-    if (plan.packed) sums.pointer(examples->cu_seqlens);
-    sums.pointer(out).number("modules", 1).number("num_examples", examples->num_examples);
-    sums.number("num_tokens", plan.slots).number("num_tokens", examples->num_tokens);
-    sums.number("num_tokens", plan.chunks).number("proj_in.rows", size);
-    sums.run(examples->num_examples * ceil_div(size, constant(reduce, "REDUCE")), stream);
+    launch_gradients(plan, out, partial, stream);
+    if (plan.chunks > 1) launch_reduce(plan, out, partial, stream);
   });
 }

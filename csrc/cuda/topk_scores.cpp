@@ -4,7 +4,7 @@ namespace logra::cuda {
 namespace {
 
 constexpr std::int64_t kLargest = 128;  // k
-// Of the kernels, which are checked below: every ROWS lies between these, MERGE is this.
+// Tiles of the kernels, which are checked below: every ROWS is between these two, MERGE is kMerge.
 constexpr std::int64_t kSmallestTile = 64, kLargestTile = 128, kMerge = 1024;
 constexpr std::int64_t kWorkspaceBytes = 64 << 20, kSmallestBlock = 4096;
 
@@ -12,7 +12,7 @@ void check_k(std::int64_t k) {
   expect(1 <= k && k <= kLargest, "k: expected 1 to 128, got " + std::to_string(k));
 }
 
-/// Rows go through in blocks whose candidates take a bounded memory.
+/// Rows are scanned in blocks, so that the candidates take a bounded amount of memory.
 struct Plan {
   Pieces pieces;
   Epilogue epilogue;
@@ -27,7 +27,7 @@ struct Plan {
     const std::int64_t count = std::max<std::int64_t>(queries->rows, 1);
     const std::int64_t fitting = kWorkspaceBytes / (16 * count) / kLargestTile * kLargestTile;
     block = std::min(std::max(kSmallestBlock, fitting), kLargestTile * ceil_div(rows->rows, kLargestTile));
-    // of one end of one query; larger tiles keep fewer, in all
+    // Keys of one end of one query. Larger tiles keep fewer keys in total.
     const std::int64_t keys = block / kSmallestTile * std::min(k, kSmallestTile);
     candidates = workspace.take<std::int64_t>(2 * count * keys);
     merged = workspace.take<std::int64_t>(2 * count * std::max<std::int64_t>(1, ceil_div(keys, kMerge)) * k);
@@ -119,7 +119,7 @@ logra_cuda_status logra_cuda_topk_scores(const logra_cuda_matrix* queries, const
     const std::string name = std::string("candidates.rows=") + dtype_name(rows->dtype, "rows") + "," +
                              part("aligned", fast) + "," + part("queries", queries->rows <= 16 ? 16 : 64) +
                              ",";
-    // the kernel that selects for few, the one that keeps whole tiles for many
+    // Below a tile's rows the kernel selects k of them; from there on another keeps whole tiles.
     const bool select = k < constant(kernel(name + part("select", 1)), "ROWS");
     const Kernel& chosen = kernel(name + part("select", select));
     const std::int64_t row_tile = constant(chosen, "ROWS"), keep = std::min(k, row_tile);

@@ -1,20 +1,16 @@
-"""Every kernel as its launcher would launch it on a GPU that need not be here.
+"""Every kernel as its launcher would launch it, on a GPU that need not be present.
 
     for entry in defaults("sm_90"):
         entry.compile()          # ahead of time: entry.compile().asm["cubin"]
 
 The launchers run on tensors without memory (device "meta") and their launches are recorded, so
 types, tiles and hints are those that a user gets. Counts (of tokens, rows, queries) carry no hint.
-Widths, strides and addresses carry the one that 16-byte copies need: multiples of 16.
+Widths, strides and addresses carry the hint that 16-byte copies need: they are multiples of 16.
 """
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from logra_kernels.triton._launch import Launch, recording
 from logra_kernels.triton.covariance_update import covariance_update_
+from logra_kernels.triton.launch import Grid, Launch, recording
 from logra_kernels.triton.pack_rows import pack_rows, unpack_rows
 from logra_kernels.triton.per_sample_gradients import per_sample_gradients
 from logra_kernels.triton.project import project
@@ -50,17 +46,17 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel in one configuration, for one architecture.
+    """One kernel in one configuration, for one architecture."""
 
-    name: unique in an architecture's list, "op", a comma and what is special about the call.
-    arguments: the example that was recorded: tensors (without memory), integers, None; by name, in
-        the kernel's order, constexprs included.
-    """
-
-    name: str
+    name: str  # the op, a comma and what is special about the call
     architecture: str
     launch: Launch
-    arguments: dict[str, Any]
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The recorded example: tensors without memory, integers, None; in the kernel's order,
+        constexprs included."""
+        return {param.name: self.launch.arguments[param.name] for param in self.kernel.params}
 
     @property
     def kernel(self) -> Any:
@@ -69,7 +65,7 @@ class Entry:
 
     @property
     def kernel_name(self) -> str:
-        return self.kernel.__name__
+        return str(self.kernel.__name__)
 
     @property
     def types(self) -> set[str]:
@@ -78,9 +74,8 @@ class Entry:
         return {_TYPES[tensor.dtype] for tensor in tensors if tensor.is_floating_point()}
 
     @property
-    def grid(self) -> str:
-        """Number of programs (axis 0; the others are 1), a formula over integer arguments and
-        constexprs: + - * // and cdiv(a, b)."""
+    def grid(self) -> Grid:
+        """Number of programs on axis 0; the other axes have one program."""
         return self.launch.grid
 
     @property
@@ -94,70 +89,63 @@ class Entry:
     @cached_property
     def signature(self) -> dict[str, str]:
         """{argument: "*fp16", "i32", "i64", … or "constexpr"}, in the kernel's order."""
-        return {name: one[0] for name, one in self._specialised.items()}
+        kinds = {}
+        for param in self.kernel.params:
+            value = self.arguments[param.name]
+            if param.is_constexpr or value is None or self.is_constant(param, value):
+                kinds[param.name] = "constexpr"
+            elif isinstance(value, Tensor):
+                kinds[param.name] = "*" + _TYPES[value.dtype]
+            else:
+                kinds[param.name] = param.annotation_type or "i32"
+        return kinds
 
-    @cached_property
+    @property
     def constexprs(self) -> dict[str, Any]:
         """{argument: value} of tiles, flags, absent tensors and strides of one."""
-        return {
-            name: self.arguments[name]
-            for name, one in self._specialised.items()
-            if one[0] == "constexpr"
-        }
+        return {n: self.arguments[n] for n, kind in self.signature.items() if kind == "constexpr"}
 
     @cached_property
     def aligned(self) -> list[str]:
         """Arguments that the compiled code takes to be multiples of 16 (of 16 bytes: pointers)."""
-        return [name for name, one in self._specialised.items() if one[1]]
+        return [
+            param.name
+            for param in self.kernel.params
+            if self.signature[param.name] != "constexpr"
+            and self.is_aligned(param, self.arguments[param.name])
+        ]
 
-    @cached_property
-    def attrs(self) -> dict[tuple[int], list[list[Any]]]:
-        """The same as Triton's ASTSource wants it."""
-        names = list(self.signature)
-        return {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
+    def is_constant(self, param: Any, value: Any) -> bool:
+        """Whether the compiled code holds for this value of a number alone, as in triton.jit."""
+        if isinstance(value, Tensor) or param.do_not_specialize or param.annotation_type:
+            return False
+        return bool(value == 1)
 
-    @property
-    def target(self) -> GPUTarget:
-        return target(self.architecture)
-
-    def source(self, hints: bool = True) -> ASTSource:
-        return ASTSource(
-            fn=self.kernel,
-            signature=self.signature,
-            constexprs=self.constexprs,
-            attrs=self.attrs if hints else {},
-        )
+    def is_aligned(self, param: Any, value: Any) -> bool:
+        """Whether the compiled code holds for multiples of 16 alone, as in triton.jit."""
+        if isinstance(value, Tensor):
+            return value.storage_offset() * value.element_size() % 16 == 0
+        return not param.do_not_specialize and value % 16 == 0
 
     def compile(self, hints: bool = True, **options: Any) -> Any:
         """Triton's compiled kernel: .asm holds "cubin" and "ptx", or "hsaco" and "amdgcn".
 
         Not under TRITON_INTERPRET. hints=False leaves alignment out, as a control.
         """
+        names = list(self.signature)
+        aligned = self.aligned if hints else []
+        source = ASTSource(
+            fn=self.kernel,
+            signature=self.signature,
+            constexprs=self.constexprs,
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
         options = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,  # Triton's default, which changes with its versions
         } | options
-        return triton.compile(self.source(hints), target=self.target, options=options)
-
-    @cached_property
-    def _specialised(self) -> dict[str, tuple[str, bool]]:
-        """{argument: (type, whether it is a multiple of 16)}, by the rules of triton.jit."""
-        found = {}
-        for param in self.kernel.params:
-            value = self.arguments[param.name]
-            if param.is_constexpr or value is None:
-                found[param.name] = ("constexpr", False)
-            elif isinstance(value, Tensor):
-                offset = value.storage_offset() * value.element_size()
-                found[param.name] = ("*" + _TYPES[value.dtype], offset % 16 == 0)
-            elif param.do_not_specialize:
-                found[param.name] = (param.annotation_type or "i32", False)
-            elif value == 1 and not param.annotation_type:
-                found[param.name] = ("constexpr", False)
-            else:
-                found[param.name] = (param.annotation_type or "i32", value % 16 == 0)
-        return found
+        return triton.compile(source, target=target(self.architecture), options=options)
 
 
 def target(architecture: str) -> GPUTarget:
@@ -169,15 +157,16 @@ def target(architecture: str) -> GPUTarget:
     raise ValueError(f"architecture: expected sm_80, gfx942 or the like, got {architecture!r}")
 
 
+def make(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def recorded(name: str, architecture: str, call: Callable[[], Any]) -> list[Entry]:
     """The kernels that a call of a launcher launches, on tensors of any device."""
     with recording(architecture) as launches:
         call()
-    return [Entry(name, architecture, one, _in_order(one)) for one in launches]
-
-
-def _in_order(one: Launch) -> dict[str, Any]:
-    return {param.name: one.arguments[param.name] for param in one.kernel.params}
+    return [Entry(name, architecture, one) for one in launches]
 
 
 def defaults(architecture: str) -> list[Entry]:
@@ -193,92 +182,77 @@ def defaults(architecture: str) -> list[Entry]:
     return list(found.values())
 
 
-def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+Calls = Iterator[tuple[str, Callable[[], Any]]]
+
+_HALF, _BRAIN, _FULL = torch.float16, torch.bfloat16, torch.float32
+_NAMED_TYPES = {_HALF: "", _BRAIN: ", bfloat16", _FULL: ", float32"}
+_N, _T, _WIDTH, _D = 16, 512, 2048, 4096  # examples, tokens, width of an activation, of a row
+
+
+def calls() -> Calls:
     """Name and call of each default configuration. Every width is a multiple of 16."""
-    half, brain, full = torch.float16, torch.bfloat16, torch.float32
-    n, t, width, rank, d = 16, 512, 2048, 64, 4096
+    yield from _gradient_calls()
+    yield from _scan_calls()
+    yield from _covariance_calls()
+    for dtype in (_HALF, _FULL):
+        rows = make(_N, _D, dtype=dtype)
+        yield f"pack_rows{_NAMED_TYPES[dtype]}", partial(pack_rows, rows, [_D], [0])
+    packed = make(_N, _D), make(_N, dtype=_FULL)
+    yield "unpack_rows", partial(unpack_rows, *packed, [_D], [0])
 
-    def make(*shape: int, dtype: torch.dtype = half) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    mask = make(n, t, dtype=torch.bool)
-    bounds = make(n + 1, dtype=torch.int64)
-    for dtype, name in ((half, ""), (brain, ", bfloat16"), (full, ", float32")):
-        x, proj = make(n, t, width, dtype=dtype), make(rank, width, dtype=dtype)
-        small = make(n, t, rank, dtype=dtype)
-        both = partial(projected_gradients, x, x, proj, proj, mask)
-        yield f"projected_gradients{name}", both
-        # as a capture calls it: x was projected in the forward pass
-        seen = make(n, t, rank, dtype=full), x, None, proj, mask
-        yield f"projected_gradients, one side{name}", partial(projected_gradients, *seen)
-        scale = make(100_000, dtype=full)
-        for q in (1, 64):
-            queries, rows = make(q, d, dtype=full), make(100_000, d, dtype=dtype)
-            yield f"scores, Q={q}{name}", partial(scores, queries, rows, scale)
-            yield f"topk_scores, Q={q}{name}", partial(topk_scores, queries, rows, 20, scale)
-        factor = make(d, d, dtype=full)
-        yield f"self_influence{name}", partial(self_influence, rows, factor)
-        if dtype == brain:
-            continue  # what follows is compiled for float16 alike
-        yield f"project{name}", partial(project, x, proj)
-        yield f"per_sample_gradients{name}", partial(per_sample_gradients, small, small, mask)
-        cov, rows = make(d, d, dtype=full), make(1000, d, dtype=dtype)
-        yield f"covariance_update_{name}", partial(covariance_update_, cov, rows)
-        yield f"pack_rows{name}", partial(pack_rows, make(n, d, dtype=dtype), [d], [0])
+def _gradient_calls() -> Calls:
+    mask = make(_N, _T, dtype=torch.bool)
+    projected = make(_N, _T, 64, dtype=_FULL)  # a capture projects x in the forward pass
+    for dtype, name in _NAMED_TYPES.items():
+        x, proj = make(_N, _T, _WIDTH, dtype=dtype), make(64, _WIDTH, dtype=dtype)
+        yield f"projected_gradients{name}", partial(projected_gradients, x, x, proj, proj, mask)
+        one_side = projected, x, None, proj, mask
+        yield f"projected_gradients, one side{name}", partial(projected_gradients, *one_side)
+        if dtype != _BRAIN:  # these are compiled for float16 alike
+            yield f"project{name}", partial(project, x, proj)
+            small = make(_N, _T, 64, dtype=dtype)
+            yield f"per_sample_gradients{name}", partial(per_sample_gradients, small, small, mask)
 
-    x, proj = make(n, t, width), make(rank, width)
-    packed = x.flatten(0, 1), x.flatten(0, 1), proj, proj, mask.flatten(), bounds
+    x, proj = make(_N, _T, _WIDTH), make(64, _WIDTH)
+    flat, bounds = x.flatten(0, 1), make(_N + 1, dtype=torch.int64)
+    packed = flat, flat, proj, proj, mask.flatten(), bounds
     yield "projected_gradients, packed", partial(projected_gradients, *packed)
     for rank in (128, 256):
-        proj = make(rank, width)
-        yield (
-            f"projected_gradients, K={rank}",
-            partial(projected_gradients, x, x, proj, proj, mask),
-        )
-    proj = make(64, width)
-    projected = make(n, t, 64, dtype=full)
-    grouped: tuple[Any, ...] = [x] * 8, [x] * 8, [proj] * 8, [proj] * 8, mask
-    yield "projected_gradients_grouped", partial(projected_gradients_grouped, *grouped)
-    grouped = [projected] * 8, [x] * 8, [], [proj] * 8, mask
-    yield "projected_gradients_grouped, one side", partial(projected_gradients_grouped, *grouped)
-    proj = make(64, width, dtype=full)
+        wide = make(rank, _WIDTH)
+        call = partial(projected_gradients, x, x, wide, wide, mask)
+        yield f"projected_gradients, K={rank}", call
+    both: tuple[Any, ...] = [x] * 8, [x] * 8, [proj] * 8, [proj] * 8, mask
+    yield "projected_gradients_grouped", partial(projected_gradients_grouped, *both)
+    out: tuple[Any, ...] = [projected] * 8, [x] * 8, [], [proj] * 8, mask
+    yield "projected_gradients_grouped, one side", partial(projected_gradients_grouped, *out)
+    exact = make(64, _WIDTH, dtype=_FULL)
     for tokens, name in ((x, "float16"), (x.bfloat16(), "bfloat16")):
-        mixed = tokens, tokens, proj, proj, mask
+        mixed = tokens, tokens, exact, exact, mask
         yield f"projected_gradients, {name} with float32 P", partial(projected_gradients, *mixed)
-        yield f"project, {name} with float32 P", partial(project, tokens, proj)
-
-    yield (
-        "covariance_update_, few tiles",
-        partial(covariance_update_, make(256, 256, dtype=full), make(8192, 256)),
-    )
-    yield (
-        "covariance_update_, float64",
-        partial(covariance_update_, make(256, 256, dtype=torch.float64), make(8192, 256)),
-    )
-    state = [make(64, 20, dtype=kind) for kind in (full, torch.int64, full, torch.int64)]
-    rows, queries = make(100_000, d), make(64, d, dtype=full)
-    yield (
-        "topk_scores, state",
-        partial(topk_scores, queries, rows, 20, None, None, state, 7),
-    )
-    yield "unpack_rows", partial(unpack_rows, make(n, d), make(n, dtype=full), [d], [0])
+        yield f"project, {name} with float32 P", partial(project, tokens, exact)
 
 
-def resources(compiled: Any) -> tuple[int, int, int]:
-    """Registers and bytes of stack (spills) of a thread, shared bytes of a program."""
-    if "amdgcn" in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
-        spilled = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
-    else:
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [str(tool), "-res-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers = re.search(r"REG:(\d+)", text)
-        spilled = re.search(r"STACK:(\d+)", text)
-    if registers is None or spilled is None:
-        raise ValueError(f"compiled code: expected its registers and stack, got: {text[:200]}")
-    return int(registers[1]), int(spilled[1]), int(compiled.metadata.shared)
+def _scan_calls() -> Calls:
+    scale, factor = make(100_000, dtype=_FULL), make(_D, _D, dtype=_FULL)
+    for dtype, name in _NAMED_TYPES.items():
+        rows = make(100_000, _D, dtype=dtype)
+        for q in (1, 64):
+            queries = make(q, _D, dtype=_FULL)
+            yield f"scores, Q={q}{name}", partial(scores, queries, rows, scale)
+            yield f"topk_scores, Q={q}{name}", partial(topk_scores, queries, rows, 20, scale)
+        yield f"self_influence{name}", partial(self_influence, rows, factor)
+    state = [make(64, 20, dtype=kind) for kind in (_FULL, torch.int64) * 2]
+    arguments = make(64, _D, dtype=_FULL), make(100_000, _D), 20, None, None, state, 7
+    yield "topk_scores, state", partial(topk_scores, *arguments)
+
+
+def _covariance_calls() -> Calls:
+    for name, size, cov_dtype, rows in (
+        ("", _D, _FULL, make(1000, _D)),
+        (", float32", _D, _FULL, make(1000, _D, dtype=_FULL)),
+        (", few tiles", 256, _FULL, make(8192, 256)),
+        (", float64", 256, torch.float64, make(8192, 256)),
+    ):
+        cov = make(size, size, dtype=cov_dtype)
+        yield f"covariance_update_{name}", partial(covariance_update_, cov, rows)

@@ -1,28 +1,30 @@
-# mypy: allow-untyped-defs
-# a kernel's arguments are Triton's values, which have no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# A kernel's arguments are Triton's values, which have no Python types.
 """cov += rows^T rows on a GPU, on the tiles of the lower triangle only.
 
 The rows are summed in float32 over spans of SPAN rows, and the spans' sums are added to cov, in
-cov's type and in their order. One program does all spans of a tile; where that gives too few
-programs, or cov is float64 (a tile of which fills the registers), the spans are computed side by
-side into memory and added afterwards, in the same order: the same bits.
+cov's type and in their order. One program sums all spans of a tile. Where that gives too few
+programs, or where cov is float64 (a tile of which fills the registers), each span of a tile has a
+program, which writes its sum to memory; a second kernel adds these in the same order, which gives
+the same bits.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import (
+from logra_kernels.triton.launch import (
     check,
     check_floating,
-    dot,
+    choose,
     last_axis_contiguous,
-    precision,
+    launch,
     tile,
-    types_of,
 )
-from logra_kernels.triton._launch import choose, launch
+from logra_kernels.triton.products import dot, precision, types_of
 
 _SPAN = 2048  # rows of one float32 sum
 _ENOUGH_TILES = 256  # about two programs for each of an H100's 132 multiprocessors
@@ -33,7 +35,7 @@ _WORKSPACE_BYTES = 64 << 20
 def _lower_tile(index):
     """Row and column of the index-th tile of the lower triangle, counted row by row."""
     row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # the root is rounded: step to the row with row * (row + 1) / 2 <= index < the next row's
+    # The root is rounded. Step to the row for which row * (row + 1) / 2 <= index < the next row's.
     row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
     return row, index - row * (row + 1) // 2
@@ -110,13 +112,13 @@ def _add_kernel(
     tiles,
     spans,
     TILE: tl.constexpr,
-    STRIP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Add the spans' sums to STRIP rows of one tile of cov."""
-    strips: tl.constexpr = TILE // STRIP
-    index = tl.program_id(0) // strips
+    """Add the spans' sums to ROWS rows of one tile of cov."""
+    PROGRAMS: tl.constexpr = TILE // ROWS
+    index = tl.program_id(0) // PROGRAMS
     tile_row, tile_column = _lower_tile(index)
-    inner_row = (tl.program_id(0) % strips) * STRIP + tl.arange(0, STRIP)
+    inner_row = (tl.program_id(0) % PROGRAMS) * ROWS + tl.arange(0, ROWS)
     inner_column = tl.arange(0, TILE)
     i = tile_row * TILE + inner_row
     j = tile_column * TILE + inner_column
@@ -154,48 +156,36 @@ def covariance_update_(cov: Tensor, rows: Tensor, *, input_precision: str | None
         config["num_warps"] = min(4, config["num_warps"])
     tiles_a_side = triton.cdiv(size, edge)
     tiles = tiles_a_side * (tiles_a_side + 1) // 2
-    # spans computed side by side
-    at_once = min(triton.cdiv(count, _SPAN), _WORKSPACE_BYTES // (tiles * edge * edge * 4))
-    split = cov.dtype == torch.float64 or (tiles < _ENOUGH_TILES and at_once > 1)
-    at_once = max(at_once, 1)
+    spans_at_once = min(triton.cdiv(count, _SPAN), _WORKSPACE_BYTES // (tiles * edge * edge * 4))
+    split = cov.dtype == torch.float64 or (tiles < _ENOUGH_TILES and spans_at_once > 1)
+    spans_at_once = max(spans_at_once, 1)
     partial = None
     if split:
-        partial = torch.empty(at_once, tiles, edge, edge, device=cov.device, dtype=torch.float32)
-    adding = choose("add_covariances", "half", rows)
-    for first in range(0, count, at_once * _SPAN if split else count):
-        some = rows[first : first + at_once * _SPAN] if split else rows
-        spans = triton.cdiv(some.shape[0], _SPAN)
+        shape = spans_at_once, tiles, edge, edge
+        partial = torch.empty(shape, device=cov.device, dtype=torch.float32)
+    shared: dict[str, Any] = {  # by both kernels
+        "cov": cov,
+        "partial": partial,
+        "size": size,
+        "cov_row": cov.stride(0),
+        "cov_column": cov.stride(1),
+        "tiles": tiles,
+    }
+    for some in rows.split(spans_at_once * _SPAN if split else count):
+        shared["spans"] = triton.cdiv(some.shape[0], _SPAN)
         launch(
             _covariance_kernel,
-            "tiles * spans" if split else "tiles",
+            ("tiles", "spans") if split else ("tiles",),
             cov,
             config,
-            cov=cov,
             rows=some,
-            partial=partial,
             count=some.shape[0],
-            size=size,
-            cov_row=cov.stride(0),
-            cov_column=cov.stride(1),
             rows_stride=rows.stride(0),
-            tiles=tiles,
-            spans=spans,
             SPLIT=split,
             PRECISION=input_precision,
             SPAN=_SPAN,
+            **shared,
         )
         if split:
-            launch(
-                _add_kernel,
-                "tiles * (TILE // STRIP)",
-                cov,
-                adding,
-                cov=cov,
-                partial=partial,
-                size=size,
-                cov_row=cov.stride(0),
-                cov_column=cov.stride(1),
-                tiles=tiles,
-                spans=spans,
-                TILE=edge,
-            )
+            adding = choose("add_covariances", "half", rows)
+            launch(_add_kernel, ("tiles", ("TILE", "ROWS")), cov, adding, TILE=edge, **shared)

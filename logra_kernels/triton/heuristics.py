@@ -2,14 +2,14 @@
 
     {op: {architecture | "default": [{"types": …, "up_to": {size: n}, "config": {…}}, …]}}
 
-The first rule counts that has these types (or names none) and whose every size is at least the
-call's. An architecture that has rules for an op uses only these; one that has none uses those of
-its family (`FAMILIES`), else the default's. `python -m bench.tune` measures on a GPU and rewrites
-the table. Nothing is measured while a program runs.
+A call takes the first rule that has the call's types (or names none) and whose sizes are all at
+least the call's. An architecture that has rules for an op uses only these; one that has none uses
+those of its family (`FAMILIES`), else the default's. `python -m tools.tune` measures on a GPU and
+rewrites the table. Nothing is measured while a program runs.
 
-types: "half" (both operands of one half type, or rows of one whose queries were split into it),
-"full" (float32, exact products), "tf32" (float32 on tensor cores), "split" (the rest: each operand
-is split into bfloat16 pieces).
+types: "half" (both operands of one half type, or half rows and queries that were split into their
+type), "full" (float32, exact products), "tf32" (float32 on tensor cores), "split" (everything else:
+each operand is split into bfloat16 pieces).
 """
 
 import json
@@ -18,12 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+Rules = list[dict[str, Any]]
+Table = dict[str, dict[str, Rules]]
+
 PATH = Path(__file__).with_name("heuristics.json")
 TYPES = ("half", "full", "tf32", "split")
 
-# what each op's configurations hold, and what its rules may ask for. A size here must never lead to
-# another order of summation if a split into calls can change it: SUMMED tiles may depend on the
-# types and on these sizes' names in UNSPLIT only
+# The tiles that each op's configurations hold.
 TILES = {
     "project": ("TOKENS", "WIDTH", "RANK"),
     "projected_gradients": ("CHUNK", "BLOCK", "WIDTH", "RANK"),
@@ -31,7 +32,7 @@ TILES = {
     "per_sample_gradients": ("CHUNK", "BLOCK", "RANK"),
     "reduce_gradients": ("REDUCE",),
     "covariance_update_": ("BLOCK", "TILE"),
-    "add_covariances": ("STRIP",),
+    "add_covariances": ("ROWS",),
     "scores": ("ROWS", "QUERIES", "DIM"),
     "topk_scores": ("ROWS", "QUERIES", "DIM"),
     "merge_topk": ("MERGE",),
@@ -41,6 +42,9 @@ TILES = {
     "pack_rows": ("BLOCK",),
     "unpack_rows": ("BLOCK",),
 }
+# The sizes of a call that an op's rules may ask for. A split into calls changes some of them, and
+# must not change the order of summation: tiles along a summed axis (SUMMED) may depend on the types
+# and on the sizes in UNSPLIT only.
 SIZES = {
     "project": ("rank",),
     "projected_gradients": ("rank",),
@@ -52,8 +56,8 @@ SIZES = {
 UNSPLIT = ("rank",)
 SUMMED = ("CHUNK", "BLOCK", "WIDTH", "DIM")
 OPTIONS = ("num_warps", "num_stages")
-# beginnings of architectures' names -> whose rules they use: the same matrix units, and at least
-# the shared memory
+# The beginning of an architecture's name -> the architecture whose rules it uses: one with the same
+# matrix units and no more shared memory.
 FAMILIES = {"sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "gfx9": "gfx942"}
 
 
@@ -70,23 +74,25 @@ def _choose(
         if rule.get("types", types) == types and all(
             size <= rule.get("up_to", {}).get(name, size) for name, size in sizes
         ):
-            return rule["config"]
+            config: dict[str, int] = rule["config"]
+            return config
     raise LookupError(f"heuristics.json: {op} has no rule for {types} on {architecture}")
 
 
-def rules_of(of_op: dict[str, list[dict[str, Any]]], architecture: str) -> list[dict[str, Any]]:
+def rules_of(of_op: dict[str, Rules], architecture: str) -> Rules:
     """An op's rules that hold on an architecture."""
     families = [name for start, name in FAMILIES.items() if architecture.startswith(start)]
     return next(of_op[name] for name in (architecture, *families, "default") if name in of_op)
 
 
 @cache
-def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    return json.loads(PATH.read_text())
+def table() -> Table:
+    found: Table = json.loads(PATH.read_text())
+    return found
 
 
-def dumps(rules: dict[str, Any]) -> str:
-    """The table as a file: one rule a line."""
+def dumps(rules: Table) -> str:
+    """The text of the table's file, with one rule a line."""
     ops = []
     for op, by_architecture in rules.items():
         parts = [
@@ -99,7 +105,7 @@ def dumps(rules: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(ops) + "\n}\n"
 
 
-def problems(rules: dict[str, Any]) -> list[str]:
+def problems(rules: Table) -> list[str]:
     """What is wrong with a table; an empty list if nothing is."""
     found = [f"{op}: no rules" for op in TILES if op not in rules]
     for op, by_architecture in rules.items():
@@ -113,7 +119,7 @@ def problems(rules: dict[str, Any]) -> list[str]:
     return found
 
 
-def _problems(op: str, rules: list[dict[str, Any]]) -> Iterator[str]:
+def _problems(op: str, rules: Rules) -> Iterator[str]:
     wanted = {*TILES[op], *OPTIONS}
     for rule in rules:
         config, up_to = rule.get("config", {}), rule.get("up_to", {})
@@ -139,8 +145,8 @@ def _problems(op: str, rules: list[dict[str, Any]]) -> Iterator[str]:
             yield f"no rule for {', '.join(sorted(missing))}"
 
 
-def _order_problems(types: str, rules: list[dict[str, Any]]) -> Iterator[str]:
-    """A batch split in two must not meet another order of summation in its halves."""
+def _order_problems(types: str, rules: Rules) -> Iterator[str]:
+    """The halves of a batch that is split in two must be summed in the order of the whole."""
     for name in SUMMED:
         seen: dict[Any, set[int]] = {}
         for rule in rules:

@@ -1,9 +1,9 @@
-# mypy: allow-untyped-defs
-# a kernel's arguments are Triton's values, which have no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# A kernel's arguments are Triton's values, which have no Python types.
 """Rows to and from fp16 with a power-of-two scale per row and an exponent per module, on a GPU.
 
 The arithmetic is that of the reference: float64 products with powers of two, which are exact, then
-one rounding to float16 (or float32). Module exponents lie in [-126, 127], as in the reference.
+one rounding to float16 (or float32). Module exponents are in [-126, 127], as in the reference.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import (
+from logra_kernels.triton.launch import (
     check,
     check_floating,
+    choose,
     last_axis_contiguous,
+    launch,
     tile,
 )
-from logra_kernels.triton._launch import choose, launch
 
 _LARGEST_EXPONENT = tl.constexpr(14)  # of a packed row's largest element, as in the reference
 
@@ -43,7 +44,7 @@ def _pack_kernel(
 ):
     r = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), dtype=tl.float64)
-    odd = tl.zeros((BLOCK,), dtype=tl.int32)  # infinite or NaN
+    odd = tl.zeros((BLOCK,), dtype=tl.int32)  # 1 where a value is infinite or NaN
     for start in range(0, dim, BLOCK):
         d = start + tl.arange(0, BLOCK)
         value = tl.load(rows + r * row_stride + d, mask=d < dim, other=0.0)
@@ -54,7 +55,7 @@ def _pack_kernel(
         odd |= (finite == 0).to(tl.int32)
         largest = tl.maximum(largest, tl.where(finite, value, 0.0))
     most = tl.max(largest, axis=0)
-    # a positive float64 carries floor(log2) + 1023 in its bits 52 to 62
+    # Bits 52 to 62 of a positive float64 hold floor(log2) + 1023.
     log2 = ((most.to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)
     shift = tl.minimum(tl.maximum(log2 - _LARGEST_EXPONENT, -126), 127)
     shift = tl.where((most > 0) & (tl.max(odd, axis=0) == 0), shift, 0)
@@ -65,7 +66,8 @@ def _pack_kernel(
         value = value.to(tl.float32).to(tl.float64)
         exponent = tl.load(exponents + d, mask=d < dim, other=0)
         value = value * _power_of_two(-exponent) * _power_of_two(-shift)
-        # by way of float32, as torch does: exact down to 2**-126, and float16 ends at 2**-24
+        # It is rounded by way of float32, as torch does. float32 is exact down to 2**-126 and
+        # float16's smallest number is 2**-24, so the value is rounded once.
         tl.store(packed + r * dim + d, value.to(tl.float32).to(tl.float16), mask=d < dim)
 
 
@@ -116,7 +118,7 @@ def pack_rows(
     config["BLOCK"] = tile(dim, config["BLOCK"])
     launch(
         _pack_kernel,
-        "count",
+        ("count",),
         rows,
         config,
         rows=rows,
@@ -145,7 +147,7 @@ def unpack_rows(
     config["BLOCK"] = tile(dim, config["BLOCK"])
     launch(
         _unpack_kernel,
-        "count * cdiv(dim, BLOCK)",
+        ("count", ("dim", "BLOCK")),
         packed,
         config,
         packed=packed,

@@ -1,5 +1,5 @@
-# mypy: allow-untyped-defs
-# a kernel's arguments are Triton's values, which have no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# A kernel's arguments are Triton's values, which have no Python types.
 """Projection of tokens (LoGra Eq. 6) on a GPU: a product with one skinny side."""
 
 import torch
@@ -7,20 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import (
-    check_floating,
-    dot,
-    last_axis_contiguous,
-    precision,
-    tile,
-    types_of,
-)
-from logra_kernels.triton._launch import choose, launch
+from logra_kernels.triton.launch import check_floating, choose, last_axis_contiguous, launch, tile
+from logra_kernels.triton.products import dot, precision, types_of
 
 
 @triton.jit(do_not_specialize=["tokens", "inner"])
 def _project_kernel(
-    x,  # [tokens, I]; token m lies at (m // inner) * x_outer + (m % inner) * x_inner
+    x,  # [tokens, I]; token m is at (m // inner) * x_outer + (m % inner) * x_inner
     proj,  # [K, I]
     out,  # [tokens, K] float32
     tokens,
@@ -80,7 +73,7 @@ def project(x: Tensor, proj: Tensor, *, input_precision: str | None = None) -> T
     config["RANK"] = tile(rank, config["RANK"])
     launch(
         _project_kernel,
-        "cdiv(tokens, TOKENS) * cdiv(rank, RANK)",
+        (("tokens", "TOKENS"), ("rank", "RANK")),
         x,
         config,
         x=flat,

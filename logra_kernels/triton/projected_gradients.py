@@ -1,36 +1,35 @@
-# mypy: allow-untyped-defs
-# a kernel's arguments are Triton's values, which have no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# A kernel's arguments are Triton's values, which have no Python types.
 """Projected per-sample gradients (LoGra Eq. 6) on a GPU, from raw activations in one kernel.
 
 One program owns CHUNK tokens of one example (or packed segment) and one tile of its gradient. It
 projects BLOCK tokens at a time into registers and adds their outer products, so the projected
 activations never reach memory. An example longer than CHUNK gives several partial sums, which a
-second kernel adds in their order: no atomics, the same bits each time. Modules of one shape share a
-launch: the kernel finds their tensors by a table of addresses.
+second kernel adds in their order, without atomics, so the bits are the same each time. Modules of
+one shape share a launch; the kernel finds their tensors by a table of addresses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import (
-    as_bytes,
+from logra_kernels.triton.launch import (
     check,
     check_floating,
-    dot,
-    dot_of_transposed,
+    choose,
     last_axis_contiguous,
-    precision,
+    launch,
     tile,
-    types_of,
 )
-from logra_kernels.triton._launch import choose, launch
+from logra_kernels.triton.products import dot, dot_of_transposed, precision, types_of
 from logra_kernels.triton.project import project
 
-_RECOMPUTE = 2  # times the same tokens may be projected
+_RECOMPUTE = 2  # the most times that one token may be projected
 
 
 @triton.jit
@@ -47,8 +46,8 @@ def _segment(cu_seqlens, s, tokens):
 def _segment_of_slot(cu_seqlens, slot, segments, CHUNK: tl.constexpr):
     """The last segment whose first slot is at or before this one.
 
-    Segment s owns the slots from cu_seqlens[s] // CHUNK + s on: at least one, and enough for
-    every CHUNK tokens it has, because floor(a + b) >= floor(a) + floor(b).
+    Segment s owns the slots from cu_seqlens[s] // CHUNK + s on. It has at least one slot, and one
+    for every CHUNK tokens, because floor(a + b) >= floor(a) + floor(b).
     """
     low = 0
     high = segments - 1
@@ -61,12 +60,27 @@ def _segment_of_slot(cu_seqlens, slot, segments, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _place(slot, cu_seqlens, segments, tokens, chunks, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+    """A slot's segment, the segment's first token and length, and which of its chunks it is."""
+    if PACKED:
+        segment = _segment_of_slot(cu_seqlens, slot, segments, CHUNK)
+        begin, length = _segment(cu_seqlens, segment, tokens)
+        chunk = slot - (begin // CHUNK + segment)
+    else:
+        segment = slot // chunks
+        begin = 0
+        length = tokens
+        chunk = slot % chunks
+    return segment, begin, length, chunk
+
+
+@triton.jit
 def _side(
     values,  # pointers to the tokens [BLOCK]
     keep,  # [BLOCK]
     proj,
     width,
-    k,  # [RANK], of the gradient's axis
+    k,  # [RANK], positions on the gradient's axis
     rank,
     proj_stride,
     PROJECTED: tl.constexpr,
@@ -75,7 +89,7 @@ def _side(
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """One side of the outer product, [BLOCK, RANK]: tokens times P^T, or tokens as they are."""
+    """One side of the outer product, [BLOCK, RANK]: tokens times P^T, or the tokens themselves."""
     if PROJECTED:
         out = tl.zeros((BLOCK, RANK), dtype=tl.float32)
         proj_rows = proj + k.to(tl.int64) * proj_stride
@@ -101,7 +115,7 @@ def _side(
 
 @triton.jit
 def _of_module(like, addresses, module, ALIGNED: tl.constexpr):
-    """The pointer of one module, of the type of the first module's."""
+    """The pointer to one module's tensor; like is the pointer to the first module's."""
     pointer = tl.load(addresses + module).to(like.dtype)
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -111,7 +125,7 @@ _COUNTS = ["modules", "segments", "slots", "tokens", "chunks"]
 
 @triton.jit(do_not_specialize=[*_COUNTS, "mask_example", "mask_token"])
 def _gradients_kernel(
-    x,  # [N, T, I], or packed [T, I]; of the first module, if GROUPED
+    x,  # [N, T, I], or packed [T, I]; that of the first module, if GROUPED
     dy,  # [N, T, O], or packed [T, O]
     proj_in,  # [Ki, I]
     proj_out,  # [Ko, O]
@@ -153,7 +167,7 @@ def _gradients_kernel(
 ):
     tiles_in = tl.cdiv(rank_in, RANK_IN)
     tiles = tiles_in * tl.cdiv(rank_out, RANK_OUT)
-    # the tiles of one chunk run next to each other, while its tokens are in the L2 cache
+    # The tiles of one chunk run next to each other, while its tokens are in the L2 cache.
     slot = tl.program_id(0) // tiles
     o = ((tl.program_id(0) % tiles) // tiles_in) * RANK_OUT + tl.arange(0, RANK_OUT)
     i = ((tl.program_id(0) % tiles) % tiles_in) * RANK_IN + tl.arange(0, RANK_IN)
@@ -170,20 +184,14 @@ def _gradients_kernel(
         out += module.to(tl.int64) * segments * size
         partial += module.to(tl.int64) * slots * size
 
-    if PACKED:
-        segment = _segment_of_slot(cu_seqlens, slot, segments, CHUNK)
-        begin, length = _segment(cu_seqlens, segment, tokens)
-        chunk = slot - (begin // CHUNK + segment)
-    else:
-        segment = slot // chunks
-        begin = 0
-        length = tokens
-        chunk = slot % chunks
-    used = tl.maximum(tl.cdiv(length, CHUNK), 1)  # an empty segment still writes its zeros
+    segment, begin, length, chunk = _place(
+        slot, cu_seqlens, segments, tokens, chunks, PACKED, CHUNK
+    )
+    used = tl.maximum(tl.cdiv(length, CHUNK), 1)  # an empty segment has to write its zeros
     if chunk < 0 or chunk >= used:
         return
 
-    # tokens are counted from the segment's own first, so that packed and dense compile alike
+    # Tokens are counted from the segment's first: so packed and dense compile to the same code.
     example = segment.to(tl.int64)
     x += example * x_example + tl.cast(begin, tl.int64) * x_token
     dy += example * dy_example + tl.cast(begin, tl.int64) * dy_token
@@ -196,7 +204,7 @@ def _gradients_kernel(
         token = (start + tl.arange(0, BLOCK)).to(tl.int64)
         keep = token < last
         if MASKED:
-            # a masked token is never loaded, so it may hold NaN
+            # A masked token is never loaded, so it may hold NaN.
             keep = tl.load(mask + token * mask_token, mask=keep, other=0) != 0
         x_side = _side(
             x + token * x_token,
@@ -273,6 +281,74 @@ def _reduce_kernel(
     tl.store(out + segment.to(tl.int64) * size + element, acc, mask=element < size)
 
 
+class Side(NamedTuple):
+    """One side of the outer products of M modules whose tensors are alike in shape and type."""
+
+    tokens: Sequence[Tensor]  # M of [N, T, I], or packed [T, I]
+    projs: Sequence[Tensor]  # M of [K, I], or none: the tokens are not projected
+
+    @property
+    def rank(self) -> int:
+        """The extent of the gradient's axis."""
+        return self.projs[0].shape[0] if self.projs else self.tokens[0].shape[-1]
+
+    def of_modules(self, modules: slice) -> "Side":
+        return Side(self.tokens[modules], self.projs[modules])
+
+    def contiguous(self) -> "Side":
+        """With a last axis that the kernel can read."""
+        return Side(*([last_axis_contiguous(t) for t in tensors] for tensors in self))
+
+    def projected(self, input_precision: str) -> "Side":
+        pairs = zip(self.tokens, self.projs, strict=True)
+        return Side([project(t, p, input_precision=input_precision) for t, p in pairs], [])
+
+    def arguments(self, tokens: str, axis: str, packed: bool) -> dict[str, Any]:
+        """The kernel's arguments of one side: tokens "x" and axis "in", or "dy" and "out"."""
+        first, proj = self.tokens[0], self.projs[0] if self.projs else None
+        return {
+            tokens: first,
+            f"proj_{axis}": proj,
+            f"width_{axis}": first.shape[-1],
+            f"rank_{axis}": self.rank,
+            f"{tokens}_example": 0 if packed else first.stride(0),
+            f"{tokens}_token": first.stride(-2),
+            f"proj_{axis}_stride": proj.stride(0) if proj is not None else 0,
+            f"PROJECT_{axis.upper()}": proj is not None,
+        }
+
+
+class Examples(NamedTuple):
+    """Which tokens count, and where packed segments begin and end."""
+
+    mask: Tensor | None  # [N, T] or packed [T] uint8: 0 for a token that does not count
+    cu_seqlens: Tensor | None  # [S + 1]; None if each example has a row of tokens
+
+    @classmethod
+    def of(cls, mask: Tensor | None, cu_seqlens: Tensor | None) -> "Examples":
+        """From a mask of any type."""
+        if mask is not None:
+            mask = (mask if mask.dtype == torch.bool else mask != 0).view(torch.uint8)
+        return cls(mask, cu_seqlens)
+
+    def num(self, tokens: Tensor) -> int:
+        """How many gradients these tokens give a module."""
+        return tokens.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def arguments(self) -> dict[str, Any]:
+        by_example = self.cu_seqlens is None
+        found: dict[str, Any] = {"cu_seqlens": self.cu_seqlens, "PACKED": not by_example}
+        if self.mask is None:
+            return found | {"mask": None, "mask_example": 0, "mask_token": 0, "MASKED": False}
+        example, token = self.mask.stride(0) if by_example else 0, self.mask.stride(-1)
+        return found | {
+            "mask": self.mask,
+            "mask_example": example,
+            "mask_token": token,
+            "MASKED": True,
+        }
+
+
 def projected_gradients(
     x: Tensor,
     dy: Tensor,
@@ -293,160 +369,150 @@ def projected_gradients(
     """
     check_floating(x=x, dy=dy, proj_in=proj_in, proj_out=proj_out)
     check(x=x, mask=mask, cu_seqlens=cu_seqlens)
-    rank_in = x.shape[-1] if proj_in is None else proj_in.shape[0]
-    rank_out = dy.shape[-1] if proj_out is None else proj_out.shape[0]
-    num = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = out_dtype or torch.float32
-    out = torch.empty(1, num, rank_out, rank_in, device=x.device, dtype=dtype)
-    sides = [x], [dy], [proj_in], [proj_out]
-    gradients_of_modules(*sides, mask, cu_seqlens, out, precision(input_precision))
-    return out[0]
+    x_side = Side([x], [] if proj_in is None else [proj_in])
+    dy_side = Side([dy], [] if proj_out is None else [proj_out])
+    examples = Examples.of(mask, cu_seqlens)
+    return gradients_of_modules(x_side, dy_side, examples, out_dtype, input_precision)[0]
 
 
 def gradients_of_modules(
-    xs: Sequence[Tensor],
-    dys: Sequence[Tensor],
-    projs_in: Sequence[Tensor | None],
-    projs_out: Sequence[Tensor | None],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out: Tensor,  # [M, S, Ko, Ki]
-    input_precision: str,
+    x: Side,
+    dy: Side,
+    examples: Examples,
+    out_dtype: torch.dtype | None,
+    input_precision: str | None,
+) -> Tensor:
+    """[M, S, Ko, Ki]. Modules in a row whose tensors have the same strides share a launch."""
+    how = precision(input_precision)
+    shape = len(x.tokens), examples.num(x.tokens[0]), dy.rank, x.rank
+    out = torch.empty(shape, device=x.tokens[0].device, dtype=out_dtype or torch.float32)
+    if out.numel() > 0:
+        x, dy = x.contiguous(), dy.contiguous()
+        for modules in _alike(x, dy):
+            sides = x.of_modules(modules), dy.of_modules(modules)
+            _write_gradients(*sides, examples, out[modules], how)
+    return out
+
+
+def _alike(x: Side, dy: Side) -> Iterator[slice]:
+    """Runs of modules whose tensors have equal shapes, types, strides and alignment."""
+
+    def key(module: int) -> Any:
+        tensors = [tensors[module] for side in (x, dy) for tensors in side if tensors]
+        described = [(t.dtype, t.shape, t.stride()) for t in tensors]
+        return described, all(_is_aligned(t) for t in tensors)
+
+    for _, run in groupby(range(len(x.tokens)), key):
+        members = list(run)
+        yield slice(members[0], members[-1] + 1)
+
+
+def _write_gradients(
+    x: Side, dy: Side, examples: Examples, out: Tensor, input_precision: str
 ) -> None:
-    """The same for M modules of equal shapes, types and strides, in one launch (or two)."""
-    segments, rank_out, rank_in = out.shape[1:]
-    if out.numel() == 0:
-        return
-    xs, dys = [last_axis_contiguous(x) for x in xs], [last_axis_contiguous(dy) for dy in dys]
-    both_full = xs[0].dtype == dys[0].dtype == torch.float32
+    """The gradients [M, S, Ko, Ki] of modules that are alike, in one launch or two."""
+    both_full = x.tokens[0].dtype == dy.tokens[0].dtype == torch.float32
     outer_precision = input_precision if both_full else "bf16x6"
     precisions = input_precision, outer_precision
-    config = _configuration(xs[0], dys[0], projs_in[0], projs_out[0], out, *precisions)
-    tiles_in = triton.cdiv(rank_in, config["RANK_IN"])
-    tiles_out = triton.cdiv(rank_out, config["RANK_OUT"])
-    # each tile of the gradient projects its tokens anew; where that is too often, project once
-    if projs_in[0] is not None and tiles_out > _RECOMPUTE:
-        xs, projs_in = _projected(xs, projs_in, input_precision), [None] * len(xs)
-    if projs_out[0] is not None and tiles_in > _RECOMPUTE:
-        dys, projs_out = _projected(dys, projs_out, input_precision), [None] * len(dys)
-    if projs_in[0] is None or projs_out[0] is None:
-        chunk = config["CHUNK"]  # of the whole computation, whatever is left to the kernel
-        config = _configuration(xs[0], dys[0], projs_in[0], projs_out[0], out, *precisions)
-        config["CHUNK"] = chunk
-    projs_in = [None if p is None else last_axis_contiguous(p) for p in projs_in]
-    projs_out = [None if p is None else last_axis_contiguous(p) for p in projs_out]
+    config = _configuration(x, dy, *precisions)
+    chunk = config["CHUNK"]  # that of the whole computation, whatever the kernel is left to do
+    x, dy = _projected_first(x, dy, config, input_precision)
+    config = _configuration(x, dy, *precisions)
+    del config["CHUNK"]
 
-    x, dy, proj_in, proj_out = xs[0], dys[0], projs_in[0], projs_out[0]
-    grouped = len(xs) > 1
-    packed = cu_seqlens is not None
-    tokens = x.shape[-2]
-    chunks = max(1, triton.cdiv(tokens, config["CHUNK"]))
-    slots = tokens // config["CHUNK"] + segments if packed else segments * chunks
-    partial = out
-    if chunks > 1:
-        shape = len(xs), slots, rank_out, rank_in
-        partial = torch.empty(shape, device=x.device, dtype=torch.float32)
-    flags = as_bytes(mask) if mask is not None else None
+    packed = examples.cu_seqlens is not None
+    shared = _chunks(x.tokens[0].shape[-2], chunk, packed, out)
+    grouped = len(out) > 1
     launch(
         _gradients_kernel,
-        "modules * slots * cdiv(rank_out, RANK_OUT) * cdiv(rank_in, RANK_IN)",
-        x,
+        ("modules", "slots", ("rank_out", "RANK_OUT"), ("rank_in", "RANK_IN")),
+        out,
         config,
-        x=x,
-        dy=dy,
-        proj_in=proj_in,
-        proj_out=proj_out,
-        mask=flags,
-        cu_seqlens=cu_seqlens,
-        addresses=_addresses(xs, dys, projs_in, projs_out) if grouped else None,
-        out=out,
-        partial=partial,
-        modules=len(xs),
-        segments=segments,
-        slots=slots,
-        tokens=tokens,
-        chunks=chunks,
-        width_in=x.shape[-1],
-        width_out=dy.shape[-1],
-        rank_in=rank_in,
-        rank_out=rank_out,
-        x_example=0 if packed else x.stride(0),
-        x_token=x.stride(-2),
-        dy_example=0 if packed else dy.stride(0),
-        dy_token=dy.stride(-2),
-        proj_in_stride=proj_in.stride(0) if proj_in is not None else 0,
-        proj_out_stride=proj_out.stride(0) if proj_out is not None else 0,
-        mask_example=0 if packed or flags is None else flags.stride(0),
-        mask_token=flags.stride(-1) if flags is not None else 0,
+        **x.arguments("x", "in", packed),
+        **dy.arguments("dy", "out", packed),
+        **examples.arguments(),
+        **shared,
+        addresses=_addresses(x, dy) if grouped else None,
         GROUPED=grouped,
-        ALIGNED=all(is_aligned(t) for t in (*xs, *dys, *projs_in, *projs_out)),
-        PROJECT_IN=proj_in is not None,
-        PROJECT_OUT=proj_out is not None,
-        MASKED=flags is not None,
-        PACKED=packed,
+        ALIGNED=all(_is_aligned(t) for side in (x, dy) for tensors in side for t in tensors),
         PRECISION=input_precision,
         OUTER_PRECISION=outer_precision,
     )
-    if chunks > 1:
+    if shared["chunks"] > 1:
         launch(
             _reduce_kernel,
-            "modules * segments * cdiv(size, REDUCE)",
-            x,
-            choose("reduce_gradients", "half", x),
-            partial=partial,
-            cu_seqlens=cu_seqlens,
-            out=out,
-            modules=len(xs),
-            segments=segments,
-            slots=slots,
-            tokens=tokens,
-            chunks=chunks,
-            size=rank_out * rank_in,
+            ("modules", "segments", ("size", "REDUCE")),
+            out,
+            choose("reduce_gradients", "half", out),
+            **shared,
+            cu_seqlens=examples.cu_seqlens,
+            size=x.rank * dy.rank,
             PACKED=packed,
-            CHUNK=config["CHUNK"],
         )
 
 
-def _configuration(
-    x: Tensor,
-    dy: Tensor,
-    proj_in: Tensor | None,
-    proj_out: Tensor | None,
-    out: Tensor,
-    input_precision: str,
-    outer_precision: str,
-) -> dict[str, int]:
+def _chunks(tokens: int, chunk: int, packed: bool, out: Tensor) -> dict[str, Any]:
+    """Both kernels' arguments: how the tokens are cut into chunks, and where their sums go.
+
+    A slot is a place for the sum of one chunk. Where no example has two, out takes the sums.
+    """
+    modules, segments = out.shape[:2]
+    chunks = max(1, triton.cdiv(tokens, chunk))
+    slots = tokens // chunk + segments if packed else segments * chunks
+    partial = out
+    if chunks > 1:
+        shape = modules, slots, *out.shape[2:]
+        partial = torch.empty(shape, device=out.device, dtype=torch.float32)
+    return {
+        "out": out,
+        "partial": partial,
+        "modules": modules,
+        "segments": segments,
+        "slots": slots,
+        "tokens": tokens,
+        "chunks": chunks,
+        "CHUNK": chunk,
+    }
+
+
+def _configuration(x: Side, dy: Side, input_precision: str, outer_precision: str) -> dict[str, int]:
     """The table's tiles, by what is projected and by the types of the products with tokens."""
-    pairs = [(t, p) for t, p in ((x, proj_in), (dy, proj_out)) if p is not None]
+    pairs = [(side.tokens[0], side.projs[0]) for side in (x, dy) if side.projs]
     op = ("per_sample_gradients", "one_sided_gradients", "projected_gradients")[len(pairs)]
     kinds = {types_of(*pair, input_precision) for pair in pairs}
     if not pairs:
-        kinds = {types_of(x, dy, outer_precision)}
+        kinds = {types_of(x.tokens[0], dy.tokens[0], outer_precision)}
     types = kinds.pop() if len(kinds) == 1 else "split"
-    rank_out, rank_in = out.shape[2:]
-    config = choose(op, types, x, rank=max(rank_in, rank_out))
+    config = choose(op, types, x.tokens[0], rank=max(x.rank, dy.rank))
     largest = config.pop("RANK")
-    config.setdefault("WIDTH", 16)  # nothing is projected
-    return config | {"RANK_IN": tile(rank_in, largest), "RANK_OUT": tile(rank_out, largest)}
+    config.setdefault("WIDTH", 16)  # the table has none where nothing is projected
+    return config | {"RANK_IN": tile(x.rank, largest), "RANK_OUT": tile(dy.rank, largest)}
 
 
-def _projected(
-    tokens: Sequence[Tensor], projs: Sequence[Tensor | None], input_precision: str
-) -> list[Tensor]:
-    return [
-        project(t, p, input_precision=input_precision)
-        for t, p in zip(tokens, projs, strict=True)
-        if p is not None
-    ]
+def _projected_first(
+    x: Side, dy: Side, config: dict[str, int], input_precision: str
+) -> tuple[Side, Side]:
+    """Project a side in a launch of its own if the kernel would project its tokens too often.
+
+    The kernel projects the tokens of a side anew for every tile of the other side's axis.
+    """
+    tiles_in = triton.cdiv(x.rank, config["RANK_IN"])
+    tiles_out = triton.cdiv(dy.rank, config["RANK_OUT"])
+    if x.projs and tiles_out > _RECOMPUTE:
+        x = x.projected(input_precision)
+    if dy.projs and tiles_in > _RECOMPUTE:
+        dy = dy.projected(input_precision)
+    return x, dy
 
 
-def _addresses(*sides: Sequence[Tensor | None]) -> Tensor:
-    """[sides, M] int64 on the tensors' device, without waiting for it."""
-    rows = [[0 if t is None else t.data_ptr() for t in side] for side in sides]
-    device = next(t.device for t in sides[0] if t is not None)
+def _addresses(x: Side, dy: Side) -> Tensor:
+    """[4, M] int64, of x, dy, proj_in and proj_out, on their device, without waiting for it."""
+    sides = x.tokens, dy.tokens, x.projs, dy.projs
+    rows = [[t.data_ptr() for t in side] or [0] * len(x.tokens) for side in sides]
+    device = x.tokens[0].device
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)
 
 
-def is_aligned(tensor: Tensor | None) -> bool:
-    return tensor is None or tensor.data_ptr() % 16 == 0
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0

@@ -1,33 +1,31 @@
-# mypy: allow-untyped-defs
-# a kernel's arguments are Triton's values, which have no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# A kernel's arguments are Triton's values, which have no Python types.
 """Scores of stored rows against queries (Eq. 3) on a GPU.
 
-The rows are read once, as they are stored. A query of another type than half-precision rows is
-split by the launcher into pieces of the rows' type, so that the tensor cores multiply without
-rounding the query: two float16 pieces (22 bits) after a power-of-two scale per query, or three
-bfloat16 pieces (24 bits). The rows stand on the M axis of the product, whose tile is fixed: the
-order of a row's sum over D depends on neither Q nor R.
+The rows are read once, as they are stored. The launcher splits float32 queries into pieces of the
+rows' half type, so that the tensor cores multiply without rounding the query: two float16 pieces
+(22 bits) after a power-of-two scale per query, or three bfloat16 pieces (24 bits). The rows are the
+M axis of the product, whose tile is fixed, so the order of a row's sum over D depends on neither Q
+nor R.
 """
+
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import (
-    check_floating,
-    dot,
-    last_axis_contiguous,
-    precision,
-    tile,
-    types_of,
-)
-from logra_kernels.triton._launch import choose, launch
 from logra_kernels.triton.heuristics import SIZES
+from logra_kernels.triton.launch import check_floating, choose, last_axis_contiguous, launch, tile
+from logra_kernels.triton.products import dot, precision, types_of
 from logra_kernels.triton.split_queries import split_queries
 
-# and the strides of one number a row
+# Arguments that a kernel is not compiled anew for, whatever their values: counts, which change from
+# call to call, and strides of tensors of one number a row.
 COUNTS = ["num_queries", "num_rows", "row_scale_stride", "row_bias_stride"]
+TILES = ("num_rows", "ROWS"), ("num_queries", "QUERIES")  # the grid
 
 
 @triton.jit
@@ -110,7 +108,7 @@ def _scores_kernel(
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    # the query tiles of one row tile run next to each other, while its rows are in the L2 cache
+    # The query tiles of one row tile run next to each other, while its rows are in the L2 cache.
     query_tiles = tl.cdiv(num_queries, QUERIES)
     q = (tl.program_id(0) % query_tiles) * QUERIES + tl.arange(0, QUERIES)
     r = (tl.program_id(0) // query_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -146,14 +144,88 @@ def _scores_kernel(
     )
 
 
-def row_tiles(op: str, pieces: Tensor, rows: Tensor, input_precision: str) -> dict[str, int]:
-    """The configuration of an op that multiplies rows by split queries."""
-    types = types_of(pieces, rows, input_precision)
-    num_queries = pieces.shape[1]
-    sizes = {"queries": num_queries} if "queries" in SIZES.get(op, ()) else {}
-    config = choose(op, types, rows, **sizes)
-    config["QUERIES"] = tile(num_queries, config["QUERIES"])
-    return config
+@dataclass(frozen=True)
+class Scan:
+    """Rows and the queries that they are multiplied by, as `score_tile` takes them."""
+
+    pieces: Tensor  # [PIECES, Q, D], the queries split
+    query_scale: Tensor | None  # [Q] float32
+    rows: Tensor  # [R, D]
+    row_scale: Tensor | None  # [R]
+    row_bias: Tensor | None  # [R]
+    input_precision: str
+
+    @classmethod
+    def of(
+        cls,
+        queries: Tensor,
+        rows: Tensor,
+        row_scale: Tensor | None,
+        row_bias: Tensor | None,
+        input_precision: str,
+    ) -> "Scan":
+        """Split the queries [Q, D] for the rows' type."""
+        pieces, query_scale = split_queries(queries, rows.dtype)
+        rows = last_axis_contiguous(rows)
+        return cls(pieces, query_scale, rows, row_scale, row_bias, input_precision)
+
+    @property
+    def num_queries(self) -> int:
+        return self.pieces.shape[1]
+
+    def of_rows(self, first: int, end: int) -> "Scan":
+        scale, bias = (
+            None if tensor is None else tensor[first:end]
+            for tensor in (self.row_scale, self.row_bias)
+        )
+        return replace(self, rows=self.rows[first:end], row_scale=scale, row_bias=bias)
+
+    def config(self, op: str) -> dict[str, int]:
+        """The tiles of an op that scans rows."""
+        types = types_of(self.pieces, self.rows, self.input_precision)
+        sizes = {"queries": self.num_queries} if "queries" in SIZES.get(op, ()) else {}
+        config = choose(op, types, self.rows, **sizes)
+        config["QUERIES"] = tile(self.num_queries, config["QUERIES"])
+        return config
+
+    def product(self) -> dict[str, Any]:
+        """A kernel's arguments for the product of rows and queries."""
+        return {
+            "queries": self.pieces,
+            "rows": self.rows,
+            "query_scale": self.query_scale,
+            "num_queries": self.num_queries,
+            "num_rows": self.rows.shape[0],
+            "dim": self.rows.shape[1],
+            "piece_stride": self.pieces.stride(0),
+            "query_stride": self.pieces.stride(1),
+            "row_stride": self.rows.stride(0),
+            "PIECES": self.pieces.shape[0],
+            "QUERY_SCALED": self.query_scale is not None,
+            "PRECISION": self.input_precision,
+        }
+
+    def epilogue(self) -> dict[str, Any]:
+        """A kernel's arguments for what a row's products are multiplied by and added to."""
+        scale, bias = self.row_scale, self.row_bias
+        return {
+            "row_scale": scale,
+            "row_bias": bias,
+            "row_scale_stride": scale.stride(0) if scale is not None else 0,
+            "row_bias_stride": bias.stride(0) if bias is not None else 0,
+            "ROW_SCALED": scale is not None,
+            "BIASED": bias is not None,
+        }
+
+    def scores(self) -> Tensor:
+        """[Q, R] float32."""
+        shape = self.num_queries, self.rows.shape[0]
+        out = torch.empty(shape, device=self.rows.device, dtype=torch.float32)
+        if out.numel() > 0:
+            arguments = self.product() | self.epilogue()
+            config = self.config("scores")
+            launch(_scores_kernel, TILES, self.rows, config, out=out, **arguments)
+        return out
 
 
 def scores(
@@ -169,36 +241,5 @@ def scores(
     input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6"; None is torch's.
     """
     check_floating(queries=queries, rows=rows, row_scale=row_scale, row_bias=row_bias)
-    input_precision = precision(input_precision)
-    num_queries, num_rows = queries.shape[0], rows.shape[0]
-    out = torch.empty(num_queries, num_rows, device=rows.device, dtype=torch.float32)
-    if out.numel() == 0:
-        return out
-    rows = last_axis_contiguous(rows)
-    pieces, query_scale = split_queries(last_axis_contiguous(queries), rows.dtype)
-    launch(
-        _scores_kernel,
-        "cdiv(num_rows, ROWS) * cdiv(num_queries, QUERIES)",
-        rows,
-        row_tiles("scores", pieces, rows, input_precision),
-        queries=pieces,
-        rows=rows,
-        query_scale=query_scale,
-        row_scale=row_scale,
-        row_bias=row_bias,
-        out=out,
-        num_queries=num_queries,
-        num_rows=num_rows,
-        dim=rows.shape[1],
-        piece_stride=pieces.stride(0),
-        query_stride=pieces.stride(1),
-        row_stride=rows.stride(0),
-        row_scale_stride=row_scale.stride(0) if row_scale is not None else 0,
-        row_bias_stride=row_bias.stride(0) if row_bias is not None else 0,
-        PIECES=pieces.shape[0],
-        QUERY_SCALED=query_scale is not None,
-        ROW_SCALED=row_scale is not None,
-        BIASED=row_bias is not None,
-        PRECISION=input_precision,
-    )
-    return out
+    scan = Scan.of(queries, rows, row_scale, row_bias, precision(input_precision))
+    return scan.scores()

@@ -1,36 +1,31 @@
-# mypy: allow-untyped-defs
-# a kernel's arguments are Triton's values, which have no Python types
-"""Self-influence of one module's rows, sigma = ||W g||^2, on a GPU: W g never reaches memory."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# A kernel's arguments are Triton's values, which have no Python types.
+"""Self-influence of one module's rows, sigma = ||W g||^2, on a GPU. W g never reaches memory."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import (
-    check_floating,
-    last_axis_contiguous,
-    precision,
-)
-from logra_kernels.triton._launch import launch
-from logra_kernels.triton.scores import row_tiles, score_tile
-from logra_kernels.triton.split_queries import split_queries
+from logra_kernels.triton.launch import check_floating, launch
+from logra_kernels.triton.products import precision
+from logra_kernels.triton.scores import Scan, score_tile
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _self_influence_kernel(
-    factor,  # [PIECES, M, K]
+    queries,  # the factor W in pieces [PIECES, M, K]: each of its rows is a query
     rows,  # [R, K]
-    factor_scale,  # [M] float32
+    query_scale,  # [M] float32
     out,  # [R] float32
-    num_factors,  # M
+    num_factors,  # M, which has a hint as a width: it is the module's, not the call's
     num_rows,
     dim,  # K
     piece_stride: tl.int64,
-    factor_stride: tl.int64,
+    query_stride: tl.int64,
     row_stride: tl.int64,
     PIECES: tl.constexpr,
-    SCALED: tl.constexpr,
+    QUERY_SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -41,9 +36,9 @@ def _self_influence_kernel(
     for start in range(0, num_factors, QUERIES):
         m = start + tl.arange(0, QUERIES)
         whitened = score_tile(  # [ROWS, QUERIES]
-            factor,
+            queries,
             rows,
-            factor_scale,
+            query_scale,
             None,
             None,
             m,
@@ -52,12 +47,12 @@ def _self_influence_kernel(
             num_rows,
             dim,
             piece_stride,
-            factor_stride,
+            query_stride,
             row_stride,
             0,
             0,
             PIECES,
-            SCALED,
+            QUERY_SCALED,
             False,
             False,
             PRECISION,
@@ -75,31 +70,12 @@ def self_influence(rows: Tensor, factor: Tensor, *, input_precision: str | None 
     input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6"; None is torch's.
     """
     check_floating(rows=rows, factor=factor)
-    input_precision = precision(input_precision)
-    num_rows = rows.shape[0]
-    out = torch.empty(num_rows, device=rows.device, dtype=torch.float32)
-    if num_rows == 0:
-        return out
-    rows = last_axis_contiguous(rows)
-    # each row of W takes the part of a query
-    pieces, factor_scale = split_queries(last_axis_contiguous(factor), rows.dtype)
-    launch(
-        _self_influence_kernel,
-        "cdiv(num_rows, ROWS)",
-        rows,
-        row_tiles("self_influence", pieces, rows, input_precision),
-        factor=pieces,
-        rows=rows,
-        factor_scale=factor_scale,
-        out=out,
-        num_factors=factor.shape[0],
-        num_rows=num_rows,
-        dim=rows.shape[1],
-        piece_stride=pieces.stride(0),
-        factor_stride=pieces.stride(1),
-        row_stride=rows.stride(0),
-        PIECES=pieces.shape[0],
-        SCALED=factor_scale is not None,
-        PRECISION=input_precision,
-    )
+    how = precision(input_precision)
+    out = torch.empty(rows.shape[0], device=rows.device, dtype=torch.float32)
+    if out.numel() > 0:
+        scan = Scan.of(factor, rows, None, None, how)
+        arguments = scan.product() | {"out": out}
+        arguments["num_factors"] = arguments.pop("num_queries")
+        grid = (("num_rows", "ROWS"),)
+        launch(_self_influence_kernel, grid, rows, scan.config("self_influence"), **arguments)
     return out

@@ -1,5 +1,5 @@
-# mypy: allow-untyped-defs
-# a kernel's arguments are Triton's values, which have no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# A kernel's arguments are Triton's values, which have no Python types.
 """float32 queries as sums of pieces in the rows' half type, for the tensor cores, on a GPU."""
 
 import torch
@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import last_axis_contiguous, tile
-from logra_kernels.triton._launch import choose, launch
+from logra_kernels.triton.launch import choose, last_axis_contiguous, launch, tile
 
-# the largest element of a scaled query is in [2**14, 2**15): fp16's largest is just under 2**16
+# The largest element of a scaled query is in [2**14, 2**15); fp16's largest is just under 2**16.
 _LARGEST_EXPONENT = tl.constexpr(14)
 
 
@@ -37,15 +36,15 @@ def _split_queries_kernel(
     q = tl.program_id(0).to(tl.int64)
     unscale = 1.0
     if SCALED:
-        # the exponent field of the largest element, as bits: they order like the values
+        # The largest element's bits without their sign, which order like the values.
         largest = tl.zeros((BLOCK,), dtype=tl.int32)
         for start in range(0, dim, BLOCK):
             d = start + tl.arange(0, BLOCK)
             value = tl.load(queries + q * query_stride + d, mask=d < dim, other=0.0)
             largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         field = tl.max(largest, axis=0) >> 23
-        # subnormal and zero (0) stay as near as a normal scale brings them; infinity and NaN (255)
-        # are not scaled
+        # Where field is 0, for zero and subnormals, the scale is at least 2**-126. Where it is 255,
+        # for infinity and NaN, the query is not scaled.
         exponent = tl.maximum(field - 127 - _LARGEST_EXPONENT, -126)
         exponent = tl.where((field == 255) | (tl.max(largest, axis=0) == 0), 0, exponent)
         unscale = _power_of_two(-exponent)
@@ -57,7 +56,7 @@ def _split_queries_kernel(
             part = rest.to(pieces.dtype.element_ty)
             at = pieces + piece * piece_stride + q * piece_query_stride + d
             tl.store(at, part, mask=d < dim)
-            # an infinity is one piece: infinity less infinity would make NaN of its scores
+            # An infinity is one piece: infinity minus infinity would turn its scores into NaN.
             rest = tl.where(part.to(tl.float32) == rest, 0.0, rest - part.to(tl.float32))
 
 
@@ -65,8 +64,8 @@ def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     """queries [Q, D] -> pieces [PIECES, Q, D] of the rows' dtype, and the scale [Q] to multiply by.
 
     Two float16 pieces add up to query / scale within 2**-22 of each element, or within 2**-39 of
-    the query's largest; three bfloat16 pieces hold all 24 bits and need no scale. Queries that
-    have the rows' dtype, and those for float32 rows, are one piece.
+    the query's largest element. Three bfloat16 pieces hold all 24 bits and need no scale. Queries
+    that have the rows' dtype, and those for float32 rows, are one piece.
     """
     queries = last_axis_contiguous(queries)
     count, dim = queries.shape
@@ -76,8 +75,8 @@ def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     if dtype == torch.float32:
         return wide[None], None
     scaled = dtype == torch.float16
-    # so that the scan reads pieces in whole vectors, whatever D is
-    padded = -(-dim // 16) * 16
+    # A scan reads 16 bytes at a time, whatever D is.
+    padded = triton.cdiv(dim, 16) * 16
     shape = (2 if scaled else 3, count, padded)
     pieces = torch.empty(shape, device=queries.device, dtype=dtype)
     scale = torch.empty(count, device=queries.device, dtype=torch.float32)
@@ -85,7 +84,7 @@ def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     config["BLOCK"] = tile(dim, config["BLOCK"])
     launch(
         _split_queries_kernel,
-        "count",
+        ("count",),
         queries,
         config,
         queries=wide,

@@ -1,30 +1,32 @@
-# mypy: allow-untyped-defs
-# a kernel's arguments are Triton's values, which have no Python types
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# A kernel's arguments are Triton's values, which have no Python types.
 """Running top k and bottom k of the scores on a GPU, in memory that does not grow with the rows.
 
-Each program scores a tile of rows and keeps its best k of both ends; passes of a merge kernel
-bring the tiles' lists down to one per query; the last kernel merges it with the running state.
-A candidate is one int64 key: the score's bits in an order-preserving form above, the complement of
-the row's number in its block below. The larger key is the better candidate, no two are equal, so
-neither the tiles nor the order of the merges matter.
+Each program scores a tile of rows and keeps its best k of both ends. A merge kernel reduces the
+tiles' lists, in several passes, to one list per query. The last kernel merges that list with the
+running state. A candidate is one int64 key: its high half is the score's bits in an
+order-preserving form, its low half the complement of the row's number in its block. The larger key
+is the better candidate and no two keys are equal, so neither the tiles nor the order of the merges
+matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from logra_kernels.triton._common import (
+from logra_kernels.triton.launch import (
     check,
     check_floating,
+    choose,
     last_axis_contiguous,
-    precision,
+    launch,
 )
-from logra_kernels.triton._launch import choose, launch
-from logra_kernels.triton.scores import COUNTS, row_tiles, score_tile, scores
-from logra_kernels.triton.split_queries import split_queries
+from logra_kernels.triton.products import precision
+from logra_kernels.triton.scores import COUNTS, TILES, Scan, score_tile
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -35,6 +37,7 @@ _STATE_COUNTS += ["row_offset", "k"]
 _SMALLEST_BLOCK = 4096  # rows
 
 _NO_KEY = tl.constexpr(-(2**63))  # padding and NaN: below the key of -inf
+# Order and id of an entry without a row, and position of padding: behind those of every row.
 _NO_ORDER = tl.constexpr(-(2**31))
 _NO_ID = tl.constexpr(2**63 - 1)
 _NO_PLACE = tl.constexpr(2**31 - 1)
@@ -132,7 +135,7 @@ def _merge_kernel(
     keep,
     MERGE: tl.constexpr,
 ):
-    """The best `keep`, in order, of each MERGE keys."""
+    """The best `keep` of each MERGE keys, in order."""
     index = (tl.program_id(0) % groups) * MERGE + tl.arange(0, MERGE)
     source = keys + (tl.program_id(0) // groups).to(tl.int64) * count + index
     key = tl.load(source, mask=index < count, other=_NO_KEY)
@@ -158,7 +161,7 @@ def _new_entry(key, row_offset):
     """Order and id of a key."""
     valid = key != _NO_KEY
     order = tl.where(valid, (key >> 32).to(tl.int32), _NO_ORDER)
-    # the low half is subtracted first: row_offset + 0x7FFFFFFF would overflow an int32 offset
+    # The low half is subtracted first, because row_offset + 0x7FFFFFFF could overflow.
     return order, tl.where(valid, (0x7FFFFFFF - (key & 0x7FFFFFFF)) + row_offset, _NO_ID)
 
 
@@ -195,8 +198,8 @@ def _state_kernel(
 ):
     """One query: an entry's place is the number of entries that beat it.
 
-    Entries without a row come last, and one of them beats another by its position: so they fill
-    the places that are left. What pads the blocks of OTHERS stands behind every position.
+    Entries without a row come last and are ordered by position, so they fill the places that are
+    left. Padding in a block of OTHERS gets a position behind all entries.
     """
     q = tl.program_id(0).to(tl.int64)
     new = tl.arange(0, NEW)
@@ -206,7 +209,7 @@ def _state_kernel(
     bits = new_order ^ ((new_order >> 31) & 0x7FFFFFFF)
     new_score = bits.to(tl.float32, bitcast=True) * SIGN
     new_rank = tl.zeros((NEW,), dtype=tl.int32)
-    # state entries come first where all else is equal
+    # Entries of the old state come first where all else is equal.
     new_position = new + OLD
 
     if OLD > 0:
@@ -245,6 +248,62 @@ def _state_kernel(
         _put(scores, ids, q * k, old_rank, old_score, old_id, k, SIGN)
 
 
+class _End(NamedTuple):
+    """One end of the running state: the best scores of each query, or the worst, and their rows."""
+
+    scores: Tensor  # [Q, count]
+    ids: Tensor
+    sign: float  # 1.0 for the top, -1.0 for the bottom
+
+    def empty(self, *shape: int) -> "_End":
+        return _End(self.scores.new_empty(shape), self.ids.new_empty(shape), self.sign)
+
+    def merged(self, keys: Tensor, k: int, row_offset: int) -> "_End":
+        """This end and the rows of keys [Q, k], by the kernel: k entries."""
+        num_queries, old_count = self.scores.shape
+        scores = torch.empty(num_queries, k, device=keys.device, dtype=torch.float32)
+        ids = torch.empty(num_queries, k, device=keys.device, dtype=torch.int64)
+        old_scores, old_ids = last_axis_contiguous(self.scores), last_axis_contiguous(self.ids)
+        launch(
+            _state_kernel,
+            ("num_queries",),
+            keys,
+            choose("state_topk", "half", keys),
+            keys=keys,
+            old_scores=old_scores,
+            old_ids=old_ids,
+            scores=scores,
+            ids=ids,
+            num_queries=num_queries,
+            old_count=old_count,
+            old_scores_stride=old_scores.stride(0),
+            old_ids_stride=old_ids.stride(0),
+            row_offset=row_offset,
+            k=k,
+            SIGN=self.sign,
+            NEW=triton.next_power_of_2(k),
+            OLD=triton.next_power_of_2(old_count) if old_count else 0,
+        )
+        return _End(scores, ids, self.sign)
+
+    def sorted(self, scores: Tensor, k: int, row_offset: int) -> "_End":
+        """This end and the rows of scores [Q, R], by torch, for a k too large for the kernel."""
+        ids = torch.arange(row_offset, row_offset + scores.shape[1], device=scores.device)
+        ids = torch.cat((self.ids, ids.expand(scores.shape)), dim=1)
+        scores = torch.cat((self.scores, scores), dim=1)
+        missing = max(0, k - scores.shape[1])
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-self.sign * torch.inf)
+        ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+        none = scores.isnan() | (ids < 0)
+        # Two stable sorts: by id with empty places last, then by score.
+        order = torch.where(none, torch.iinfo(torch.int64).max, ids).argsort(dim=1, stable=True)
+        better = torch.where(none, -torch.inf, self.sign * scores).gather(1, order)
+        order = order.gather(1, better.argsort(dim=1, descending=True, stable=True)[:, :k])
+        none = none.gather(1, order)
+        scores = torch.where(none, -self.sign * torch.inf, scores.gather(1, order))
+        return _End(scores, torch.where(none, -1, ids.gather(1, order)), self.sign)
+
+
 def topk_scores(
     queries: Tensor,
     rows: Tensor,
@@ -258,109 +317,68 @@ def topk_scores(
 ) -> State:
     """(top_scores, top_ids, bottom_scores, bottom_ids), each [Q, k]; state is what a call returned.
 
-    Row r has the id row_offset + r. The total order is score, then lower id; NaN is never selected;
-    places without a row hold -inf (+inf at the bottom) and id -1.
+    Row r has the id row_offset + r. The total order is score, then lower id. NaN is never selected.
+    Places without a row hold -inf (+inf at the bottom) and id -1.
     """
     check_floating(queries=queries, rows=rows, row_scale=row_scale, row_bias=row_bias)
     num_queries, num_rows = queries.shape[0], rows.shape[0]
     if state is None:
         no_scores = torch.empty(num_queries, 0, device=rows.device, dtype=torch.float32)
-        no_ids = torch.empty(num_queries, 0, device=rows.device, dtype=torch.int64)
-        state = (no_scores, no_ids, no_scores, no_ids)
+        state = (no_scores, no_scores.long()) * 2
     check(rows=rows, **{f"state[{i}]": tensor for i, tensor in enumerate(state)})
-    input_precision = precision(input_precision)
+    how = precision(input_precision)
+    ends = [_End(state[0], state[1], 1.0), _End(state[2], state[3], -1.0)]
     if num_queries == 0 or k == 0:
-        shape = (num_queries, k)
-        return (
-            state[0].new_empty(shape),
-            state[1].new_empty(shape),
-            state[2].new_empty(shape),
-            state[3].new_empty(shape),
-        )
-    top_scores, top_ids, bottom_scores, bottom_ids = state
-    widest = max(k, *(tensor.shape[1] for tensor in state))
-    rows = last_axis_contiguous(rows)
-    pieces, query_scale = split_queries(last_axis_contiguous(queries), rows.dtype)
-    # of one row: its keys at both ends, or its scores and their sort
-    row_bytes = 16 * num_queries if widest <= _LARGEST_K else 64 * num_queries
+        return _state(end.empty(num_queries, k) for end in ends)
+    by_sort = max(k, *(tensor.shape[1] for tensor in state)) > _LARGEST_K
+    scan = Scan.of(queries, rows, row_scale, row_bias, how)
+    # A row of the block takes its keys at both ends, or its scores and the memory that sorts them.
+    row_bytes = (64 if by_sort else 16) * num_queries
     block = max(_SMALLEST_BLOCK, _WORKSPACE_BYTES // row_bytes)
     for first in range(0, max(num_rows, 1), block):
-        span = slice(first, min(first + block, num_rows))
-        some = (
-            rows[span],
-            row_scale[span] if row_scale is not None else None,
-            row_bias[span] if row_bias is not None else None,
-        )
-        offset = row_offset + first
-        if widest <= _LARGEST_K:
-            keys = _best_keys(pieces, query_scale, *some, k, input_precision)
-            top_scores, top_ids = _merge_state(keys[0], top_scores, top_ids, k, offset, 1.0)
-            bottom_scores, bottom_ids = _merge_state(
-                keys[1], bottom_scores, bottom_ids, k, offset, -1.0
-            )
+        some, offset = scan.of_rows(first, first + block), row_offset + first
+        if by_sort:
+            scores = some.scores()
+            ends = [end.sorted(scores, k, offset) for end in ends]
         else:
-            values = scores(queries, *some, input_precision=input_precision)
-            top_scores, top_ids = _sort_state(values, top_scores, top_ids, k, offset, 1.0)
-            bottom_scores, bottom_ids = _sort_state(
-                values, bottom_scores, bottom_ids, k, offset, -1.0
-            )
-    return top_scores, top_ids, bottom_scores, bottom_ids
+            best = _merged(_candidates(some, k), k)
+            ends = [end.merged(keys, k, offset) for end, keys in zip(ends, best, strict=True)]
+    return _state(ends)
 
 
-def _best_keys(
-    pieces: Tensor,
-    query_scale: Tensor | None,
-    rows: Tensor,
-    row_scale: Tensor | None,
-    row_bias: Tensor | None,
-    k: int,
-    input_precision: str,
-) -> Tensor:
-    """Keys of the best k rows of both ends, best first: [2, Q, k] int64."""
-    num_queries, num_rows = pieces.shape[1], rows.shape[0]
-    config = row_tiles("topk_scores", pieces, rows, input_precision)
+def _state(ends: Iterable[_End]) -> State:
+    top, bottom = ends
+    return top.scores, top.ids, bottom.scores, bottom.ids
+
+
+def _candidates(scan: Scan, k: int) -> Tensor:
+    """Keys of the best k rows of each tile of rows at both ends: [2, Q, tiles, min(k, tile)]."""
+    num_rows, device = scan.rows.shape[0], scan.rows.device
+    config = scan.config("topk_scores")
     tiles = triton.cdiv(num_rows, config["ROWS"])
-    keep = min(k, config["ROWS"])  # of a tile
-    keys = torch.empty(2, num_queries, tiles, keep, device=rows.device, dtype=torch.int64)
+    keep = min(k, config["ROWS"])
+    keys = torch.empty(2, scan.num_queries, tiles, keep, device=device, dtype=torch.int64)
     if num_rows > 0:
-        launch(
-            _candidates_kernel,
-            "cdiv(num_rows, ROWS) * cdiv(num_queries, QUERIES)",
-            rows,
-            config,
-            queries=pieces,
-            rows=rows,
-            query_scale=query_scale,
-            row_scale=row_scale,
-            row_bias=row_bias,
-            keys=keys,
-            keep=keep,
-            num_queries=num_queries,
-            num_rows=num_rows,
-            dim=rows.shape[1],
-            piece_stride=pieces.stride(0),
-            query_stride=pieces.stride(1),
-            row_stride=rows.stride(0),
-            row_scale_stride=row_scale.stride(0) if row_scale is not None else 0,
-            row_bias_stride=row_bias.stride(0) if row_bias is not None else 0,
-            PIECES=pieces.shape[0],
-            QUERY_SCALED=query_scale is not None,
-            ROW_SCALED=row_scale is not None,
-            BIASED=row_bias is not None,
-            PRECISION=input_precision,
-            SELECT=keep < config["ROWS"],
-        )
-    merge = choose("merge_topk", "half", rows)
+        arguments = scan.product() | scan.epilogue()
+        arguments |= {"keys": keys, "keep": keep, "SELECT": keep < config["ROWS"]}
+        launch(_candidates_kernel, TILES, scan.rows, config, **arguments)
+    return keys
+
+
+def _merged(keys: Tensor, k: int) -> Tensor:
+    """Keys [2, Q, lists, keys in a list] -> the best k of all lists, in order: [2, Q, k]."""
+    num_queries = keys.shape[1]
+    config = choose("merge_topk", "half", keys)
     groups = None
-    while groups != 1:  # at least once: the result is k wide and in order
+    while groups != 1:  # once at least: the result must be k wide and in order
         count = keys.shape[2] * keys.shape[3]
-        groups = max(1, triton.cdiv(count, merge["MERGE"]))
-        merged = torch.empty(2, num_queries, groups, k, device=rows.device, dtype=torch.int64)
+        groups = max(1, triton.cdiv(count, config["MERGE"]))
+        merged = torch.empty(2, num_queries, groups, k, device=keys.device, dtype=torch.int64)
         launch(
             _merge_kernel,
-            "lists * groups",
-            rows,
-            merge,
+            ("lists", "groups"),
+            keys,
+            config,
             keys=keys,
             merged=merged,
             lists=2 * num_queries,
@@ -370,66 +388,3 @@ def _best_keys(
         )
         keys = merged
     return keys[:, :, 0]
-
-
-def _merge_state(
-    keys: Tensor,
-    old_scores: Tensor,
-    old_ids: Tensor,
-    k: int,
-    row_offset: int,
-    sign: float,
-) -> tuple[Tensor, Tensor]:
-    """keys [Q, k] and one end of the state -> that end's scores and ids [Q, k]."""
-    num_queries = keys.shape[0]
-    values = torch.empty(num_queries, k, device=keys.device, dtype=torch.float32)
-    ids = torch.empty(num_queries, k, device=keys.device, dtype=torch.int64)
-    old_count = old_scores.shape[1]
-    old_scores, old_ids = last_axis_contiguous(old_scores), last_axis_contiguous(old_ids)
-    launch(
-        _state_kernel,
-        "num_queries",
-        keys,
-        choose("state_topk", "half", keys),
-        keys=keys,
-        old_scores=old_scores,
-        old_ids=old_ids,
-        scores=values,
-        ids=ids,
-        num_queries=num_queries,
-        old_count=old_count,
-        old_scores_stride=old_scores.stride(0),
-        old_ids_stride=old_ids.stride(0),
-        row_offset=row_offset,
-        k=k,
-        SIGN=sign,
-        NEW=triton.next_power_of_2(k),
-        OLD=triton.next_power_of_2(old_count) if old_count else 0,
-    )
-    return values, ids
-
-
-def _sort_state(
-    values: Tensor,
-    old_scores: Tensor,
-    old_ids: Tensor,
-    k: int,
-    row_offset: int,
-    sign: float,
-) -> tuple[Tensor, Tensor]:
-    """The same for a k too large for the kernels, from all scores [Q, R] of a block."""
-    ids = torch.arange(row_offset, row_offset + values.shape[1], device=values.device)
-    ids = ids.expand(values.shape)
-    values = torch.cat((old_scores, values), dim=1)
-    ids = torch.cat((old_ids, ids), dim=1)
-    missing = max(0, k - values.shape[1])
-    values = torch.nn.functional.pad(values, (0, missing), value=-sign * torch.inf)
-    ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
-    none = values.isnan() | (ids < 0)
-    # two stable sorts: by id with empty places last, then by score
-    order = torch.where(none, torch.iinfo(torch.int64).max, ids).argsort(dim=1, stable=True)
-    score = torch.where(none, -torch.inf, sign * values).gather(1, order)
-    order = order.gather(1, score.argsort(dim=1, descending=True, stable=True)[:, :k])
-    none = none.gather(1, order)
-    values = torch.where(none, -sign * torch.inf, values.gather(1, order))
-    return values, torch.where(none, -1, ids.gather(1, order))

@@ -2,10 +2,10 @@
 
     TRITON_INTERPRET=1 python check_library.py LIBRARY KERNELS_JSON FAKE_DRIVER
 
-A driver that has no GPU hands every launch to this program, which finds the kernel's source by the
-machine code that was to be launched, and interprets it on the arguments as they were given. So what
-is checked is the library: workspaces, variants, tile sizes, grids, order and width of arguments.
-Machine code itself is not run.
+A driver without a GPU hands every launch to this program. The program finds the kernel's source by
+the machine code that was to be launched, and interprets it on the arguments as they were given. So
+it checks the library: workspaces, variants, tile sizes, grids, order and width of arguments.
+Machine code is not run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def at(tensor: Tensor | None) -> Any:
 
 class Library:
     def __init__(self, library: str, described: str, driver: str) -> None:
-        # found by its soname when the library opens libcuda.so.1
+        # The library opens libcuda.so.1 and gets this driver, which has that soname.
         self.driver = ctypes.CDLL(driver, mode=ctypes.RTLD_GLOBAL)
         self.c = ctypes.CDLL(library)
         self.c.logra_cuda_last_error.restype = ctypes.c_char_p
@@ -109,7 +109,7 @@ class Library:
         self.gpu(90)
 
     def dtypes(self, kernel: str, argument: str) -> list[torch.dtype]:
-        """Those that the library was built for."""
+        """The types of an argument that the library was built for."""
         return [t for t in DTYPES if self.has(f"{kernel}.{argument}={NAMES[t]},")]
 
     def has(self, beginning: str) -> bool:
@@ -136,7 +136,7 @@ class Library:
             for k in self.kernels
             if ctypes.string_at(image, len(self.images[k["file"]])) == self.images[k["file"]]
         )
-        # equal machine code of two variants is one file; the first stands for both
+        # Variants with equal machine code share a file; the first variant stands for all.
         assert kernel["function"] == function
         assert 32 * kernel["num_warps"] == threads
         assert kernel["shared_bytes"] == shared
@@ -166,10 +166,10 @@ class Library:
         assert status == OK, (status, self.error())
 
     def error(self) -> str:
-        return self.c.logra_cuda_last_error().decode()
+        return str(self.c.logra_cuda_last_error().decode())
 
     def workspace(self, name: str, *arguments: Any) -> tuple[Any, ctypes.c_size_t, Tensor]:
-        """Exactly as much as is asked for, between words that must not change."""
+        """Memory of exactly the size that is asked for, between bytes that must not change."""
         size = getattr(self.c, f"logra_cuda_{name}_workspace")
         size.restype = ctypes.c_size_t
         needed = size(*arguments)
@@ -179,7 +179,7 @@ class Library:
 
 
 def pointer(address: int, kind: str) -> Any:
-    """A tensor at an address: the interpreter reads where it starts and what it points to."""
+    """A tensor at an address. The interpreter reads only its address and its type."""
     if address == 0:
         return None
     dtype = {"*i64": torch.int64, "*i32": torch.int32, "*u8": torch.uint8} | POINTED
@@ -194,7 +194,7 @@ def unchanged(memory: Tensor, needed: int) -> None:
 
 
 def close(got: Tensor, wanted: Tensor, size: Tensor | float) -> None:
-    """Within 4e-6 of the sum of magnitudes: 2**-22 of a query, 2**-24 a sum of 32 products."""
+    """Within 4e-6 of the sum of magnitudes: 2**-22 for a query, 2**-24 for each sum of 32."""
     error = (got.double() - wanted).abs()
     assert bool((error <= 4e-6 * size + 1e-30).all()), float((error / size).max())
 
@@ -222,7 +222,7 @@ def check_scores(library: Library) -> None:
 
 
 def check_topk(library: Library) -> None:
-    # few and many queries, aligned or not, a k within a tile of rows or of all of it
+    # Few and many queries; aligned or not; a k below a tile of rows, or as large as one.
     dtypes = library.dtypes("candidates", "rows")
     cases = [*product(dtypes, (3, 17), (16, 7), (9, 64, 128)), (dtypes[0], 3, 16, 20)]
     for dtype, count, dim, k in cases:
@@ -240,12 +240,12 @@ def check_topk(library: Library) -> None:
             library.call("topk_scores", *asked, *arguments, memory, needed)
             unchanged(whole, needed.value)
         out = torch.empty(count, num_rows)
-        asked = matrix(queries), matrix(rows)
-        memory, needed, whole = library.workspace("scores", *asked)
-        library.call("scores", *asked, at(scale), None, at(out), memory, needed)
-        for sign, scores, ids in ((1, *state[:2]), (-1, *state[2:])):
-            # the interpreter's sums depend on a row's place in its tile: nearly equal scores may
-            # change places
+        both = matrix(queries), matrix(rows)
+        memory, needed, whole = library.workspace("scores", *both)
+        library.call("scores", *both, at(scale), None, at(out), memory, needed)
+        for sign, scores, ids in ((1, state[0], state[1]), (-1, state[2], state[3])):
+            # The interpreter's sums depend on a row's place in its tile, so nearly equal scores
+            # may change places.
             best = (sign * out).sort(dim=1, descending=True).values[:, :k] * sign
             close(scores, best.double(), out.abs().max())
             close(scores, out.gather(1, ids).double(), out.abs().max())
@@ -306,10 +306,11 @@ def check_gradients(library: Library) -> None:
             unchanged(whole, needed.value)
 
             sides = [x.nan_to_num(0), dy, proj_in, proj_out]
-            wide = [None if side is None else side.double() for side in sides]
-            sizes = [None if side is None else side.abs() for side in wide]
-            wanted = reference.projected_gradients(*wide, mask != 0, bounds)
-            size = reference.projected_gradients(*sizes, mask != 0, bounds)
+            wide: list[Any] = [None if side is None else side.double() for side in sides]
+            sizes: list[Any] = [None if side is None else side.abs() for side in wide]
+            keep: dict[str, Any] = {"mask": mask != 0, "cu_seqlens": bounds}
+            wanted = reference.projected_gradients(*wide, **keep)
+            size = reference.projected_gradients(*sizes, **keep)
             close(out, wanted, size + 1e-12)
 
 

@@ -1,12 +1,12 @@
-"""The error a kernel may make, per element, from the magnitudes that it adds."""
+"""The error that a kernel may make in an element, from the magnitudes that it adds."""
 
 import torch
 from torch import Tensor
 
-# a float32 step rounds by 2**-24; tensor cores may truncate, which doubles it
+# A float32 addition rounds by 2**-24; tensor cores may truncate, which doubles the error.
 STEP = 2.0**-23
-# operands split into pieces: three bfloat16 (the interpreter truncates them, GPUs round), and the
-# products left out; two float16 pieces lose 2**-22
+# The error of operands split into pieces. Three bfloat16 pieces (which the interpreter truncates
+# and GPUs round) leave out some products; two float16 pieces lose 2**-22.
 PIECES = 2.0**-19
 
 
@@ -17,7 +17,7 @@ def assert_within(got: Tensor, want: Tensor, magnitude: Tensor, terms: int) -> N
     """
     assert got.shape == want.shape
     assert want.dtype == magnitude.dtype == torch.float64
-    # below 2**-126 * terms the inputs' own subnormals are at stake, not the kernel
+    # An error below 2**-126 * terms comes from subnormal inputs, not from the kernel.
     bound = (terms * STEP + PIECES) * magnitude + terms * 2.0**-126
     error = (got.double() - want).abs()
     excess = error > bound

@@ -28,7 +28,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a launcher allocates starts as NaN, or as a large integer."""
+    """Memory that a launcher allocates holds NaN, or a large integer."""
     empty: Callable[..., torch.Tensor] = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:

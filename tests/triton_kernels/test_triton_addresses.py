@@ -1,4 +1,4 @@
-"""Rows so far apart that their numbers times the stride, in elements, do not fit 32 bits."""
+"""Rows so far apart that row number times stride, in elements, does not fit in 32 bits."""
 
 import mmap
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ from logra_kernels.triton import (
     unpack_rows,
 )
 
-STRIDE = 2**30 + 16  # elements: that of row 2 is beyond 2**31
+STRIDE = 2**30 + 16  # elements: row 2 begins beyond 2**31
 WIDTH = 32
-NORESERVE = 0x4000  # MAP_NORESERVE of Linux, which Python names from 3.14 on
+NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python has from 3.14 on
 
 
 @pytest.fixture
 def far(device: str) -> Iterator[Tensor]:
-    """float16 [3, 32], rows 2 GiB apart; nothing between them is ever touched."""
+    """float16 [3, 32], rows 2 GiB apart. The memory between them is never touched."""
     values = torch.randn(3, WIDTH, device=device).half()
     count = 2 * STRIDE + WIDTH
     if device == "cpu":
@@ -61,8 +61,8 @@ def test_gradients(far: Tensor) -> None:
         want = projected_gradients(same, same, proj, None)
         assert torch.equal(projected_gradients(x, same, proj, None), want)
         assert torch.equal(projected_gradients(x, x, proj, None), want)
-        both = [x, x], [x, x], [proj, proj], []
-        assert torch.equal(projected_gradients_grouped(*both)[1], want)
+        grouped = projected_gradients_grouped([x, x], [x, x], [proj, proj], [])
+        assert torch.equal(grouped[1], want)
     bounds = torch.tensor([0, 1, 3], device=far.device)
     assert torch.equal(
         per_sample_gradients(far, far, None, bounds), per_sample_gradients(near, near, None, bounds)

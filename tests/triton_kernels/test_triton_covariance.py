@@ -37,7 +37,7 @@ def test_equals_reference(
 def test_spans_give_the_same_bits_either_way(
     device: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Side by side, in several turns, or one program after the other; and as several calls."""
+    """All spans at once, some at a time, in one program a tile, and split into several calls."""
     monkeypatch.setattr(module, "_SPAN", 32)
     rows = torch.randn(150, 20, device=device).half()
     start = torch.randn(20, 20, device=device, dtype=kind)

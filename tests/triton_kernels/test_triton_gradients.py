@@ -28,9 +28,10 @@ def check(
     got = projected_gradients(x, dy, proj_in, proj_out, mask, cu_seqlens)
     assert got.dtype == torch.float32
     tensors = (x, dy, proj_in, proj_out)
-    want = reference.projected_gradients(*map(wide, tensors), mask, cu_seqlens)  # type: ignore[arg-type]
-    sizes: Any = [wide(t, absolute=True) for t in tensors]
-    magnitude = reference.projected_gradients(*sizes, mask, cu_seqlens)
+    exact: list[Any] = [*map(wide, tensors), mask, cu_seqlens]
+    want = reference.projected_gradients(*exact)
+    sizes: list[Any] = [*(wide(t, absolute=True) for t in tensors), mask, cu_seqlens]
+    magnitude = reference.projected_gradients(*sizes)
     assert_within(got, want, magnitude, terms=x.shape[-1] + dy.shape[-1] + x.shape[-2])
     return got
 
@@ -99,7 +100,7 @@ def test_nan_in_a_token_that_counts_is_not_hidden(device: str) -> None:
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_packed_segments(device: str, kind: torch.dtype) -> None:
-    """Segments before, across and beyond the chunk of 128 tokens, empty ones, tokens of none."""
+    """Segments within, across and beyond a chunk of 128 tokens; empty ones; tokens in none."""
     x, dy = tokens(520, 20, device=device), tokens(520, 18, device=device)
     bounds = torch.tensor([3, 3, 10, 138, 139, 500, 500], device=device, dtype=kind)
     mask = torch.rand(520, device=device) > 0.2
@@ -120,7 +121,7 @@ def test_packed_equals_padded_bit_for_bit(device: str) -> None:
 
 
 def test_an_example_does_not_depend_on_its_batch(device: str) -> None:
-    # four chunks: their order shows, where that of two would not
+    # Four chunks, because the order of two does not change their sum.
     x, dy = tokens(5, 400, 20, device=device), tokens(5, 400, 18, device=device)
     proj = tokens(5, 20, device=device)
     whole = projected_gradients(x, dy, proj, None)
@@ -158,7 +159,7 @@ def test_extremes(device: str) -> None:
 
 
 def test_pieces_hold_24_bits(device: str) -> None:
-    """float32 beside a bfloat16 one: products with one, alone in their sum, lose nothing more."""
+    """float32 times a bfloat16 1.0: a sum of one product loses only what the pieces lose."""
     values = torch.randn(3, 1, 20, device=device)
     ones = torch.ones(3, 1, 1, device=device).bfloat16()
     for got in (per_sample_gradients(ones, values), per_sample_gradients(values, ones)):
@@ -171,6 +172,6 @@ def test_out_dtype(device: str, dtype: torch.dtype, t: int) -> None:
     x, dy = tokens(2, t, 20, device=device), tokens(2, t, 18, device=device)
     got = per_sample_gradients(x, dy, out_dtype=dtype)
     assert got.dtype == dtype
-    # one unit in the last place: the interpreter truncates to bfloat16
+    # The bound is one unit in the last place, because the interpreter truncates to bfloat16.
     unit = 2.0**-10 if dtype == HALF else 2.0**-7
     torch.testing.assert_close(got.float(), per_sample_gradients(x, dy), rtol=unit, atol=1e-5)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels.triton import _launch, projected_gradients, projected_gradients_grouped
+from logra_kernels.triton import launch, projected_gradients, projected_gradients_grouped
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
@@ -23,7 +23,7 @@ def check(
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The bits of single calls, and near the reference."""
+    """The bits are those of single calls, and the values are near the reference."""
     got = projected_gradients_grouped(xs, dys, projs_in, projs_out, mask, cu_seqlens, out_dtype)
     for m, part in enumerate(got):
         p_in, p_out = (projs[m] if projs else None for projs in (projs_in, projs_out))
@@ -52,7 +52,8 @@ def test_equals_single_calls(
 
 
 def test_one_module(device: str) -> None:
-    check(*(modules(1, 2, 20, 18, device=device) for _ in range(2)), [], [])
+    xs, dys = (modules(1, 2, 20, 18, device=device) for _ in range(2))
+    check(xs, dys, [], [])
 
 
 def test_packed(device: str) -> None:
@@ -62,7 +63,7 @@ def test_packed(device: str) -> None:
 
 
 def test_wide_gradients_are_projected_first(device: str) -> None:
-    """Beyond two tiles a side: one projection a module, then one launch."""
+    """Beyond two tiles a side each module is projected first; then all share one launch."""
     xs, dys = modules(2, 1, 20, 30, device=device), modules(2, 1, 20, 190, device=device)
     check(xs, dys, modules(2, 10, 30, device=device), [])
 
@@ -72,10 +73,10 @@ def test_modules_of_other_strides_or_addresses_have_launches_of_their_own(device
     xs[1] = torch.randn(2, 30, 48, device=device).half()[..., :32]
     xs[2] = torch.randn(2, 30, 49, device=device).half()[..., 1:33]
     check(xs, dys, [], [])
-    with _launch.recording("sm_90") as launches:
+    with launch.recording("sm_90") as launches:
         projected_gradients_grouped(xs, dys, [], [])
     assert [one.arguments["modules"] for one in launches] == [1, 1, 1, 1]
-    with _launch.recording("sm_90") as launches:
+    with launch.recording("sm_90") as launches:
         projected_gradients_grouped([xs[0], xs[3]], dys[:2], [], [])
     assert [one.arguments["modules"] for one in launches] == [2]
 

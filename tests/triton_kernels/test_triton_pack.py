@@ -1,4 +1,4 @@
-"""The packed bits and the unpacked bits are those of the reference, without a tolerance."""
+"""The packed and unpacked bits equal those of the reference."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_same_bits(device: str, dtype: torch.dtype, sizes: list[int]) -> None:
 
 
 def test_every_power_of_two(device: str) -> None:
-    """From float32's smallest subnormal to its largest, alone and beside a one."""
+    """From float32's smallest subnormal to its largest power, alone and beside a 1.0."""
     powers = torch.exp2(torch.arange(-149, 128, 4, dtype=torch.float64)).float().to(device)
     powers = torch.stack((powers, 1.25 * powers), dim=1).flip(0)
     check(powers, [2], [0])

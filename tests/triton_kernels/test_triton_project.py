@@ -61,7 +61,7 @@ def test_extremes(device: str) -> None:
 
 
 def test_rows_do_not_depend_on_their_neighbours(device: str) -> None:
-    """Split at a tile: the BLAS below the interpreter sums by position within it."""
+    """Split at a tile, because the interpreter's BLAS sums by position within a tile."""
     x = torch.randn(100, 90, device=device)
     proj = torch.randn(7, 90, device=device)
     assert torch.equal(project(x, proj)[64:], project(x[64:], proj))

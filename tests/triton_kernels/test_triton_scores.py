@@ -20,7 +20,7 @@ def check(
         return reference.scores(*(t.abs() if absolute and t is not None else t for t in wide))  # type: ignore[arg-type]
 
     tensors = (queries, rows, scale, bias)
-    # each column is added once for every piece of the query
+    # Each column is added once for every piece of the query.
     terms = 3 * rows.shape[1] + 2
     assert_within(got, exact(*tensors), exact(*tensors, absolute=True), terms)
     return got
@@ -97,14 +97,14 @@ def test_a_row_that_is_not_finite_stays_alone(device: str) -> None:
     got = scores(queries, rows)
     assert not got[:, [5, 66]].isfinite().any()
     keep = [r for r in range(70) if r not in (5, 66)]
-    # the BLAS below the interpreter may take another path for a tile with NaN
+    # The interpreter's BLAS may take another path for a tile with NaN.
     torch.testing.assert_close(got[:, keep], want[:, keep], rtol=1e-5, atol=1e-4)
 
 
 def test_a_score_does_not_depend_on_the_other_rows(device: str) -> None:
-    """Split at a tile: the BLAS below the interpreter sums by position within it."""
+    """Split at a tile, because the interpreter's BLAS sums by position within a tile."""
     rows = torch.randn(300, 90, device=device).half()
-    for count in (10, 40):  # either rule of the table
+    for count in (10, 40):  # a rule of the table each
         queries = torch.randn(count, 90, device=device)
         assert torch.equal(scores(queries, rows)[:, 128:], scores(queries, rows[128:]))
 
@@ -120,7 +120,7 @@ def test_self_influence(
     factor = torch.randn(m, k + 3, device=device).to(dtypes[1])[:, 3:]
     got = self_influence(rows, factor)
     want = reference.self_influence(rows.double(), factor.double())
-    # |(Wg + e)^2 - (Wg)^2| <= 2 |Wg| e + e^2, both within the sum of absolute values
+    # |(Wg + e)^2 - (Wg)^2| <= 2 |Wg| e + e^2, both within the sum of absolute values.
     magnitude = reference.self_influence(rows.double().abs(), factor.double().abs())
     assert_within(got, want, 3 * magnitude, terms=3 * k + m)
 

@@ -1,4 +1,4 @@
-"""Pieces of queries against their definition: what is kept of every element."""
+"""How many bits of every element the pieces of a query keep."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def test_two_float16_pieces_keep_22_bits(device: str, dim: int, size: float) -> 
     assert bool((torch.frexp(scale).mantissa == 0.5).all())
     got = pieces.double().sum(0) * scale.double()[:, None]
     largest = queries.double().abs().amax(1, keepdim=True)
-    # half a unit of the second piece: 2**-22 of the element; or of fp16's smallest, 2**-24, where
-    # the query's largest element stands at 2**14. Scales end at 2**-126.
+    # Half a unit of the second piece: 2**-22 of the element, or half of fp16's smallest number,
+    # 2**-24, with the query's largest element scaled to 2**14. Scales are 2**-126 or more.
     bound = queries.double().abs() * 2.0**-22 + largest.clamp_min(2.0**-112) * 2.0**-39
     assert bool(((got - queries.double()).abs() <= bound).all())
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels.triton import _launch, topk_scores
+from logra_kernels.triton import launch, topk_scores
 
 module = importlib.import_module("logra_kernels.triton.topk_scores")
 
 
 def whole_numbers(*shape: int, device: str, largest: int = 3) -> Tensor:
-    """Small integers: every score is exact, and many are equal."""
+    """Small integers, so that every score is exact and many are equal."""
     return torch.randint(-largest, largest + 1, shape).float().to(device)
 
 
@@ -76,20 +76,20 @@ def test_places_that_stay_empty_over_calls(device: str, k: int) -> None:
 
 
 def test_blocks_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows beyond one block, with both ways of selecting; lists beyond one merge."""
+    """More rows than a block, by both ways of selecting, and more keys than one merge takes."""
     monkeypatch.setattr(module, "_SMALLEST_BLOCK", 64)
     monkeypatch.setattr(module, "_WORKSPACE_BYTES", 1)
     queries = whole_numbers(2, 3, device=device)
     rows = whole_numbers(300, 3, device=device).half()
     scale = whole_numbers(300, device=device)
-    with _launch.trying("merge_topk", {"MERGE": 32, "num_warps": 4}):
+    with launch.trying("merge_topk", {"MERGE": 32, "num_warps": 4}):
         check(queries, rows, 7, scale, scale)
     monkeypatch.setattr(module, "_LARGEST_K", 6)
     check(queries, rows, 7, scale, scale)
 
 
 def test_merges_in_several_passes(device: str) -> None:
-    with _launch.trying("merge_topk", {"MERGE": 16, "num_warps": 4}):
+    with launch.trying("merge_topk", {"MERGE": 16, "num_warps": 4}):
         check(whole_numbers(2, 3, device=device), whole_numbers(700, 3, device=device).half(), 3)
 
 
@@ -100,7 +100,7 @@ def test_nan_is_never_selected_and_infinity_is(device: str, k: int) -> None:
     got = check(queries, rows, k)
     assert got[1][0, :4].tolist() == [2, 0, 4, 3]
     assert got[3][0, :4].tolist() == [3, 4, 0, 2]
-    # -inf of a row goes before the -inf of an empty place, now and as a state
+    # The -inf of a row comes before the -inf of an empty place, in a call and in a state.
     check(queries, rows[3:4], k, state=got)
     poor = check(queries, rows[[1, 3]], k)
     assert poor[1][0, :2].tolist() == [1, -1]
@@ -117,14 +117,14 @@ def test_zeros_of_both_signs_are_equal(device: str, k: int) -> None:
 
 
 def test_rounded_scores(device: str) -> None:
-    """Real numbers: the selected scores are the kernel's own, in order, none missed."""
+    """For real numbers the selected scores are the kernel's best, in order, with none missed."""
     queries = torch.randn(5, 90, device=device)
     rows = torch.randn(300, 90, device=device).half()
     scale = torch.rand(300, device=device)
     got = topk_scores(queries, rows, 20, scale)
     exact = reference.scores(queries.double(), rows.double(), scale.double())
-    # 180 additions of two pieces and 2**-22 for the pieces, of about 90 * 4 in magnitude
-    close = {"rtol": 0.0, "atol": 182 * 2.0**-23 * 360}
+    # 180 additions of two pieces, and 2**-22 for the pieces, of magnitudes of about 90 * 4.
+    close: dict[str, Any] = {"rtol": 0.0, "atol": 182 * 2.0**-23 * 360}
     for values, ids, largest in ((got[0], got[1], True), (got[2], got[3], False)):
         torch.testing.assert_close(values.double(), exact.gather(1, ids), **close)
         torch.testing.assert_close(values.double(), exact.topk(20, largest=largest)[0], **close)

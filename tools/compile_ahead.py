@@ -1,19 +1,20 @@
-"""Compile every kernel for a GPU that is not there, as its launcher would launch it.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Compile every kernel for a GPU that need not be present, as its launcher would launch it.
 
-    python compile_ahead.py sm_90          # or sm_80, sm_100, gfx942, …
+    python -m tools.compile_ahead sm_90          # or sm_80, sm_100, gfx942, …
 
-prints one JSON object a line: the case, the kernel, and what the gate looks at; then the controls,
-which the gate must refuse.
+prints one JSON object a line: the case, the kernel, and what the gate looks at. The last lines are
+the controls, which the gate must refuse.
 
-    python compile_ahead.py sm_80 ones
+    python -m tools.compile_ahead sm_80 ones
 
-compiles the kernels for sizes of one, which the compiler makes constants: code that takes them for
-tensors fails there and nowhere else.
+compiles the kernels for sizes of one, which the compiler turns into constants. Code that takes such
+a size for a tensor fails there and nowhere else.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,9 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.compiler import ASTSource
 
-from bench._assembly import PRODUCTS, about
 from logra_kernels.triton import (
     covariance_update_,
     pack_rows,
@@ -35,34 +34,38 @@ from logra_kernels.triton import (
     topk_scores,
     unpack_rows,
 )
-from logra_kernels.triton.catalogue import Entry, calls, defaults, recorded
+from logra_kernels.triton.catalogue import Calls, Entry, calls, defaults, make, recorded
+from tools.assembly import PRODUCTS, about
 
 
 def controls(architecture: str) -> Iterator[dict[str, Any]]:
-    """Each breaks one property."""
+    """Kernels that each break one rule of the gate."""
     known = dict(calls())
 
     def of(name: str) -> Entry:
         entries = recorded(name, architecture, known[name])
         return next(one for one in entries if one.kernel_name in PRODUCTS)
 
-    def control(what: str, entry: Entry, kernel: Any) -> dict[str, Any]:
-        return about(replace(entry, name=f"control: {what}"), kernel)
+    def changed(entry: Entry, kernel: Any = None, **arguments: Any) -> Entry:
+        launch = replace(entry.launch, arguments=entry.launch.arguments | arguments)
+        return replace(entry, launch=replace(launch, kernel=kernel or launch.kernel))
+
+    def control(what: str, entry: Entry, compiled: Any) -> dict[str, Any]:
+        return about(replace(entry, name=f"control: {what}"), compiled)
 
     project_entry, gradients = of("project"), of("projected_gradients")
     for entry in (project_entry, gradients, of("scores, Q=64")):
         yield control(f"no hints, {entry.kernel_name}", entry, entry.compile(hints=False))
-    # one accumulator takes all registers of a thread: 256 of 255, or 512 of 512 on gfx942
-    wide = {"TOKENS": 128, "WIDTH": 32, "RANK": 256}
-    arguments = project_entry.arguments | wide
-    large = replace(project_entry, arguments=arguments)
+    # One accumulator needs all registers of a thread: 256 of 255, or 512 of 512 on gfx942.
+    large = changed(project_entry, TOKENS=128, WIDTH=32, RANK=256)
     warps = 1 if architecture.startswith("gfx") else 4
     yield control("oversized tile", large, large.compile(num_warps=warps))
-    yield control("a sum for a product", project_entry, without_a_product(project_entry))
-    # tensor cores would round float32 to tf32
+    without_product = changed(project_entry, _sum_kernel).compile(num_warps=4)
+    yield control("a sum for a product", project_entry, without_product)
+    # Tensor cores round float32 to tf32.
     exact = of("project, float32")
-    rounded = replace(exact, arguments=exact.arguments | {"PRECISION": "tf32"})
-    yield about(replace(exact, name="control: tf32"), rounded.compile()) | {"exact": True}
+    rounded = changed(exact, PRECISION="tf32").compile()
+    yield control("tf32", exact, rounded)
 
 
 @triton.jit
@@ -86,38 +89,19 @@ def _sum_kernel(
     )
 
 
-def without_a_product(entry: Entry) -> Any:
-    source = ASTSource(
-        fn=_sum_kernel,
-        signature=entry.signature,
-        constexprs=entry.constexprs,
-        attrs=entry.attrs,
-    )
-    return triton.compile(source, target=entry.target, options={"num_warps": 4})
-
-
-def sizes_of_one() -> Iterator[tuple[str, Callable[[], Any]]]:
-    half, full = torch.float16, torch.float32
-
-    def make(*shape: int, dtype: torch.dtype = half) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
+def sizes_of_one() -> Calls:
+    full = torch.float32
     one, single, scale = make(1, 1), make(1, 1, dtype=full), make(1, dtype=full)
-    mask, bounds = torch.ones(1, 1, dtype=torch.bool), torch.tensor([0, 1])
-    long = make(300, 1)
-    x = one[None]
+    mask, bounds = make(1, 1, dtype=torch.bool), make(2, dtype=torch.int64)
+    long, x = make(300, 1), one[None]
     yield "project", partial(project, x, one)
     yield "projected_gradients", partial(projected_gradients, x, x, one, one, mask)
-    yield (
-        "projected_gradients, chunks",
-        partial(projected_gradients, long[None], long[None], one, one),
-    )
-    yield (
-        "projected_gradients, packed",
-        partial(projected_gradients, one, one, one, None, None, bounds),
-    )
-    packed = long, long, one, one, None, bounds
-    yield "projected_gradients, packed chunks", partial(projected_gradients, *packed)
+    both = long[None], long[None], one, one
+    yield "projected_gradients, chunks", partial(projected_gradients, *both)
+    packed = one, one, one, None, None, bounds
+    yield "projected_gradients, packed", partial(projected_gradients, *packed)
+    chunks = long, long, one, one, None, bounds
+    yield "projected_gradients, packed chunks", partial(projected_gradients, *chunks)
     yield "per_sample_gradients", partial(per_sample_gradients, x, x)
     yield "covariance_update_", partial(covariance_update_, single, one)
     yield "covariance_update_, spans", partial(covariance_update_, single, make(5000, 1))
@@ -125,7 +109,7 @@ def sizes_of_one() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "topk_scores", partial(topk_scores, single, one, 1, scale, scale)
     yield "topk_scores, no rows", partial(topk_scores, single, one[:0], 1)
     for k, offset in ((1, 1), (3, 2**33)):
-        state = [make(1, k, dtype=t) for t in (full, torch.int64, full, torch.int64)]
+        state = [make(1, k, dtype=t) for t in (full, torch.int64) * 2]
         arguments = single, long, k, None, None, state, offset
         yield f"topk_scores, state of {k}", partial(topk_scores, *arguments)
     yield "self_influence", partial(self_influence, one, single)

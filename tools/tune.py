@@ -1,23 +1,22 @@
 """Measure the GPU kernels' configurations on the GPU that is here, and rewrite their table.
 
-    python -m bench.tune                       # everything, for the GPU that is here
-    python -m bench.tune --only scores project
-    python -m bench.tune --list --architecture sm_90    # what would be tried; needs no GPU
+    python -m tools.tune                       # everything, for the GPU that is here
+    python -m tools.tune --only scores project
+    python -m tools.tune --list --architecture sm_90    # what would be tried; needs no GPU
 
-Each candidate is compiled ahead of time first: one that spills, takes too much shared memory,
-copies less than 16 bytes at a time or meets the wrong matrix unit is never run (the gate of
-tests/test_triton_ahead_of_time.py). What is left is checked against the plain PyTorch reference,
-then timed. Measurements are kept in a file, so that a run that was stopped goes on where it was.
+Each candidate is first compiled ahead of time. A candidate that the gate (tools/assembly.py)
+refuses is never run. The others are compared with the plain PyTorch reference, then timed.
+Measurements are kept in a file, so that a run that was stopped continues where it was.
 """
 
 import argparse
 import itertools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,33 +24,27 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels.triton import (
-    _launch,
-    covariance_update_,
-    heuristics,
-    pack_rows,
-    per_sample_gradients,
-    project,
-    projected_gradients,
-    scores,
-    self_influence,
-    topk_scores,
-    unpack_rows,
-)
+from logra_kernels import triton as launchers
+from logra_kernels.triton import heuristics
+from logra_kernels.triton.catalogue import recorded
+from logra_kernels.triton.heuristics import Rules, Table
+from logra_kernels.triton.launch import architecture_of, trying
+from tools.assembly import about, problems
+from tools.timing import Timer
 
 Config = dict[str, int]
-Rules = dict[str, dict[str, list[dict[str, Any]]]]
-TYPES = {"half": torch.float16, "full": torch.float32, "tf32": torch.float32, "split": None}
+How = dict[str, str]  # the launcher's input_precision
+Pair = tuple[Callable[[], Any], Callable[[], Any]]  # a call of our launcher, and of the reference
 PRECISION = {"half": "ieee", "full": "ieee", "tf32": "tf32", "split": "bf16x6"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rule of the table is measured by."""
+    """The calls that a rule of the table is measured by."""
 
     op: str  # of the table
     types: str | None  # None: the op has one rule for all
-    make: Callable[[str], tuple[Callable[[], Any], Callable[[], Any]]]  # device -> ours, reference
+    make: Callable[[str], Pair]  # of a device
     up_to: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -69,122 +62,79 @@ def randn(*shape: int, dtype: torch.dtype = torch.float16, device: str) -> Tenso
 def problems_to_measure() -> Iterator[Problem]:
     """One for each op, types and size class: the widths of a 7B model, K = 64, 8,192 tokens."""
     for types in heuristics.TYPES:
-        dtype, how = TYPES[types] or torch.float32, {"input_precision": PRECISION[types]}
-        yield Problem("project", types, _project(dtype, how))
-        yield Problem("projected_gradients", types, _gradients(dtype, how, "both"))
-        yield Problem("one_sided_gradients", types, _gradients(dtype, how, "out"))
-        yield Problem("per_sample_gradients", types, _gradients(dtype, how, "none"))
-        yield Problem("covariance_update_", types, _covariance(dtype, how))
+        dtype = torch.float16 if types == "half" else torch.float32
+        data = dtype, {"input_precision": PRECISION[types]}
+        yield Problem("project", types, partial(_project, *data))
+        yield Problem("projected_gradients", types, partial(_gradients, *data, "both"))
+        yield Problem("one_sided_gradients", types, partial(_gradients, *data, "out"))
+        yield Problem("per_sample_gradients", types, partial(_gradients, *data, "none"))
+        yield Problem("covariance_update_", types, partial(_covariance, *data, 4096, 8192))
         for op in ("scores", "topk_scores"):
             if types == "half":
-                yield Problem(op, types, _scan(op, 1, dtype, how), {"queries": 16})
-            yield Problem(op, types, _scan(op, 64, dtype, how))
-        yield Problem("self_influence", types, _self_influence(dtype, how))
+                yield Problem(op, types, partial(_scan, op, 1, *data), {"queries": 16})
+            yield Problem(op, types, partial(_scan, op, 64, *data))
+        yield Problem("self_influence", types, partial(_self_influence, *data))
     half = torch.float16, {"input_precision": "ieee"}
-    yield Problem("reduce_gradients", None, _gradients(*half, "none"))
-    yield Problem("add_covariances", None, _covariance(*half, few=True))
-    yield Problem("merge_topk", None, _scan("topk_scores", 64, *half))
-    yield Problem("state_topk", None, _scan("topk_scores", 64, *half))
-    yield Problem("pack_rows", None, _pack())
-    yield Problem("unpack_rows", None, _unpack())
+    yield Problem("reduce_gradients", None, partial(_gradients, *half, "none"))
+    yield Problem("add_covariances", None, partial(_covariance, *half, 512, 32_768))
+    yield Problem("merge_topk", None, partial(_scan, "topk_scores", 64, *half))
+    yield Problem("state_topk", None, partial(_scan, "topk_scores", 64, *half))
+    yield Problem("pack_rows", None, _pack)
+    yield Problem("unpack_rows", None, _unpack)
 
 
-def _project(dtype: torch.dtype, how: dict[str, str]) -> Any:
-    def make(device: str) -> Any:
-        x = randn(16, 512, 4096, dtype=dtype, device=device)
-        proj = randn(64, 4096, dtype=dtype, device=device)
-        return (lambda: project(x, proj, **how)), (lambda: reference.project(x, proj))
-
-    return make
+def _pair(op: str, how: How, *arguments: Any) -> Pair:
+    ours, theirs = getattr(launchers, op), getattr(reference, op)
+    return partial(ours, *arguments, **how), partial(theirs, *arguments)
 
 
-def _gradients(dtype: torch.dtype, how: dict[str, str], sides: str) -> Any:
-    def make(device: str) -> Any:
-        wide, proj = (16, 512, 4096), randn(64, 4096, dtype=dtype, device=device)
-        x = randn(*(wide if sides == "both" else (16, 512, 64)), dtype=dtype, device=device)
-        dy = randn(*(wide if sides != "none" else (16, 512, 64)), dtype=dtype, device=device)
-        if sides == "none":
-            ours: Any = lambda: per_sample_gradients(x, dy, **how)  # noqa: E731
-            return ours, lambda: reference.per_sample_gradients(x, dy)
-        operands = x, dy, proj if sides == "both" else None, proj
-        return (
-            lambda: projected_gradients(*operands, **how),
-            lambda: reference.projected_gradients(*operands),
-        )
-
-    return make
+def _project(dtype: torch.dtype, how: How, device: str) -> Pair:
+    x = randn(16, 512, 4096, dtype=dtype, device=device)
+    return _pair("project", how, x, randn(64, 4096, dtype=dtype, device=device))
 
 
-def _covariance(dtype: torch.dtype, how: dict[str, str], few: bool = False) -> Any:
-    def make(device: str) -> Any:
-        size, count = (512, 32_768) if few else (4096, 8192)
-        rows = randn(count, size, dtype=dtype, device=device)
-
-        def ours() -> Tensor:
-            cov = torch.zeros(size, size, device=device)
-            covariance_update_(cov, rows, **how)
-            return cov
-
-        return ours, lambda: reference.covariance_update_(
-            torch.zeros(size, size, device=device), rows
-        )
-
-    return make
+def _gradients(dtype: torch.dtype, how: How, projected: str, device: str) -> Pair:
+    wide, proj = (16, 512, 4096), randn(64, 4096, dtype=dtype, device=device)
+    x = randn(*(wide if projected == "both" else (16, 512, 64)), dtype=dtype, device=device)
+    dy = randn(*(wide if projected != "none" else (16, 512, 64)), dtype=dtype, device=device)
+    if projected == "none":
+        return _pair("per_sample_gradients", how, x, dy)
+    proj_in = proj if projected == "both" else None
+    return _pair("projected_gradients", how, x, dy, proj_in, proj)
 
 
-def _scan(op: str, num_queries: int, dtype: torch.dtype, how: dict[str, str]) -> Any:
-    def make(device: str) -> Any:
-        rows = randn(65_536, 8192, dtype=dtype, device=device)
-        queries = randn(num_queries, 8192, dtype=torch.float32, device=device)
-        if op == "scores":
-            return (
-                lambda: scores(queries, rows, **how),
-                lambda: reference.scores(queries, rows),
-            )
-        # which of two nearly equal scores is taken is no error: the values are compared
-        return (
-            lambda: topk_scores(queries, rows, 20, **how)[::2],
-            lambda: reference.topk_scores(queries, rows, 20)[::2],
-        )
+def _covariance(dtype: torch.dtype, how: How, size: int, count: int, device: str) -> Pair:
+    rows = randn(count, size, dtype=dtype, device=device)
 
-    return make
+    def result(update: Callable[..., Any], **options: str) -> Tensor:
+        cov = torch.zeros(size, size, device=device)
+        update(cov, rows, **options)
+        return cov
+
+    ours = partial(result, launchers.covariance_update_, **how)
+    return ours, partial(result, reference.covariance_update_)
 
 
-def _self_influence(dtype: torch.dtype, how: dict[str, str]) -> Any:
-    def make(device: str) -> Any:
-        rows = randn(16_384, 4096, dtype=dtype, device=device)
-        factor = randn(4096, 4096, dtype=torch.float32, device=device)
-        return (
-            lambda: self_influence(rows, factor, **how),
-            lambda: reference.self_influence(rows, factor),
-        )
-
-    return make
+def _scan(op: str, num_queries: int, dtype: torch.dtype, how: How, device: str) -> Pair:
+    rows = randn(65_536, 8192, dtype=dtype, device=device)
+    queries = randn(num_queries, 8192, dtype=torch.float32, device=device)
+    return _pair(op, how, queries, rows, *([20] if op == "topk_scores" else []))
 
 
-def _pack() -> Any:
-    def make(device: str) -> Any:
-        rows = randn(4096, 16_384, dtype=torch.float32, device=device)
-        arguments: Any = [16_384], [0]
-        return (
-            lambda: pack_rows(rows, *arguments),
-            lambda: reference.pack_rows(rows, *arguments),
-        )
-
-    return make
+def _self_influence(dtype: torch.dtype, how: How, device: str) -> Pair:
+    rows = randn(16_384, 4096, dtype=dtype, device=device)
+    factor = randn(4096, 4096, dtype=torch.float32, device=device)
+    return _pair("self_influence", how, rows, factor)
 
 
-def _unpack() -> Any:
-    def make(device: str) -> Any:
-        packed = randn(4096, 16_384, device=device)
-        scale = torch.ones(4096, device=device)
-        arguments: Any = packed, scale, [16_384], [0]
-        return (
-            lambda: unpack_rows(*arguments),
-            lambda: reference.unpack_rows(*arguments),
-        )
+def _pack(device: str) -> Pair:
+    rows = randn(4096, 16_384, dtype=torch.float32, device=device)
+    return _pair("pack_rows", {}, rows, [16_384], [0])
 
-    return make
+
+def _unpack(device: str) -> Pair:
+    packed, scale = randn(4096, 16_384, device=device), torch.ones(4096, device=device)
+    return _pair("unpack_rows", {}, packed, scale, [16_384], [0])
 
 
 KERNELS = {
@@ -203,7 +153,7 @@ KERNELS = {
     "pack_rows": "_pack_kernel",
     "unpack_rows": "_unpack_kernel",
 }
-# the tiles that are tried
+# The tiles that are tried.
 SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "project": {"TOKENS": (32, 64, 128), "WIDTH": (32, 64, 128), "RANK": (32, 64)},
     "projected_gradients": {
@@ -221,7 +171,7 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "per_sample_gradients": {"CHUNK": (128, 256), "BLOCK": (16, 32, 64), "RANK": (32, 64)},
     "reduce_gradients": {"REDUCE": (512, 1024, 2048)},
     "covariance_update_": {"BLOCK": (16, 32, 64), "TILE": (64, 128)},
-    "add_covariances": {"STRIP": (8, 16, 32)},
+    "add_covariances": {"ROWS": (8, 16, 32)},
     "scores": {"ROWS": (64, 128, 256), "QUERIES": (16, 32, 64), "DIM": (32, 64, 128)},
     "topk_scores": {"ROWS": (64, 128), "QUERIES": (16, 32, 64), "DIM": (32, 64, 128)},
     "merge_topk": {"MERGE": (512, 1024, 2048)},
@@ -230,16 +180,16 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "pack_rows": {"BLOCK": (512, 1024, 2048, 4096)},
     "unpack_rows": {"BLOCK": (512, 1024, 2048, 4096)},
 }
-WITHOUT_STAGES = set(SPACE) - {
+PIPELINED = {
     *("project", "projected_gradients", "one_sided_gradients", "per_sample_gradients"),
     *("covariance_update_", "scores", "topk_scores", "self_influence"),
 }
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
-    """Every configuration worth compiling: not two that are the same to this problem."""
+    """Every configuration worth compiling; no two of them are the same for this problem."""
     space = SPACE[problem.op]
-    stages = (1,) if problem.op in WITHOUT_STAGES else (2, 3, 4)
+    stages = (2, 3, 4) if problem.op in PIPELINED else (1,)
     for *tiles, warps, depth in itertools.product(*space.values(), (4, 8), stages):
         config = dict(zip(space, tiles, strict=True))
         queries = problem.up_to.get("queries")
@@ -256,54 +206,38 @@ class Measure(Protocol):
 
 
 class OnGpu:
-    """Compile, check, time."""
+    """The measure of a GPU: compile, compare with the reference, time."""
 
     def __init__(self, architecture: str, device: str = "cuda") -> None:
         self.architecture, self.device = architecture, device
-        self._of: tuple[str, Any, Any] | None = None  # one problem's operands at a time
-        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        self._of: tuple[str, Any, list[Tensor]] | None = None  # the last problem's call and results
+        self.timer = Timer(repeats=15)
 
     def __call__(self, problem: Problem, config: Config) -> float | str:
         if bad := refused(problem, config, self.architecture):
             return bad
         if self._of is None or self._of[0] != problem.name:
-            self._of = None  # frees the last one's
+            self._of = None  # frees the last problem's memory
             ours, expected = problem.make(self.device)
             self._of = problem.name, ours, _tensors(expected())
         _, ours, want = self._of
-        with _launch.trying(problem.op, config):
+        with trying(problem.op, config):
             if error := wrong(_tensors(ours()), want, problem.types == "tf32"):
                 return error
-            return self.milliseconds(ours)
-
-    def milliseconds(self, call: Callable[[], Any], samples: int = 15) -> float:
-        """Median, with a cold L2 cache."""
-        taken = []
-        for _ in range(samples + 3):
-            self._flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            taken.append(begin.elapsed_time(end))
-        return statistics.median(taken[3:])
+            return 1e3 * self.timer.median_s(ours)
 
 
 def refused(problem: Problem, config: Config, architecture: str) -> str:
-    """Why the gate does not let the configuration be run; "" if it does. Needs no GPU."""
-    from bench._assembly import about, problems
-    from logra_kernels.triton.catalogue import recorded
-
+    """Why the gate does not let the configuration run; "" if it does. Needs no GPU."""
     ours, _ = problem.make("meta")
-    with _launch.trying(problem.op, config):
+    with trying(problem.op, config):
         entries = recorded(problem.name, architecture, ours)
     for entry in entries:
         if entry.kernel_name != KERNELS[problem.op]:
-            continue  # launched beside it, by other rules
+            continue  # launched beside it, with tiles of another rule
         try:
             found = problems(about(entry, entry.compile()), architecture)
-        except Exception as error:  # the compiler's own; no such configuration then
+        except Exception as error:  # one of the compiler's: it has no such configuration
             found = [f"does not compile: {type(error).__name__}"]
         if found:
             return f"{entry.kernel_name}: {'; '.join(found)}"
@@ -311,7 +245,8 @@ def refused(problem: Problem, config: Config, architecture: str) -> str:
 
 
 def wrong(got: list[Tensor], want: list[Tensor], rounded: bool) -> str:
-    """Results are near the reference's: by 1e-3 of the largest value, 1e-2 for tf32."""
+    """Why results are refused; "" if they are within 1e-3 of the reference's largest value, or 1e-2
+    for tf32."""
     for mine, theirs in zip(got, want, strict=True):
         limit = (1e-2 if rounded else 1e-3) * float(theirs.abs().max())
         error = float((mine.float() - theirs.float()).abs().max())
@@ -321,7 +256,9 @@ def wrong(got: list[Tensor], want: list[Tensor], rounded: bool) -> str:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+    """A call's results without ids: which of two nearly equal scores is selected is no error."""
+    tensors = [result] if isinstance(result, Tensor) else result
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 Results = dict[str, dict[str, float | str]]  # {problem: {configuration as JSON: ms or why not}}
@@ -330,7 +267,7 @@ Results = dict[str, dict[str, float | str]]  # {problem: {configuration as JSON:
 def search(
     problems: list[Problem], measure: Measure, state: Path, say: Callable[[str], None]
 ) -> Results:
-    """Measure what the state file does not hold yet; it is written after every measurement."""
+    """Measure what the state file lacks, and write the file after every measurement."""
     results: Results = json.loads(state.read_text()) if state.exists() else {}
     work = [(problem, config) for problem in problems for config in candidates(problem)]
     begun = time.monotonic()
@@ -347,17 +284,17 @@ def search(
     return results
 
 
-def rewritten(table: Rules, architecture: str, problems: list[Problem], results: Results) -> Rules:
-    """The table with this architecture's rules: the fastest of each problem.
+def rewritten(table: Table, architecture: str, problems: list[Problem], results: Results) -> Table:
+    """The table with rules for this architecture: the fastest configuration of each problem.
 
-    Problems that differ in a size that a split into calls can change get tiles of one extent along
-    the summed axes: those whose times, each over its problem's best, add up to least. Where nothing
-    was measured, the rules that held so far stay.
+    Problems that differ in a size that a split into calls can change get the same tiles along the
+    summed axes: those with the least sum of times, each divided by its problem's best time. Where
+    nothing was measured, the rules that held so far stay.
     """
-    new = json.loads(json.dumps(table))
+    new: Table = json.loads(json.dumps(table))
     for op in {problem.op: None for problem in problems}:
         mine = [problem for problem in problems if problem.op == op]
-        rules: list[dict[str, Any]] = []
+        rules: Rules = []
         for types in dict.fromkeys(problem.types for problem in mine):
             some = [problem for problem in mine if problem.types == types]
             rules += _rules(op, some, results)
@@ -372,7 +309,7 @@ def rewritten(table: Rules, architecture: str, problems: list[Problem], results:
     return new
 
 
-def _rules(op: str, problems: list[Problem], results: Results) -> list[dict[str, Any]]:
+def _rules(op: str, problems: list[Problem], results: Results) -> Rules:
     times: list[dict[str, float]] = []
     for problem in problems:
         of_problem = results.get(problem.name, {})
@@ -403,13 +340,13 @@ def _rules(op: str, problems: list[Problem], results: Results) -> list[dict[str,
         if problem.up_to:
             rule["up_to"] = problem.up_to
         rules.append(rule | {"config": json.loads(key)})
-    # the smallest sizes first, every size last
+    # The first rule that holds is taken, so rules for small sizes come first.
     return sorted(rules, key=lambda rule: tuple(rule.get("up_to", {"": 1 << 62}).values()))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.tune", description=__doc__.split("\n")[0]
+        prog="python -m tools.tune", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--only", nargs="+", metavar="OP", choices=list(SPACE), help="these ops")
     parser.add_argument("--table", type=Path, default=heuristics.PATH, help="the file to rewrite")
@@ -428,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: needs a GPU that torch can use, found none", file=sys.stderr)
         return 2
-    architecture = _launch.architecture_of(torch.empty(0, device="cuda"))
+    architecture = architecture_of(torch.empty(0, device="cuda"))
     state = chosen.state or Path(f"tune-{architecture}.json")
     results = search(problems, OnGpu(architecture), state, lambda text: print(text, flush=True))
     table = rewritten(json.loads(chosen.table.read_text()), architecture, problems, results)

@@ -1,12 +1,15 @@
-"""What a compiled kernel holds (spills, matrix instructions, the width of its copies), and what
-speaks against it: the gate of tests/test_triton_ahead_of_time.py, and of what bench.tune tries."""
+"""The gate: what a compiled kernel must not do (spill, copy narrowly, miss the matrix units).
+
+tests/test_triton_ahead_of_time.py asks it about every default configuration, tools.tune about every
+candidate.
+"""
 
 import collections
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 
@@ -17,7 +20,7 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # NVIDIA: the tensor cores of sm_80, of sm_90 and of sm_100. AMD: the matrix cores
 MATRIX = r"HMMA|HGMMA|DMMA|UTC\w*MMA|v_mfma"
 
-# kernels that hold a matrix product: they stream their operands through shared memory
+# Kernels that hold a matrix product. They stream their operands through shared memory.
 PRODUCTS = {
     "_candidates_kernel",
     "_covariance_kernel",
@@ -26,7 +29,7 @@ PRODUCTS = {
     "_scores_kernel",
     "_self_influence_kernel",
 }
-# kernels that only move and add: they load 16 bytes at a time into registers
+# Kernels that only move and add. They load 16 bytes at a time into registers.
 STREAMS = {
     "_add_kernel",
     "_pack_kernel",
@@ -34,14 +37,13 @@ STREAMS = {
     "_split_queries_kernel",
     "_unpack_kernel",
 }
-# the most that a program gets: 227 KiB on sm_90 and sm_100, 64 KiB on gfx942; for sm_80, whose code
-# runs on sm_86 and sm_89 too, their 99 KiB
+# The most that a program may use. Code for sm_80 also runs on sm_86 and sm_89, which have 99 KiB.
 SHARED_BYTES = {"sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 LEAST_SHARED_BYTES = 99 << 10
 
 
 def about(entry: Entry, kernel: Any) -> dict[str, Any]:
-    """What `problems` looks at, of a launch and its compiled kernel."""
+    """What `problems` looks at: facts about a launch and its compiled kernel."""
     precisions = {entry.arguments.get(p, "ieee") for p in ("PRECISION", "OUTER_PRECISION")}
     return {
         "case": entry.name,
@@ -52,14 +54,14 @@ def about(entry: Entry, kernel: Any) -> dict[str, Any]:
 
 
 def problems(line: dict[str, Any], architecture: str) -> list[str]:
-    """What speaks against a kernel; an empty list if nothing does."""
+    """Why the gate refuses a kernel; an empty list if it does not."""
     found = []
     if line["spills"] or line["stack"]:
         found.append(f"spills: {line['spills']}, {line['stack']} bytes of stack")
     if line["shared"] > SHARED_BYTES.get(architecture, LEAST_SHARED_BYTES):
         found.append(f"{line['shared']} bytes of shared memory")
     if line["kernel"] in PRODUCTS:
-        # exact products of float32 use no tensor cores on NVIDIA: those would round to tf32
+        # Exact products of float32 use no tensor cores on NVIDIA, which would round to tf32.
         if line["exact"] and architecture.startswith("sm_"):
             if line["matrix"]:
                 found.append(f"tensor cores round float32: {line['matrix']}")
@@ -74,31 +76,44 @@ def problems(line: dict[str, Any], architecture: str) -> list[str]:
     return found
 
 
+class Resources(NamedTuple):
+    """What a compiled kernel occupies."""
+
+    registers: int  # of a thread
+    stack: int  # bytes of a thread, which hold spilled registers
+    shared: int  # bytes of a program
+
+
+def resources(kernel: Any) -> Resources:
+    shared = int(kernel.metadata.shared)
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        registers = number(text, r"\.vgpr_count:\s+(\d+)")
+        return Resources(registers, number(text, r"\.private_segment_fixed_size:\s+(\d+)"), shared)
+    usage = output(NVIDIA_TOOLS / "cuobjdump", "-res-usage", binary=kernel.asm["cubin"])
+    stack = number(usage, r"STACK:(\d+)") + number(usage, r"LOCAL:(\d+)")
+    return Resources(number(usage, r"REG:(\d+)"), stack, shared)
+
+
 def report(kernel: Any) -> dict[str, Any]:
-    """Of one of Triton's compiled kernels.
+    """Resources and instructions of one of Triton's compiled kernels.
 
     matrix: {instruction: how many}. async_wide, async_narrow: copies from memory to shared memory
-    of 16 bytes a thread or more, and of fewer; on gfx942, which copies asynchronously 4 bytes at
-    most, the loads ahead of time into registers take their place. wide, narrow: loads into
+    of 16 bytes a thread or more, and of fewer. gfx942 copies at most 4 bytes asynchronously, so
+    the loads ahead of time into registers are counted in their place. wide, narrow: loads into
     registers.
     """
-    if "cubin" in kernel.asm:
-        found = nvidia_report(kernel.asm["cubin"])
-    else:
-        found = amd_report(kernel.asm["amdgcn"])
-    return found | {"shared": kernel.metadata.shared}
+    asm = kernel.asm
+    instructions = nvidia_code(asm["cubin"]) if "cubin" in asm else amd_code(asm["amdgcn"])
+    return resources(kernel)._asdict() | instructions
 
 
-def amd_report(text: str) -> dict[str, Any]:
-    def number(pattern: str) -> int:
-        return int(re.search(pattern, text)[1])  # type: ignore[index]
-
+def amd_code(text: str) -> dict[str, Any]:
     names = collections.Counter(re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE))
     wide = count(names, r"(?:global|buffer)_load_dwordx4")
+    vector, scalar = (number(text, rf"\.{kind}gpr_spill_count:\s+(\d+)") for kind in "vs")
     return {
-        "registers": number(r"\.vgpr_count:\s+(\d+)"),
-        "spills": number(r"\.vgpr_spill_count:\s+(\d+)") + number(r"\.sgpr_spill_count:\s+(\d+)"),
-        "stack": number(r"\.private_segment_fixed_size:\s+(\d+)"),
+        "spills": vector + scalar,
         "matrix": matrix(names),
         "async_wide": wide,
         "async_narrow": 0,
@@ -107,16 +122,9 @@ def amd_report(text: str) -> dict[str, Any]:
     }
 
 
-def nvidia_report(cubin: bytes) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = output(NVIDIA_TOOLS / "cuobjdump", "-res-usage", path)
-        assembly = output(NVIDIA_TOOLS / "nvdisasm", "-c", path)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
+def nvidia_code(cubin: bytes) -> dict[str, Any]:
     names: collections.Counter[str] = collections.Counter()
-    for line in assembly.splitlines():
+    for line in output(NVIDIA_TOOLS / "nvdisasm", "-c", binary=cubin).splitlines():
         line = re.sub(r"/\*[0-9a-f]+\*/", "", line)
         name = re.match(r"\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\b", line)
         if name:
@@ -124,9 +132,7 @@ def nvidia_report(cubin: bytes) -> dict[str, Any]:
     asynchronous, loads = count(names, "LDGSTS"), count(names, r"LDG\b")
     async_wide, wide = count(names, r"LDGSTS\.\S*128"), count(names, r"LDG\.\S*(?:128|256)")
     return {
-        "registers": int(found[1]),
-        "spills": count(names, "STL|LDL") + int(found[3]),
-        "stack": int(found[2]),
+        "spills": count(names, "STL|LDL"),
         "matrix": matrix(names),
         "async_wide": async_wide + count(names, "UTMALDG"),
         "async_narrow": asynchronous - async_wide,
@@ -147,7 +153,17 @@ def count(names: collections.Counter[str], pattern: str) -> int:
     return sum(number for name, number in names.items() if re.match(pattern, name))
 
 
-def output(*command: Any) -> str:
-    return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=True
-    ).stdout
+def number(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"compiled code: expected {pattern}, got: {text[:200]}")
+    return int(found[1])
+
+
+def output(*command: Any, binary: bytes) -> str:
+    """What a tool says of a binary, whose file is its last argument."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        words = [*map(str, command), file.name]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
