@@ -49,7 +49,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
 
 
 def test_every_op_is_listed() -> None:
-    others = {"TopK", "available_isas", "isa", "limits", "set_isa"}
+    others = {"TopK", "available_isas", "isa", "set_isa"}
     assert set(CALLS) == set(ops.__all__) - others
 
 
@@ -200,7 +200,7 @@ def test_a_backward_pass_through_an_op_raises(call: Callable[[Any], Any]) -> Non
     out = call(X.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=r"logra::\w+ has no derivative"):
         out.sum().backward()
-    with pytest.raises(RuntimeError, match="has no derivative|functorch transforms"):
+    with pytest.raises(RuntimeError, match=r"has no derivative|functorch transforms"):
         torch.func.grad(lambda x: call(x).sum())(X)
     with torch.no_grad():
         assert not call(X.clone().requires_grad_()).requires_grad
