@@ -1,6 +1,6 @@
 """The gate: what a compiled kernel must not do (spill, copy narrowly, miss the matrix units).
 
-tests/test_triton_ahead_of_time.py asks it about every default configuration, tools.tune about every
+tests/triton/test_triton_ahead_of_time.py asks it about every default configuration, tools.tune about every
 candidate.
 """
 
