@@ -36,6 +36,7 @@ from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup
+from logra_kernels.run.untrained_steps import UntrainedSteps
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout, Store
 
@@ -67,6 +68,7 @@ class Run:
         self._warned_of_batch_norm = False
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
+        self._untrained_steps = UntrainedSteps()
         self._last: LoggedRows | None = None
         self._recorder: Recorder | None = None
         self._store: Store | None = None
@@ -189,10 +191,12 @@ class Run:
                 tokens count for nothing. It does not apply to layers with 2-D input.
             save: write this batch or not, whatever setup says.
             metadata: N dictionaries to be kept beside the ids.
-            weight_gradients: compute the parameters' gradients too, for logging while training.
+            weight_gradients: compute the parameters' gradients too, for logging while training;
+                without them an optimizer's step changes nothing, of which a warning tells.
             averaged_loss, allow_unused: the configuration's, unless given here.
 
-        Raises: ValueError for ids or a mask that do not fit, before any computation.
+        Raises: ValueError for ids or a mask that do not fit, before any computation; RuntimeError
+            on entering it inside a pass that is open on the same model.
         """
         model = self._layers("run(data_id=...)").model
         if not self._warned_of_batch_norm and _mixes_examples(model):
@@ -212,17 +216,39 @@ class Run:
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
         )
+        if not weight_gradients:
+            self._untrained_steps.watch(model)
         setup = self._setup if save is None else replace(self._setup, save=save)
         return self.pass_type(capture, ids, metadata, setup, self._enter, self._leave)
 
-    def start(self, data_id: Any, mask: Tensor | None = None) -> None:
+    def start(
+        self,
+        data_id: Any,
+        mask: Tensor | None = None,
+        *,
+        save: bool | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+        weight_gradients: bool = False,
+        averaged_loss: str | None = None,
+        allow_unused: bool | None = None,
+    ) -> None:
         """Enter `with run(data_id, mask)` where a `with` does not fit; end() leaves it.
 
-        Raises: RuntimeError if the pass that an earlier start entered is still open.
+        Arguments and errors as of `run(data_id, mask)`; also RuntimeError if the pass that an
+        earlier start entered is still open.
         """
         if self._started is not None:
             raise RuntimeError("start: a pass is open already; call end() first")
-        self._started = self(data_id, mask).__enter__()
+        started = self(
+            data_id,
+            mask,
+            save=save,
+            metadata=metadata,
+            weight_gradients=weight_gradients,
+            averaged_loss=averaged_loss,
+            allow_unused=allow_unused,
+        )
+        self._started = started.__enter__()
 
     def end(self, save: bool | None = None) -> None:
         """Leave the pass that start entered; `save` writes it or not, whatever setup says."""
@@ -407,6 +433,14 @@ class Run:
         )
 
     def _enter(self, entered: LoggedPass) -> None:
+        modules = set(entered.capture.model.modules()) if self._inside else set()
+        for outer in self._inside:
+            if not modules.isdisjoint(outer.capture.model.modules()):
+                raise RuntimeError(
+                    "run(data_id, mask): a pass on this model is open already, for data_id "
+                    f"{', '.join(outer.ids[:8])}{', …' if outer.ids[8:] else ''}; a gradient "
+                    "cannot be logged under two ids: leave that pass first"
+                )
         if entered.setup:
             # A store that cannot be written, or holds the ids already, is told before the work.
             self._begin_recording(entered.setup).check(entered.ids, entered.setup)

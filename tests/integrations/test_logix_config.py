@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from toy_run import RAW, log_all, log_queries, refuse
+from toy_models import Mlp, causal_loss, ragged_batch, tiny_gpt2
+from toy_run import RAW, log_all, log_queries, loss_of, make_run, refuse
 
 import logra_kernels as logix
 from logra_kernels import Store
@@ -124,3 +126,71 @@ def test_options_refused(options, message):
 def test_project_is_a_folder_name(project):
     with refuse("project: expected the name of a folder"):
         logix.init(project)
+
+
+def test_the_advice_for_a_trainer_trains(tmp_path):
+    """What is said of LogIX's huggingface, followed to the letter."""
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_gpt2()
+    before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    run = logix.init("trained", root_dir=str(tmp_path), check_weights=False)
+    run.watch(model, name_filter=["mlp"])
+    run.add_lora(rank=2)
+    run.setup({"save": "grad"})
+    with pytest.raises(
+        AttributeError, match=r"with run\(data_id, mask, weight_gradients=True\): re"
+    ):
+        _ = run.huggingface
+
+    class Logged(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return causal_loss(model, inputs["input_ids"], inputs["attention_mask"])
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            data_id, mask = inputs.pop("number"), inputs["attention_mask"]
+            with run(data_id, mask, weight_gradients=True):
+                return super().training_step(model, inputs, num_items_in_batch)
+
+    ids, mask = ragged_batch(61, [9, 4, 7, 5], "right")
+    examples = [
+        {"input_ids": ids[n], "attention_mask": mask[n], "number": torch.tensor(n)}
+        for n in range(4)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), num_train_epochs=1, per_device_train_batch_size=2,
+        learning_rate=1e-2, report_to=[], save_strategy="no", remove_unused_columns=False,
+        use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stepped on parameters")
+        Logged(model, arguments, train_dataset=examples).train()
+    run.finalize()
+    assert sorted(Store.open(tmp_path / "trained").ids.to_pylist()) == ["0", "1", "2", "3"]
+    assert (model.transformer.h[0].mlp.c_fc.weight - before).abs().max() > 1e-3
+
+
+def test_the_advice_for_lightning_trains(tmp_path):
+    """Lightning's order of calls: its hooks stand around an optimizer step with a closure."""
+    model, data = Mlp(), (torch.randn(2, 7), torch.tensor([0, 3]))
+    before = model.first.weight.detach().clone()
+    run = make_run(tmp_path, model, check_weights=False)
+    with pytest.raises(
+        AttributeError, match=r"run.start\(data_id, mask, weight_gradients=True\) in"
+    ):
+        _ = run.lightning
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, data, slice(2))
+        loss.backward()
+        return loss
+
+    run.start(["a", "b"], weight_gradients=True)  # on_train_batch_start
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
+    run.end()  # on_train_batch_end
+    assert not torch.equal(before, model.first.weight)
+    assert run.last_rows()[0] == ["a", "b"]

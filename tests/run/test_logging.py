@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import subprocess
 import sys
 import textwrap
@@ -10,14 +12,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, tiny_llama
 from toy_run import COUNT, RAW, finished, log_all, log_queries, loss_of, make_run, refuse
 from tree import SUPPORT
 
 import logra_kernels as logix
 from logra_kernels import Covariance, RawCurvature, Store
-from logra_kernels.run import check_ids
+from logra_kernels.run import Config, Run, check_ids
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -431,6 +434,113 @@ def test_weight_gradients_while_training(tmp_path, model, data):
     run.finalize()
     assert not torch.equal(before, model.first.weight)
     assert Store.open(tmp_path / "toy").num_rows == 2
+
+
+def test_start_computes_weight_gradients_on_request(tmp_path, model, data):
+    run = make_run(tmp_path, model, check_weights=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.first.weight.clone()
+    run.start(["a"], save=True, weight_gradients=True, metadata=[{"step": 1}])
+    loss_of(model, data, slice(1)).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        run.end()
+    assert not torch.equal(before, model.first.weight)
+    run.finalize()
+    store = Store.open(tmp_path / "toy")
+    assert (store.ids.to_pylist(), store.metadata([0])) == (["a"], [{"step": 1}])
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_step_without_gradients_is_warned_of(tmp_path, model, data, inside, closure):
+    run = make_run(tmp_path, model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+
+    def backward() -> Tensor:
+        loss = loss_of(model, data, slice(1))
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        other.step()  # of another model
+        with pytest.warns(UserWarning, match="AdamW stepped on parameters that have no grad") as w:
+            optimizer.step(backward if closure and inside else None)
+        assert [warning.filename for warning in w] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()  # one warning is enough
+
+    run.start(["a"])
+    if not (closure and inside):
+        backward()
+    if inside:
+        step()
+    run.end()
+    if not inside:
+        step()
+
+
+def test_training_beside_logging_is_not_warned_of(tmp_path, model, data):
+    gc.collect()  # of earlier tests' runs
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    run.watch(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hooks = len(_global_optimizer_post_hooks)
+    with run(["a"]):
+        loss_of(model, data, slice(1)).backward()
+
+    def closure() -> Tensor:
+        loss = loss_of(model, data, slice(4))
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
+    assert len(_global_optimizer_post_hooks) == hooks + 1
+    del run
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == hooks
+
+
+def test_a_pass_inside_a_pass_of_the_same_model_is_refused(tmp_path, model, data):
+    run = make_run(tmp_path, model)
+    run.setup(RAW)
+    nested = refuse("a pass on this model is open already, for data_id a, b; a", RuntimeError)
+    with nested, run(["a", "b"]), run(["c", "d"]):
+        loss_of(model, data, slice(2)).backward()
+    run.start(["a", "b"])
+    with refuse("run(data_id, mask): a pass on this model is open already", RuntimeError):
+        run(["c", "d"]).__enter__()
+    with refuse("start: a pass is open already", RuntimeError):
+        run.start(["c", "d"])
+    loss_of(model, data, slice(2)).backward()
+    run.end()
+    run.finalize()
+    assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "b"]
+
+
+def test_passes_of_two_models_may_be_open_together(tmp_path, model, data):
+    other = copy.deepcopy(model)
+    runs = [make_run(tmp_path / str(n), m) for n, m in enumerate((model, other))]
+    with runs[0](["a"]), runs[1](["b"]):
+        loss = loss_of(model, data, slice(1)) + loss_of(other, data, slice(1))
+        loss.backward()
+    rows = [run.last_rows()[1] for run in runs]
+    assert torch.equal(*rows)
+    run = logix.init("one", root_dir=str(tmp_path))
+    run.watch(model)
+    with run(["a"]):
+        run.watch(other)
+        with run(["b"]):
+            loss = loss_of(model, data, slice(1)) + loss_of(other, data, slice(1))
+            loss.backward()
+        run.watch(model.first)
+        with refuse("a pass on this model is open already", RuntimeError), run(["c"]):
+            pass
 
 
 def test_token_scores(tmp_path):

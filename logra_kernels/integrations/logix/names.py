@@ -11,8 +11,17 @@ _REFUSED = {
     "add_analysis": "a run has compute_influence_all and compute_self_influence by itself",
     "clear": "init(project) begins anew",
     "get_covariance_svd_state": "torch.linalg.eigh of get_covariance_state()'s matrices gives it",
-    "huggingface": "use `with run(data_id, mask)` around the loss in a Trainer's training_step",
-    "lightning": "use run.start(data_id, mask) and run.end() in training_step's hooks",
+    "huggingface": (
+        "override the Trainer's training_step, which runs the backward pass: `with run(data_id, "
+        "mask, weight_gradients=True): return super().training_step(...)`, and compute_loss, which "
+        "must return a loss summed over the batch, with gradient_accumulation_steps=1; without "
+        "weight_gradients nothing is trained"
+    ),
+    "lightning": (
+        "call run.start(data_id, mask, weight_gradients=True) in on_train_batch_start and "
+        "run.end() in on_train_batch_end, and return a summed loss from training_step; without "
+        "weight_gradients nothing is trained"
+    ),
     "save_config": "finalize keeps in the store what a query needs",
     "save_lora": "finalize keeps the projection in the store",
     "save_state": "finalize keeps the curvature in the store",
