@@ -173,11 +173,11 @@ def _load_pretrained(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # transformers would draw a bar over the weights
     # transformers 5 renamed the argument.
     dtype_key = "torch_dtype" if __version__.startswith("4.") else "dtype"
+    # Left unset, transformers would ask the terminal whether to run Python code of the folder.
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, **{dtype_key: dtype}
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        model = AutoModelForCausalLM.from_pretrained(path, **local, **{dtype_key: dtype})
     except (OSError, ValueError) as error:
         if not is_folder:
             raise ValueError(
