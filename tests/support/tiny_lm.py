@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ WORDS += ["log", "tree", "and", "then", "it", "was", "very", "happy", "sad", "bi
 WORDS += ["red", "blue", "saw", "ate", "met", "my", "your", "old", "new"]
 
 
-def make_tokenizer():
+def make_tokenizer() -> Any:
     """Byte-level BPE, one token per byte: every text can be encoded."""
     import tokenizers
     import transformers
