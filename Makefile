@@ -125,7 +125,7 @@ $(PEERS)/installed: bench/peers/requirements.txt bench/peers/requirements-no-dep
 
 # What the GPU kernels should reach, by arithmetic; needs no GPU.
 gpu-report: install
-	$(BIN)/python -m bench.gpu_report --out docs/gpu_report.md
+	$(BIN)/python -m bench.gpu.report --out docs/gpu_report.md
 
 # The GPU kernels for C and C++ programs; needs no GPU. CMake and ninja are those of .venv.
 cuda-library: export PATH := $(BIN):$(PATH)
@@ -141,10 +141,10 @@ cuda-check: cuda-library
 
 # The GPU kernels on a GPU: that they are right, and what they reach.
 gpu-check: install
-	$(BIN)/python -m bench.gpu_check --json
+	$(BIN)/python -m bench.gpu.check --json
 
 gpu-bench: $(PEERS)/installed
-	$(BIN)/python -m bench.gpu_bench --json
+	$(BIN)/python -m bench.gpu.speed --json
 
 clean:
 	rm -rf build dist *.egg-info $(DEMO)

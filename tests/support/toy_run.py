@@ -1,0 +1,69 @@
+"""Runs over a toy model of twelve examples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_models import Mlp
+
+import logra_kernels as logix
+from logra_kernels import Covariance
+
+COUNT = 12
+RAW = {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}
+
+
+def refuse(message: str, kind: type[Exception] = ValueError):
+    return pytest.raises(kind, match=re.escape(message))
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(COUNT, 7, generator=generator)
+    return x, torch.randint(4, (COUNT,), generator=generator)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Mlp()
+
+
+def loss_of(model: nn.Module, data: tuple[Tensor, Tensor], part: slice | list[int]) -> Tensor:
+    x, y = data
+    return nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum")
+
+
+def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options):
+    run = logix.init("toy", root_dir=str(folder), **options)
+    run.watch(model)
+    if rank is not None:
+        run.add_lora(rank=rank)
+    return run
+
+
+def log_all(run, model, data, size: int = 5, order: list[int] | None = None, **call) -> None:
+    order = list(range(COUNT)) if order is None else order
+    for begin in range(0, COUNT, size):
+        part = order[begin : begin + size]
+        with run(data_id=[f"row{n}" for n in part], **call):
+            loss_of(model, data, part).backward()
+
+
+def log_queries(run, model, data, part: slice) -> None:
+    run.eval()
+    with run(data_id=[f"query{n}" for n in range(COUNT)[part]]):
+        loss_of(model, data, part).backward()
+
+
+def finished(folder: Path, model: nn.Module, data, **options):
+    run = make_run(folder, model, **options)
+    run.setup(RAW)
+    log_all(run, model, data)
+    run.finalize()
+    return run
