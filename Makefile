@@ -95,6 +95,7 @@ sanitize: install
 
 # Python only: what the C++ tests and the GPU kernels' interpreter run is not counted.
 coverage: install
+	@mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
 	  --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 	@echo "C++ is not counted. Line by line: build/coverage/index.html"
@@ -124,7 +125,7 @@ $(PEERS)/installed: bench/peers/requirements.txt bench/peers/requirements-no-dep
 
 # What the GPU kernels should reach, by arithmetic; needs no GPU.
 gpu-report: install
-	$(BIN)/python -m bench.gpu_report --out docs/gpu_report.md
+	$(BIN)/python -m bench.gpu.report --out docs/gpu_report.md
 
 # The GPU kernels for C and C++ programs; needs no GPU. CMake and ninja are those of .venv.
 cuda-library: export PATH := $(BIN):$(PATH)
@@ -140,10 +141,10 @@ cuda-check: cuda-library
 
 # The GPU kernels on a GPU: that they are right, and what they reach.
 gpu-check: install
-	$(BIN)/python -m bench.gpu_check --json
+	$(BIN)/python -m bench.gpu.check --json
 
 gpu-bench: $(PEERS)/installed
-	$(BIN)/python -m bench.gpu_bench --json
+	$(BIN)/python -m bench.gpu.speed --json
 
 clean:
 	rm -rf build dist *.egg-info $(DEMO)

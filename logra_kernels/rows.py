@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import ops
-from logra_kernels._checks import dtype_name as dtype_name
-from logra_kernels.store import Module, RowCodec, RowLayout, Store
+from logra_kernels.store import RowCodec, RowLayout, Store
 
 
 class _Kernels(NamedTuple):
@@ -99,15 +98,3 @@ class _Writable:
         interface = dict(array.__array_interface__)
         interface["data"] = (interface["data"][0], False)
         self.__array_interface__ = interface
-
-
-def split_columns(rows: Tensor, modules: Sequence[Module]) -> list[Tensor]:
-    return RowLayout.of(modules).split(rows)
-
-
-def module_of(modules: Sequence[Module], column: int) -> Module:
-    return RowLayout.of(modules).module_of(column)
-
-
-def layout(modules: Sequence[Module]) -> list[tuple[str, int]]:
-    return RowLayout.of(modules).signature

@@ -144,15 +144,15 @@ def every_isa(providers: dict[str, Provider]) -> dict[str, Provider]:
 @contextmanager
 def instruction_set(provider: Provider) -> Iterator[None]:
     """Inside, the provider's instruction set is active; afterwards the one that was before."""
-    before = ops.isa()
-    if isinstance(provider, Held) and provider.isa != before:
-        ops.set_isa(provider.isa)
-        try:
-            yield
-        finally:
-            ops.set_isa(str(before))
-    else:
+    if not isinstance(provider, Held):
         yield
+        return
+    before = ops.isa()
+    ops.set_isa(provider.isa)
+    try:
+        yield
+    finally:
+        ops.set_isa(str(before))
 
 
 def run_cases(

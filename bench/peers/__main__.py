@@ -8,10 +8,10 @@ logging     tokens/s of a small language model: forward and backward pass, rows 
 l-relatif   pairs/s of LogIX's "cosine" over a store, our norms and LogIX's inverses known already.
             LogIX has the first rows only: its time is proportional to their number. "repaired"
             also takes 256 rows at a time instead of 16.
-influence   pairs/s of Eq. 3 with the questions preconditioned in the call; then of the gradients'
+influence   pairs/s of Eq. 3 with the queries preconditioned in the call; then of the gradients'
             plain dot product, for dattri-llm has no curvature of rows.
 whitened    pairs/s where both sides are normalised: Bergson's two-sided mode.
-model       pairs/s of `bergson score`, which runs the model again for every set of questions.
+model       pairs/s of `bergson score`, which runs the model again for every set of queries.
 
 Before anything is timed the results are compared: rows with float64 autograd of one example at a
 time, scores with float64 algebra on the rows. A library whose result is wrong is named, and not
@@ -56,16 +56,16 @@ class Comparison:
 
     case: Case
     unit: str
-    count: float  # of the unit, in a call
+    count: float  # how many of the unit a call does
     bytes_per_example: dict[str, Callable[[], float]] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)  # of providers with another count
+    counts: dict[str, float] = field(default_factory=dict)  # where a provider does another number
 
     def count_of(self, provider: str) -> float:
         return self.counts.get(provider, self.count)
 
 
 class Logged:
-    """A logger as a provider: every call into a folder of its own, of which the last is kept."""
+    """A logger as a provider: each call logs into a new folder, and the last folder is kept."""
 
     def __init__(self, logger: Any, setting: LoggingSetting, folder: Path) -> None:
         self.logger, self.setting, self.folder = logger, setting, folder
@@ -83,7 +83,7 @@ class Logged:
         return largest_error(self.logger.rows(path)[: len(wanted)], wanted)
 
     def bytes_per_example(self) -> float:
-        """Of the files that grow with the examples."""
+        """The size of the files that grow with the examples, for each example."""
         files = self.last.rglob(self.logger.row_files)
         return sum(map(folder_bytes, files)) / len(self.setting.ids)
 
@@ -295,7 +295,7 @@ def _middle_setting(quick: bool) -> InfluenceSetting:
 
 
 def model_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
-    """The rows of a logged model as questions to it, and to its store."""
+    """The rows of a logged model are the queries, asked of the model and of its store."""
     bergson = peer("bergson")
     if bergson is None:
         return
@@ -336,7 +336,7 @@ PARTS: dict[str, Callable[[bool, Path], Iterator[Comparison]]] = {
 
 
 def show(comparison: Comparison, rows: list[Row]) -> None:
-    """Rates and ratios, and what the harness does not know."""
+    """Print rates, ratios and bytes, which the harness does not know."""
     unit = f"{comparison.unit}/s"
     rates = {row.provider: comparison.count_of(row.provider) / row.median_ms * 1e3 for row in rows}
     our_rate = next((rate for name, rate in rates.items() if is_ours(name)), None)

@@ -1,4 +1,4 @@
-"""The same rows, questions and covariances for every library, and the scores in float64."""
+"""Rows, queries and covariances that every library is given, and their scores in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logra_kernels.store import Module
 
-DAMPING_SCALE = 0.1  # λ over the mean eigenvalue: every library's, by default or by request
+DAMPING_SCALE = 0.1  # λ over the mean eigenvalue, the same for every library
 
 
 class InfluenceSetting:
@@ -58,7 +58,7 @@ class InfluenceSetting:
         return factors
 
     def expected(self, num_queries: int, mode: str) -> Tensor:
-        """[Q, checked] float64, in our modes' names; identity is the gradients' dot product."""
+        """[Q, checked] float64. Modes have our names; "identity" is the gradients' dot product."""
         if mode not in self._known:
             self._known[mode] = self._scores(mode)
         return self._known[mode][:num_queries]

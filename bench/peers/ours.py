@@ -50,7 +50,7 @@ class Logger:
 
 
 def attributor(folder: Path, modules: list[Module], rows: Tensor, curvature: bool) -> Attributor:
-    """Ready for questions: the preconditioner factorised, the norms not yet computed."""
+    """An attributor whose preconditioner is factorised; it has not computed the norms."""
     with silenced():
         store = write_store(folder, modules, rows)
         return Attributor(store, RawCurvature.rebuild(store) if curvature else "none")

@@ -1,4 +1,4 @@
-"""One model, one set of examples and one projection for every library."""
+"""The model, the examples and the projections that every library is given."""
 
 import copy
 from collections.abc import Callable, Iterator

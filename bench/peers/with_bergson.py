@@ -1,13 +1,13 @@
 """Bergson 2.5.1: projection in the forward hook, one flat file of float32 rows, FAISS or a copy.
 
-- The projection matrices of its processor are set to ours, so that its rows are ours; the batches
-  are ours too. The model is frozen but for its embedding, as `bergson build` does.
+- The projection matrices of its processor are set to ours, so that its rows equal ours; it gets
+  our batches too. The model is frozen but for its embedding, as `bergson build` does.
 - With curvature, one pass builds the index and the Gram matrices (an in-memory collector that is
   given a builder on disk); its command line makes two passes of it.
 - FAISS with a Hessian is wrong in both modes: with one side H^-1 is applied to the rows and to the
-  query; with two (unit norm) rows are normalised before they are preconditioned, not after. Its
+  query; with two (unit norm) rows are normalised before they are preconditioned, not after. The
   dot product is right if the query is preconditioned by hand and the index is not.
-- It asks faiss for its GPU class, which faiss-cpu does not have: told that nothing is on a GPU.
+- It asks faiss for a GPU class that faiss-cpu lacks; a patch answers that nothing is on a GPU.
 """
 
 import shutil
@@ -42,7 +42,7 @@ from logra_kernels.store import Module
 
 
 def prepared(setting: LoggingSetting, names: list[str]) -> GradientProcessor:
-    """A processor whose projections are ours; `names` are Bergson's, in our order."""
+    """A GradientProcessor with our projections; `names` are Bergson's names of our modules."""
     processor = GradientProcessor(projection_dim=setting.rank)
     for name, ours in zip(names, setting.names, strict=True):
         proj_out, proj_in = setting.matrices(ours)
@@ -130,7 +130,7 @@ class Kept(ScoreWriter):
 
 
 class Influence:
-    """Rows in Bergson's store, asked in each of its ways; all results are (values, rows) or [Q, N].
+    """Rows in Bergson's store, and each way that Bergson has to score them.
 
     Its H + 0.1 mean(eigenvalue) is ours.
     """
@@ -183,9 +183,9 @@ class Influence:
         return lambda: index.search(nest(queries), k)[0]
 
     def stream(self, queries: Tensor, block_rows: int = 256, whitened: bool = False) -> Tensor:
-        """Its Scorer, as `bergson score` sets it up, fed from the mapped gradients: [Q, N].
+        """[Q, N]: the Scorer, set up as by `bergson score`, gets the mapped gradients.
 
-        `bergson score` itself feeds it by running the model again.
+        `bergson score` itself runs the model again for them.
         """
         names = list(self.offsets)
         mapped = load_gradients(self.folder)

@@ -1,11 +1,12 @@
 """dattri 0.3.0: LoGraAttributor, which keeps the rows and a preconditioned copy of them.
 
-- Its projectors are made beforehand and set to our projections (times sqrt(K), which it divides
-  by), so that its rows are ours.
+- Its projectors are made beforehand and set to our projections (times sqrt(K), by which dattri
+  divides), so that its rows equal ours.
 - It multiplies by the batch size, to undo a mean over examples: the loss handed to it is the
-  summed loss over the number of examples. Questions take the model's own `.loss`.
-- Rows are kept in memory (offload="cpu", its default): on disk needs pinned memory, that is a GPU.
-- The model is frozen but for its embedding, which it does not do itself.
+  summed loss over the number of examples. For queries it takes the model's own `.loss`.
+- Rows are kept in memory (offload="cpu", the default): its disk store needs pinned memory, which
+  needs a GPU.
+- The model is frozen but for its embedding, which dattri does not do by itself.
 """
 
 import tempfile
@@ -38,7 +39,7 @@ class AveragedLoss(nn.Module):
 
 
 class Logger:
-    """`cache`: rows, and with curvature their preconditioned copy too."""
+    """`LoGraAttributor.cache`: rows, and with curvature a preconditioned copy of them."""
 
     def __init__(self, setting: LoggingSetting, curvature: bool) -> None:
         self.setting, self.curvature = setting, curvature
@@ -91,7 +92,7 @@ def _projector_of(project: Any) -> BasicProjector:
 
 
 class Influence:
-    """`attribute` on given rows and given questions: no model is run. Its damping is ours."""
+    """`attribute` on given rows and queries, with our damping; no model is run."""
 
     def __init__(self, folder: Path, modules: list[Module], rows: Tensor, batch: int = 64) -> None:
         self.sizes = [module.size for module in modules]

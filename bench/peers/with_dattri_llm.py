@@ -1,7 +1,7 @@
 """dattri-llm 0.1.0: HookManager around the loop, TracIn over its cache. No curvature of rows.
 
-- The projector is a factory that returns our matrices (its own extension point), each known by the
-  seed of its layer and side, so that its rows are ours.
+- A projector factory, an extension point of dattri-llm, returns our matrices by the seed of layer
+  and side, so that its rows equal ours.
 - capture_style="auto" keeps what is smaller: token factors, or the product. The model is frozen
   but for its embedding (include_frozen), as its documentation advises for a probe.
 - The writer is its asynchronous one, one file a step, its default for a batch.
@@ -39,7 +39,7 @@ class Logger:
     def __init__(self, setting: LoggingSetting) -> None:
         self.setting = setting
         self.model = setting.probe()
-        # seed 2i is layer i's output side, 2i + 1 its input side: its LoGra convention
+        # dattri-llm gives seed 2i to the output side of layer i, and 2i + 1 to its input side
         matrices = [matrix for name in setting.names for matrix in setting.matrices(name)]
 
         def projector(feature: Tensor, batch: int, *, proj_seed: int, **_: object) -> Projector:
@@ -114,7 +114,7 @@ class Influence:
             store.save_bulk([GradientRecord(step=step, input_hash=ids, gradient=gradient)])
 
     def scores(self, queries: Tensor) -> Tensor:
-        """[Q, N]; the questions' rows are written first, for it takes them from a store."""
+        """[Q, N]; the queries are written first, for dattri-llm takes them from a store."""
         name = f"queries{len(queries)}"
         if not (self.folder / name).exists():
             self._write(name, queries, len(queries))

@@ -1,11 +1,11 @@
-"""LogIX 0.1.1: hooks on inserted LoRA layers, one memory-mapped file, one pass over it a question.
+"""LogIX 0.1.1: hooks on inserted LoRA layers, one memory-mapped file, one pass over it for a query.
 
-- Its encoder and decoder weights are set to our projections, so that its rows are ours.
-- `repaired` replaces two functions, for it is not LogIX's method that is slow in them but how they
-  are written: the per-sample gradient forms [N,T,Ko,Ki] before it sums over T, and the scores form
+- Its encoder and decoder weights are set to our projections, so that its rows equal ours.
+- `REPAIRED` replaces two functions that are slow by the way they are written, not by LogIX's
+  method: the per-sample gradient forms [N,T,Ko,Ki] before it sums over T, and the scores form
   [Q,N,Ko,Ki] before they sum over Ko and Ki.
 - initialize_from_log cannot read its own state with torch 2.6 and newer (a pickled class, refused
-  by weights_only), so questions are asked of the run that logged.
+  by weights_only), so the run that logged answers the queries.
 - Its scores need the state's inverse, computed once; what is timed comes after that.
 """
 
@@ -86,7 +86,7 @@ class Logger:
                 with torch.enable_grad(), run(data_id=[str(index) for index in indices]):
                     summed_loss(self.model, ids).backward()
             run.finalize()
-            run.logger.clear()  # its hooks stay otherwise
+            run.logger.clear()  # otherwise its hooks stay
         return folder
 
     def rows(self, folder: Path) -> Tensor:
@@ -134,10 +134,10 @@ class Influence:
     def scores(
         self, queries: Tensor, patches: dict[str, Any] | None = None, batch_rows: int = 16
     ) -> Tensor:
-        """[Q, N]; its loader takes 16 rows at a time by default."""
+        """[Q, N]; LogIX's loader takes 16 rows at a time by default."""
         asked = ([str(index) for index in range(len(queries))], self.nested(queries))
         with silenced(), replaced(**(patches or {})):
-            self.run.log_dataloader = None  # it keeps the first one it made
+            self.run.log_dataloader = None  # the run would use its first loader again
             loader = self.run.build_log_dataloader(batch_size=batch_rows)
             result = self.run.compute_influence_all(asked, loader, mode="cosine")
         scores: Tensor = result["influence"]

@@ -1,4 +1,4 @@
-"""What the two systems mean, before what they cost: on a tiny model that was trained a little.
+"""The two systems' scores compared, before they are timed, on a tiny model trained for a while.
 
 With no curvature and no projection both give plain products of whole gradients, and both must equal
 those of autograd. EKFAC's scores and LoGra's are of different curvatures: how far their rankings
@@ -96,7 +96,7 @@ def compare(ours: dict[str, Tensor], ekfac: dict[str, Tensor] | None) -> dict[st
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, of [Q, N] and [Q, N], the mean over Q; scores without ties."""
+    """Spearman's correlation of two [Q, N] scores without ties, the mean over Q."""
     ranks = [scores.argsort(dim=1).argsort(dim=1).double() for scores in (a, b)]
     x, y = (r - r.mean(dim=1, keepdim=True) for r in ranks)
     return float(torch.cosine_similarity(x, y, dim=1).mean())

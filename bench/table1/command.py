@@ -45,7 +45,7 @@ from bench.table1.table import (
 )
 
 ROOT = Path(__file__).parents[2]
-Measured = dict[str, Any]  # what goes in and out of a step, ready for JSON
+Measured = dict[str, Any]  # the options or the result of a step, ready for JSON
 WHOLE = {"width": 384, "inner": 1024, "blocks": 4}
 QUICK = {"width": 128, "inner": 352, "blocks": 2}
 
@@ -146,7 +146,7 @@ def parse_fit(fit: str) -> dict[str, Any]:
 
 
 class Steps:
-    """Runs steps in processes of their own, and keeps what they measured in the work folder."""
+    """Runs each step in a process of its own, and keeps its result in the work folder."""
 
     def __init__(self, work: Path, ekfac_python: Path | None) -> None:
         self.work = work
@@ -157,7 +157,7 @@ class Steps:
     def run(
         self, step: str, label: str, setting: Setting, options: dict[str, Any]
     ) -> dict[str, Any]:
-        """What a step measured, now or in an earlier run with the same setting and options.
+        """The result of a step, from now or from an earlier run with the same setting and options.
 
         Raises: RuntimeError with the last lines of what the process said.
         """
@@ -210,7 +210,7 @@ def run(args: argparse.Namespace, work: Path) -> None:
 
 
 def find_kronfluence(args: argparse.Namespace) -> tuple[Path | None, str | None]:
-    """The interpreter, or why there is none."""
+    """The interpreter that has kronfluence, or the reason why there is none."""
     if args.no_ekfac:
         return None, "--no-ekfac"
     if args.ekfac_python is not None:
@@ -296,71 +296,66 @@ def run_check(steps: Steps, folder: Path) -> dict[str, float]:
 def add_ekfac(table: Table, steps: Steps, setting: Setting, args: argparse.Namespace) -> None:
     for fit in args.fits:
         found = steps.run("ekfac-fit", fit["name"], setting, fit)
-        passes_s = found["covariance_s"] + found["lambda_s"]
-        table.logging.append(
-            LoggingRow(
-                EKFAC,
-                "bf16" if fit["amp"] else "",
-                fit["batch"],
-                found["tokens"] / passes_s,
-                memory_bytes(found),
-                found["storage_bytes"],
-                0.0,
-                f"eigendecomposition {found['eigendecomposition_s']:.1f} s",
-                found["eigendecomposition_s"],
-            )
+        once_s = found["eigendecomposition_s"]
+        row = LoggingRow(
+            system=EKFAC,
+            variant="bf16" if fit["amp"] else "",
+            batch=fit["batch"],
+            tokens_per_s=found["tokens"] / (found["covariance_s"] + found["lambda_s"]),
+            memory_bytes=memory_bytes(found),
+            storage_bytes=found["storage_bytes"],
+            storage_bytes_per_example=0.0,
+            once=f"eigendecomposition {once_s:.1f} s",
+            once_s=once_s,
         )
-    for row in args.ekfac_rows:
-        label = f"{row['train_batch']}x{row['test_batch']}"
-        variant = " ".join(
-            ([f"low-rank {row['low_rank']}"] if row["low_rank"] else [])
-            + (["bf16"] if row["amp"] else [])
-        )
-        options = {**row, "name": args.fits[0]["name"], "save": None}
-        label += "".join(f"-{word}" for word in variant.split())
-        found = steps.run("ekfac-score", label, setting, options)
-        table.influence.append(influence_row(EKFAC, variant, row["train_batch"], found, args))
+        table.logging.append(row)
+    for options in args.ekfac_rows:
+        words = [f"low-rank {options['low_rank']}"] if options["low_rank"] else []
+        words += ["bf16"] if options["amp"] else []
+        variant = " ".join(words)
+        label = "-".join([f"{options['train_batch']}x{options['test_batch']}", *variant.split()])
+        given = {**options, "name": args.fits[0]["name"], "save": None}
+        found = steps.run("ekfac-score", label, setting, given)
+        table.influence.append(influence_row(EKFAC, variant, options["train_batch"], found, args))
 
 
 def add_logra(table: Table, steps: Steps, setting: Setting, args: argparse.Namespace) -> None:
     for rank in args.ranks:
-        variant = f"rank {rank}"
+        variant, large = f"rank {rank}", f"rank-{rank}-large"
+        logged = []
         for batch in args.log_batch:
             project = f"rank-{rank}-batch-{batch}"
             options = {"batch": batch, "rank": rank, "project": project}
             found = steps.run("logra-log", project, setting, options)
-            table.logging.append(
-                LoggingRow(
-                    LOGRA,
-                    variant,
-                    batch,
-                    found["tokens"] / found["log_s"],
-                    memory_bytes(found),
-                    found["storage_bytes"],
-                    found["rows_bytes"] / setting.num_train,
-                    "",
-                    0.0,
-                )
+            row = LoggingRow(
+                system=LOGRA,
+                variant=variant,
+                batch=batch,
+                tokens_per_s=found["tokens"] / found["log_s"],
+                memory_bytes=memory_bytes(found),
+                storage_bytes=found["storage_bytes"],
+                storage_bytes_per_example=found["rows_bytes"] / setting.num_train,
+                once="",
+                once_s=0.0,
             )
-        large = f"rank-{rank}-large"
-        options = {"project": project, "large": large, "num_bytes": args.store_mb << 20}
-        steps.run("logra-enlarge", f"rank-{rank}", setting, options)
+            logged.append(row)
+        table.logging += logged
+        common = {"project": project, "large": large}
+        enlarged = {**common, "num_bytes": args.store_mb << 20}
+        steps.run("logra-enlarge", f"rank-{rank}", setting, enlarged)
         for test_batch in args.logra:
             options = {
-                "project": project,
-                "large": large,
+                **common,
                 "train_batch": args.scan_rows,
                 "test_batch": test_batch,
                 "query_batch": max(args.log_batch),
                 "repeats": args.repeats,
             }
             found = steps.run("logra-query", f"rank-{rank}-{test_batch}", setting, options)
-            row = influence_row(LOGRA, variant, found["block_rows"], found, args)
-            once = f"factorisation {found['factorise_s']:.2f} s"
-            for logged in table.logging:
-                if logged.system == LOGRA and logged.variant == variant:
-                    logged.once, logged.once_s = once, found["factorise_s"]
-            table.influence.append(row)
+            for row in logged:
+                row.once_s = found["factorise_s"]
+                row.once = f"factorisation {row.once_s:.2f} s"
+            table.influence.append(influence_row(LOGRA, variant, found["block_rows"], found, args))
         shutil.rmtree(steps.work / "logra" / large, ignore_errors=True)
 
 

@@ -20,7 +20,7 @@ from bench.harness.models import summed_loss
 from bench.table1.setting import DTYPES, Setting
 
 NAME = "table1"
-# Queries that are differentiated at a time; more only take memory for their whole gradients.
+# Queries that are differentiated at a time. More would only take memory for whole gradients.
 QUERY_BATCH = 16
 
 
@@ -92,7 +92,7 @@ def fit(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, An
     times.append(now(setting.device))
     covariance_s, eigen_s, lambda_s = (b - a for a, b in itertools.pairwise(times))
     stored = analyzer.factors_output_dir(factors_name=options["name"])
-    # what scoring reads; the covariances could be removed by hand
+    # Scoring reads these; a user could remove the covariances by hand.
     needed = [f for f in stored.glob("*.safetensors") if "covariance" not in f.name]
     return {
         "covariance_s": covariance_s,
@@ -124,7 +124,7 @@ def score(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, 
         query_gradient_accumulation_steps=-(-num_queries // query_batch),
     )
     if options.get("amp"):
-        # as kronfluence's smart_low_precision_score_arguments
+        # what kronfluence's smart_low_precision_score_arguments sets
         dtype = DTYPES[options["amp"]]
         score_args.amp_dtype = score_args.score_dtype = dtype
         score_args.per_sample_gradient_dtype = dtype
@@ -164,7 +164,7 @@ def score(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, 
     return {
         "train_s": train_side[0],
         "query_s": whole[0] - train_side[0],
-        "wall_s": wall_s,  # with the reading of factors and the writing of scores
+        "wall_s": wall_s,  # includes reading factors and writing scores
         "num_train": setting.num_train,
         "num_queries": num_queries,
         "memory": peak,
@@ -176,7 +176,7 @@ def _factor_args(options: dict[str, Any]) -> Any:
 
     args = FactorArguments(strategy=options["strategy"], use_empirical_fisher=True)
     if options.get("amp"):
-        # as kronfluence's smart_low_precision_factor_arguments
+        # what kronfluence's smart_low_precision_factor_arguments sets
         dtype = DTYPES[options["amp"]]
         args.amp_dtype = args.activation_covariance_dtype = dtype
         args.gradient_covariance_dtype = args.per_sample_gradient_dtype = dtype

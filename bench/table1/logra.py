@@ -46,7 +46,7 @@ def log(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, An
     shutil.rmtree(folder / project, ignore_errors=True)
     run, model = watched_run(setting, folder, project, options["rank"], dtype)
     tokens = setting.train.to(setting.device)
-    rows_of_queries(run, model, tokens[:1], 1)  # a pass that is not stored, for the first touch
+    rows_of_queries(run, model, tokens[:1], 1)  # the first pass sets things up; it is not stored
     run.setup({"save": "grad", "statistic": "raw"})
     memory = PeakMemory(setting.device)
     start = now(setting.device)
@@ -64,12 +64,12 @@ def log(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, An
         "memory": memory.stop(),
         "dim": store.dim,
         "storage_bytes": folder_bytes(run.path),
-        "rows_bytes": rows_bytes,  # grows with N; the curvature and the projection do not
+        "rows_bytes": rows_bytes,  # they grow with N; the curvature and the projection do not
     }
 
 
 def enlarge(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The store's rows again and again, until the copy is as large as asked.
+    """Write the store's rows several times into a copy, until it is as large as asked.
 
     So that a scan meets rows that are not in the CPU's caches, without hours of logging.
 
@@ -161,7 +161,7 @@ def rows_of_queries(run: Run, model: nn.Module, tokens: Tensor, batch: int) -> T
 
 
 def check_scores(known: Attributor, queries: Tensor, result: Tensor) -> None:
-    """The timed scores are those that the public call gives for the store itself, again and again.
+    """Check that the timed scores repeat those of the store itself, by the public call.
 
     Raises: RuntimeError if not.
     """
@@ -172,6 +172,6 @@ def check_scores(known: Attributor, queries: Tensor, result: Tensor) -> None:
         for copies, one in zip(result, wanted, strict=True)
     )
     error = largest / float(wanted.abs().max())
-    # the preconditioned queries are rounded to float32 in between: 2**-24 a product, D of them
+    # each of D products has an error of 2**-24: the preconditioned queries are rounded to float32
     if not error <= 1e-5:
         raise RuntimeError(f"scan: off by {error:.1e} of the largest score")

@@ -94,7 +94,7 @@ def windows(text: Path | None, model: Path, count: int, length: int) -> "np.ndar
 
 
 def reference_text() -> str:
-    """The pages of the Python language reference, one after the other."""
+    """The pages of the Python language reference, joined."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

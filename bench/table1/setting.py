@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Setting:
-    """A causal language model in a folder, and windows of T tokens, all of them real ones."""
+    """A causal language model in a folder, and windows of T tokens without padding."""
 
     model: str  # a Hugging Face folder
     tokens: str  # .npy, [N + Q, T] int64: the training examples, then the queries

@@ -1,16 +1,16 @@
-"""From what was measured to the table, its ratios and the JSON record."""
+"""The table of what was measured, its ratios and its JSON record."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 TARGET = 6500
-FITTED = 100_000  # examples that kronfluence fits its factors to, at most, unless told otherwise
+FITTED = 100_000  # examples to which kronfluence fits its factors at most, by default
 EKFAC, LOGRA = "EKFAC", "LoGra"
 
 
 @dataclass
 class LoggingRow:
-    """Fitting EKFAC's factors, or logging rows and curvature: one line."""
+    """A line of the table: fitting EKFAC's factors, or logging rows and curvature."""
 
     system: str  # EKFAC or LOGRA
     variant: str
@@ -18,23 +18,23 @@ class LoggingRow:
     tokens_per_s: float
     memory_bytes: int
     storage_bytes: int
-    storage_bytes_per_example: float  # of `storage_bytes`, what grows with the examples
+    storage_bytes_per_example: float  # the part of `storage_bytes` that grows with N, over N
     once: str  # in words: the work that follows once, and its seconds
     once_s: float
 
 
 @dataclass
 class InfluenceRow:
-    """Scores of training examples for queries: one line."""
+    """A line of the table: scores of training examples for queries."""
 
     system: str
     variant: str
     train_batch: int
     test_batch: int
-    num_train: int  # measured over so many
+    num_train: int  # examples that were scored
     pairs_per_s: float  # the training side alone
     pairs_per_s_with_queries: float  # with the queries' gradients, over `corpus` examples
-    query_s: float  # the queries' gradients, preconditioned
+    query_s: float  # seconds of the queries' gradients and their preconditioning
     memory_bytes: int
 
     @property
@@ -80,7 +80,7 @@ class Table:
         return found
 
     def from_nothing(self) -> dict[str, dict[str, float]]:
-        """Seconds of asking `queries` queries of `corpus` examples, for each system.
+        """Seconds that each system takes for `queries` queries over `corpus` examples.
 
         {"once": fitting or logging and what follows it, "each": such a batch of queries}, from the
         fastest rows (of LoGra's smallest rank) with the largest test batch that both have.
@@ -181,7 +181,7 @@ def pairs_per_s_with_queries(measured: dict[str, Any], corpus: int) -> float:
 
 
 def memory_bytes(measured: dict[str, Any]) -> int:
-    """The peak above the loaded model: of the device, or of what the process allocated."""
+    """The peak above the loaded model, of the device's memory or of what the process allocated."""
     memory = measured["memory"]
     return int(memory["device"] or memory["anonymous"] or memory["resident"])
 

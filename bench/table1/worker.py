@@ -16,8 +16,8 @@ import torch
 
 from bench.table1.setting import Setting
 
-# step -> the module and its function; imported when asked for, since kronfluence's environment need
-# not have this package, nor ours kronfluence
+# step -> its module and function. A module is imported when its step is asked for: kronfluence's
+# environment may lack this package, and ours may lack kronfluence.
 STEPS = {
     "ekfac-fit": ("bench.table1.ekfac", "fit"),
     "ekfac-score": ("bench.table1.ekfac", "score"),
@@ -32,7 +32,7 @@ STEPS = {
 def main(argv: list[str]) -> None:
     step, setting, folder, options, out = argv
     if step.startswith("ekfac"):
-        # kronfluence's own use of what torch has renamed
+        # kronfluence calls what torch has renamed
         warnings.filterwarnings("ignore", category=FutureWarning)
     module, name = STEPS[step]
     function = getattr(importlib.import_module(module), name)

@@ -42,7 +42,7 @@ struct Data {
   Data(Dtype type, std::size_t count, unsigned seed) : dtype(type) {
     std::mt19937 random(seed);
     for (std::size_t i = 0; i < count; ++i) {
-      const float value = (static_cast<int>(random() % 255) - 127) / 64.0f;
+      const float value = static_cast<float>(static_cast<int>(random() % 255) - 127) / 64.0f;
       values.push_back(value);
       std::uint32_t bits;
       std::memcpy(&bits, &value, 4);

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logra_kernels._checks import dtype_name
 from logra_kernels.attribution.influence_result import TOTAL
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.defaults import SCAN_MODES
-from logra_kernels.rows import dtype_name
 from logra_kernels.store import Module, RowLayout
 
 Groups = Mapping[str, str | Sequence[str]] | Sequence[str] | None

@@ -26,7 +26,8 @@ def require_grad(tensor: Tensor) -> Tensor:
     be a leaf) nor be a view.
     """
     anchor = torch.empty(0, device=tensor.device, requires_grad=True)
-    return _CopyThatRequiresGrad.apply(tensor, anchor)
+    copy: Tensor = _CopyThatRequiresGrad.apply(tensor, anchor)
+    return copy
 
 
 def plain_arithmetic(like: Tensor) -> AbstractContextManager[Any]:

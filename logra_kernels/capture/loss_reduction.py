@@ -58,7 +58,7 @@ def averaged_by(loss: Tensor) -> str | None:
         if not waiting:
             break
         node = waiting.pop()
-        name = node.name()
+        name: str = node.name()
         if name.startswith("MeanBackward"):
             return name
         if getattr(node, "_saved_reduction", None) == _MEAN:

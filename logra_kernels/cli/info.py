@@ -16,7 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def facts(store: Store) -> list[tuple[str, str]]:
-    """What is known of a store, whoever wrote it."""
+    """Pairs of label and value that describe a store, whatever wrote it."""
     size_bytes = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
     state = "finalized" if store.finalized else "not finalized: being written, or interrupted"
     lines = [

@@ -3,43 +3,26 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from logra_kernels.defaults import RANKING_MODE
+from logra_kernels.lm.corpus import Record
 from logra_kernels.report import write_report, write_results
 from logra_kernels.report.render import snippet
 from logra_kernels.report.terminal import print_query
+from logra_kernels.store import Store
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Rank, print, and write what was asked for."""
     from logra_kernels.lm.causal_lm import CausalLM
-    from logra_kernels.lm.corpus import Record
     from logra_kernels.lm.gradients import lm_fingerprints
     from logra_kernels.lm.query import ask, chat_prompt
-    from logra_kernels.store import Store
 
     records = _records(arguments)
-    for option in ("json", "html"):
-        path = getattr(arguments, option)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f"{option}: no folder {Path(path).absolute().parent}")
+    _check_outputs(arguments)
     store = Store.open(arguments.store)
-    # Before the model is loaded, which may take long.
     dtype = lm_fingerprints(store)["model"]["dtype"]
-    if store.num_rows == 0:
-        raise ValueError(f"store: {arguments.store} holds no rows; log some first")
-    if arguments.top_k > store.num_rows:
-        raise ValueError(
-            f"top_k: expected at most {store.num_rows}, the rows in the store,"
-            f" got {arguments.top_k}"
-        )
-    if not store.finalized:
-        print(
-            f"logra: warning: {arguments.store} is not finished; its {store.num_rows} rows so far"
-            " are ranked",
-            file=sys.stderr,
-        )
+    _check_rows(store, arguments)
     lm = CausalLM.load(arguments.model, dtype=dtype, device=arguments.device)
     asked = records
     if arguments.chat:
@@ -57,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         progress=lambda step: print(f"… {step}", file=sys.stderr),
     )
     for query, record in zip(results["queries"], records, strict=True):
-        query["prompt"] = record.prompt
+        query["prompt"] = record.prompt  # without the chat template
         print_query(query, least=arguments.least)
     if arguments.json:
         write_results(results, arguments.json)
@@ -68,8 +51,33 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _records(arguments: argparse.Namespace) -> "list[Any]":
-    from logra_kernels.lm.corpus import Record
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse files that cannot be written, before any work is done for them."""
+    for option in ("json", "html"):
+        path = getattr(arguments, option)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{option}: no folder {Path(path).absolute().parent}")
+
+
+def _check_rows(store: Store, arguments: argparse.Namespace) -> None:
+    """Refuse a store without rows to rank, before the model is loaded, which may take long."""
+    if store.num_rows == 0:
+        raise ValueError(f"store: {arguments.store} holds no rows; log some first")
+    if arguments.top_k > store.num_rows:
+        raise ValueError(
+            f"top_k: expected at most {store.num_rows}, the rows in the store,"
+            f" got {arguments.top_k}"
+        )
+    if not store.finalized:
+        print(
+            f"logra: warning: {arguments.store} is not finished; its {store.num_rows} rows so far"
+            " are ranked",
+            file=sys.stderr,
+        )
+
+
+def _records(arguments: argparse.Namespace) -> list[Record]:
+    """What --text, --completion or --queries asks."""
     from logra_kernels.lm.query import read_queries
 
     texts = ("text", "completion")

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from logra_kernels._checks import dtype_name
 from logra_kernels.defaults import DAMPING_SCALE
-from logra_kernels.rows import dtype_name
 from logra_kernels.store import Module, RowLayout
 
 # Cholesky factors that take more memory than this are not kept but computed for each use.

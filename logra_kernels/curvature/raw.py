@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import ops
+from logra_kernels._checks import dtype_name
 from logra_kernels.curvature.base import Curvature, register_curvature
 from logra_kernels.curvature.preconditioner import (
     CholeskyPreconditioner,
@@ -19,7 +20,6 @@ from logra_kernels.curvature.preconditioner import (
     Preconditioner,
     each_module,
 )
-from logra_kernels.rows import dtype_name
 from logra_kernels.store import Module, Store
 
 # Rows are folded into the covariance 256 at a time: a call reads and writes K² sums, and costs less

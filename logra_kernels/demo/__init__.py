@@ -132,21 +132,9 @@ def run_demo(out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, A
     weights = weights_path()
     out.mkdir(parents=True, exist_ok=True)
     with _stage("model", stages):
-        folder = out / "SmolLM2-135M-Instruct"
-        if not folder.exists():
-            with tqdm(desc="dequantising", unit="tensor", dynamic_ncols=True) as bar:
-                convert_gguf(weights, folder, lambda name: _advance(bar))
-        lm = CausalLM.load(folder)
+        lm = _load_model(weights, out / "SmolLM2-135M-Instruct")
     with _stage("passages", stages):
-        records = reference_passages(lambda text: len(lm.tokenizer(text)["input_ids"]))
-        if quick:
-            records = [record for record in records if record.id in {f"{p}/0" for p in QUICK_PAGES}]
-        examples = [example for r in records for example in encode(r, lm.tokenizer, TOKENS)[0]]
-        tokens = sum(len(example.tokens) for example in examples)
-        print(
-            f"the Python {sys.version_info.major}.{sys.version_info.minor} language reference:"
-            f" {len(examples):,} passages, {tokens:,} tokens"
-        )
+        examples = _passages(lm, quick)
     blocks = 2 if quick else LAST_BLOCKS
     if not quick:
         with _stage("speed test", stages):
@@ -154,9 +142,6 @@ def run_demo(out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, A
     gradients = LMGradients(lm, lm.linear_modules(["mlp"], blocks), ProjectionSpec(rank=RANK))
     with _stage("logging", stages):
         store = _log(gradients, examples, out)
-        print(f"{store.num_rows:,} of {len(examples):,} passages in the store {store.path}")
-        if store.num_rows < len(examples):
-            print(f"  (after {LOG_SECONDS:.0f} s the ends of the longest pages were left out)")
     questions = QUICK_QUESTIONS if quick else QUESTIONS
     with _stage("answers", stages):
         queries = [_answered(lm, question) for question in questions]
@@ -178,16 +163,7 @@ def run_demo(out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, A
         print_check(results)
         write_results(results, out / "results.json")
         write_report(results, out / "report.html")
-    print("\nWhat this shows, and what it does not")
-    for note in NOTES:
-        print(f"  - {note}")
-    total = sum(seconds for _, seconds in stages)
-    print(
-        "\n"
-        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages)
-        + f"; {total:.0f} s in all"
-    )
-    print(f"report: {out / 'report.html'}")
+    _print_end(stages, out / "report.html")
     return results
 
 
@@ -222,7 +198,39 @@ def print_check(results: dict[str, Any]) -> None:
     print(f"  {'first':<12}{scores}")
 
 
+def _load_model(weights: Path, folder: Path) -> CausalLM:
+    """The model of a Hugging Face folder, which is made from the GGUF file if it is not there."""
+    if not folder.exists():
+        with tqdm(desc="dequantising", unit="tensor", dynamic_ncols=True) as bar:
+            convert_gguf(weights, folder, lambda name: _advance(bar))
+    return CausalLM.load(folder)
+
+
+def _passages(lm: CausalLM, quick: bool) -> list[Example]:
+    """The reference's passages as examples; ten of them if it is to be quick."""
+    records = reference_passages(lambda text: len(lm.tokenizer(text)["input_ids"]))
+    if quick:
+        wanted = {f"{page}/0" for page in QUICK_PAGES}
+        records = [record for record in records if record.id in wanted]
+    examples = [example for r in records for example in encode(r, lm.tokenizer, TOKENS)[0]]
+    tokens = sum(len(example.tokens) for example in examples)
+    print(
+        f"the Python {sys.version_info.major}.{sys.version_info.minor} language reference:"
+        f" {len(examples):,} passages, {tokens:,} tokens"
+    )
+    return examples
+
+
 def _log(gradients: LMGradients, examples: Sequence[Example], out: Path) -> Store:
+    """The store of these passages, and a line that says how many of them it holds."""
+    store = _logged(gradients, examples, out)
+    print(f"{store.num_rows:,} of {len(examples):,} passages in the store {store.path}")
+    if store.num_rows < len(examples):
+        print(f"  (after {LOG_SECONDS:.0f} s the ends of the longest pages were left out)")
+    return store
+
+
+def _logged(gradients: LMGradients, examples: Sequence[Example], out: Path) -> Store:
     """The store of these passages, layers and dtype: logged now, gone on with, or found."""
     digest = hashlib.sha256(json.dumps([e.metadata() for e in examples]).encode()).hexdigest()
     key = hashlib.sha256(
@@ -303,11 +311,20 @@ def _answered(lm: CausalLM, question: Question) -> Record:
 
 
 def _for_readers(results: dict[str, Any], questions: Sequence[Question]) -> None:
-    """The question instead of the chat template around it, and where the answer is from."""
+    """Show the question without its chat template, and say where the answer is from."""
     for query, question in zip(results["queries"], questions, strict=True):
         query["prompt"] = ""
         query["origin"] = "given" if question.answer else "generated by the model"
         query["expected"]["what"] = question.topic
+
+
+def _print_end(stages: Sequence[tuple[str, float]], report: Path) -> None:
+    print("\nWhat this shows, and what it does not")
+    for note in NOTES:
+        print(f"  - {note}")
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages)
+    print(f"\n{times}; {sum(seconds for _, seconds in stages):.0f} s in all")
+    print(f"report: {report}")
 
 
 def _advance(bar: "tqdm[Any]") -> None:

@@ -38,7 +38,7 @@ class CausalLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     @classmethod
@@ -58,34 +58,8 @@ class CausalLM:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         target = _device(device)
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
-            from transformers.utils import logging
-        except ImportError as error:
-            raise ImportError(
-                "transformers is not installed: pip install 'logra-kernels[hf]'"
-            ) from error
         path = os.fspath(path)
-        if not Path(path).is_dir() and (Path(path).exists() or path.count("/") != 1):
-            raise ValueError(f"model: no folder {path}")
-        # transformers' own bar over the weights of a model says nothing here.
-        logging.disable_progress_bar()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            # transformers 5 renamed the argument.
-            dtype_key = "torch_dtype" if __version__.startswith("4.") else "dtype"
-            model = AutoModelForCausalLM.from_pretrained(
-                path, local_files_only=True, **{dtype_key: DTYPES[dtype]}
-            )
-        except (OSError, ValueError) as error:
-            if not Path(path).is_dir():
-                raise ValueError(
-                    f"model: no folder {path}, and no model of that name in the local cache"
-                ) from error
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"model: {path} is no causal language model folder: {first}"
-            ) from error
+        model, tokenizer = _load_pretrained(path, DTYPES[dtype])
         fingerprint = {
             "config": _config_hash(model.config.to_dict()),
             "weights": model_fingerprint(model),
@@ -117,16 +91,7 @@ class CausalLM:
                 f"modules: no linear layer's name contains {' or '.join(map(repr, name_filter))};"
                 f" this model has: {', '.join(kinds)}"
             )
-        if last_blocks is not None:
-            if last_blocks < 1:
-                raise ValueError(f"last_blocks: expected at least 1, got {last_blocks}")
-            numbers = {name: _block(name) for name in names}
-            blocks = sorted({number for number in numbers.values() if number is not None})
-            kept = blocks[-last_blocks:]
-            names = [name for name in names if numbers[name] in kept]
-            if not names:
-                raise ValueError("last_blocks: the watched modules' names hold no block numbers")
-        return names
+        return names if last_blocks is None else _in_last_blocks(names, last_blocks)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Right-padded input_ids, attention_mask and labels, all [N, T] int64, on the device.
@@ -135,7 +100,7 @@ class CausalLM:
         """
         longest = max(len(example.tokens) for example in examples)
         shape = (len(examples), longest)
-        # The padding token's value is of no account: nothing attends to it.
+        # The value of a padding token does not matter: no other token attends to it.
         input_ids = torch.zeros(shape, dtype=torch.int64)
         mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, -100, dtype=torch.int64)
@@ -194,6 +159,35 @@ class CausalLM:
         return texts
 
 
+def _load_pretrained(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model and its tokenizer, from a folder or from the local Hugging Face cache."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+        from transformers.utils import logging
+    except ImportError as error:
+        install = "pip install 'logra-kernels[hf]'"
+        raise ImportError(f"transformers is not installed: {install}") from error
+    is_folder = Path(path).is_dir()
+    if not is_folder and (Path(path).exists() or path.count("/") != 1):
+        raise ValueError(f"model: no folder {path}")
+    logging.disable_progress_bar()  # transformers would draw a bar over the weights
+    # transformers 5 renamed the argument.
+    dtype_key = "torch_dtype" if __version__.startswith("4.") else "dtype"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, **{dtype_key: dtype}
+        )
+    except (OSError, ValueError) as error:
+        if not is_folder:
+            raise ValueError(
+                f"model: no folder {path}, and no model of that name in the local cache"
+            ) from error
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model: {path} is no causal language model folder: {first}") from error
+    return model, tokenizer
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -204,7 +198,20 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _in_last_blocks(names: Sequence[str], last_blocks: int) -> list[str]:
+    """The names that are of the last so many transformer blocks."""
+    if last_blocks < 1:
+        raise ValueError(f"last_blocks: expected at least 1, got {last_blocks}")
+    numbers = {name: _block(name) for name in names}
+    blocks = sorted({number for number in numbers.values() if number is not None})
+    kept = [name for name in names if numbers[name] in blocks[-last_blocks:]]
+    if not kept:
+        raise ValueError("last_blocks: the watched modules' names hold no block numbers")
+    return kept
+
+
 def _block(name: str) -> int | None:
+    """The first number in a module's name: `model.layers.29.mlp.up_proj` is of block 29."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
 
@@ -219,7 +226,7 @@ def _config_hash(config: dict[str, Any]) -> str:
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
-    """Over what turns text into tokens: a fast tokenizer's definition, or the vocabulary."""
+    """A hash of what turns text into tokens: a fast tokenizer's definition, or the vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return _digest(backend.to_str().encode())

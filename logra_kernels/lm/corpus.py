@@ -343,7 +343,7 @@ def special_prefix(tokenizer: Any) -> list[int]:
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
-            return whole[:start]
+            return list(whole[:start])
     return []
 
 
@@ -360,12 +360,10 @@ def encode(record: Record, tokenizer: Any, settings: TokenSettings) -> tuple[lis
     text = record.prompt + record.text
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     tokens, spans = encoded["input_ids"], encoded["offset_mapping"]
-    pieces = token_pieces(text, spans)
-    # The head is what every piece starts with: special tokens (their span is empty) and the
-    # prompt's tokens. A token that reaches over the prompt's end belongs to the text.
+    # Every piece starts with the head: special tokens, whose span is empty, and the tokens of the
+    # prompt. A token that reaches over the end of the prompt belongs to the text.
     head = next((i for i, (_, end) in enumerate(spans) if end > len(record.prompt)), len(spans))
-    body = len(tokens) - head
-    room = settings.max_tokens - head
+    body, room = len(tokens) - head, settings.max_tokens - head
     if body == 0 or len(tokens) < 2:
         return [], False
     if room < 1 or head + room < 2:
@@ -373,30 +371,25 @@ def encode(record: Record, tokenizer: Any, settings: TokenSettings) -> tuple[lis
             f"data: record {record.id!r}: the prompt has {head} tokens,"
             f" no room for text within max_tokens = {settings.max_tokens}"
         )
-    if body <= room:
-        whole = Example(
-            record.id, record.text, record.prompt, tuple(tokens), max(1, head), record.title
-        )
-        return [whole], False
+    pieces = token_pieces(text, spans)
+
+    def example(id: str, text: str, start: int) -> Example:
+        shown = (*tokens[:head], *tokens[start : start + room])
+        return Example(id, text, record.prompt, shown, max(1, head), record.title)
 
     def piece(id: str, start: int) -> Example:
-        return Example(
-            id=id,
-            text="".join(pieces[start : start + room]),
-            prompt=record.prompt,
-            tokens=(*tokens[:head], *tokens[start : start + room]),
-            loss_start=max(1, head),
-            title=record.title,
-        )
+        return example(id, "".join(pieces[start : start + room]), start)
 
+    if body <= room:
+        return [example(record.id, record.text, head)], False
     if settings.long == "truncate":
         return [piece(record.id, head)], True
     stride = min(settings.stride or room, room)
-    # The last piece is the first that reaches the end; one token without a head has nothing to
-    # predict.
+    # The last piece is the first that reaches the end.
     starts = range(head, head + body - room + stride, stride)
-    examples = [piece(f"{record.id}#{number}", start) for number, start in enumerate(starts)]
-    return [example for example in examples if len(example.tokens) >= 2], False
+    split = [piece(f"{record.id}#{number}", start) for number, start in enumerate(starts)]
+    # A piece of one token, without a head, has nothing to predict.
+    return [one for one in split if len(one.tokens) >= 2], False
 
 
 def batches(

@@ -49,8 +49,8 @@ def normal(stream: np.random.Philox, shape: tuple[int, int]) -> Tensor:
     Two machines' log and cos may differ by a few ulps of float64; after the rounding about one
     element in 10**13 still differs.
     """
-    values = torch.from_numpy(_normal_values(stream, shape[0] * shape[1]).reshape(shape))
-    return (values / shape[0] ** 0.5).to(torch.bfloat16).float()
+    values: Tensor = torch.from_numpy(_normal_values(stream, shape[0] * shape[1]).reshape(shape))
+    return values.div(shape[0] ** 0.5).to(torch.bfloat16).float()
 
 
 def rademacher(stream: np.random.Philox, shape: tuple[int, int]) -> Tensor:
@@ -58,8 +58,8 @@ def rademacher(stream: np.random.Philox, shape: tuple[int, int]) -> Tensor:
     count = shape[0] * shape[1]
     words = stream.random_raw(-(-count // 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=count, bitorder="little")
-    signs = bits.astype(np.float32).reshape(shape) * 2.0 - 1.0
-    return torch.from_numpy(signs) * (1.0 / shape[0] ** 0.5)
+    signs: Tensor = torch.from_numpy(bits.astype(np.float32).reshape(shape) * 2.0 - 1.0)
+    return signs.mul(1.0 / shape[0] ** 0.5)
 
 
 def _normal_values(stream: np.random.Philox, count: int) -> np.ndarray:

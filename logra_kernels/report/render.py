@@ -115,7 +115,7 @@ def _date(created: str) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """A size in bytes as a reader says it."""
+    """A size in bytes, in the largest unit that fits it."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -129,7 +129,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def format_score(score: float) -> str:
-    """Four significant digits, with the sign; never a bare exponent where digits do."""
+    """Four significant digits with the sign; an exponent below 0.001 and from a million on."""
     magnitude = abs(score)
     if magnitude != 0 and not 1e-3 <= magnitude < 1e6:
         return f"{score:+.2e}".replace("-", "−")

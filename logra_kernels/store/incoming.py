@@ -150,25 +150,16 @@ class Incoming:
     def _new_ids(self, ids: list[str]) -> np.ndarray:
         """[n] bool: which ids are neither known nor earlier in the batch."""
         new = np.ones(len(ids), dtype=bool)
-        twice, stored, seen = [], [], set()
+        seen: set[str] = set()
+        old: dict[str, list[str]] = {"twice in the batch": [], "in the store already": []}
         for place, text in enumerate(ids):
-            if text in seen:
-                twice.append(text)
-            elif text in self.known_ids:
-                stored.append(text)
+            if text in seen or text in self.known_ids:
+                new[place] = False
+                old["twice in the batch" if text in seen else "in the store already"].append(text)
             else:
                 seen.add(text)
-                continue
-            new[place] = False
         if self._duplicates == "error" and not new.all():
-            found = [
-                f"{len(group)} {where} ({_some(group)})"
-                for group, where in (
-                    (twice, "twice in the batch"),
-                    (stored, "in the store already"),
-                )
-                if group
-            ]
+            found = [f"{len(some)} {where} ({_some(some)})" for where, some in old.items() if some]
             raise DuplicateIdError(
                 f"ids: expected new ids, got {' and '.join(found)}; nothing was written"
             )

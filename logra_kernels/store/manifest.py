@@ -174,13 +174,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise StoreFormatError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        manifest = json.loads(data)
+        manifest: dict[str, Any] = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise StoreFormatError(f"{path}: is not JSON: {error}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise StoreFormatError(f'{path}: expected the format "{FORMAT}", got {_short(found)}')
-    version = manifest.get("version")
+    version: Any = manifest.get("version")
     if not _is_count(version, 1):
         raise StoreFormatError(f"{path}: version: expected a positive integer, got {version!r}")
     if version > VERSION:

@@ -137,7 +137,7 @@ class Store:
     def id_of(self, row: int) -> str:
         """The id of a row, from its shard's file alone."""
         shard, place = self._place(row)
-        return shard.table["id"][place].as_py()
+        return str(shard.table["id"][place].as_py())
 
     def metadata(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any] | None]:
         """Each row's metadata, as it was appended; None where there is none."""

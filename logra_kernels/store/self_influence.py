@@ -26,6 +26,7 @@ from logra_kernels.store.files import (
 from logra_kernels.store.manifest import LOCK, check_seal, first_difference, plain_json, seal
 
 KEY_FILE = "key.json"
+_DTYPE = "<f4"  # of the values, whatever the store's rows are
 _FILE = re.compile(r"shard-(\d{5,})-([0-9a-f]{8})\.npy\Z")
 
 
@@ -71,8 +72,8 @@ class SelfInfluenceCache:
         self._check_index(index)
         shape = (self._shard_rows[index], self._modules)
         for name, _ in find_files(self.folder).get(index, []):
-            check_file(self.folder, name, npy_bytes("<f4", shape), npy_header("<f4", shape))
-            return np.memmap(self.folder / name, "<f4", "r", DATA_OFFSET_BYTES, shape)
+            _check_values_file(self.folder, name, shape)
+            return np.memmap(self.folder / name, _DTYPE, "r", DATA_OFFSET_BYTES, shape)
         raise StoreFormatError(f"{self.folder}: expected the values of shard {index}, got none")
 
     def write(self, index: int, values: np.ndarray) -> None:
@@ -88,7 +89,7 @@ class SelfInfluenceCache:
             raise StoreError(f"values: expected a float32 array, got {got}")
         if values.shape != shape:
             raise StoreError(f"values: expected {list(shape)}, got {list(values.shape)}")
-        data = np.ascontiguousarray(values, "<f4").reshape(-1).view(np.uint8).data
+        data = np.ascontiguousarray(values, _DTYPE).reshape(-1).view(np.uint8).data
         name = f"shard-{index:05d}-{crc32_text(zlib.crc32(data))}.npy"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ class SelfInfluenceCache:
                 if not (self.folder / KEY_FILE).exists():
                     text = seal({"key": self.key, "meta": self.meta})
                     replace_file(self.folder / KEY_FILE, text)
-                replace_file(self.folder / name, npy_header("<f4", shape), data)
+                replace_file(self.folder / name, npy_header(_DTYPE, shape), data)
                 for other, _ in find_files(self.folder).get(index, []):
                     if other != name:
                         remove(self.folder / other)
@@ -112,7 +113,7 @@ class SelfInfluenceCache:
 def file_problem(folder: Path, name: str, crc: str, shape: tuple[int, int]) -> str | None:
     """What is wrong with a shard's values, or None."""
     try:
-        check_file(folder, name, npy_bytes("<f4", shape), npy_header("<f4", shape))
+        _check_values_file(folder, name, shape)
     except StoreFormatError as error:
         return str(error)
     got = crc32_of_file(folder / name, DATA_OFFSET_BYTES)
@@ -130,7 +131,7 @@ def read_key(folder: Path) -> dict[str, Any] | None:
     path = folder / KEY_FILE
     try:
         data = path.read_bytes()
-        stored = json.loads(data)
+        stored: dict[str, Any] = json.loads(data)
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
@@ -146,3 +147,7 @@ def find_files(folder: Path) -> dict[int, list[tuple[str, str]]]:
         if match := _FILE.match(name):
             found.setdefault(int(match[1]), []).append((name, match[2]))
     return found
+
+
+def _check_values_file(folder: Path, name: str, shape: tuple[int, int]) -> None:
+    check_file(folder, name, npy_bytes(_DTYPE, shape), npy_header(_DTYPE, shape))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ HALF = 2.0**-11  # of a stored element: rows are rounded to 11 bits
 FLOAT32 = 1e-5  # of the largest value: a few thousand float32 additions in another order
 
 
-def module_of(name: str) -> object:
+def module_of(name: str) -> ModuleType:
     """bench.peers.with_<name>, or a skip that says what is not installed."""
     why = missing(name)
     if why is not None:
@@ -39,7 +40,8 @@ def influence_setting() -> InfluenceSetting:
     return InfluenceSetting(rank=6, num_modules=3, num_rows=150, most_queries=3)
 
 
-def error(got: Tensor, expected: Tensor) -> float:
+def error(got: Tensor | None, expected: Tensor) -> float:
+    assert got is not None
     assert got.shape == expected.shape
     return float((got.double() - expected).abs().max() / expected.abs().max())
 

@@ -1,6 +1,8 @@
 """The bench of streaming: its disk rate is that of all bytes, and its memory is seen."""
 
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +14,18 @@ from bench.harness.page_cache import cached, evict
 from bench.paths import streaming
 
 
-def test_the_rate_of_the_disk_is_that_of_all_bytes(tmp_path, monkeypatch):
+def test_the_rate_of_the_disk_is_that_of_all_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = wide_store(tmp_path / "s")
     evict(store)
     streaming.read_directly(store, 2, 8192)
-    monkeypatch.setattr(streaming.os, "preadv", lambda *_: 1)
+    monkeypatch.setattr(os, "preadv", lambda *_: 1)
     with pytest.raises(AssertionError):
         streaming.read_directly(store, 2, 8192)
 
 
-def test_pages_are_evicted_and_counted(tmp_path):
+def test_pages_are_evicted_and_counted(tmp_path: Path) -> None:
     store = wide_store(tmp_path / "s", dim=1 << 16, shard_rows=10)
     evict(store)
     if cached(store):
@@ -33,7 +37,7 @@ def test_pages_are_evicted_and_counted(tmp_path):
     assert cached(store) == 0
 
 
-def test_peak_memory_sees_what_was_freed():
+def test_peak_memory_sees_what_was_freed() -> None:
     time.sleep(0.05)
     memory = PeakMemory()
     held = np.ones(64 << 20, np.uint8)
@@ -43,7 +47,7 @@ def test_peak_memory_sees_what_was_freed():
 
 
 @pytest.mark.filterwarnings("ignore:the curvature is of 2048 rows")
-def test_a_wrong_answer_stops_the_bench(tmp_path, monkeypatch):
+def test_a_wrong_answer_stops_the_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "MODULES", streaming.MODULES[:2])
     monkeypatch.setattr(streaming, "SIZES", streaming.SIZES[:2])
     monkeypatch.setattr(streaming, "DIM", 512)

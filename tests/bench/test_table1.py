@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the bench's models are Hugging Face's")
 
+from bench.harness import results
 from bench.harness.memory import folder_bytes, timed
 from bench.table1 import check, command, logra, prepare
 from bench.table1.setting import Setting
@@ -25,6 +26,7 @@ from bench.table1.table import (
     pairs_per_s_with_queries,
     size,
 )
+from logra_kernels.attribution import Attributor
 
 NUM_TRAIN, NUM_QUERIES, LENGTH = 12, 4, 8
 
@@ -108,7 +110,7 @@ def test_our_half(setting: Setting, tmp_path: Path) -> None:
 
 def test_scan_that_is_wrong_is_not_timed(setting: Setting, tmp_path: Path) -> None:
     logra.log(setting, tmp_path, {"batch": 4, "rank": 4, "project": "toy"})
-    known = logra.Attributor(tmp_path / "toy")
+    known = Attributor(tmp_path / "toy")
     queries = torch.randn(2, known.store.dim, generator=torch.Generator().manual_seed(0))
     scores = known.scores(queries, "dot").scores
     assert scores is not None
@@ -186,7 +188,9 @@ def test_timed_puts_the_function_back() -> None:
     assert prepare.reference_text is before
 
 
-def influence(system: str, variant: str, test_batch: int, pairs: float, whole: float):
+def influence(
+    system: str, variant: str, test_batch: int, pairs: float, whole: float
+) -> InfluenceRow:
     return InfluenceRow(system, variant, 16, test_batch, 64, pairs, whole, 1.0, 1 << 20)
 
 
@@ -257,7 +261,7 @@ def test_rows_as_words() -> None:
 def test_command_without_kronfluence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command.results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     words = ["--quick", "--no-ekfac", "--num-train", "8", "--length", "8", "--logra", "2"]
     command.main([*words, "--ranks", "4", "--store-mb", "1", "--work", str(tmp_path / "work")])
     out = capsys.readouterr().out

@@ -7,7 +7,7 @@ namespace logra {
 
 /// Element i of row r to to[r * to_stride + i] for i < n, and 0 there for n <= i < padded.
 template <class T>
-using Widen = void (*)(RowSpan rows, std::size_t n, T* to, std::size_t to_stride, std::size_t padded);
+using Widen = void (*)(const RowSpan& rows, std::size_t n, T* to, std::size_t to_stride, std::size_t padded);
 
 struct CodecKernels {
   ByDtype<Widen<float>> widen_f32;

@@ -7,9 +7,11 @@
 namespace logra {
 
 template <class V, class T>
-static void widen_f32(RowSpan rows, std::size_t n, float* to, std::size_t to_stride, std::size_t padded) {
-  for (std::size_t r = 0; r < rows.count; ++r, to += to_stride) {
-    const T* from = static_cast<const T*>(rows.rows[r]) + rows.offset;
+static void widen_f32(const RowSpan& rows, std::size_t n, float* to, std::size_t to_stride,
+                      std::size_t padded) {
+  const std::size_t num_rows = rows.count, offset = rows.offset;
+  for (std::size_t r = 0; r < num_rows; ++r, to += to_stride) {
+    const T* from = static_cast<const T*>(rows.rows[r]) + offset;
     std::size_t i = 0;
     for (; i + V::kLanes <= n; i += V::kLanes) V::store(to + i, V::load(from + i));
     if (i < n) V::store_n(to + i, V::load_n(from + i, n - i), n - i);
@@ -18,7 +20,8 @@ static void widen_f32(RowSpan rows, std::size_t n, float* to, std::size_t to_str
 }
 
 template <class V, class T>
-static void widen_f64(RowSpan rows, std::size_t n, double* to, std::size_t to_stride, std::size_t padded) {
+static void widen_f64(const RowSpan& rows, std::size_t n, double* to, std::size_t to_stride,
+                      std::size_t padded) {
   float wide[V::kLanes];
   for (std::size_t r = 0; r < rows.count; ++r, to += to_stride) {
     const T* from = static_cast<const T*>(rows.rows[r]) + rows.offset;

@@ -106,34 +106,38 @@ static void dots_tile(const T* const* rows, const Q* queries, std::size_t query_
 
 // kRows rows against all queries: the rows stay in L1 while the queries pass.
 template <class V, int kRows, class T, class Q>
-static void dots_rows(const void* const* rows, std::size_t offset, QuerySpan<Q> queries, std::size_t dim,
-                      float* out, std::size_t out_stride, bool add) {
+static void dots_rows(const void* const* rows, std::size_t offset, const Q* queries, std::size_t query_stride,
+                      std::size_t num_queries, std::size_t dim, float* out, std::size_t out_stride,
+                      bool add) {
   constexpr std::size_t kWide = V::kTileQueries;
   const T* tile[kRows];
   for (int r = 0; r < kRows; ++r) tile[r] = static_cast<const T*>(rows[r]) + offset;
-  const std::size_t stride = queries.stride;
   std::size_t q = 0;
-  for (; q + kWide <= queries.count; q += kWide)
-    dots_tile<V, kRows, kWide>(tile, queries.data + q * stride, stride, dim, out + q, out_stride, add);
-  for (; q + 2 <= queries.count; q += 2)
-    dots_tile<V, kRows, 2>(tile, queries.data + q * stride, stride, dim, out + q, out_stride, add);
-  if (q < queries.count)
-    dots_tile<V, kRows, 1>(tile, queries.data + q * stride, stride, dim, out + q, out_stride, add);
+  for (; q + kWide <= num_queries; q += kWide)
+    dots_tile<V, kRows, kWide>(tile, queries + q * query_stride, query_stride, dim, out + q, out_stride, add);
+  for (; q + 2 <= num_queries; q += 2)
+    dots_tile<V, kRows, 2>(tile, queries + q * query_stride, query_stride, dim, out + q, out_stride, add);
+  if (q < num_queries)
+    dots_tile<V, kRows, 1>(tile, queries + q * query_stride, query_stride, dim, out + q, out_stride, add);
 }
 
 template <class V, class T, class Q>
-static void dots(RowSpan rows, QuerySpan<Q> queries, std::size_t dim, Output out) {
+static void dots(const RowSpan& rows, const QuerySpan<Q>& queries, std::size_t dim, const Output& out) {
   constexpr int kTile = V::kTileRows;
+  const Q* const data = queries.data;
+  float* const to = out.data;
+  const std::size_t offset = rows.offset, num_rows = rows.count, stride = queries.stride,
+                    to_stride = out.stride;
+  const std::size_t count = queries.count;
+  const bool add = out.add;
   std::size_t r = 0;
-  for (; r + kTile <= rows.count; r += kTile)
-    dots_rows<V, kTile, T>(rows.rows + r, rows.offset, queries, dim, out.data + r * out.stride, out.stride,
-                           out.add);
-  for (; r + 2 <= rows.count; r += 2)
-    dots_rows<V, 2, T>(rows.rows + r, rows.offset, queries, dim, out.data + r * out.stride, out.stride,
-                       out.add);
-  if (r < rows.count)
-    dots_rows<V, 1, T>(rows.rows + r, rows.offset, queries, dim, out.data + r * out.stride, out.stride,
-                       out.add);
+  for (; r + kTile <= num_rows; r += kTile)
+    dots_rows<V, kTile, T>(rows.rows + r, offset, data, stride, count, dim, to + r * to_stride, to_stride,
+                           add);
+  for (; r + 2 <= num_rows; r += 2)
+    dots_rows<V, 2, T>(rows.rows + r, offset, data, stride, count, dim, to + r * to_stride, to_stride, add);
+  if (r < num_rows)
+    dots_rows<V, 1, T>(rows.rows + r, offset, data, stride, count, dim, to + r * to_stride, to_stride, add);
 }
 
 // All of D for a tile of rows and few queries, with the bits of dots(), fetching one block ahead: reading is
@@ -179,9 +183,10 @@ static void stream_tile(const void* const* from, const void* const* next, const 
 }
 
 template <class V, int kQueries, class T>
-static void stream_rows(const void* const* rows, std::size_t num_rows, std::size_t num_ahead,
-                        QuerySpan<float> queries, std::size_t block_stride, std::size_t dim, float* out,
-                        std::size_t out_stride) {
+[[gnu::noinline]] static void stream_rows(const void* const* rows, std::size_t num_rows,
+                                          std::size_t num_ahead, const QuerySpan<float>& queries,
+                                          std::size_t block_stride, std::size_t dim, float* out,
+                                          std::size_t out_stride) {
   constexpr int kFit = V::kSums / kQueries, kTile = kFit < 6 ? kFit : 6;
   const std::size_t end = num_rows + num_ahead - 1;
   for (std::size_t r = 0; r < num_rows;) {
@@ -196,7 +201,7 @@ static void stream_rows(const void* const* rows, std::size_t num_rows, std::size
 
 template <class V, class T>
 static void stream(const void* const* rows, std::size_t num_rows, std::size_t num_ahead,
-                   QuerySpan<float> queries, std::size_t block_stride, std::size_t dim, float* out,
+                   const QuerySpan<float>& queries, std::size_t block_stride, std::size_t dim, float* out,
                    std::size_t out_stride) {
   with_count<static_cast<int>(kStreamQueries)>(queries.count, [&](auto count) {
     stream_rows<V, decltype(count)::value, T>(rows, num_rows, num_ahead, queries, block_stride, dim, out,

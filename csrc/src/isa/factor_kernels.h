@@ -24,8 +24,8 @@ struct FactorKernels {
   std::size_t rows, vecs;
   /// The sums over d < dim of factor[m][d] * columns[d * width + i] in one chain, for i < width = num_vecs *
   /// lanes. If `fetch`, the rows of the factor that follow are fetched.
-  void (*square_sums)(FactorRows factor, const float* columns, std::size_t num_vecs, std::size_t dim,
-                      FactorSums sums, bool fetch);
+  void (*square_sums)(const FactorRows& factor, const float* columns, std::size_t num_vecs, std::size_t dim,
+                      const FactorSums& sums, bool fetch);
 };
 
 }  // namespace logra

@@ -15,8 +15,8 @@ constexpr std::size_t kOuterRows = 4;
 /// Result k of token t (= or +=) sum_{d < dim} tokens[t][d] * panel[d * width + k] for k < width =
 /// vecs * lanes. What lies `ahead` elements after each element read is fetched (a hint: the memory need not
 /// exist).
-using ProjectTokens = void (*)(RowSpan tokens, std::ptrdiff_t ahead, const float* panel, std::size_t vecs,
-                               std::size_t dim, Output out);
+using ProjectTokens = void (*)(const RowSpan& tokens, std::ptrdiff_t ahead, const float* panel,
+                               std::size_t vecs, std::size_t dim, const Output& out);
 
 /// c[r * c_stride + i] += sum_{t < count} a[t][row + r] * b[t][i], in the order of t, for r < num_rows and
 /// i < num_cols, a multiple of lanes.
@@ -42,7 +42,7 @@ struct OuterTile {
 /// c[r][i] += sum_{t < count} a[t][r] * b[t][i], in the order of t. Vectors of a can be read up to
 /// kOuterRows, those of b up to the next multiple of 16 or the panel's width; what lies there must be finite.
 template <class T>
-using OuterPanels = void (*)(Panel<T> a, Panel<T> b, std::size_t count, OuterTile<T> c);
+using OuterPanels = void (*)(Panel<T> a, Panel<T> b, std::size_t count, const OuterTile<T>& c);
 
 struct GradientKernels {
   /// For float32 tokens and dim <= kProjectBlock.

@@ -50,7 +50,7 @@ inline __m512i halves(const Bfloat16* from, std::size_t n, const __m512i, __mmas
 }
 
 template <class T>
-static bool transpose_rows(const void* const* rows, std::size_t n, float* to, std::size_t to_stride) {
+bool transpose_rows(const void* const* rows, std::size_t n, float* to, std::size_t to_stride) {
   std::uint16_t places[32];
   for (int i = 0; i < 32; ++i)
     places[i] = static_cast<std::uint16_t>(2 * i + 1);  // the upper half of a float

@@ -18,6 +18,9 @@ struct Bfloat16 {
 /// The most lanes of float32 that a vector of any instruction set has.
 constexpr std::size_t kMostLanes = 16;
 
+// Kernels take these by reference: gcc builds a struct of more than 16 bytes that is passed by value in one
+// place and copies it to another, where a load of 16 bytes waits for two stores of 8.
+
 /// `count` rows, of which a kernel reads the elements from `offset` on.
 struct RowSpan {
   const void* const* rows;

@@ -41,26 +41,25 @@ template <class V, class T>
 static void outer_columns(Panel<T> a, Panel<T> b, std::size_t count, T* c, std::size_t c_stride,
                           std::size_t vecs) {
   with_count<V::kPanelVecs>(vecs,
-                            [&](auto n) { outer_tile<V, decltype(n)::value>(a, b, count, c, c_stride); });
+                            [=](auto n) { outer_tile<V, decltype(n)::value>(a, b, count, c, c_stride); });
 }
 
 template <class V, class T>
-static void outer(Panel<T> a, Panel<T> b, std::size_t count, OuterTile<T> c) {
+static void outer(Panel<T> a, Panel<T> b, std::size_t count, const OuterTile<T>& c) {
   constexpr std::size_t kPanel = V::kPanelVecs * V::kLanes;
   if (c.rows == kOuterRows && c.cols % V::kLanes == 0 && (c.slope == 0 || c.cols == kPanel))
     return outer_columns<V>(a, b, count, c.data, c.stride, c.cols / V::kLanes);
   // An edge or the diagonal: the whole tile in a copy, of which the valid part goes back.
   alignas(64) T tile[kOuterRows * kPanel];
   for (std::size_t i = 0; i < kOuterRows * kPanel; ++i) tile[i] = 0;
-  const std::size_t num_rows = c.rows < kOuterRows ? c.rows : kOuterRows;  // which gcc cannot know
-  const auto width = [&](std::size_t r) {
-    return c.cols + r * c.slope < kPanel ? c.cols + r * c.slope : kPanel;
-  };
-  for (std::size_t r = 0; r < num_rows; ++r)
-    for (std::size_t i = 0; i < width(r); ++i) tile[r * kPanel + i] = c.data[r * c.stride + i];
-  outer_columns<V>(a, b, count, tile, kPanel, (width(num_rows - 1) + V::kLanes - 1) / V::kLanes);
-  for (std::size_t r = 0; r < num_rows; ++r)
-    for (std::size_t i = 0; i < width(r); ++i) c.data[r * c.stride + i] = tile[r * kPanel + i];
+  std::size_t cols[kOuterRows], widest = 0;
+  for (std::size_t r = 0; r < kOuterRows && r < c.rows; ++r) {
+    widest = cols[r] = c.cols + r * c.slope < kPanel ? c.cols + r * c.slope : kPanel;
+    for (std::size_t i = 0; i < widest; ++i) tile[r * kPanel + i] = c.data[r * c.stride + i];
+  }
+  outer_columns<V>(a, b, count, tile, kPanel, (widest + V::kLanes - 1) / V::kLanes);
+  for (std::size_t r = 0; r < kOuterRows && r < c.rows; ++r)
+    for (std::size_t i = 0; i < cols[r]; ++i) c.data[r * c.stride + i] = tile[r * kPanel + i];
 }
 
 // Tokens' outer products, from wherever the tokens lie: kRows rows of c by kVecs vectors, a multiple of 8

@@ -32,8 +32,8 @@ template <class V, int kRows, int kVecs, class T>
 static void project_tile(const T* const* tokens, std::ptrdiff_t ahead, const float* panel, std::size_t dim,
                          float* const* out, bool add_to) {
   using Sum = typename V::Sum;
-  constexpr std::size_t kLine = 64 / sizeof(T);  // elements that are fetched at a time
-  constexpr std::size_t kDepth = sizeof(typename V::Word) / sizeof(T);
+  constexpr std::size_t kLine = 64 / sizeof(T);            // elements that are fetched at a time
+  constexpr std::size_t kDepth = V::kLanes / Sum::kLanes;  // elements of a word
   Sum sum[kRows][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -61,10 +61,12 @@ static void project_tile(const T* const* tokens, std::ptrdiff_t ahead, const flo
   }
 }
 
+// Not inlined: in one function with its siblings, gcc spills the tokens' addresses.
 template <class V, int kVecs, class T>
-static void project_vecs(RowSpan tokens, std::ptrdiff_t ahead, const float* panel, std::size_t dim,
-                         Output out) {
-  constexpr int kFit = V::kSums / kVecs, kRows = kFit < V::kProjectRows ? kFit : V::kProjectRows;
+[[gnu::noinline]] static void project_vecs(const RowSpan& tokens, std::ptrdiff_t ahead, const float* panel,
+                                           std::size_t dim, const Output& out) {
+  constexpr int kMost = kVecs == 1 ? V::kProjectRows : 8, kFit = V::kSums / kVecs;
+  constexpr int kRows = kFit < kMost ? kFit : kMost;
   float spare[kVecs * V::Sum::kLanes];
   const T* tile[kRows];
   float* to[kRows];
@@ -83,8 +85,8 @@ static void project_vecs(RowSpan tokens, std::ptrdiff_t ahead, const float* pane
 }
 
 template <class V, class T>
-static void project(RowSpan tokens, std::ptrdiff_t ahead, const float* panel, std::size_t vecs,
-                    std::size_t dim, Output out) {
+static void project(const RowSpan& tokens, std::ptrdiff_t ahead, const float* panel, std::size_t vecs,
+                    std::size_t dim, const Output& out) {
   with_count<V::kPanelVecs>(
       vecs, [&](auto count) { project_vecs<V, decltype(count)::value, T>(tokens, ahead, panel, dim, out); });
 }

@@ -21,7 +21,7 @@ struct QuerySpan {
 
 /// Result q of row r (= or +=) sum_{d < dim} rows[r][d] * queries[q][d].
 template <class T>
-using Dots = void (*)(RowSpan rows, QuerySpan<T> queries, std::size_t dim, Output out);
+using Dots = void (*)(const RowSpan& rows, const QuerySpan<T>& queries, std::size_t dim, const Output& out);
 
 struct ScanKernels {
   /// For dim <= kDimBlock.
@@ -31,7 +31,7 @@ struct ScanKernels {
   /// blocks; a block of queries starts block_stride floats after the one before. num_ahead pointers follow
   /// those of the rows: what will be read next, for which memory need not exist.
   ByDtype<void (*)(const void* const* rows, std::size_t num_rows, std::size_t num_ahead,
-                   QuerySpan<float> queries, std::size_t block_stride, std::size_t dim, float* out,
+                   const QuerySpan<float>& queries, std::size_t block_stride, std::size_t dim, float* out,
                    std::size_t out_stride)>
       stream;
 

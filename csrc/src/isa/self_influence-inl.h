@@ -11,7 +11,7 @@ namespace logra {
 // number repeated must fit the registers.
 template <class V, int kRows, int kVecs>
 static void factor_tile(const float* factor, std::size_t factor_stride, const float* columns, std::size_t dim,
-                        FactorSums sums, bool fetch) {
+                        const FactorSums& sums, bool fetch) {
   V sum[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -67,14 +67,15 @@ static void factor_tile(const float* factor, std::size_t factor_stride, const fl
 }
 
 template <class V>
-static void square_sums(FactorRows factor, const float* columns, std::size_t num_vecs, std::size_t dim,
-                        FactorSums sums, bool fetch) {
+static void square_sums(const FactorRows& factor, const float* columns, std::size_t num_vecs, std::size_t dim,
+                        const FactorSums& sums, bool fetch) {
   with_count<V::kFactorVecs>(num_vecs, [&](auto vecs) {
     constexpr int kVecs = decltype(vecs)::value;
     if (factor.count == V::kFactorRows)
       return factor_tile<V, V::kFactorRows, kVecs>(factor.data, factor.stride, columns, dim, sums, fetch);
-    for (std::size_t r = 0; r < factor.count; ++r, sums.partial += kVecs * V::kLanes)
-      factor_tile<V, 1, kVecs>(factor.data + r * factor.stride, factor.stride, columns, dim, sums, fetch);
+    FactorSums one = sums;
+    for (std::size_t r = 0; r < factor.count; ++r, one.partial += kVecs * V::kLanes)
+      factor_tile<V, 1, kVecs>(factor.data + r * factor.stride, factor.stride, columns, dim, one, fetch);
   });
 }
 

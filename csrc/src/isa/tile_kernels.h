@@ -50,7 +50,7 @@ struct TileKernels {
   /// [query parts - 1]. `stage` is nullptr, or converts the rows on the way.
   ///   out: [query tile][row tile][16][16], its stride from query tile to query tile
   void (*multiply[2][2])(const StagedRows& rows, StageStep stage, const QueryTiles& queries,
-                         std::size_t steps, Output out);
+                         std::size_t steps, const Output& out);
 
   /// values *= scale[0] * scale[1], one after the other; sums[0..2] += the squares of them, of their low part
   /// and of what both parts leave out.

@@ -106,7 +106,7 @@ static void stage(const StagedRows& staged, std::size_t step) {
 // cycles each) are under way.
 template <class Tiles, int kRowParts, int kQueryParts, int kRowTiles, int kQueryTiles>
 static void multiply_tiles(const StagedRows& rows, StageStep stage_step, const QueryTiles& queries,
-                           std::size_t steps, Output out) {
+                           std::size_t steps, const Output& out) {
   constexpr bool kTwoRows = kRowTiles == 2, kTwoQueries = kQueryTiles == 2;
   constexpr std::size_t kRowTileStride = kStripSteps * kRowParts * kTileElements;
   const std::size_t query_tile = 2 * kTile * queries.columns, query_bytes = 4 * queries.columns;
@@ -169,7 +169,7 @@ static void multiply_tiles(const StagedRows& rows, StageStep stage_step, const Q
 
 template <class Tiles, int kRowParts, int kQueryParts>
 static void multiply(const StagedRows& rows, StageStep stage_step, const QueryTiles& queries,
-                     std::size_t steps, Output out) {
+                     std::size_t steps, const Output& out) {
   const bool two_rows = rows.num_rows > kTile, two_queries = queries.count == 2;
   const auto tiles = two_rows ? (two_queries ? multiply_tiles<Tiles, kRowParts, kQueryParts, 2, 2>
                                              : multiply_tiles<Tiles, kRowParts, kQueryParts, 2, 1>)

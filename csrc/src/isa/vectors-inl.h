@@ -50,7 +50,7 @@ struct Count {
 
 /// call(Count<vecs>) for 1 <= vecs <= kMost.
 template <int kMost, class Call>
-static inline void with_count(std::size_t vecs, const Call& call) {
+[[gnu::always_inline]] static inline void with_count(std::size_t vecs, const Call& call) {
   if constexpr (kMost > 1) {
     if (vecs < kMost) return with_count<kMost - 1>(vecs, call);
   }

@@ -16,15 +16,11 @@ constexpr std::size_t kTokenBlock = Projector::kTokenBlock;
 // while the rows of the result pass.
 constexpr std::size_t kOuterBlock = 64;
 // Rows of the result come in multiples of this many.
-constexpr std::size_t kStrips = 8;
+constexpr std::size_t kBand = 8;
 
-// A token that is kept: where it starts in x and in dy.
+/// A token that is kept: where it starts in x and in dy.
 struct Kept {
   std::size_t x, dy;
-};
-
-struct Range {
-  std::size_t example, begin, end;  // of the kept tokens
 };
 
 /// The kept tokens of all examples, in order.
@@ -58,9 +54,11 @@ struct KeptTokens {
 /// they are copied, or projected first.
 class Side {
  public:
-  Side(const Kernels& kernels, const Tokens& tokens, const Matrix* proj, bool whole_vectors)
+  Side(const Kernels& kernels, const Tokens& tokens, std::size_t Kept::* place, const Matrix* proj,
+       bool whole_vectors)
       : kernels_(kernels),
         tokens_(tokens),
+        place_(place),
         size_(proj != nullptr ? proj->rows : tokens.dim),
         width_(kernels.lanes * ceil_div(size_, kernels.lanes)),
         in_place_(proj == nullptr && tokens.dtype == Dtype::kFloat32 && (!whole_vectors || size_ == width_)) {
@@ -69,53 +67,199 @@ class Side {
   bool halves() const { return !projector_ && tokens_.dtype == Dtype::kBfloat16; }
   std::size_t size() const { return size_; }
   std::size_t width() const { return width_; }
-  bool projected() const { return projector_.has_value(); }
-  bool copied() const { return !projected() && !in_place_; }
+  /// Floats of a token that is projected, and of one that is copied.
+  std::size_t projected_floats() const { return projector_ ? width_ : 0; }
+  std::size_t copied_floats() const { return projector_ || in_place_ ? 0 : width_; }
   std::size_t scratch_floats() const { return projector_ ? projector_->scratch_floats() : 0; }
   /// Operations per token.
   double work() const {
     return static_cast<double>(tokens_.dim) * (projector_ ? 1.0 + static_cast<double>(size_) / 4.0 : 1.0);
   }
 
-  /// The tokens at offset(0) to offset(count - 1), projected, to rows of width() floats.
-  template <class Offset>
-  void project(const Offset& offset, std::size_t count, std::ptrdiff_t next, float* to,
-               float* scratch) const {
+  /// Takes memory for the projections of so many tokens.
+  void reserve(std::size_t tokens) {
+    projected_ = Scratch<float>(checked_product(projected_floats(), tokens));
+  }
+
+  /// Projects the tokens from `begin` on, a block of them or as many as there are; nothing without a
+  /// projection.
+  void project(const Kept* tokens, std::size_t num_tokens, std::size_t begin, float* scratch) const {
+    if (!projector_) return;
+    const std::size_t count = std::min(kTokenBlock, num_tokens - begin);
     const void* pointers[kTokenBlock];
-    for (std::size_t t = 0; t < count; ++t) pointers[t] = element(tokens_.data, tokens_.dtype, offset(t));
+    for (std::size_t t = 0; t < count; ++t) pointers[t] = at(tokens[begin + t]);
+    const std::size_t later = std::min(begin + kTokenBlock, num_tokens - 1);
+    const std::ptrdiff_t next = static_cast<std::ptrdiff_t>(tokens[later].*place_ - tokens[begin].*place_);
     for (std::size_t p = 0; p < projector_->num_panels(); ++p)
-      projector_->run(pointers, count, next, p, to + p * kernels_.gradients.panel_f32, width_, scratch);
+      projector_->run(pointers, count, next, p,
+                      projected_.get() + begin * width_ + p * kernels_.gradients.panel_f32, width_, scratch);
   }
 
-  /// Pointers to the tokens at offset(0) to offset(count - 1), of those that are not projected.
-  template <class Offset>
-  void gather(const Offset& offset, std::size_t count, const float** pointers, float* copy) const {
+  /// Pointers to `count` vectors of floats, the tokens from `begin` on; `copy` has room for them.
+  void gather(const Kept* tokens, std::size_t begin, std::size_t count, const float** pointers,
+              float* copy) const {
     const void* sources[kOuterBlock];
-    for (std::size_t t = 0; t < count; ++t) sources[t] = element(tokens_.data, tokens_.dtype, offset(t));
-    if (copied()) kernels_.codecs.widen_f32[tokens_.dtype]({sources, count, 0}, size_, copy, width_, width_);
+    for (std::size_t t = 0; t < count; ++t) sources[t] = at(tokens[begin + t]);
+    if (copied_floats() != 0)
+      kernels_.codecs.widen_f32[tokens_.dtype]({sources, count, 0}, size_, copy, width_, width_);
     for (std::size_t t = 0; t < count; ++t)
-      pointers[t] = in_place_ ? static_cast<const float*>(sources[t]) : copy + t * width_;
+      pointers[t] = projector_  ? projected_.get() + (begin + t) * width_
+                    : in_place_ ? static_cast<const float*>(sources[t])
+                                : copy + t * width_;
   }
 
-  /// The same in pairs of bfloat16, the last with zero if count is odd; returns the number of pairs.
-  template <class Offset>
-  std::size_t gather_pairs(const Offset& offset, std::size_t count, const float** pointers,
-                           float* copy) const {
-    const auto source = [&](std::size_t t) { return element(tokens_.data, tokens_.dtype, offset(t)); };
-    for (std::size_t t = 0; t < count; t += 2) {
-      float* to = copy + t / 2 * width_;
-      kernels_.bf16->pair(source(t), t + 1 < count ? source(t + 1) : nullptr, size_, to, width_);
-      pointers[t / 2] = to;
+  /// The same in pairs of bfloat16, the last with zero if count is odd.
+  void gather_pairs(const Kept* tokens, std::size_t begin, std::size_t count, const float** pointers,
+                    float* copy) const {
+    for (std::size_t t = 0; t < count; t += 2, copy += width_) {
+      const void* const odd = t + 1 < count ? at(tokens[begin + t + 1]) : nullptr;
+      kernels_.bf16->pair(at(tokens[begin + t]), odd, size_, copy, width_);
+      pointers[t / 2] = copy;
     }
-    return ceil_div(count, 2);
   }
 
  private:
+  const void* at(const Kept& token) const { return element(tokens_.data, tokens_.dtype, token.*place_); }
+
   const Kernels& kernels_;
   Tokens tokens_;
+  std::size_t Kept::* place_;
   std::size_t size_, width_;
   bool in_place_;
   std::optional<Projector> projector_;
+  Scratch<float> projected_;
+};
+
+/// The sums of the outer products of the kept tokens. Tokens go through in groups: all threads project a
+/// group, then all multiply it; so one long example is shared as well as many short ones are.
+class OuterProducts {
+ public:
+  OuterProducts(const Kernels& kernels, const KeptTokens& kept, Side& left, Side& right, float* out)
+      : kernels_(kernels),
+        kept_(kept),
+        left_(left),
+        right_(right),
+        out_(out),
+        pairs_(left.halves() && right.halves() && kernels.bf16 != nullptr),
+        edge_(right.size() != right.width()) {
+    choose_group();
+    choose_rows();
+    const std::size_t copies = checked_product(kOuterBlock, left.copied_floats() + right.copied_floats()) +
+                               (edge_ ? checked_product(rows_, right.width()) : 0);
+    per_thread_ = std::max({left.scratch_floats(), right.scratch_floats(), copies});
+    scratch_ = Scratch<float>(checked_product(per_thread_, static_cast<std::size_t>(threads_)));
+    ranges_.reserve(kept.bounds.size());
+  }
+
+  void run() {
+    const std::size_t bands = ceil_div(left_.size(), rows_);
+    const bool any_projected = left_.projected_floats() + right_.projected_floats() != 0;
+    for (std::size_t first = 0; first < kept_.tokens.size(); first += group_) {
+      const std::size_t count = std::min(group_, kept_.tokens.size() - first);
+      const Kept* const tokens = kept_.tokens.data() + first;
+      find_ranges(first, count);
+      const std::size_t blocks = any_projected ? ceil_div(count, kTokenBlock) : 0;
+      const std::size_t tasks = ranges_.size() * bands;
+#pragma omp parallel num_threads(threads_)
+      {
+        float* const own = scratch_.get() + thread_id() * per_thread_;
+#pragma omp for schedule(dynamic, 1)
+        for (std::size_t task = 0; task < 2 * blocks; ++task)
+          (task % 2 == 0 ? right_ : left_).project(tokens, count, task / 2 * kTokenBlock, own);
+#pragma omp for schedule(dynamic, 1)
+        for (std::size_t task = 0; task < tasks; ++task)
+          add(tokens, ranges_[task / bands], task % bands * rows_, own);
+      }
+    }
+  }
+
+ private:
+  /// The tokens of one example in a group, by their places in it.
+  struct Range {
+    std::size_t example, begin, end;
+  };
+
+  /// As many tokens as have projections that stay in the L2 and L3 caches: 2 MiB.
+  void choose_group() {
+    const std::size_t total = kept_.tokens.size(),
+                      floats = left_.projected_floats() + right_.projected_floats();
+    const std::size_t fitting = floats == 0 ? total : (std::size_t{2} << 20) / (floats * sizeof(float));
+    group_ = std::min(total, std::max(2 * kTokenBlock, fitting / kTokenBlock * kTokenBlock));
+    left_.reserve(group_);
+    right_.reserve(group_);
+  }
+
+  /// The rows of a task, so that every thread has a part where examples are few; and the threads.
+  void choose_rows() {
+    const std::size_t total = kept_.tokens.size(), num_examples = kept_.bounds.size() - 1;
+    const std::size_t bands = ceil_div(left_.size(), kBand);
+    const double products = static_cast<double>(left_.size() * right_.size());
+    const double work = static_cast<double>(total) * (left_.work() + right_.work() + products / 4.0);
+    threads_ = num_threads(bands * num_examples + ceil_div(total, kTokenBlock), work);
+    const std::size_t parts = ceil_div(4 * static_cast<std::size_t>(threads_), num_examples);
+    std::size_t part_bands = ceil_div(bands, threads_ > 1 ? std::min(bands, parts) : 1);
+    if (edge_)  // and so that the copy of the rows stays in the L2 cache: 256 KiB
+      part_bands = std::min(part_bands, std::max<std::size_t>(1, (1u << 16) / (kBand * right_.width())));
+    rows_ = kBand * part_bands;
+  }
+
+  /// The examples with tokens among the group's, first to first + count - 1.
+  void find_ranges(std::size_t first, std::size_t count) {
+    ranges_.clear();
+    while (kept_.bounds[example_ + 1] <= first) ++example_;
+    for (std::size_t n = example_; n + 1 < kept_.bounds.size() && kept_.bounds[n] < first + count; ++n) {
+      const std::size_t begin = std::max(kept_.bounds[n], first),
+                        end = std::min(kept_.bounds[n + 1], first + count);
+      if (begin < end) ranges_.push_back({n, begin - first, end - first});
+    }
+  }
+
+  /// Adds the products of a range's tokens to rows_ rows of its example's result, from `row` on.
+  void add(const Kept* tokens, const Range& range, std::size_t row, float* scratch) const {
+    const std::size_t ki = right_.size(), width = right_.width();
+    const std::size_t num_rows = std::min(rows_, left_.size() - row);
+    float* const left_copy = scratch;
+    float* const right_copy = left_copy + kOuterBlock * left_.copied_floats();
+    float* const result = out_ + (range.example * left_.size() + row) * ki;
+    if (!edge_) return add(tokens, range, row, num_rows, left_copy, right_copy, result);
+    // Rows that end within a vector go through a copy.
+    float* const whole = right_copy + kOuterBlock * right_.copied_floats();
+    for (std::size_t r = 0; r < num_rows; ++r) {
+      std::copy_n(result + r * ki, ki, whole + r * width);
+      std::fill(whole + r * width + ki, whole + (r + 1) * width, 0.0f);
+    }
+    add(tokens, range, row, num_rows, left_copy, right_copy, whole);
+    for (std::size_t r = 0; r < num_rows; ++r) std::copy_n(whole + r * width, ki, result + r * ki);
+  }
+
+  /// The same for rows of whole vectors: c [num_rows, right_.width()].
+  void add(const Kept* tokens, const Range& range, std::size_t row, std::size_t num_rows, float* left_copy,
+           float* right_copy, float* c) const {
+    for (std::size_t t = range.begin; t < range.end; t += kOuterBlock) {
+      const std::size_t count = std::min(kOuterBlock, range.end - t);
+      const float *a[kOuterBlock], *b[kOuterBlock];
+      if (pairs_) {
+        left_.gather_pairs(tokens, t, count, a, left_copy);
+        right_.gather_pairs(tokens, t, count, b, right_copy);
+      } else {
+        left_.gather(tokens, t, count, a, left_copy);
+        right_.gather(tokens, t, count, b, right_copy);
+      }
+      const OuterTokens outer = pairs_ ? kernels_.bf16->outer_pairs : kernels_.gradients.outer_tokens;
+      outer(a, row, num_rows, b, right_.width(), pairs_ ? ceil_div(count, 2) : count, c, right_.width());
+    }
+  }
+
+  const Kernels& kernels_;
+  const KeptTokens& kept_;
+  Side &left_, &right_;
+  float* out_;  // [num_examples, left_.size(), right_.size()]
+  bool pairs_;  // whether tokens are multiplied in pairs of bfloat16
+  bool edge_;   // whether rows of the result end within a vector
+  std::size_t group_ = 0, rows_ = 0, per_thread_ = 0, example_ = 0;
+  int threads_ = 1;
+  Scratch<float> scratch_;
+  std::vector<Range> ranges_;
 };
 
 }  // namespace
@@ -138,112 +282,10 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
   }
   const Kernels& kernels = active_kernels();
   const KeptTokens kept(examples, x, dy);
-  const std::size_t total = kept.tokens.size();
-  const Side left(kernels, dy, proj_out, false), right(kernels, x, proj_in, true);
-  const bool pairs = left.halves() && right.halves() && kernels.bf16 != nullptr;
-  const std::size_t ko = left.size(), ki = right.size();
-  std::fill_n(out, checked_product(checked_product(examples.num_examples, ko), ki), 0.0f);
-  if (total == 0 || ko == 0 || ki == 0) return;
-
-  // Tokens go through in groups whose projections stay in the L2 and L3 caches (2 MiB), first projected by
-  // all threads, then multiplied by all: so one long example is shared as well as many short ones are.
-  const std::size_t left_floats = left.projected() ? left.width() : 0;
-  const std::size_t right_floats = right.projected() ? right.width() : 0;
-  const std::size_t floats = left_floats + right_floats;  // a token
-  const std::size_t fitting = floats == 0 ? total : (std::size_t{2} << 20) / (floats * sizeof(float));
-  const std::size_t group =
-      std::min(total, std::max<std::size_t>(2 * kTokenBlock, fitting / kTokenBlock * kTokenBlock));
-  const double work =
-      static_cast<double>(total) * (left.work() + right.work() + static_cast<double>(ko * ki) / 4.0);
-  const int threads =
-      num_threads(ceil_div(ko, kStrips) * examples.num_examples + ceil_div(total, kTokenBlock), work);
-  // Few examples are cut into strips of rows too, for all threads to have a part.
-  const std::size_t parts =
-      std::min(ceil_div(ko, kStrips), ceil_div(4 * static_cast<std::size_t>(threads), examples.num_examples));
-  const bool edge = ki != right.width();  // rows of the result that end within a vector go through a copy
-  const std::size_t fit = std::max<std::size_t>(1, (std::size_t{1} << 16) / (kStrips * right.width()));
-  const std::size_t strip_groups = ceil_div(ceil_div(ko, kStrips), threads > 1 ? parts : 1);
-  const std::size_t rows = kStrips * (edge ? std::min(fit, strip_groups) : strip_groups);
-  const std::size_t strips = ceil_div(ko, rows);
-
-  const Scratch<float> buffer(checked_product(floats, group));
-  float* const dy_projected = buffer.get();
-  float* const x_projected = dy_projected + left_floats * group;
-  const std::size_t copies = (left.copied() ? left.width() : 0) + (right.copied() ? right.width() : 0);
-  const std::size_t scratch_floats =
-      std::max(std::max(left.scratch_floats(), right.scratch_floats()),
-               checked_product(kOuterBlock, copies) + (edge ? checked_product(rows, right.width()) : 0));
-  const Scratch<float> scratch(checked_product(scratch_floats, static_cast<std::size_t>(threads)));
-  std::vector<Range> ranges(examples.num_examples);
-
-  std::size_t example = 0;
-  for (std::size_t first = 0; first < total; first += group) {
-    const std::size_t count = std::min(group, total - first);
-    std::size_t num_ranges = 0;
-    while (kept.bounds[example + 1] <= first) ++example;
-    for (std::size_t n = example; n < examples.num_examples && kept.bounds[n] < first + count; ++n) {
-      const Range range = {n, std::max(kept.bounds[n], first) - first,
-                           std::min(kept.bounds[n + 1], first + count) - first};
-      if (range.begin < range.end) ranges[num_ranges++] = range;
-    }
-    const Kept* const tokens = kept.tokens.data() + first;
-    const std::size_t blocks = floats == 0 ? 0 : ceil_div(count, kTokenBlock), tasks = num_ranges * strips;
-#pragma omp parallel num_threads(threads)
-    {
-      float* const own = scratch.get() + thread_id() * scratch_floats;
-#pragma omp for schedule(dynamic, 1)
-      for (std::size_t task = 0; task < 2 * blocks; ++task) {
-        const std::size_t begin = task / 2 * kTokenBlock, some = std::min(kTokenBlock, count - begin);
-        const Kept* from = tokens + begin;
-        const std::size_t later = std::min(kTokenBlock, count - begin - 1);
-        if (task % 2 == 0 && right.projected())
-          right.project([&](std::size_t t) { return from[t].x; }, some,
-                        static_cast<std::ptrdiff_t>(from[later].x - from->x),
-                        x_projected + begin * right.width(), own);
-        if (task % 2 == 1 && left.projected())
-          left.project([&](std::size_t t) { return from[t].dy; }, some,
-                       static_cast<std::ptrdiff_t>(from[later].dy - from->dy),
-                       dy_projected + begin * left.width(), own);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (std::size_t task = 0; task < tasks; ++task) {
-        const Range& range = ranges[task / strips];
-        const std::size_t row = task % strips * rows, num_rows = std::min(rows, ko - row);
-        float* const dy_copy = own;
-        float* const x_copy = dy_copy + (left.copied() ? kOuterBlock * left.width() : 0);
-        float* const whole = x_copy + (right.copied() ? kOuterBlock * right.width() : 0);
-        float* const c = out + (range.example * ko + row) * ki;
-        for (std::size_t r = 0; edge && r < num_rows; ++r) {
-          std::copy_n(c + r * ki, ki, whole + r * right.width());
-          std::fill(whole + r * right.width() + ki, whole + (r + 1) * right.width(), 0.0f);
-        }
-        for (std::size_t t = range.begin; t < range.end; t += kOuterBlock) {
-          const std::size_t some = std::min(kOuterBlock, range.end - t);
-          const float *a[kOuterBlock], *b[kOuterBlock];
-          if (pairs) {
-            left.gather_pairs([&](std::size_t i) { return tokens[t + i].dy; }, some, a, dy_copy);
-            const std::size_t num_pairs =
-                right.gather_pairs([&](std::size_t i) { return tokens[t + i].x; }, some, b, x_copy);
-            kernels.bf16->outer_pairs(a, row, num_rows, b, right.width(), num_pairs, edge ? whole : c,
-                                      edge ? right.width() : ki);
-            continue;
-          }
-          if (left.projected())
-            for (std::size_t i = 0; i < some; ++i) a[i] = dy_projected + (t + i) * left.width();
-          else
-            left.gather([&](std::size_t i) { return tokens[t + i].dy; }, some, a, dy_copy);
-          if (right.projected())
-            for (std::size_t i = 0; i < some; ++i) b[i] = x_projected + (t + i) * right.width();
-          else
-            right.gather([&](std::size_t i) { return tokens[t + i].x; }, some, b, x_copy);
-          kernels.gradients.outer_tokens(a, row, num_rows, b, right.width(), some, edge ? whole : c,
-                                         edge ? right.width() : ki);
-        }
-        for (std::size_t r = 0; edge && r < num_rows; ++r)
-          std::copy_n(whole + r * right.width(), ki, c + r * ki);
-      }
-    }
-  }
+  Side left(kernels, dy, &Kept::dy, proj_out, false), right(kernels, x, &Kept::x, proj_in, true);
+  std::fill_n(out, checked_product(checked_product(examples.num_examples, left.size()), right.size()), 0.0f);
+  if (!kept.tokens.empty() && left.size() != 0 && right.size() != 0)
+    OuterProducts(kernels, kept, left, right, out).run();
 }
 
 }  // namespace logra

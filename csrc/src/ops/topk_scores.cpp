@@ -1,5 +1,6 @@
 #include "logra/topk_scores.h"
 
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -163,7 +164,7 @@ class Ends {
     std::int64_t* ids = extremes.ids + q * k;
     Best& all = best_[end * num_queries_ + q];
     for (std::size_t i = 0; i < k; ++i)
-      if (ids[i] >= 0 && scores[i] == scores[i]) all.offer(sign * scores[i], ids[i]);
+      if (ids[i] >= 0 && !std::isnan(scores[i])) all.offer(sign * scores[i], ids[i]);
     for (std::size_t i = 2 * num_queries_ + end * num_queries_ + q; i < best_.size(); i += 2 * num_queries_)
       for (std::size_t j = 0; j < best_[i].size(); ++j) {
         const Entry entry = best_[i].entry(j);
@@ -181,7 +182,7 @@ class Ends {
   /// What does not beat the last of a full state need not be kept: most rows of a later block.
   float limit(const Extremes& state, std::size_t q, float sign) const {
     const std::size_t last = q * layout_.k + layout_.k - 1;
-    const bool full = state.ids[last] >= 0 && state.scores[last] == state.scores[last];
+    const bool full = state.ids[last] >= 0 && !std::isnan(state.scores[last]);
     return full ? state.scores[last] : -sign * kInfinity;
   }
 

@@ -126,7 +126,7 @@ void Products::run(const ProductBlock& block, float* scratch) const {
   }
   if (blocks_.data == nullptr) return run_dots(kernels_.bf16->dots, halves_, block);
   run_f32(block, scratch);
-  if (exact_.empty() || std::count(exact_.begin() + block.begin, exact_.begin() + block.end, 1) == 0) return;
+  if (exact_.empty() || std::count(exact_.data() + block.begin, exact_.data() + block.end, 1) == 0) return;
   // Some queries are exact in bfloat16, some not: both ways, and of each what is its own.
   ProductBlock other = block;
   other.out = scratch + wide_floats();
@@ -149,14 +149,17 @@ void Products::run_f32(const ProductBlock& block, float* scratch) const {
 
 template <class T>
 void Products::run_dots(Dots<T> dots, const Blocks<T>& blocks, const ProductBlock& block) const {
-  const T* const queries = blocks.data + block.begin * blocks.query_stride;
+  const T* const data = blocks.data + block.begin * blocks.query_stride;
+  QuerySpan<T> queries = {data, blocks.query_stride, block.end - block.begin};
   for (std::size_t r = 0; r < block.num_rows; r += kTogether) {
-    const std::size_t some = std::min(kTogether, block.num_rows - r);
-    for_blocks(blocks, [&](std::size_t b, std::size_t begin, std::size_t length) {
-      dots({block.rows + r, some, begin},
-           {queries + b * blocks.block_stride, blocks.query_stride, block.end - block.begin}, length,
-           {block.out + r * block.out_stride, block.out_stride, b > 0});
-    });
+    RowSpan rows = {block.rows + r, std::min(kTogether, block.num_rows - r), 0};
+    Output out = {block.out + r * block.out_stride, block.out_stride, false};
+    for (std::size_t b = 0; b < blocks.count; ++b) {
+      rows.offset = b * blocks.length;
+      queries.data = data + b * blocks.block_stride;
+      out.add = b > 0;
+      dots(rows, queries, std::min(blocks.length, queries_.cols - rows.offset), out);
+    }
   }
 }
 

@@ -78,7 +78,8 @@ class RowCodec:
             return elements.astype(np.float32, copy=False)
         assert row_scale is not None
         factors = np.repeat(np.ldexp(1.0, exponents), layout.sizes)  # [D] float64
-        return (elements * factors * row_scale[:, None].astype(np.float64)).astype(np.float32)
+        wide: np.ndarray = elements * factors * row_scale[:, None].astype(np.float64)
+        return wide.astype(np.float32)
 
 
 def register_codec(codec: RowCodec) -> None:

@@ -1,4 +1,4 @@
-"""What the GPU kernels should reach, by arithmetic: python -m bench.gpu_report [--out FILE]
+"""What the GPU kernels should reach, by arithmetic: python -m bench.gpu.report [--out FILE]
 
 A prediction, not a measurement: nothing is run, and no GPU is needed. Each kernel is compiled ahead
 of time as its launcher would launch it for the given problem; its registers and shared memory say
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         "# What the GPU kernels should reach",
         "",
         "**Predicted, not measured**: written by `make gpu-report` without a GPU, from compiled "
-        "registers and shared memory, sizes and data sheets (`bench/gpu_report.py` has the model). "
+        "registers and shared memory, sizes and data sheets (`bench/gpu/report.py` has the model). "
         "`of memory` is the time that the memory traffic takes at full bandwidth over the "
         "predicted time.",
     ]

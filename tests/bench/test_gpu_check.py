@@ -1,4 +1,4 @@
-"""bench.gpu_check, which runs on a GPU, runs under Triton's interpreter as far as it can."""
+"""bench.gpu.check, which runs on a GPU, runs under Triton's interpreter as far as it can."""
 
 import importlib.util
 import os
@@ -15,14 +15,14 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.gpu_check import Comparison, Data, compare, end_to_end, run_check
+from bench.gpu.check import Comparison, Data, compare, end_to_end, run_check
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bench.gpu_check", *arguments],
+        [sys.executable, "-m", "bench.gpu.check", *arguments],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment,
         cwd=ROOT,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The parts of bench.gpu_bench, which runs on a GPU, on the CPU with a made-up clock."""
+"""The parts of bench.gpu.speed, which runs on a GPU, on the CPU with a made-up clock."""
 
 import importlib.util
 import subprocess
@@ -15,11 +15,11 @@ if importlib.util.find_spec("triton") is None:
 
 import torch
 
-from bench import gpu_bench
-from bench.gpu_report import GPUS, problems
+from bench.gpu import speed
+from bench.gpu.report import GPUS, problems
 from tools.timing import Timer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Clock(Timer):
@@ -36,20 +36,20 @@ class Clock(Timer):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    command = [sys.executable, "-m", "bench.gpu_bench"]
+    command = [sys.executable, "-m", "bench.gpu.speed"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip() == "gpu_bench: torch finds no GPU here; nothing was measured"
 
 
 def test_limits_count_both_ways_of_a_copy() -> None:
-    limits = gpu_bench.measure_limits(Clock(), "cpu", 1 << 20)
+    limits = speed.measure_limits(Clock(), "cpu", 1 << 20)
     assert limits.copy_bytes_per_s == 2 * (1 << 20) / 1e-3
     assert limits.matrix_flop_per_s == 2 * 256**3 / 1e-3
 
 
 def test_logging_runs_every_provider() -> None:
-    rows = list(gpu_bench.logging(Clock(), "cpu", True))
+    rows = list(speed.logging(Clock(), "cpu", True))
     assert [one.provider for one in rows] == [
         "logra",
         "forward + activation gradients",
@@ -77,11 +77,11 @@ def test_torchs_ways_are_the_reference() -> None:
         ),
     }
     for name, (arguments, wanted) in cases.items():
-        way = gpu_bench.plain_torch(name, arguments)
+        way = speed.plain_torch(name, arguments)
         assert way is not None
-        assert gpu_bench.checked(way(), wanted, "") < 1e-5, name
+        assert speed.checked(way(), wanted, "") < 1e-5, name
     wrong = cases["scores"][1] * 1.1
-    assert gpu_bench.checked(wrong, cases["scores"][1], "") > gpu_bench.TOLERANCE
+    assert speed.checked(wrong, cases["scores"][1], "") > speed.TOLERANCE
 
 
 def test_an_op_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +94,12 @@ def test_an_op_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     real_scores = next(call for _, call in problems()).func  # type: ignore[attr-defined]
     meta = partial(torch.empty, device="meta")
     call = partial(scores, meta(1, 64), meta(100, 64, dtype=torch.half), meta(100))
-    monkeypatch.setattr(gpu_bench, "problems", lambda: iter([("one", call)]))
-    limits = gpu_bench.Limits(1e12, 1e15)
+    monkeypatch.setattr(speed, "problems", lambda: iter([("one", call)]))
+    limits = speed.Limits(1e12, 1e15)
     with pytest.raises(AssertionError, match="one: off by"):
-        list(gpu_bench.ops(Clock(), "cpu", limits, None))
+        list(speed.ops(Clock(), "cpu", limits, None))
 
 
 def test_gpus_are_found_by_name() -> None:
-    assert gpu_bench.known("NVIDIA H100 80GB HBM3") is next(g for g in GPUS if g.name == "H100")
-    assert gpu_bench.known("NVIDIA GeForce RTX 4090") is None
+    assert speed.known("NVIDIA H100 80GB HBM3") is next(g for g in GPUS if g.name == "H100")
+    assert speed.known("NVIDIA GeForce RTX 4090") is None

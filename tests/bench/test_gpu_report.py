@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from bench.gpu_report import (
+from bench.gpu.report import (
     GPUS,
     WORK,
     Work,

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show to be right: python -m bench.gpu_check [--quick] [--json]
+"""Everything that only a GPU can show to be right: python -m bench.gpu.check [--quick] [--json]
 
 - every op's Triton kernel against float64 on the CPU, over types, ragged sizes and strides;
 - equal bits however rows, queries and examples are split into calls, and from run to run;
@@ -29,7 +29,7 @@ from bench.harness import results as stored
 from logra_kernels import ops, reference
 from logra_kernels import triton as kernels
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 # A float32 addition on tensor cores may truncate, an error of 2**-23. Operands split into pieces
 # leave out 2**-19.
@@ -320,7 +320,7 @@ def sanitizer(data: Data, quick: bool) -> Iterator[Comparison]:
         print("  compute-sanitizer: not installed, left out")
         return
     for kind in ("memcheck", "racecheck"):
-        program = [sys.executable, "-m", "bench.gpu_check", "--quick", "--only", "kernels"]
+        program = [sys.executable, "-m", "bench.gpu.check", "--quick", "--only", "kernels"]
         command = [tool, "--tool", kind, "--error-exitcode", "9", *program]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode != 0:

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-calls
-"""What the GPU kernels reach, on a GPU: python -m bench.gpu_bench [--json] [--only PART]
+"""What the GPU kernels reach, on a GPU: python -m bench.gpu.speed [--json] [--only PART]
 
 Parts:
-  ops      each op at the sizes of `bench.gpu_report`, against plain torch on the same GPU, beside
+  ops      each op at the sizes of `bench.gpu.report`, against plain torch on the same GPU, beside
            the copy bandwidth and the matrix rate measured in the same run, and the prediction
   logging  a Llama of random weights in bfloat16: logging against forward + activation gradients
   table1   the paper's Table 1 against kronfluence, in `bench.table1` (further arguments after --)
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.gpu_check import describe
-from bench.gpu_report import GPUS, WORK, Gpu, predict, problems
+from bench.gpu.check import describe
+from bench.gpu.report import GPUS, WORK, Gpu, predict, problems
 from bench.harness import results as stored
 from logra_kernels.triton.catalogue import recorded
 from tools.timing import Timer
@@ -110,7 +110,7 @@ def checked(got: Any, wanted: Any, name: str) -> float:
     if name == "topk_scores":
         got = got[0]
     if name == "covariance_update_":
-        return 0.0  # adds in place: gpu_check compares it
+        return 0.0  # adds in place: bench.gpu.check compares it
     got, wanted = got.double(), wanted.double()
     return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
 
@@ -225,7 +225,7 @@ def logging(timer: Timer, device: str, quick: bool) -> Iterator[Measured]:
 
 
 def known(name: str) -> Gpu | None:
-    """The data sheet of the GPU that torch names, if gpu_report has one."""
+    """The data sheet of the GPU that torch names, if bench.gpu.report has one."""
     return next((gpu for gpu in GPUS if gpu.name in name), None)
 
 
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.json:
                 stored.append("gpu_bench", {**about, **asdict(limits), **asdict(one)})
     if args.only in (None, "table1"):
-        from bench.table1.__main__ import main as table1
+        from bench.table1.command import main as table1
 
         table1(["--device", "cuda", *(["--json"] if args.json else []), *argv[cut + 1 :]])
 

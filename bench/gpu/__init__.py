@@ -1,0 +1,1 @@
+"""What runs on a GPU, and what the GPU kernels should reach by arithmetic."""
