@@ -29,11 +29,13 @@ class InfluenceResult(Mapping[str, Any]):
     row_ids: Sequence[str]  # all rows of the store
     dampings: dict[str, float]  # lambda per module; empty without a curvature
     zero_rows: int | None  # rows that score 0 because their normaliser is 0; None for "dot"
-    scores: Tensor | None = None  # [Q, N] float32
-    top_scores: Tensor | None = None
-    top_rows: Tensor | None = None  # int64
-    bottom_scores: Tensor | None = None
-    bottom_rows: Tensor | None = None
+    # Which of these are None follows from the call that made the result, so type checkers take
+    # `attributor.scores(queries).scores` for a tensor.
+    scores: Tensor | Any = None  # [Q, N] float32
+    top_scores: Tensor | Any = None
+    top_rows: Tensor | Any = None  # int64
+    bottom_scores: Tensor | Any = None
+    bottom_rows: Tensor | Any = None
     groups: dict[str, InfluenceResult] = field(default_factory=dict)
 
     @property

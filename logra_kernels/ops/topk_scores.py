@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logra_kernels import reference
 from logra_kernels._checks import expect_dtype, expect_same_device, expect_shape
-from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.ops.scores import check_scan
 from logra_kernels.reference._dtype import accumulator
@@ -125,8 +125,6 @@ def _native(
     state: list[Tensor] | None,
     row_offset: int,
 ) -> tuple[Tensor, ...]:
-    if has_float64((queries, rows)):
-        return NotImplemented
     if state is None:
         shape = (queries.shape[0], k)
         best, worst = queries.new_full(shape, -torch.inf), queries.new_full(shape, torch.inf)

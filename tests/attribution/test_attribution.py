@@ -46,9 +46,12 @@ def sigma_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows that went through ops.self_influence, one entry a call."""
     calls = []
     op = ops.self_influence
-    monkeypatch.setattr(
-        ops, "self_influence", lambda rows, factor: calls.append(len(rows)) or op(rows, factor)
-    )
+
+    def spy(rows: Tensor, factor: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return op(rows, factor)
+
+    monkeypatch.setattr(ops, "self_influence", spy)
     return calls
 
 
@@ -170,8 +173,9 @@ def test_self_influence_is_computed_once(store: Store, sigma_calls: list[int]) -
 def test_another_damping_is_another_cache_entry_and_another_result(
     store: Store, sigma_calls: list[int]
 ) -> None:
-    seen = []
-    for kwargs in ({"damping": 1e-3}, {"damping": 10.0}, {"damping_scale": 1.0}):
+    seen: list[Tensor] = []
+    asked: list[dict[str, Any]] = [{"damping": 1e-3}, {"damping": 10.0}, {"damping_scale": 1.0}]
+    for kwargs in asked:
         attributor = open_attributor(store, **kwargs)
         fresh = attributor.scores(QUERIES, "l-relatif").scores
         truth = dense(QUERIES, unpacked(store), **{"damping_scale": None, **kwargs})
@@ -407,9 +411,12 @@ def test_prepared_queries_are_solved_once_for_all_modes(
     want = {mode: attributor.scores(QUERIES, mode, groups=groups) for mode in SCAN_MODES}
     solves = []
     solve = attributor.preconditioner.precondition
-    monkeypatch.setattr(
-        attributor.preconditioner, "precondition", lambda rows: solves.append(1) or solve(rows)
-    )
+
+    def spy(rows: Tensor) -> Tensor:
+        solves.append(1)
+        return solve(rows)
+
+    monkeypatch.setattr(attributor.preconditioner, "precondition", spy)
     prepared = attributor.prepare(QUERIES, list("abcd"))
     for mode in SCAN_MODES:
         got = attributor.scores(prepared, mode, groups=groups)
@@ -479,7 +486,7 @@ def test_the_scan_of_a_top_k_allocates_nothing_the_size_of_the_store(
         (2.0, "k: expected a whole number of at least 1, got 2.0"),
     ],
 )
-def test_bad_k(store: Store, k: float, message: str) -> None:
+def test_bad_k(store: Store, k: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_attributor(store).top_k(QUERIES, k)
 
@@ -495,7 +502,7 @@ def test_bad_queries(store: Store) -> None:
     with pytest.raises(ValueError, match=rf"queries: expected \[Q, {DIM}\], got \[{DIM}\]"):
         attributor.scores(QUERIES[0])
     with pytest.raises(TypeError, match=r"queries: expected a tensor \[Q, D\], got ndarray"):
-        attributor.scores(QUERIES.numpy())
+        attributor.scores(QUERIES.numpy())  # type: ignore[arg-type]
     bad = QUERIES.clone()
     bad[2, SIZES[0] + 1] = float("nan")
     with pytest.raises(ValueError, match=r"queries: 'c' is not finite in module 'layer\.0\.down'"):

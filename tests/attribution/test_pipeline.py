@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from logra_kernels.attribution.pipeline import HostLanes, _Threads, feed, lanes_of
+from logra_kernels.attribution.pipeline import HostLanes, Lanes, _Threads, feed, lanes_of
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
 
@@ -45,7 +46,10 @@ class LateLanes:
         return torch.full([num_bytes], 0xFF, dtype=torch.uint8)  # NaN in every float
 
     def copy(self, target: Tensor, source: Tensor) -> Flag:
-        return self._ask("copy", lambda: target.copy_(source))
+        def run() -> None:
+            target.copy_(source)
+
+        return self._ask("copy", run)
 
     def compute(self, work: Callable[[], None]) -> Flag:
         return self._ask("compute", work)
@@ -117,10 +121,10 @@ def blocks(buffers: int = 3) -> Iterator[RowBlock]:
         buffer = free.pop(0)
         buffer[:] = rows
         last = ROWS - 1 if number == BLOCKS - 1 else ROWS  # a short block at the end
-        yield RowBlock(0, number * ROWS, buffer[:last], lambda b=buffer: give_back(b))
+        yield RowBlock(0, number * ROWS, buffer[:last], partial(give_back, buffer))
 
 
-def scan(lanes: object) -> Tensor:
+def scan(lanes: Lanes | HostLanes) -> Tensor:
     """All rows as the work saw them, [N, D]."""
     seen = torch.zeros(BLOCKS * ROWS, DIM)
 
@@ -271,15 +275,16 @@ def test_the_calls_that_cuda_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     from logra_kernels.attribution import cuda_lanes
 
     cuda = FakeCuda()
-    monkeypatch.setattr(cuda_lanes.torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "cuda", cuda)
     lanes = cuda_lanes.CudaLanes(torch.device("cpu"))
     source = lanes.host_buffer(4096)
     assert source.ctypes.data % 4096 == 0
     target = lanes.device_buffer(4096)
 
-    class Spy:
-        def copy_(self, other: Tensor, non_blocking: bool) -> None:
+    class Spy(Tensor):
+        def copy_(self, other: Tensor, non_blocking: bool = False) -> Tensor:
             cuda.calls.append(f"copy on {cuda.current}, non_blocking={non_blocking}")
+            return self
 
     copied = lanes.copy(Spy(), share(source))
     lanes.compute_waits_for(copied)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from toy_models import autograd_rows, make_layers, tiny_gpt2
 
@@ -36,11 +38,11 @@ from logra_kernels.projection import ModuleProjection, build_projections
         (nn.Bilinear(3, 4, 5), None),
     ],
 )
-def test_kinds(module, kind):
+def test_kinds(module: nn.Module, kind: str) -> None:
     assert layer_kind(module) is kind
 
 
-def test_hf_conv1d_is_a_transposed_linear():
+def test_hf_conv1d_is_a_transposed_linear() -> None:
     module = tiny_gpt2().transformer.h[0].mlp.c_fc
     assert layer_kind(module) is LinearLayer
     layer = LinearLayer("c_fc", module, bias=True)
@@ -58,7 +60,7 @@ def test_hf_conv1d_is_a_transposed_linear():
         (nn.Embedding(10, 4), True, (10, 4)),
     ],
 )
-def test_widths(module, bias, features):
+def test_widths(module: nn.Module, bias: bool, features: tuple[int, int]) -> None:
     layer = layer_kind(module)("m", module, bias)
     assert (layer.in_features, layer.out_features) == features
     assert (layer.ki, layer.ko) == features
@@ -67,25 +69,25 @@ def test_widths(module, bias, features):
 @pytest.mark.parametrize(
     "options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}]
 )
-def test_embeddings_that_are_refused(options):
+def test_embeddings_that_are_refused(options: dict[str, Any]) -> None:
     message = f"module wte: nn.Embedding with {next(iter(options))} is not supported"
     with pytest.raises(ValueError, match=message):
         EmbeddingLayer("wte", nn.Embedding(5, 2, **options))
 
 
-def test_lazy_linear_is_refused():
+def test_lazy_linear_is_refused() -> None:
     with pytest.raises(ValueError, match="module lazy: its shape is not known yet"):
         LinearLayer("lazy", nn.LazyLinear(3))
 
 
-def test_projection_of_other_width_is_refused():
+def test_projection_of_other_width_is_refused() -> None:
     layer = LinearLayer("m", nn.Linear(3, 4))
     message = re.escape("projection of m: expected widths (I, O) = (3, 4), got (4, 4)")
     with pytest.raises(ValueError, match=message):
         layer.projection = ModuleProjection(4, 4)
 
 
-def test_a_new_projection_replaces_the_old_one():
+def test_a_new_projection_replaces_the_old_one() -> None:
     """What a layer keeps of its projection on a device does not outlive it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5))
@@ -113,19 +115,19 @@ def test_a_new_projection_replaces_the_old_one():
         ([4, 1], False, (1, True)),
     ],
 )
-def test_token_counts(lead, masked, want):
+def test_token_counts(lead: list[int], masked: bool, want: tuple[int, bool]) -> None:
     batch = Batch(4, torch.ones(4, 5, dtype=torch.bool) if masked else None)
     lead = torch.Size(lead)
     assert batch.count_tokens("m", lead, torch.Size([*lead, 7])) == want
 
 
 @pytest.mark.parametrize("lead", [[], [3], [20], [1, 5], [5, 4]])
-def test_shapes_without_an_example_axis(lead):
+def test_shapes_without_an_example_axis(lead: list[int]) -> None:
     with pytest.raises(ValueError, match="leave it out by name_filter or type_filter"):
         Batch(4).count_tokens("m", torch.Size(lead), torch.Size([*lead, 7]))
 
 
-def test_input_given_by_keyword():
+def test_input_given_by_keyword() -> None:
     class ByKeyword(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -150,7 +152,9 @@ def test_input_given_by_keyword():
         ("rademacher", torch.float16, torch.float16),  # 1 / sqrt(4) is exact
     ],
 )
-def test_a_projection_meets_tokens_in_their_own_type(init, tokens, given):
+def test_a_projection_meets_tokens_in_their_own_type(
+    init: str, tokens: torch.dtype, given: torch.dtype
+) -> None:
     layer = LinearLayer("layer", nn.Linear(40, 30).to(tokens))
     layer.projection = build_projections({"layer": (40, 30)}, 4, init)["layer"]
     proj = layer._proj_out(torch.zeros(2, 30, dtype=tokens))
@@ -158,20 +162,20 @@ def test_a_projection_meets_tokens_in_their_own_type(init, tokens, given):
     assert torch.equal(proj.double(), layer.projection.proj_out.double())
 
 
-def test_a_projection_that_the_tokens_type_cannot_hold_stays_in_float32():
+def test_a_projection_that_the_tokens_type_cannot_hold_stays_in_float32() -> None:
     layer = LinearLayer("layer", nn.Linear(40, 30))
     layer.projection = build_projections({"layer": (40, 30)}, 2, "rademacher")["layer"]
     assert layer._proj_out(torch.zeros(2, 30).bfloat16()).dtype == torch.float32
     assert layer._proj_out(torch.zeros(2, 30).half()).dtype == torch.float32
 
 
-def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32():
+def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32() -> None:
     """x, dy and P are exact in float32, so only the sums' order may differ."""
     model = nn.Sequential(nn.Linear(40, 36), nn.ReLU(), nn.Linear(36, 30)).bfloat16()
     layers = make_layers(model, rank=4)
     seen = {}
 
-    def keep(layer, module, args, output):
+    def keep(layer: Layer, module: nn.Module, args: Any, output: Tensor) -> None:
         output.register_hook(lambda dy: seen.update({layer.name: (args[0].detach(), dy)}))
 
     for layer in layers:
@@ -215,7 +219,9 @@ class ScaledLayer(Layer):
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_a_registered_kind_needs_no_other_change(rank, tmp_path, monkeypatch):
+def test_a_registered_kind_needs_no_other_change(
+    rank: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layers, "_kinds", dict(layers._kinds))
     register_layer_kind(ScaledLinear, ScaledLayer)
     torch.manual_seed(0)
@@ -236,7 +242,7 @@ def test_a_registered_kind_needs_no_other_change(rank, tmp_path, monkeypatch):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_registered():
+def test_what_cannot_be_registered() -> None:
     with pytest.raises(TypeError, match="kind: expected a subclass of Layer"):
         register_layer_kind(nn.Linear, nn.Linear)
     with pytest.raises(TypeError, match="module_class: expected a subclass of Module"):

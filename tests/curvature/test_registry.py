@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_influence import MODULES, dense, gradients, make_store, unpacked
+from dense_influence import MODULES, Dense, dense, gradients, make_store, unpacked
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor
@@ -90,7 +90,7 @@ def store(tmp_path: Path) -> Store:
     return make_store(tmp_path / "store", gradients(150), shard_rows=40)
 
 
-def dot_under_the_diagonal(store: Store) -> Tensor:
+def dot_under_the_diagonal(store: Store) -> Dense:
     rows = unpacked(store)
     truth = dense(QUERIES, rows)
     for i, part in enumerate(rows.split(truth.sizes, dim=1)):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from toy_run import RAW, log_all, log_queries, refuse
+from torch import nn
+from toy_run import RAW, Data, log_all, log_queries, refuse
 
 import logra_kernels as logix
 from logra_kernels import Store
@@ -19,7 +21,7 @@ def write_config(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_config_file(tmp_path, model, data):
+def test_config_file(tmp_path: Path, model: nn.Module, data: Data) -> None:
     path = write_config(
         tmp_path,
         f"""
@@ -59,7 +61,7 @@ def test_config_file(tmp_path, model, data):
     assert torch.equal(result.scores, explicit.scores)
 
 
-def test_keywords_win_over_the_file(tmp_path):
+def test_keywords_win_over_the_file(tmp_path: Path) -> None:
     path = write_config(tmp_path, "lora: {rank: 8}\ninfluence: {damping: 1.0e-3}\n")
     config = logix.init("a", path, rank=4, damping_scale=0.2).config
     assert (config.rank, config.damping, config.damping_scale) == (4, None, 0.2)
@@ -91,7 +93,7 @@ def test_keywords_win_over_the_file(tmp_path):
         ("a: [", "not a YAML file"),
     ],
 )
-def test_config_refuses(tmp_path, text, message):
+def test_config_refuses(tmp_path: Path, text: str, message: str) -> None:
     with refuse(message):
         logix.init("llm", write_config(tmp_path, text))
 
@@ -115,12 +117,12 @@ def test_config_refuses(tmp_path, text, message):
         ({"damping_scale": True}, "damping_scale: expected a finite number >= 0, got True"),
     ],
 )
-def test_options_refused(options, message):
+def test_options_refused(options: dict[str, Any], message: str) -> None:
     with refuse(message):
         logix.init("llm", **options)
 
 
 @pytest.mark.parametrize("project", ["", "a/b", "..", 3])
-def test_project_is_a_folder_name(project):
+def test_project_is_a_folder_name(project: str | int) -> None:
     with refuse("project: expected the name of a folder"):
         logix.init(project)

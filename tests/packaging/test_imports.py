@@ -95,8 +95,8 @@ def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> I
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             negated = isinstance(node.test, ast.UnaryOp)
             for branch, types in ((node.body, not negated), (node.orelse, negated)):
-                for child in branch:
-                    yield from walk(child, lazy, for_types or types)
+                for statement in branch:
+                    yield from walk(statement, lazy, for_types or types)
         else:
             for child in ast.iter_child_nodes(node):
                 yield from walk(child, lazy, for_types)
@@ -263,7 +263,7 @@ def test_every_public_name_is_there() -> None:
     for name in logra_kernels._HOMES:
         assert getattr(logra_kernels, name) is not None
     with pytest.raises(AttributeError, match="module 'logra_kernels' has no attribute 'nonsense'"):
-        _ = logra_kernels.nonsense
+        _ = logra_kernels.nonsense  # type: ignore[attr-defined]
 
 
 def test_type_checkers_see_the_names_that_are_there() -> None:

@@ -137,7 +137,7 @@ def test_everything_from_the_results_is_escaped(results: dict[str, Any]) -> None
     hostile = copy.deepcopy(results)
 
     def poison(value: Any, key: str | None = None) -> Any:
-        if isinstance(value, dict[str, Any]):
+        if isinstance(value, dict):
             return {k: poison(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [poison(v) for v in value]
@@ -195,7 +195,7 @@ def test_sizes_and_previews_are_readable() -> None:
     assert preview({"text": "a b c d e f"}, 6) == "a b c…"
 
 
-def test_results_survive_the_file(results: dict, tmp_path: Path) -> None:
+def test_results_survive_the_file(results: dict[str, Any], tmp_path: Path) -> None:
     write_results(results, tmp_path / "r.json")
     assert read_results(tmp_path / "r.json") == results
     write_report(results, tmp_path / "r.html")
@@ -203,7 +203,7 @@ def test_results_survive_the_file(results: dict, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json"]
 
 
-def test_bad_results_files(results: dict, tmp_path: Path) -> None:
+def test_bad_results_files(results: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     with pytest.raises(FileNotFoundError, match="results: no file"):
         read_results(path)

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, tiny_llama
-from toy_run import COUNT, RAW, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
 from tree import SUPPORT
 
 import logra_kernels as logix
@@ -21,7 +23,9 @@ from logra_kernels.run import check_ids
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_float32_store_holds_the_gradients(tmp_path, model, data, rank):
+def test_float32_store_holds_the_gradients(
+    tmp_path: Path, model: nn.Module, data: Data, rank: int | None
+) -> None:
     finished(tmp_path, model, data, rank=rank, dtype="float32")
     store = Store.open(tmp_path / "toy")
     layers = make_layers(model, rank=rank)
@@ -36,7 +40,9 @@ def test_float32_store_holds_the_gradients(tmp_path, model, data, rank):
     assert store.verify() == []
 
 
-def test_float16_store_loses_half_a_unit_in_the_last_place(tmp_path, model, data):
+def test_float16_store_loses_half_a_unit_in_the_last_place(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     rows = []
@@ -55,7 +61,7 @@ def test_float16_store_loses_half_a_unit_in_the_last_place(tmp_path, model, data
     assert store.metadata([4]) == [{"number": 4}]
 
 
-def test_exponents_come_from_the_first_row(tmp_path, model, data):
+def test_exponents_come_from_the_first_row(tmp_path: Path, model: nn.Module, data: Data) -> None:
     """So that neither they nor the stored bits depend on the size of the first batch."""
     stores = []
     for size in (1, 5):
@@ -70,7 +76,9 @@ def test_exponents_come_from_the_first_row(tmp_path, model, data):
     assert stores[0].module_exponents == want
 
 
-def test_gradients_beyond_fp16s_range_are_scaled_not_lost(tmp_path, model, data):
+def test_gradients_beyond_fp16s_range_are_scaled_not_lost(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     rows = []
@@ -84,7 +92,7 @@ def test_gradients_beyond_fp16s_range_are_scaled_not_lost(tmp_path, model, data)
         assert (row - want).norm() <= 2**-10 * want.norm()
 
 
-def test_start_and_end(tmp_path, model, data):
+def test_start_and_end(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     run.setup({"grad": ["log", "covariance"]})
     run.start(data_id=["a", "b"])
@@ -114,7 +122,9 @@ def test_start_and_end(tmp_path, model, data):
         ({"statistic": {"grad": [Covariance], "forward": [], "backward": []}}, False, True),
     ],
 )
-def test_setup_forms(tmp_path, model, data, options, save, covariance):
+def test_setup_forms(
+    tmp_path: Path, model: nn.Module, data: Data, options: Any, save: bool, covariance: bool
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(options)
     log_all(run, model, data)
@@ -144,13 +154,15 @@ def test_setup_forms(tmp_path, model, data, options, save, covariance):
         (None, "setup: expected a dictionary such as"),
     ],
 )  # fmt: skip
-def test_setup_refuses(tmp_path, model, options, message):
+def test_setup_refuses(
+    tmp_path: Path, model: nn.Module, options: dict[str, Any] | None, message: str
+) -> None:
     run = make_run(tmp_path, model)
     with refuse(message):
         run.setup(options)
 
 
-def test_statistic_without_saving(tmp_path, model, data):
+def test_statistic_without_saving(tmp_path: Path, model: nn.Module, data: Data) -> None:
     """The curvature alone is kept, as it would have been with the rows."""
     run = make_run(tmp_path, model)
     run.setup({"statistic": {"grad": Covariance}})
@@ -167,7 +179,7 @@ def test_statistic_without_saving(tmp_path, model, data):
         reader.compute_influence_all()
 
 
-def test_resume_after_a_kill(tmp_path, model, data):
+def test_resume_after_a_kill(tmp_path: Path, model: nn.Module, data: Data) -> None:
     """A process dies after nine rows, two shards of four; the resumed run ends as if it had not."""
     program = f"""
         import os, sys
@@ -211,11 +223,13 @@ def test_resume_after_a_kill(tmp_path, model, data):
     ]
 
 
-def test_resume_refuses_other_weights_rank_or_modules(tmp_path, model, data):
+def test_resume_refuses_other_weights_rank_or_modules(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     finished(tmp_path, model, data)
     log = lambda run: log_all(run, model, data)  # noqa: E731
 
-    def resumed(rank: int = 3, **options):
+    def resumed(rank: int = 3, **options: Any) -> logra.Run:
         run = make_run(tmp_path, model, rank, resume=True, **options)
         run.setup(RAW)
         return run
@@ -233,7 +247,7 @@ def test_resume_refuses_other_weights_rank_or_modules(tmp_path, model, data):
         log(resumed())
 
 
-def test_a_store_is_not_overwritten(tmp_path, model, data):
+def test_a_store_is_not_overwritten(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
     run = make_run(tmp_path, model)
     run.setup(RAW)
@@ -242,13 +256,13 @@ def test_a_store_is_not_overwritten(tmp_path, model, data):
     assert Store.open(tmp_path / "toy").num_rows == COUNT
 
 
-def test_saving_after_finalize(tmp_path, model, data):
+def test_saving_after_finalize(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = finished(tmp_path, model, data)
     with refuse("was finished; to log queries call eval() first, to add to it", RuntimeError):
         log_all(run, model, data)
 
 
-def test_batch_normalisation_in_training_is_warned_of(tmp_path):
+def test_batch_normalisation_in_training_is_warned_of(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     run = make_run(tmp_path, model, rank=None)
     with pytest.warns(UserWarning, match="mixes the examples of a batch"), run(data_id=[0, 1]):
@@ -261,7 +275,7 @@ def test_batch_normalisation_in_training_is_warned_of(tmp_path):
             model(torch.randn(2, 3)).square().sum().backward()
 
 
-def test_duplicate_ids(tmp_path, model, data):
+def test_duplicate_ids(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     forwards = []
@@ -294,7 +308,7 @@ def test_duplicate_ids(tmp_path, model, data):
         ((str(n) for n in range(2)), ["0", "1"]),
     ],
 )
-def test_ids_come_in_many_forms(given, want):
+def test_ids_come_in_many_forms(given: Any, want: list[str]) -> None:
     assert check_ids(given) == want
 
 
@@ -314,12 +328,12 @@ def test_ids_come_in_many_forms(given, want):
         (torch.tensor(3), "got an array of shape []"),
     ],
 )
-def test_ids_that_are_refused(given, message):
+def test_ids_that_are_refused(given: Any, message: str) -> None:
     with refuse(message):
         check_ids(given)
 
 
-def test_too_few_ids_or_metadata(tmp_path, model, data):
+def test_too_few_ids_or_metadata(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     with refuse("with N = 2 (one per data_id), got [3, 7]"), run(data_id=["a", "b"]):
@@ -330,11 +344,11 @@ def test_too_few_ids_or_metadata(tmp_path, model, data):
         run(data_id=["a", "b"], mask=torch.ones(3, 4))
 
 
-def test_averaged_loss_and_unused_modules(tmp_path, data):
+def test_averaged_loss_and_unused_modules(tmp_path: Path, data: Data) -> None:
     model = nn.ModuleDict({"used": nn.Linear(7, 4), "spare": nn.Linear(7, 4)})
     run = make_run(tmp_path, model, rank=None)
 
-    def step(**options):
+    def step(**options: Any) -> None:
         with run(data_id=[0, 1], **options):
             nn.functional.cross_entropy(model["used"](data[0][:2]), data[1][:2]).backward()
 
@@ -350,7 +364,9 @@ def test_averaged_loss_and_unused_modules(tmp_path, data):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nonfinite_gradients_raise(tmp_path, model, data, value):
+def test_nonfinite_gradients_raise(
+    tmp_path: Path, model: nn.Module, data: Data, value: float
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     data[0][1, 2] = value
@@ -365,7 +381,9 @@ def test_nonfinite_gradients_raise(tmp_path, model, data, value):
     assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "c"]
 
 
-def test_nonfinite_gradients_are_skipped_on_request(tmp_path, model, data):
+def test_nonfinite_gradients_are_skipped_on_request(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model, on_nonfinite="skip")
     run.setup(RAW)
     data[0][1, 2] = torch.nan
@@ -380,7 +398,9 @@ def test_nonfinite_gradients_are_skipped_on_request(tmp_path, model, data):
     assert logix.RawCurvature.load(store).count == 10
 
 
-def test_queries_of_a_finished_store_do_not_reach_its_curvature(tmp_path, model, data):
+def test_queries_of_a_finished_store_do_not_reach_its_curvature(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = finished(tmp_path, model, data)
     message = "statistic: " + str(tmp_path / "toy") + " was finished; to log queries call eval()"
     with refuse(message, RuntimeError), run(data_id=["query"], save=False):
@@ -389,7 +409,9 @@ def test_queries_of_a_finished_store_do_not_reach_its_curvature(tmp_path, model,
     assert RawCurvature.load(Store.open(run.path)).count == COUNT
 
 
-def test_an_error_in_the_users_code_leaves_the_store_good(tmp_path, model, data):
+def test_an_error_in_the_users_code_leaves_the_store_good(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     log_all(run, model, data, size=4)
@@ -401,7 +423,7 @@ def test_an_error_in_the_users_code_leaves_the_store_good(tmp_path, model, data)
     assert store.verify() == []
 
 
-def test_save_is_a_switch(tmp_path, model, data):
+def test_save_is_a_switch(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     run.setup({"grad": ["log"]})
     run.save(True)
@@ -418,7 +440,7 @@ def test_save_is_a_switch(tmp_path, model, data):
     assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "d"]
 
 
-def test_weight_gradients_while_training(tmp_path, model, data):
+def test_weight_gradients_while_training(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model, check_weights=False)
     run.setup(RAW)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -433,7 +455,7 @@ def test_weight_gradients_while_training(tmp_path, model, data):
     assert Store.open(tmp_path / "toy").num_rows == 2
 
 
-def test_token_scores(tmp_path):
+def test_token_scores(tmp_path: Path) -> None:
     model = tiny_llama()
     ids, mask = ragged_batch(61, [9, 4, 7], "right")
     run = logix.init("toy", root_dir=str(tmp_path))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from toy_models import Mlp, ragged_batch, tiny_gpt2
-from toy_run import COUNT, RAW, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
 
 import logra_kernels as logix
 from logra_kernels import Store
 
 
-def test_watch_filters():
+def test_watch_filters() -> None:
     model = tiny_gpt2()
     run = logix.init("toy")
     run.watch(model, name_filter=["mlp"])
@@ -59,7 +61,7 @@ def test_watch_filters():
         run.watch("gpt2")
 
 
-def test_a_whole_model_is_watched_without_filters(tmp_path):
+def test_a_whole_model_is_watched_without_filters(tmp_path: Path) -> None:
     """As in LogIX's examples: the embedding of positions, [1, T], does not get in the way."""
     model = tiny_gpt2()
     ids, mask = ragged_batch(61, [5, 3, 4, 5], "right")
@@ -73,7 +75,7 @@ def test_a_whole_model_is_watched_without_filters(tmp_path):
     assert names[-1] == "lm_head"
 
 
-def test_a_layer_by_itself_is_a_model(tmp_path):
+def test_a_layer_by_itself_is_a_model(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     run = make_run(tmp_path, model, rank=None)
     with run(data_id=[0]):
@@ -81,10 +83,10 @@ def test_a_layer_by_itself_is_a_model(tmp_path):
     assert list(run.get_log()[1]) == ["model"]
 
 
-def test_model_that_differs_from_the_store(tmp_path, model, data):
+def test_model_that_differs_from_the_store(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
 
-    def opened(other: nn.Module, **filters):
+    def opened(other: nn.Module, **filters: Any) -> logix.Run:
         run = logix.init("toy", root_dir=str(tmp_path))
         run.watch(other, **filters)
         run.initialize_from_log()
@@ -112,7 +114,7 @@ def test_model_that_differs_from_the_store(tmp_path, model, data):
         opened(Mlp())
 
 
-def test_add_lora_that_differs_from_the_store(tmp_path, model, data):
+def test_add_lora_that_differs_from_the_store(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
     for options, message in (
         ({"rank": 2}, "projection.rank[0]: the store has 3, this run has 2"),
@@ -130,7 +132,7 @@ def test_add_lora_that_differs_from_the_store(tmp_path, model, data):
     assert run.influence.compute_influence_all(run.get_log())["influence"].shape == (1, COUNT)
 
 
-def test_watch_after_initialize_from_log(tmp_path, model, data):
+def test_watch_after_initialize_from_log(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
     run = logix.init("toy", root_dir=str(tmp_path))
     run.initialize_from_log()
@@ -144,7 +146,7 @@ def test_watch_after_initialize_from_log(tmp_path, model, data):
     assert run.compute_influence_all()["influence"].shape == (1, COUNT)
 
 
-def test_bias_and_identity_stores_open_again(tmp_path, model, data):
+def test_bias_and_identity_stores_open_again(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = logix.init("toy", root_dir=str(tmp_path))
     run.watch(model, bias=True)
     run.setup(RAW)
@@ -158,7 +160,7 @@ def test_bias_and_identity_stores_open_again(tmp_path, model, data):
     assert reader.compute_influence_all().scores.shape == (1, COUNT)
 
 
-def test_order_of_calls(tmp_path, model, data):
+def test_order_of_calls(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = logix.init("toy", root_dir=str(tmp_path))
     for call in (run.add_lora, lambda: run(data_id=["a"])):
         with refuse("no model is watched; call watch(model, ...) first", RuntimeError):
@@ -185,7 +187,9 @@ def test_order_of_calls(tmp_path, model, data):
     assert Store.open(tmp_path / "toy").num_rows == 2
 
 
-def test_wrapped_models_have_the_names_of_what_they_wrap(tmp_path, model, data):
+def test_wrapped_models_have_the_names_of_what_they_wrap(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = finished(tmp_path, model, data)
     inner = copy.deepcopy(model)
     inner.second = torch.compile(inner.second, backend="eager")

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from toy_models import Mlp
+from toy_run import Data
 
 import logra_kernels as logix
 from logra_kernels import Covariance
+
+Data = tuple[Tensor, Tensor]  # inputs, classes
 
 COUNT = 12
 RAW = {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}
 
 
-def refuse(message: str, kind: type[Exception] = ValueError):
+def refuse(message: str, kind: type[Exception] = ValueError) -> pytest.RaisesExc[Exception]:
     return pytest.raises(kind, match=re.escape(message))
 
 
 @pytest.fixture
-def data() -> tuple[Tensor, Tensor]:
+def data() -> Data:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(COUNT, 7, generator=generator)
     return x, torch.randint(4, (COUNT,), generator=generator)
@@ -34,12 +38,12 @@ def model() -> nn.Module:
     return Mlp()
 
 
-def loss_of(model: nn.Module, data: tuple[Tensor, Tensor], part: slice | list[int]) -> Tensor:
+def loss_of(model: nn.Module, data: Data, part: slice | list[int]) -> Tensor:
     x, y = data
     return nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum")
 
 
-def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options):
+def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options: Any) -> logix.Run:
     run = logix.init("toy", root_dir=str(folder), **options)
     run.watch(model)
     if rank is not None:
@@ -47,7 +51,14 @@ def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options):
     return run
 
 
-def log_all(run, model, data, size: int = 5, order: list[int] | None = None, **call) -> None:
+def log_all(
+    run: logix.Run,
+    model: nn.Module,
+    data: Data,
+    size: int = 5,
+    order: list[int] | None = None,
+    **call: Any,
+) -> None:
     order = list(range(COUNT)) if order is None else order
     for begin in range(0, COUNT, size):
         part = order[begin : begin + size]
@@ -55,13 +66,13 @@ def log_all(run, model, data, size: int = 5, order: list[int] | None = None, **c
             loss_of(model, data, part).backward()
 
 
-def log_queries(run, model, data, part: slice) -> None:
+def log_queries(run: logix.Run, model: nn.Module, data: Data, part: slice) -> None:
     run.eval()
     with run(data_id=[f"query{n}" for n in range(COUNT)[part]]):
         loss_of(model, data, part).backward()
 
 
-def finished(folder: Path, model: nn.Module, data, **options):
+def finished(folder: Path, model: nn.Module, data: Data, **options: Any) -> logix.Run:
     run = make_run(folder, model, **options)
     run.setup(RAW)
     log_all(run, model, data)
