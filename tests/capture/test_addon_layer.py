@@ -41,7 +41,8 @@ class AddOn(nn.Module):
         self.decoder.weight.data.copy_(projection.proj_out.T)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.original(x) + self.decoder(self.bottleneck(self.encoder(x)))
+        out: Tensor = self.original(x) + self.decoder(self.bottleneck(self.encoder(x)))
+        return out
 
 
 def add_on(model: nn.Module, layers: list[Layer]) -> list[nn.Linear]:
@@ -73,8 +74,8 @@ def case(name: str) -> Case:
     if name == "llama":
         return language_model_case(tiny_llama, ("up_proj", "gate_proj", "down_proj", "q_proj"))
     if name == "mlp":
-        model, x = Mlp().double(), torch.randn(4, 7, dtype=torch.float64)
-        return model, None, lambda n: model(x[n]).exp().sum(), 4, None
+        mlp, rows = Mlp().double(), torch.randn(4, 7, dtype=torch.float64)
+        return mlp, None, lambda n: mlp(rows[n]).exp().sum(), 4, None
     model, x = Recurrent().double(), torch.randn(4, 5, 6, dtype=torch.float64)
     return model, None, lambda n: model(x[n]).exp().sum(), 4, None
 

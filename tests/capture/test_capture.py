@@ -6,6 +6,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -34,9 +35,14 @@ from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import Layer
 
 
-def mlp_batch(count: int = 4) -> tuple[nn.Module, Tensor]:
+def mlp_batch(count: int = 4) -> tuple[Mlp, Tensor]:
     torch.manual_seed(0)
     return Mlp(), torch.randn(count, 7)
+
+
+def square_sum(model: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = model(x)
+    return out.square().sum()
 
 
 def capture_rows(
@@ -52,7 +58,7 @@ def capture_rows(
     return capture.rows()
 
 
-def traces(model: nn.Module) -> dict[str, object]:
+def traces(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that a capture could leave behind."""
     return {
         "requires_grad": [p.requires_grad for p in model.parameters()],
@@ -68,7 +74,7 @@ def traces(model: nn.Module) -> dict[str, object]:
     }
 
 
-def same_traces(one: dict[str, object], other: dict[str, object]) -> bool:
+def same_traces(one: dict[str, Any], other: dict[str, Any]) -> bool:
     grads = zip(one.pop("grad"), other.pop("grad"), strict=True)
     return one == other and all(
         a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in grads
@@ -101,7 +107,12 @@ def test_model_is_left_as_found(fails_at: str | None) -> None:
             if fails_at != "never":
                 out.square().sum().backward()
     except (Boom, ValueError, RuntimeError) as error:
-        expected = {"forward": ValueError, "backward": Boom, "body": Boom, "never": RuntimeError}
+        expected: dict[str | None, type[Exception]] = {
+            "forward": ValueError,
+            "backward": Boom,
+            "body": Boom,
+            "never": RuntimeError,
+        }
         assert type(error) is expected[fails_at]  # noqa: PT017
     else:
         assert fails_at is None
@@ -118,7 +129,7 @@ def test_the_pass_stops_at_the_lowest_watched_module() -> None:
     """Nothing below it is in the autograd graph, so that nothing there costs a backward pass."""
     model, x = mlp_batch()
     layers = make_layers(model, ["head"])
-    below = []
+    below: list[bool] = []
     with Capture(model, layers, 4):
         model.second.register_forward_hook(lambda m, a, out: below.append(out.requires_grad))
         model(x).square().sum().backward()
@@ -132,7 +143,10 @@ def test_weight_gradients_on_request() -> None:
     rows = capture_rows(model, layers, 4, loss)
     while_training = capture_rows(model, layers, 4, loss, weight_gradients=True)
     assert torch.allclose(rows, while_training, rtol=1e-6)
-    want = torch.cat([model.head.weight.grad, model.head.bias.grad[:, None]], dim=1)
+    weight, bias = model.head.weight.grad, model.head.bias.grad
+    assert weight is not None
+    assert bias is not None
+    want = torch.cat([weight, bias[:, None]], dim=1)
     got = rows.sum(0)[-want.numel() :].reshape(want.shape)
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -141,9 +155,14 @@ def test_activations_are_let_go_with_the_pass() -> None:
     """A loss that the user keeps keeps its graph alive, and with it the hooks."""
     model, x = mlp_batch()
     layers = make_layers(model, rank=3)
-    seen = []
+    seen: list[Any] = []
+
+    def spy(call: Callable[..., Any], *arguments: Any) -> Any:
+        seen.append(call(*arguments))
+        return seen[-1]
+
     for layer in layers:
-        layer.call = lambda *a, call=layer.call: seen.append(call(*a)) or seen[-1]
+        layer.call = partial(spy, layer.call)  # type: ignore[method-assign]
     with Capture(model, layers, 4):
         loss = model(x).square().sum()
         assert [call.projected is None for call in seen] == [False] * 3
@@ -189,7 +208,7 @@ def test_token_layer_followed_by_an_inplace_activation(bias: bool, weight_gradie
         model = nn.Sequential(
             nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6, bias), nn.ReLU(inplace), nn.Linear(6, 3)
         )
-        loss = lambda m=model: m(x).square().sum()  # noqa: E731
+        loss = partial(square_sum, model, x)
         rows.append(
             capture_rows(model, make_layers(model), 2, loss, weight_gradients=weight_gradients)
         )
@@ -200,8 +219,9 @@ def test_input_that_requires_grad_keeps_its_gradient() -> None:
     model, x = mlp_batch()
     x.requires_grad_()
     capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
+    assert x.grad is not None
     inside = x.grad.clone()
-    x.grad = None
+    x.grad.zero_()
     model(x).square().sum().backward()
     assert torch.allclose(inside, x.grad, rtol=1e-5, atol=1e-6)
 
@@ -249,7 +269,8 @@ class Segments(nn.Module):
         self.second = nn.Linear(6, 6)
 
     def twice(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.second(x)))
+        out: Tensor = self.second(torch.tanh(self.second(x)))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         for segment in (self.first, self.twice):
@@ -270,7 +291,7 @@ def test_checkpointing_by_hand(reentrant: bool, frozen: bool, rank: int | None) 
         torch.manual_seed(0)
         model = Segments(way).requires_grad_(not frozen)
         layers = make_layers(model, rank=rank, bias=True)
-        rows.append(capture_rows(model, layers, 3, lambda m=model: m(x).square().sum()))
+        rows.append(capture_rows(model, layers, 3, partial(square_sum, model, x)))
     assert torch.equal(rows[0], rows[1])
 
 
@@ -362,7 +383,9 @@ def test_captures_of_two_threads() -> None:
 # what it refuses
 
 
-def refuse(message: str, kind: type[Exception] = ValueError) -> pytest.RaisesExc[Exception]:
+def refuse(
+    message: str, kind: type[Exception] = ValueError
+) -> AbstractContextManager[pytest.ExceptionInfo[Exception]]:
     return pytest.raises(kind, match=re.escape(message))
 
 
@@ -513,7 +536,7 @@ def test_input_changed_in_place_after_the_call() -> None:
 # averaged losses
 
 
-def averaged_losses() -> dict[str, object]:
+def averaged_losses() -> dict[str, Callable[[Tensor], Tensor]]:
     y = torch.tensor([0, 1, 2, 1])
     cross_entropy = functional.cross_entropy
     return {
@@ -557,14 +580,15 @@ def test_summed_losses_pass() -> None:
     model, x = mlp_batch()
     y = torch.tensor([0, 1, 2, 1])
     layers = make_layers(model)
-    for loss in (
+    losses: list[Callable[[Tensor], Tensor]] = [
         lambda out: functional.cross_entropy(out, y, reduction="sum"),
         lambda out: functional.cross_entropy(out, y, reduction="none").sum() * 2.0,
         lambda out: functional.mse_loss(out, torch.zeros_like(out), reduction="sum"),
         # features may be averaged: only examples and tokens must not
         lambda out: out.square().mean(dim=1).sum(),
-    ):
-        capture_rows(model, layers, 4, lambda loss=loss: loss(model(x)))
+    ]
+    for loss in losses:
+        capture_rows(model, layers, 4, lambda: loss(model(x)))  # noqa: B023 (called at once)
 
 
 def test_hf_loss_is_an_average() -> None:

@@ -302,5 +302,5 @@ def test_token_scores_sum_to_the_row_score(rank: int | None) -> None:
     scores = capture.token_scores()
     assert scores.shape == (3, 4, 9)
     want = queries @ capture.rows().T
-    assert torch.allclose(scores.sum(dim=2), want, rtol=1e-10, atol=1e-10 * want.abs().max())
+    assert torch.allclose(scores.sum(dim=2), want, rtol=1e-10, atol=1e-10 * float(want.abs().max()))
     assert (scores[:, mask == 0] == 0).all()

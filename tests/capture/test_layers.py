@@ -38,12 +38,12 @@ from logra_kernels.projection import ModuleProjection, build_projections
         (nn.Bilinear(3, 4, 5), None),
     ],
 )
-def test_kinds(module: nn.Module, kind: str) -> None:
+def test_kinds(module: nn.Module, kind: type[Layer] | None) -> None:
     assert layer_kind(module) is kind
 
 
 def test_hf_conv1d_is_a_transposed_linear() -> None:
-    module = tiny_gpt2().transformer.h[0].mlp.c_fc
+    module = tiny_gpt2().get_submodule("transformer.h.0.mlp.c_fc")
     assert layer_kind(module) is LinearLayer
     layer = LinearLayer("c_fc", module, bias=True)
     assert (layer.in_features, layer.out_features) == (25, 96)
@@ -61,7 +61,9 @@ def test_hf_conv1d_is_a_transposed_linear() -> None:
     ],
 )
 def test_widths(module: nn.Module, bias: bool, features: tuple[int, int]) -> None:
-    layer = layer_kind(module)("m", module, bias)
+    kind = layer_kind(module)
+    assert kind is not None
+    layer = kind("m", module, bias)
     assert (layer.in_features, layer.out_features) == features
     assert (layer.ki, layer.ko) == features
 
@@ -117,8 +119,7 @@ def test_a_new_projection_replaces_the_old_one() -> None:
 )
 def test_token_counts(lead: list[int], masked: bool, want: tuple[int, bool]) -> None:
     batch = Batch(4, torch.ones(4, 5, dtype=torch.bool) if masked else None)
-    lead = torch.Size(lead)
-    assert batch.count_tokens("m", lead, torch.Size([*lead, 7])) == want
+    assert batch.count_tokens("m", torch.Size(lead), torch.Size([*lead, 7])) == want
 
 
 @pytest.mark.parametrize("lead", [[], [3], [20], [1, 5], [5, 4]])
@@ -134,7 +135,8 @@ def test_input_given_by_keyword() -> None:
             self.linear = nn.Linear(3, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(input=x)
+            out: Tensor = self.linear(input=x)
+            return out
 
     model, x = ByKeyword(), torch.randn(4, 3)
     with Capture(model, make_layers(model), 4) as capture:
@@ -158,6 +160,8 @@ def test_a_projection_meets_tokens_in_their_own_type(
     layer = LinearLayer("layer", nn.Linear(40, 30).to(tokens))
     layer.projection = build_projections({"layer": (40, 30)}, 4, init)["layer"]
     proj = layer._proj_out(torch.zeros(2, 30, dtype=tokens))
+    assert proj is not None
+    assert layer.projection.proj_out is not None
     assert proj.dtype == given
     assert torch.equal(proj.double(), layer.projection.proj_out.double())
 
@@ -165,8 +169,10 @@ def test_a_projection_meets_tokens_in_their_own_type(
 def test_a_projection_that_the_tokens_type_cannot_hold_stays_in_float32() -> None:
     layer = LinearLayer("layer", nn.Linear(40, 30))
     layer.projection = build_projections({"layer": (40, 30)}, 2, "rademacher")["layer"]
-    assert layer._proj_out(torch.zeros(2, 30).bfloat16()).dtype == torch.float32
-    assert layer._proj_out(torch.zeros(2, 30).half()).dtype == torch.float32
+    for tokens in (torch.zeros(2, 30).bfloat16(), torch.zeros(2, 30).half()):
+        proj = layer._proj_out(tokens)
+        assert proj is not None
+        assert proj.dtype == torch.float32
 
 
 def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32() -> None:
@@ -185,12 +191,10 @@ def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32() -> None:
         model(x).square().sum().backward()
     for layer in layers:
         tokens, dy = (t.double() for t in seen[layer.name])
-        projection = layer.projection
-        wanted = torch.einsum(
-            "nto,nti->noi",
-            dy @ projection.proj_out.double().T,
-            tokens @ projection.proj_in.double().T,
-        )
+        proj_in, proj_out = layer.projection.proj_in, layer.projection.proj_out
+        assert proj_in is not None
+        assert proj_out is not None
+        wanted = torch.einsum("nto,nti->noi", dy @ proj_out.double().T, tokens @ proj_in.double().T)
         got = capture.gradients()[layer.name]
         torch.testing.assert_close(
             got.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
@@ -212,7 +216,8 @@ class ScaledLayer(Layer):
     """Its weight's gradient is Σ_t (3 dy_t) x_tᵀ."""
 
     def widths(self) -> tuple[int, int]:
-        return self.module.weight.shape[1], self.module.weight.shape[0]
+        rows, columns = self.module.get_parameter("weight").shape
+        return columns, rows
 
     def output_tokens(self, dy: torch.Tensor, call: Call) -> torch.Tensor:
         return 3 * super().output_tokens(dy, call)
@@ -244,6 +249,6 @@ def test_a_registered_kind_needs_no_other_change(
 
 def test_what_cannot_be_registered() -> None:
     with pytest.raises(TypeError, match="kind: expected a subclass of Layer"):
-        register_layer_kind(nn.Linear, nn.Linear)
+        register_layer_kind(nn.Linear, nn.Linear)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="module_class: expected a subclass of Module"):
-        register_layer_kind("Conv1D", LinearLayer)
+        register_layer_kind("Conv1D", LinearLayer)  # type: ignore[arg-type]

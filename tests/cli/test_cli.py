@@ -99,6 +99,7 @@ def test_rows_equal_a_batch_of_one_loop(files: Path) -> None:
     projections = stored_projections(store)
     for row in (0, 7, 23):
         (metadata,) = store.metadata([row])
+        assert metadata is not None
         ids = torch.tensor([metadata["tokens"]])
         logits = model(input_ids=ids).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
@@ -108,6 +109,8 @@ def test_rows_equal_a_batch_of_one_loop(files: Path) -> None:
         for module in store.modules:
             grad = model.get_submodule(module.name).weight.grad  # [O, I]
             p = projections[module.name]
+            assert p.proj_in is not None
+            assert p.proj_out is not None
             parts.append((p.proj_out.double() @ grad @ p.proj_in.double().T).flatten())
         wanted = torch.cat(parts)
         got = torch.from_numpy(store.row(row)).double()
@@ -121,7 +124,7 @@ def test_text_is_cut_in_passages(
     assert main([*words, "--limit", "9"]) == 0
     store = Store.open(tmp_path / "t")
     assert sorted(store.ids.to_pylist()) == [str(i) for i in range(9)]
-    assert all(len(metadata["tokens"]) == 64 for metadata in store.metadata(range(9)))
+    assert all(m is not None and len(m["tokens"]) == 64 for m in store.metadata(range(9)))
     assert "9 examples logged" in capsys.readouterr().out
 
 
@@ -193,7 +196,7 @@ def test_bad_log_arguments(
 # --- interrupted and resumed
 
 
-def start_and_interrupt(words: list[str]) -> subprocess.CompletedProcess:
+def start_and_interrupt(words: list[str]) -> subprocess.CompletedProcess[str]:
     """Run `logra`, and send SIGINT when it shows that a batch is done."""
     process = subprocess.Popen(
         [*COMMAND, *words], stderr=subprocess.PIPE, text=True, bufsize=1, env=environment()
@@ -255,7 +258,9 @@ def test_interrupted_run_resumes_to_the_same_store(
 
 
 def test_query_finds_the_text_itself(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = Store.open(files / "store").metadata([11])[0]["text"]
+    (metadata,) = Store.open(files / "store").metadata([11])
+    assert metadata is not None
+    text = metadata["text"]
     assert main([*query_words(files), "--text", text, "--top-k", "3", "--least"]) == 0
     out = capsys.readouterr().out
     first = next(line for line in out.splitlines() if re.match(r"\s+1  \+", line))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +60,8 @@ def dense_scores(
     rows: Tensor, queries: Tensor, sizes: list[int], scale: float = 0.1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 3 and l-RelatIF in float64, module by module: (dot [Q, N], l-relatif, sigma [N])."""
-    dot, sigma = 0.0, 0.0
+    dot = torch.zeros(len(queries), len(rows), dtype=torch.float64)
+    sigma = torch.zeros(len(rows), dtype=torch.float64)
     for g, q in zip(rows.split(sizes, 1), queries.split(sizes, 1), strict=True):
         h = g.T @ g / len(g)
         h += scale * h.trace() / len(h) * torch.eye(len(h), dtype=torch.float64)
@@ -76,7 +79,7 @@ def test_influence_equals_the_dense_computation(
     model = model.double()
     data = (data[0].double(), data[1])
     layers = make_layers(model, rank=3)
-    singles = [lambda n=n: loss_of(model, data, slice(n, n + 1)) for n in range(COUNT)]
+    singles = [partial(loss_of, model, data, slice(n, n + 1)) for n in range(COUNT)]
     rows = autograd_rows(model, layers, singles)  # [N, D]
     sizes = [layer.ko * layer.ki for layer in layers]
     dot, relatif, sigma = dense_scores(rows, rows[:3], sizes)
@@ -140,8 +143,8 @@ def test_damping_goes_in_and_the_result_comes_out(
     queries = torch.cat([g["grad"].flatten(1) for g in run.get_log()[1].values()], 1).double()
     for scale in (0.5, 3.0, 1e-3, 0.5):
         want = dense_scores(rows, queries, sizes, scale)[0]
-        option = {} if scale == 0.5 else {"damping_scale": scale}
-        got = run.compute_influence_all(**option)["influence"]
+        asked = None if scale == 0.5 else scale
+        got = run.compute_influence_all(damping_scale=asked)["influence"]
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()  # 1e-3: worse conditioned
     absolute = run.compute_influence_all(damping=1e9)["influence"].double()
     plain = run.compute_influence_all(precondition=False)["influence"].double()
@@ -234,7 +237,8 @@ def test_functions_of_the_module_are_those_of_the_last_run(
     assert result.scores.shape == (1, COUNT)
     logix.init("toy", root_dir=str(tmp_path))
     logix.initialize_from_log()
-    assert len(logix.build_log_dataloader().dataset) == COUNT
+    logs: Any = logix.build_log_dataloader().dataset
+    assert len(logs) == COUNT
     with refuse("log: the model is hooked only inside", RuntimeError):
         logix.log(["a"])
     monkeypatch.setattr("logra_kernels.integrations.logix.current._current", None)
@@ -250,15 +254,15 @@ def test_a_star_import_leaves_pythons_names_alone() -> None:
 def test_names_of_logix_that_are_not_here() -> None:
     run = logix.init("toy")
     with refuse("LogIX's LogIXScheduler is not here: one pass over the data", AttributeError):
-        logix.LogIXScheduler  # noqa: B018
+        logix.LogIXScheduler  # type: ignore[attr-defined] # noqa: B018
     for name in ("add_analysis", "clear", "watch_activation"):
         for owner in (logix, run):
             with refuse(f"LogIX's {name} is not here: ", AttributeError):
                 getattr(owner, name)
     with refuse("a run has no attribute 'watsch'", AttributeError):
-        run.watsch  # noqa: B018
+        run.watsch  # type: ignore[attr-defined] # noqa: B018
     with refuse("module 'logra_kernels' has no attribute 'watsch'", AttributeError):
-        logix.watsch  # noqa: B018
+        logix.watsch  # type: ignore[attr-defined] # noqa: B018
 
 
 def test_add_lora_takes_what_logix_gives_it(tmp_path: Path, model: nn.Module) -> None:
@@ -266,11 +270,12 @@ def test_add_lora_takes_what_logix_gives_it(tmp_path: Path, model: nn.Module) ->
     run.add_lora(model, parameter_sharing=False, watch=True, clear=True)
     assert [(m.ko, m.ki) for m in run.modules] == [(2, 2)] * 3
     run.add_lora(model=model, lora_path=None)
-    for name, value, message in (
+    refused: list[tuple[str, Any, str]] = [
         ("parameter_sharing", True, "expected False, got True: every module has a projection"),
         ("watch", False, "expected True, got False"),
         ("lora_path", "there", "expected None, got 'there': initialize_from_log takes"),
-    ):
+    ]
+    for name, value, message in refused:
         with refuse(f"add_lora: {name}: {message}"):
             run.add_lora(**{name: value})
     with refuse("add_lora: no argument 'ranks'", TypeError):
@@ -303,6 +308,7 @@ def test_logs_that_do_not_fit(tmp_path: Path, model: nn.Module, data: Data) -> N
         run.compute_influence_all((ids, {first: {"grad": parts[first]["grad"][:1]}, **rest}))
     nobody = {name: {"grad": part["grad"][:0]} for name, part in parts.items()}
     assert run.compute_influence_all(([], nobody)).scores.shape == (0, COUNT)
-    for value in ("0.1", True):
+    values: list[Any] = ["0.1", True]
+    for value in values:
         with refuse(f"damping: expected a finite number >= 0, got {value!r}"):
             run.compute_influence_all(damping=value)

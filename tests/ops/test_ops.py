@@ -73,7 +73,7 @@ PUBLIC: dict[str, Callable[[], Any]] = {
     "covariance_update_": lambda: ops.covariance_update_(torch.zeros(20, 20), ROWS),
     "scores": lambda: ops.scores(QUERIES, ROWS, SCALE),
     "topk_scores": lambda: tuple(
-        ops.topk_scores(QUERIES, ROWS, 3, SCALE, state=STATE, row_offset=7)
+        ops.topk_scores(QUERIES, ROWS, 3, SCALE, state=ops.TopK(*STATE), row_offset=7)
     ),
     "self_influence": lambda: ops.self_influence(ROWS, torch.eye(20)),
     "pack_rows": lambda: ops.pack_rows(ROWS.float(), *MODULES),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ Batch = tuple[Tensor, Tensor]  # tokens, mask
 
 
 def assert_influence(
-    result: InfluenceResult, truth: Dense, mode: str, order: Sequence[int] | None = None
+    result: InfluenceResult, truth: Dense, mode: str, order: Tensor | None = None
 ) -> None:
     """|error| <= 1e-5 |u||g| over the mode's normaliser, u the preconditioned query.
 
@@ -129,7 +130,7 @@ def gpt2_batches() -> tuple[list[Batch], Batch]:
 def gpt2_truth(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch]) -> Tensor:
     """Every example's projected gradients by autograd, [N, D] float64."""
     losses = [
-        lambda ids=ids[n : n + 1], mask=mask[n : n + 1]: causal_loss(model, ids, mask)
+        partial(causal_loss, model, ids[n : n + 1], mask[n : n + 1])
         for ids, mask in batches
         for n in range(len(ids))
     ]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, tiny_llama
+from toy_models import Mlp, autograd_rows, causal_loss, make_layers, ragged_batch, tiny_llama
 from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
 from tree import SUPPORT
 
 import logra_kernels as logix
 from logra_kernels import Covariance, RawCurvature, Store
+from logra_kernels.integrations.logix.run import LogixRun
 from logra_kernels.run import check_ids
 
 
@@ -30,7 +32,7 @@ def test_float32_store_holds_the_gradients(
     store = Store.open(tmp_path / "toy")
     layers = make_layers(model, rank=rank)
     want = autograd_rows(
-        model, layers, [lambda n=n: loss_of(model, data, slice(n, n + 1)) for n in range(COUNT)]
+        model, layers, [partial(loss_of, model, data, slice(n, n + 1)) for n in range(COUNT)]
     )
     got = torch.from_numpy(store.take(range(COUNT)))
     # the batch of five and the batch of one round a chain of some ten products differently
@@ -53,11 +55,11 @@ def test_float16_store_loses_half_a_unit_in_the_last_place(
     run.finalize()
     store = Store.open(tmp_path / "toy")
     assert store.dtype == "float16"
-    rows = torch.cat(rows)
+    want = torch.cat(rows)
     got = torch.from_numpy(store.take(range(COUNT)))
     # 2**-11 relative, and fp16's subnormals 39 powers of two below the row's largest element
-    allowed = 2**-11 * rows.abs() + 2**-38 * rows.abs().amax(dim=1, keepdim=True)
-    assert ((got - rows).abs() <= allowed).all()
+    allowed = 2**-11 * want.abs() + 2**-38 * want.abs().amax(dim=1, keepdim=True)
+    assert ((got - want).abs() <= allowed).all()
     assert store.metadata([4]) == [{"number": 4}]
 
 
@@ -154,9 +156,7 @@ def test_setup_forms(
         (None, "setup: expected a dictionary such as"),
     ],
 )  # fmt: skip
-def test_setup_refuses(
-    tmp_path: Path, model: nn.Module, options: dict[str, Any] | None, message: str
-) -> None:
+def test_setup_refuses(tmp_path: Path, model: nn.Module, options: Any, message: str) -> None:
     run = make_run(tmp_path, model)
     with refuse(message):
         run.setup(options)
@@ -224,12 +224,14 @@ def test_resume_after_a_kill(tmp_path: Path, model: nn.Module, data: Data) -> No
 
 
 def test_resume_refuses_other_weights_rank_or_modules(
-    tmp_path: Path, model: nn.Module, data: Data
+    tmp_path: Path, model: Mlp, data: Data
 ) -> None:
     finished(tmp_path, model, data)
-    log = lambda run: log_all(run, model, data)  # noqa: E731
 
-    def resumed(rank: int = 3, **options: Any) -> logra.Run:
+    def log(run: LogixRun) -> None:
+        log_all(run, model, data)
+
+    def resumed(rank: int = 3, **options: Any) -> LogixRun:
         run = make_run(tmp_path, model, rank, resume=True, **options)
         run.setup(RAW)
         return run
@@ -440,7 +442,7 @@ def test_save_is_a_switch(tmp_path: Path, model: nn.Module, data: Data) -> None:
     assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "d"]
 
 
-def test_weight_gradients_while_training(tmp_path: Path, model: nn.Module, data: Data) -> None:
+def test_weight_gradients_while_training(tmp_path: Path, model: Mlp, data: Data) -> None:
     run = make_run(tmp_path, model, check_weights=False)
     run.setup(RAW)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -110,6 +110,7 @@ def test_a_second_kind_of_curvature_is_logged_by_its_name(
     store = Store.open(run.path)
     assert list(store.curvatures) == ["doubled"]
     raw = RawCurvature.rebuild(store)
+    assert isinstance(run.curvature, Doubled)
     for name, covariance in run.curvature.covariances.items():
         assert torch.allclose(covariance, raw.covariances[name] * 4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, m
 
 import logra_kernels as logix
 from logra_kernels import Store
+from logra_kernels.integrations.logix.run import LogixRun
 
 
 def test_watch_filters() -> None:
@@ -50,15 +52,15 @@ def test_watch_filters() -> None:
     with refuse("name_filter: expected a list, got 'mlp'"):
         run.watch(model, name_filter="mlp")
     with refuse("type_filter: expected a list, got <class"):
-        run.watch(model, type_filter=nn.Linear)
+        run.watch(model, type_filter=nn.Linear)  # type: ignore[arg-type]
     with refuse("type_filter: expected a list of classes, got Linear(in_features=2, "):
-        run.watch(model, type_filter=[nn.Linear(2, 2)])
+        run.watch(model, type_filter=[nn.Linear(2, 2)])  # type: ignore[list-item]
     with refuse("name_filter: expected a list of parts of names, got 5 in it"):
-        run.watch(model, name_filter=[5])
+        run.watch(model, name_filter=[5])  # type: ignore[list-item]
     with refuse("name_filter: expected a list, got <generator"):
-        run.watch(model, name_filter=(part for part in ["mlp"]))
+        run.watch(model, name_filter=(part for part in ["mlp"]))  # type: ignore[arg-type]
     with refuse("model: expected an nn.Module, got 'gpt2'"):
-        run.watch("gpt2")
+        run.watch("gpt2")  # type: ignore[arg-type]
 
 
 def test_a_whole_model_is_watched_without_filters(tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_a_layer_by_itself_is_a_model(tmp_path: Path) -> None:
 def test_model_that_differs_from_the_store(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
 
-    def opened(other: nn.Module, **filters: Any) -> logix.Run:
+    def opened(other: nn.Module, **filters: Any) -> LogixRun:
         run = logix.init("toy", root_dir=str(tmp_path))
         run.watch(other, **filters)
         run.initialize_from_log()
@@ -177,10 +179,10 @@ def test_order_of_calls(tmp_path: Path, model: nn.Module, data: Data) -> None:
         loss_of(model, data, slice(2)).backward()
     with refuse("a context is for one pass", RuntimeError), context:
         pass
-    for call in (run.watch, run.initialize_from_log, run.add_lora):
-        arguments = [model] if call == run.watch else []
+    calls: list[Any] = [partial(run.watch, model), run.initialize_from_log, run.add_lora]
+    for call in calls:
         with refuse("rows are being logged already; call finalize() first", RuntimeError):
-            call(*arguments)
+            call()
     with refuse("rows are still being logged; call finalize() first", RuntimeError):
         run.compute_influence_all(run.get_log())
     logix.finalize()
@@ -192,8 +194,11 @@ def test_wrapped_models_have_the_names_of_what_they_wrap(
 ) -> None:
     run = finished(tmp_path, model, data)
     inner = copy.deepcopy(model)
-    inner.second = torch.compile(inner.second, backend="eager")
-    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model), inner):
+    compile: Any = partial(
+        torch.compile, backend="eager"
+    )  # to mypy, a compiled module is a function
+    inner.second = compile(inner.second)
+    for wrapped in (compile(model), nn.DataParallel(model), inner):
         reader = logix.init("toy", root_dir=str(tmp_path))
         reader.watch(wrapped)
         with warnings.catch_warnings():

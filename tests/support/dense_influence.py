@@ -22,7 +22,7 @@ def gradients(count: int, seed: int = 0, modules: Sequence[Module] = tuple(MODUL
     """Rows [count, D] float32 with correlated columns and magnitudes over four decades."""
     generator = torch.Generator().manual_seed(seed)
     dim = sum(module.size for module in modules)
-    mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) / dim**0.5
+    mix: Tensor = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) / dim**0.5
     size = torch.pow(10, 4 * torch.rand(count, 1, generator=generator) - 2)
     return size * torch.randn(count, dim, generator=generator) @ mix
 
@@ -88,7 +88,8 @@ class Dense:
 
     @property
     def theta(self) -> Tensor:
-        return self._times_inverse(self.rows).norm(dim=1)  # [N]
+        norm: Tensor = self._times_inverse(self.rows).norm(dim=1)
+        return norm  # [N]
 
     def scores(self, mode: str) -> Tensor:
         modes: dict[str, Callable[[], Tensor]] = {

@@ -16,10 +16,8 @@ EXPONENTS = [-3, 5]
 
 def rows_of(ids: list[int], dtype: str = "float16") -> np.ndarray:
     """[n, D]: integers that float16 holds exactly, different in each row and column."""
-    grid: np.ndarray = (
-        np.add.outer(31 * np.asarray(ids, np.int64), 7 * np.arange(DIM)) % 2039 - 1019
-    )
-    return grid.astype(dtype)
+    grid: np.ndarray = np.add.outer(31 * np.asarray(ids, np.int64), 7 * np.arange(DIM))
+    return (grid % 2039 - 1019).astype(dtype)
 
 
 def scales_of(ids: list[int]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_models import Mlp
-from toy_run import Data
 
 import logra_kernels as logix
-from logra_kernels import Covariance
+from logra_kernels import Covariance, Run
+from logra_kernels.integrations.logix.run import LogixRun
 
 Data = tuple[Tensor, Tensor]  # inputs, classes
 
@@ -21,7 +22,9 @@ COUNT = 12
 RAW = {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}
 
 
-def refuse(message: str, kind: type[Exception] = ValueError) -> pytest.RaisesExc[Exception]:
+def refuse(
+    message: str, kind: type[Exception] = ValueError
+) -> AbstractContextManager[pytest.ExceptionInfo[Exception]]:
     return pytest.raises(kind, match=re.escape(message))
 
 
@@ -33,7 +36,7 @@ def data() -> Data:
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model() -> Mlp:
     torch.manual_seed(0)
     return Mlp()
 
@@ -43,7 +46,7 @@ def loss_of(model: nn.Module, data: Data, part: slice | list[int]) -> Tensor:
     return nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum")
 
 
-def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options: Any) -> logix.Run:
+def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options: Any) -> LogixRun:
     run = logix.init("toy", root_dir=str(folder), **options)
     run.watch(model)
     if rank is not None:
@@ -52,7 +55,7 @@ def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options: An
 
 
 def log_all(
-    run: logix.Run,
+    run: Run,
     model: nn.Module,
     data: Data,
     size: int = 5,
@@ -66,13 +69,13 @@ def log_all(
             loss_of(model, data, part).backward()
 
 
-def log_queries(run: logix.Run, model: nn.Module, data: Data, part: slice) -> None:
+def log_queries(run: Run, model: nn.Module, data: Data, part: slice) -> None:
     run.eval()
     with run(data_id=[f"query{n}" for n in range(COUNT)[part]]):
         loss_of(model, data, part).backward()
 
 
-def finished(folder: Path, model: nn.Module, data: Data, **options: Any) -> logix.Run:
+def finished(folder: Path, model: nn.Module, data: Data, **options: Any) -> LogixRun:
     run = make_run(folder, model, **options)
     run.setup(RAW)
     log_all(run, model, data)
