@@ -135,8 +135,8 @@ cuda-library: install
 
 # Every launcher and variant of it, by Triton's interpreter under a driver without a GPU (some minutes).
 cuda-check: cuda-library
-	cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o build/cuda/libcuda.so.1 tests/cuda_library/fake_driver.c
-	TRITON_INTERPRET=1 $(BIN)/python tests/cuda_library/check_library.py build/cuda/csrc/cuda/liblogra_cuda.so \
+	cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o build/cuda/libcuda.so.1 tests/cuda/fake_driver.c
+	TRITON_INTERPRET=1 $(BIN)/python tests/cuda/check_library.py build/cuda/csrc/cuda/liblogra_cuda.so \
 	  build/cuda/csrc/cuda/cubins/kernels.json build/cuda/libcuda.so.1
 
 # The GPU kernels on a GPU: that they are right, and what they reach.

@@ -22,7 +22,7 @@ _ALSO = {
         *("initialize_from_log", "log", "setup", "watch"),
     ),
     "ops": (
-        *("TopK", "covariance_update_", "isa", "limits", "pack_rows", "per_sample_gradients"),
+        *("TopK", "covariance_update_", "isa", "pack_rows", "per_sample_gradients"),
         *("project", "projected_gradients", "projected_gradients_grouped", "scores"),
         *("self_influence", "topk_scores", "unpack_rows"),
     ),

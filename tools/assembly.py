@@ -1,7 +1,7 @@
 """The gate: what a compiled kernel must not do (spill, copy narrowly, miss the matrix units).
 
-tests/test_triton_ahead_of_time.py asks it about every default configuration, tools.tune about every
-candidate.
+tests/triton/test_triton_ahead_of_time.py asks it about every default configuration, tools.tune
+about every candidate.
 """
 
 import collections

@@ -303,8 +303,8 @@ def end_to_end(data: Data, quick: bool) -> Iterator[Comparison]:
 
 
 def suite(data: Data, quick: bool) -> Iterator[Comparison]:
-    """tests/triton_kernels on the device."""
-    folder = ROOT / "tests" / "triton_kernels"
+    """tests/triton/kernels on the device."""
+    folder = ROOT / "tests" / "triton" / "kernels"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -92,13 +92,16 @@ class InfluenceResult(Mapping[str, Any]):
     def _ids(self, rows: Tensor | None, name: str) -> list[list[str]]:
         if rows is None:
             raise AttributeError(f"{name}: only a top-k result has it; this one has all scores")
-        return [[self.row_ids[row] for row in line] for line in rows.tolist()]
+        return [[self.row_ids[row] for row in line if row >= 0] for line in rows.tolist()]
 
     def _ranked(self, scores: Tensor, rows: Tensor, end: str | None = None) -> list[dict[str, Any]]:
         extra = {} if end is None else {"end": end}
+        pairs = zip(rows.tolist(), scores.tolist(), strict=True)
+        # A place that no row fills has the row -1: scores that are not a number are never selected.
         return [
             {"rank": rank, "row": row, "id": self.row_ids[row], "score": score, **extra}
-            for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), 1)
+            for rank, (row, score) in enumerate(pairs, 1)
+            if row >= 0
         ]
 
     def _plain(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ holds the work that benchmarks time to know what the machine reaches.
 """
 
 from logra_kernels._native import available_isas, isa, set_isa
-from logra_kernels.ops import limits
+from logra_kernels.ops import limits as limits
 from logra_kernels.ops.covariance_update import covariance_update_
 from logra_kernels.ops.pack_rows import pack_rows, unpack_rows
 from logra_kernels.ops.per_sample_gradients import per_sample_gradients
@@ -21,7 +21,6 @@ __all__ = [
     "available_isas",
     "covariance_update_",
     "isa",
-    "limits",
     "pack_rows",
     "per_sample_gradients",
     "project",

@@ -14,7 +14,7 @@ from dense_influence import DIM, MODULES, SIZES, dense, gradients, make_store, u
 from torch import Tensor
 
 from logra_kernels import ops
-from logra_kernels.attribution import Attributor, influence_between, plan
+from logra_kernels.attribution import Attributor, InfluenceResult, influence_between, plan
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
@@ -369,6 +369,14 @@ def test_influence_between_rows_in_memory(tmp_path: Path, mode: str) -> None:
     bad[1, 0] = torch.inf
     with pytest.raises(ValueError, match=r"rows: '1' is not finite in module 'layer\.0\.up'"):
         influence_between(QUERIES, bad, attributor.preconditioner)
+
+
+def test_places_that_no_row_fills_have_no_id() -> None:
+    """A score that is not a number is never selected; its place does not name the last row."""
+    rows, scores = torch.tensor([[1, 0, -1]]), torch.tensor([[2.0, 1.0, -torch.inf]])
+    result = InfluenceResult("dot", ["q"], ["a", "b"], {}, None, None, scores, rows, -scores, rows)
+    assert result.top_ids == result.bottom_ids == [["b", "a"]]
+    assert [row["id"] for row in result.rows(0)] == ["b", "a", "b", "a"]
 
 
 def test_result_reads_like_logix_and_as_json(store: Store) -> None:

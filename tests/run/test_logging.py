@@ -78,6 +78,25 @@ def test_exponents_come_from_the_first_row(tmp_path: Path, model: nn.Module, dat
     assert stores[0].module_exponents == want
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_a_module_that_is_zero_in_the_first_row_is_not_lost(tmp_path: Path, size: float) -> None:
+    """Nor does it push the others out: an expert that the first example does not reach."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"often": torch.nn.Linear(4, 3), "seldom": torch.nn.Linear(3, 2)})
+    x = torch.randn(4, 7)
+    x[0, 4:] = 0
+    run = logix.init("toy", root_dir=str(tmp_path))
+    run.watch(model)
+    run.setup({"save": "grad"})
+    with run(data_id=[0, 1, 2, 3]) as logged:
+        out = model["often"](x[:, :4]).square().sum() + model["seldom"](x[:, 4:]).square().sum()
+        (size * out).backward()
+    run.finalize()
+    stored = torch.from_numpy(Store.open(tmp_path / "toy").take(range(4)))
+    assert torch.allclose(stored / size, logged.rows() / size, rtol=1e-3, atol=1e-6)
+    assert (stored[1:, -6:] != 0).all()
+
+
 def test_gradients_beyond_fp16s_range_are_scaled_not_lost(
     tmp_path: Path, model: nn.Module, data: Data
 ) -> None:

@@ -28,8 +28,10 @@ def scales_of(ids: list[int]) -> np.ndarray:
 
 def unpacked(ids: list[int]) -> np.ndarray:
     """[n, D] float32: what the packed rows mean, by the formula of FORMAT.md."""
-    factors = np.repeat([2.0**value for value in EXPONENTS], [6, 4])  # [D]
-    wide = rows_of(ids).astype(np.float64) * scales_of(ids).astype(np.float64)[:, None] * factors
+    factors: np.ndarray = np.repeat([2.0**value for value in EXPONENTS], [6, 4])  # [D]
+    wide: np.ndarray = (
+        rows_of(ids).astype(np.float64) * scales_of(ids).astype(np.float64)[:, None] * factors
+    )
     return wide.astype(np.float32)
 
 

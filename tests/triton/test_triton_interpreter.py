@@ -1,4 +1,4 @@
-"""Run tests/triton_kernels under Triton's interpreter, which needs a process of its own."""
+"""Run tests/triton/kernels under Triton's interpreter, which needs a process of its own."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "triton_kernels"
+FOLDER = Path(__file__).parent / "kernels"
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = Path(__file__).parent / "cuda_library"
+ROOT = Path(__file__).parents[2]
+SOURCES = Path(__file__).parent
 # One generation of GPUs, and enough variants of each kernel to take every branch of every launcher.
 SOME = (
     r"^(scores|candidates|self_influence)\.rows=f16|^split_queries\.rows=f16|^merge|^state|"

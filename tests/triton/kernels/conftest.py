@@ -1,7 +1,7 @@
 """Tests of the GPU kernels: on the GPU if there is one, else under Triton's interpreter.
 
 The interpreter is chosen when a kernel is decorated, so it needs a process of its own: without a
-GPU `tests/test_triton_interpreter.py` runs this folder again with TRITON_INTERPRET=1.
+GPU `tests/triton/test_triton_interpreter.py` runs this folder again with TRITON_INTERPRET=1.
 """
 
 import importlib.util
