@@ -12,12 +12,14 @@ import logra_kernels as logix
 
 
 def loss_of(batch: dict[str, Tensor]) -> Tensor:
+    """The summed next-token cross entropy of a batch."""
     labels = batch["labels"][:, 1:].flatten()
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     return functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
 
 
 def ids_of(batch: dict[str, Tensor]) -> list[str]:
+    """The texts of a batch, which are the ids of its examples."""
     return tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
 
 

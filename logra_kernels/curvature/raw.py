@@ -79,6 +79,7 @@ class RawCurvature(Curvature):
         self.update_finite(rows)
 
     def update_finite(self, rows: Tensor) -> None:
+        """Add finite rows [R, D]; they are folded into the sums `fold_rows` at a time."""
         rows = rows.detach().cpu()
         self._version += 1
         while rows.shape[0]:

@@ -44,6 +44,7 @@ def scores(
 def check_scan(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, row_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments of `scores`, checked, each with a contiguous last axis."""
     expect_dtype("queries", queries, torch.float32, torch.float64)
     expect_dtype("rows", rows, *FLOATS)
     expect_shape("queries", queries, Q=None, D=None)
