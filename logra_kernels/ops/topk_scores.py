@@ -129,9 +129,9 @@ def _native(
         shape = (queries.shape[0], k)
         best, worst = queries.new_full(shape, -torch.inf), queries.new_full(shape, torch.inf)
         ids = queries.new_full(shape, -1, dtype=torch.int64)
-        merged = (best, ids, worst, ids.clone())
+        merged = [best, ids, worst, ids.clone()]
     else:
-        merged = tuple(part.clone(memory_format=torch.contiguous_format) for part in state)  # type: ignore[assignment]
+        merged = [part.clone(memory_format=torch.contiguous_format) for part in state]
     c.topk_scores(
         view(queries),
         view(rows),
@@ -141,7 +141,7 @@ def _native(
         row_offset,
         *(pointer(part) for part in merged),
     )
-    return merged
+    return tuple(merged)
 
 
 _call = register(
