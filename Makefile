@@ -21,7 +21,7 @@ help:
 	@echo "make demo          explain a real language model's answers by its corpus (report in $(DEMO)/)"
 	@echo "make test          all tests"
 	@echo "make install       the package and its tools, into $(VENV)/"
-	@echo "make lint          ruff, mypy, clang-format"
+	@echo "make lint          ruff, mypy, clang-format, clang-tidy"
 	@echo "make format        rewrite Python and C++ in the house style"
 	@echo "make docs          the documentation as a site, in build/site/index.html"
 	@echo "make sanitize      C++ and Python tests over builds that check memory, undefined behaviour and threads (g++)"
@@ -55,11 +55,15 @@ test: install
 demo: install
 	$(BIN)/logra demo --out $(DEMO)
 
+lint: export PATH := $(BIN):$(PATH)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	cmake -S . -G Ninja -B build/tidy -DLOGRA_TESTS=ON -DLOGRA_EMULATE_AMX=ON \
+	  -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON >/dev/null
+	run-clang-tidy.py -quiet -p build/tidy -clang-tidy-binary $(BIN)/clang-tidy >build/tidy/findings || { cat build/tidy/findings; exit 1; }
 
 format: install
 	$(BIN)/ruff check --fix .
