@@ -103,23 +103,21 @@ def _difference(value: Any, shape: Any, where: str) -> str | None:
         if shape is float:
             good = type(value) in (int, float) and abs(value) <= sys.float_info.max
         return None if good else f"{where}: expected {_NAMES[shape]}, got {value!r:.60}"
-    kind: type = dict if isinstance(shape, dict) else list
-    if not isinstance(value, kind):
-        return f"{where}: expected {_NAMES[kind]}, got {value!r:.60}"
-    inner: list[tuple[Any, Any, str]]
+    inner: list[tuple[Any, Any, str]] = []
     if isinstance(shape, dict):
-        inner = []
+        if not isinstance(value, dict):
+            return f"{where}: expected {_NAMES[dict]}, got {value!r:.60}"
         for key, wanted in shape.items():
             name, at = key.removesuffix("?"), f"{where}.{key}".strip(".?")
-            if value.get(name) is not None or name == key:
-                if name not in value:
-                    return f"no key {at!r}, which a report needs"
+            if name == key and name not in value:
+                return f"no key {at!r}, which a report needs"
+            if name == key or value.get(name) is not None:
                 inner.append((value[name], wanted, at))
+    elif not isinstance(value, list):
+        return f"{where}: expected {_NAMES[list]}, got {value!r:.60}"
     else:
         wanted = shape if isinstance(shape, tuple) else shape * len(value)
         if len(value) != len(wanted):
             return f"{where}: expected {len(wanted)} entries, got {len(value)}"
-        inner = [
-            (v, w, f"{where}[{i}]") for i, (v, w) in enumerate(zip(value, wanted, strict=True))
-        ]
+        inner = [(value[i], wanted[i], f"{where}[{i}]") for i in range(len(wanted))]
     return next(filter(None, (_difference(*each) for each in inner)), None)
