@@ -259,6 +259,27 @@ def test_another_damping_gives_another_result_and_another_key() -> None:
             assert not torch.allclose(results[i], results[j], rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    "meta",
+    [
+        None,
+        [],
+        {},
+        {"exponents": 3, "count": 9, "checksum": ""},
+        {"exponents": {}, "count": 9, "checksum": ""},
+        {"exponents": {m.name: [] for m in MODULES}, "count": 9, "checksum": ""},
+        {"exponents": {m.name: 0 for m in MODULES}, "count": 1e400, "checksum": ""},
+        {"exponents": {m.name: 0 for m in MODULES}, "count": 9},
+    ],
+)
+def test_a_manifest_that_lies_about_the_curvature(tmp_path: Path, meta: Any) -> None:
+    store = make_store(tmp_path, gradients(9))
+    RawCurvature.rebuild(store).save(store)
+    store.manifest["curvature"]["raw"]["meta"] = meta
+    with pytest.raises(ValueError, match="lacks its exponents, count or checksum; rebuild it"):
+        RawCurvature.load(store)
+
+
 def test_key_depends_on_the_rows_and_on_the_count() -> None:
     rows = gradients(50)
     keys = {
@@ -272,7 +293,7 @@ def test_key_depends_on_the_rows_and_on_the_count() -> None:
 
 
 def test_keys_are_those_of_version_0_1() -> None:
-    """Norms that version 0.1 kept beside a store are found: their folder's name holds the key."""
+    """The folders in which version 0.1 kept norms beside a store go on being used for them."""
     modules = [Module("a", 2, 2), Module("b", 1, 3)]
     rows = (torch.arange(35.0).reshape(5, 7) - 17) / 4  # their products are exact
     curvature = curvature_of(rows, modules)

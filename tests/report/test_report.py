@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -219,3 +220,60 @@ def test_bad_results_files(results: dict[str, Any], tmp_path: Path) -> None:
     del results["curvature"]
     with pytest.raises(ValueError, match="no key 'curvature', which a report needs"):
         render(results)
+
+
+MALFORMED = [
+    (lambda r: r.update(queries=7), "queries: expected a list, got 7"),
+    (lambda r: r["queries"].append(None), r"queries\[1\]: expected an object, got None"),
+    (lambda r: r["queries"][0].pop("modes"), r"no key 'queries\[0\]\.modes', which a report needs"),
+    (
+        lambda r: r["queries"][0]["modes"][0]["top"][0].update(score="1"),
+        r"queries\[0\]\.modes\[0\]\.top\[0\]\.score: expected a number, got '1'",
+    ),
+    (
+        lambda r: r["queries"][0]["modes"][0]["top"][0].update(score=float("nan")),
+        r"score: expected a number, got nan",
+    ),
+    (
+        lambda r: r["queries"][0]["modes"][0]["top"][0].update(tokens=[["a"]]),
+        r"tokens\[0\]: expected 2 entries, got 1",
+    ),
+    (lambda r: r["store"].update(modules=[]), r"store\.modules: expected at least one, got none"),
+    (
+        lambda r: r["store"].update(projection="p"),
+        r"store\.projection: expected an object, got 'p'",
+    ),
+    (lambda r: r["store"].update(rows=True), r"store\.rows: expected an integer, got True"),
+    (lambda r: r.update(model=None), "model: expected an object, got None"),
+    (lambda r: r.update(notes="n"), "notes: expected a list, got 'n'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MALFORMED)
+def test_results_that_no_query_wrote(
+    results: dict[str, Any], tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    change(results)
+    (tmp_path / "r.json").write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"r\.json: (.*\.)?{message}"):
+        read_results(tmp_path / "r.json")
+
+
+def test_deep_results(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_results(tmp_path / "r.json")
+
+
+def test_nothing_is_written_through_a_link(results: dict[str, Any], tmp_path: Path) -> None:
+    """Neither through one in the page's place, nor through one in its temporary file's."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("r.html", "r.html.tmp", f"r.html.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_report(results, tmp_path / "r.html")
+    (tmp_path / f"r.html.{os.getpid()}.tmp").unlink()
+    write_report(results, tmp_path / "r.html")
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "r.html").is_symlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +36,12 @@ def make_store(
     modules: Sequence[Module] = tuple(MODULES),
     ids: Sequence[str | int] | None = None,
     resume: bool = False,
+    **options: Any,
 ) -> Store:
     """A store of rows [N, D]; float16 rows are packed with the exponents of their own sizes."""
     names = [f"row-{i}" for i in range(len(rows))] if ids is None else ids
     with StoreWriter.create(
-        path, modules=modules, dtype=dtype, shard_rows=shard_rows, resume=resume
+        path, modules=modules, dtype=dtype, shard_rows=shard_rows, resume=resume, **options
     ) as writer:
         if dtype == "float32":
             writer.append(names, rows.numpy())
