@@ -9,14 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 # The overload itself: looking it up takes as long as the call.
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
-def hookable(output: Tensor) -> Tensor:
-    """The output of a module, in a form whose gradient a hook will see."""
-    return _without_view(output) if output.requires_grad else require_grad(output)
+def hookable(output: Tensor) -> tuple[Tensor, Node, int]:
+    """What stands for a module's output, the graph node that makes it, and its place there.
+
+    The node receives the gradient of the output as the module made it: after all hooks that the
+    user puts on the tensor, and before any later change of the tensor in place.
+    """
+    is_view = output._is_view()
+    made = output
+    if not output.requires_grad:
+        made = require_grad(output)
+    elif is_view or output.is_leaf:
+        # The same memory, neither a view nor a leaf. The output of a linear layer on tokens is a
+        # view of its matrix product; a change of it in place would go around the view's node.
+        made = _unsafe_view(output, output.shape)
+    assert made.grad_fn is not None
+    # A view stays one: autograd drops the hooks on a view that is then changed in place.
+    return made.view_as(made) if is_view else made, made.grad_fn, made.output_nr
 
 
 def require_grad(tensor: Tensor) -> Tensor:
@@ -58,12 +73,3 @@ class _CopyThatRequiresGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
-
-
-def _without_view(output: Tensor) -> Tensor:
-    """The same memory, which autograd no longer takes for a view.
-
-    The output of a linear layer on tokens is a view of its matrix product. A change of a view in
-    place rewrites the history of what it views, and a hook on the view would never be called.
-    """
-    return _unsafe_view(output, output.shape) if output._is_view() else output

@@ -1,20 +1,25 @@
 """Per-sample projected gradients from one forward and backward pass of the user's own code.
 
 While a `Capture` is open, a forward hook on each watched module keeps P_i x, the projection of the
-module's input. A hook on the module's output multiplies P_i x by the output's gradient. No
-parameter requires a gradient, so that autograd computes the gradients of activations alone, and
-stops at the lowest watched module.
+module's input. A hook on the output's node of the autograd graph multiplies P_i x by the output's
+gradient. No parameter requires a gradient, so that autograd computes the gradients of activations
+alone, and stops at the lowest watched module.
+
+The forward hook comes before all others, and the node's hook after the hooks on the output tensor,
+so that rows agree with autograd's weight gradients whatever the user's hooks do.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from logra_kernels.capture.autograd_graph import hookable, plain_arithmetic, untraced
 from logra_kernels.capture.backward_passes import BackwardPasses
@@ -75,6 +80,14 @@ class Capture:
         self._called_without_grad: set[str] = set()
         self._passes = BackwardPasses(partial(check_summed, averaged_loss))
         self._undo: list[Callable[[], object]] = []
+        self._hooks: dict[str, int] = {}  # {module name: the number of its forward hook}
+        self._watched = {layer.module for layer in self._layers}
+        self._raw: dict[nn.Module, tuple[Tensor, int]] = {}  # outputs before global hooks, versions
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose modules are watched."""
+        return self._model
 
     @property
     def layers(self) -> list[Layer]:
@@ -126,10 +139,10 @@ class Capture:
         try:
             if not self._weight_gradients:
                 self._freeze()
+            if torch_module._global_forward_hooks:
+                self._undo.append(_first_global_hook(untraced(self._before_global_hooks)))
             for layer in self._layers:
-                hook = untraced(partial(self._after_forward, layer))
-                handle = layer.module.register_forward_hook(hook, with_kwargs=True)
-                self._undo.append(handle.remove)
+                self._hook(layer)
             self._undo.append(self._passes.watch())
         except BaseException:
             self._leave()
@@ -151,6 +164,20 @@ class Capture:
     def _leave(self) -> None:
         while self._undo:
             self._undo.pop()()
+        self._raw.clear()
+
+    def _hook(self, layer: Layer) -> None:
+        """Put the forward hook on a module, before the hooks that it has."""
+        if layer.module._backward_hooks and not layer.module._is_full_backward_hook:
+            raise RuntimeError(
+                f"module {layer.name}: it has a hook of register_backward_hook, which may change "
+                "its weight's gradient unseen; use register_full_backward_hook"
+            )
+        hook = untraced(partial(self._after_forward, layer))
+        handle = layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        self._hooks[layer.name] = handle.id
+        _hooks_of_captures.add(handle.id)
+        self._undo += [partial(_hooks_of_captures.discard, handle.id), handle.remove]
 
     def _freeze(self) -> None:
         for parameter in self._model.parameters():
@@ -168,6 +195,30 @@ class Capture:
             "use_reentrant=False works)"
         )
 
+    def _before_global_hooks(self, module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor) and module in self._watched:
+            self._raw[module] = (output, output._version)
+
+    def _check_unchanged(self, layer: Layer, output: Tensor) -> None:
+        """RuntimeError if a hook that ran before this capture's may have changed the output."""
+        own = self._hooks[layer.name]
+        for number in layer.module._forward_hooks:
+            if number == own:
+                break
+            if number not in _hooks_of_captures:
+                raise RuntimeError(
+                    f"module {layer.name}: a forward hook was put before all others after the "
+                    "pass began, and may change the output unseen; register it before the pass"
+                )
+        if torch_module._global_forward_hooks:
+            raw, version = self._raw.pop(layer.module, (None, 0))
+            if output is not raw or output._version != version:
+                raise RuntimeError(
+                    f"module {layer.name}: a global forward hook (register_module_forward_hook) "
+                    "changed its output or was registered after the pass began; register the "
+                    "hook on the modules that it is for, and before the pass"
+                )
+
     def _after_forward(
         self,
         layer: Layer,
@@ -181,17 +232,21 @@ class Capture:
             # No gradient will come: an evaluation, or the first pass over a reentrant checkpoint.
             self._called_without_grad.add(layer.name)
             return None
+        self._check_unchanged(layer, output)
         x = args[0] if args else next(iter(kwargs.values()))
         with plain_arithmetic(x):
             call = layer.call(x.detach(), self._batch)
         # The hook belongs to this value of the output. An in-place ReLU that follows makes
         # another value, and another call of the module has a hook of its own.
-        output = hookable(output)
-        output.register_hook(partial(self._at_output_gradient, layer, call))
+        output, node, place = hookable(output)
+        node.register_prehook(partial(self._at_output_gradient, layer, call, place))
         return output
 
-    def _at_output_gradient(self, layer: Layer, call: Call, dy: Tensor | None) -> None:
-        """Multiply the kept P_i x of a call by the gradient of the call's output."""
+    def _at_output_gradient(
+        self, layer: Layer, call: Call, place: int, dys: Sequence[Tensor | None]
+    ) -> None:
+        """Multiply the kept P_i x of a call by the gradient of the call's output, dys[place]."""
+        dy = dys[place]
         if dy is None:
             return
         self._passes.reached(layer.name)
@@ -211,3 +266,16 @@ class Capture:
         if name in self._gradients:
             gradients = self._gradients[name] + gradients
         self._gradients[name] = gradients
+
+
+# The numbers of the forward hooks of all open captures, none of which changes an output's value.
+_hooks_of_captures: set[int] = set()
+
+
+def _first_global_hook(hook: Callable[..., None]) -> Callable[[], None]:
+    """Put a hook before the global forward hooks of all modules; returns what removes it."""
+    handle = torch_module.register_module_forward_hook(hook)
+    cast("OrderedDict[int, object]", torch_module._global_forward_hooks).move_to_end(
+        handle.id, last=False
+    )
+    return handle.remove

@@ -207,9 +207,10 @@ _kinds: dict[type[nn.Module], type[Layer]] = {}
 
 
 def register_layer_kind(module_class: type[nn.Module], kind: type[Layer]) -> None:
-    """Log modules of a class, and of its subclasses, by a layer kind.
+    """Log modules of a class by a layer kind, and those of subclasses that keep its forward.
 
-    A class that is registered already gets the new kind.
+    A class that is registered already gets the new kind. A subclass with a forward of its own is
+    logged only if it is registered itself.
 
     Raises: TypeError if the first is no class of modules, or the second no subclass of Layer.
     """
@@ -221,13 +222,69 @@ def register_layer_kind(module_class: type[nn.Module], kind: type[Layer]) -> Non
 
 def layer_kind(module: nn.Module) -> type[Layer] | None:
     """The kind registered for the module's class, or for the nearest of its base classes."""
+    base = _registered_class(module)
+    return None if base is None else _kinds.get(base, _kinds[nn.Linear])
+
+
+def make_layer(name: str, module: nn.Module, bias: bool = False) -> Layer | None:
+    """The layer of a module, or None if no kind is registered for it.
+
+    Raises: ValueError if the module computes something else than the class the kind is for.
+    """
+    base, kind = _registered_class(module), layer_kind(module)
+    if base is None or kind is None:
+        return None
+    change, vouchable = _change_of(module, base)
+    if change:
+        raise ValueError(
+            f"module {name}: {change}, so that its weight's gradient may not be that of a "
+            f"{base.__name__}; leave it out by name_filter or type_filter"
+            + f", or, if it is, call register_layer_kind(type(module), {kind.__name__})"
+            * vouchable
+        )
+    return kind(name, module, bias)
+
+
+def _registered_class(module: nn.Module) -> type[nn.Module] | None:
+    """The module's class if it has a kind, or the nearest of its base classes that has."""
     for base in type(module).__mro__:
-        if base in _kinds:
-            return _kinds[base]
         # transformers may not be installed: its Conv1D is known by its name and an attribute
-        if base.__name__ == "Conv1D" and hasattr(module, "nf"):
-            return _kinds[nn.Linear]
+        if base in _kinds or (base.__name__ == "Conv1D" and hasattr(module, "nf")):
+            return base
     return None
+
+
+# Subclasses whose forward is their own, but computes x W^T + b.
+_SAME_FORWARD = ("transformers.models.falcon.modeling_falcon.FalconLinear", "bitsandbytes.nn.")
+
+
+def _change_of(module: nn.Module, base: type[nn.Module]) -> tuple[str, bool]:
+    """What a module computes otherwise than `base`, and whether to register its class helps.
+
+    It is a clause, empty if nothing is seen.
+    """
+    own = type(module)
+    if "forward" in vars(module) and not _moved_by_accelerate(module):
+        return "its forward was replaced", False
+    if any(name in module._parameters for name in ("weight_g", "weight_orig")):
+        return "its weight is computed from other parameters (weight_norm or pruning)", False
+    if own is base:
+        return "", False
+    if isinstance(getattr(own, "weight", None), property):
+        return "its weight is computed from other parameters (a parametrization)", True
+    known = f"{own.__module__}.{own.__qualname__}".startswith(_SAME_FORWARD)
+    for method in ("forward", "_conv_forward"):
+        if not known and getattr(own, method, None) is not getattr(base, method, None):
+            return f"its class {own.__name__} has a {method} of its own", True
+    return "", False
+
+
+def _moved_by_accelerate(module: nn.Module) -> bool:
+    """Whether accelerate replaced the module's forward by one that moves tensors, and no more."""
+    hook = getattr(module, "_hf_hook", None)
+    return all(
+        type(one).__module__.startswith("accelerate.") for one in getattr(hook, "hooks", (hook,))
+    )
 
 
 def row_layout(layers: Sequence[Layer]) -> RowLayout:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from logra_kernels.capture.layers import Layer, layer_kind, plain_name, unwrapped
+from logra_kernels.capture.layers import Layer, layer_kind, make_layer, plain_name, unwrapped
 from logra_kernels.projection import (
     ModuleProjection,
     ProjectionSpec,
@@ -37,6 +38,7 @@ class WatchedLayers:
         self.bias = bias
         self.description: dict[str, Any] = describe_projection(self.projections, bias)
         self._chose_projection = False
+        self._warn_of_parts()
 
     @classmethod
     def matching(
@@ -48,7 +50,8 @@ class WatchedLayers:
     ) -> WatchedLayers:
         """The layers of these types whose names hold one of these parts, as `Run.watch` says.
 
-        Raises: ValueError for a model or filter of a wrong type, or if no layer matches.
+        Raises: ValueError for a model or filter of a wrong type, if no layer matches, or for a
+            module that computes something else than the class its kind is for.
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected an nn.Module, got {model!r:.80}")
@@ -65,11 +68,11 @@ class WatchedLayers:
                 continue
             if name_filter is not None and not any(part in name for part in name_filter):
                 continue
-            kind = layer_kind(module)
-            if kind is None:
+            layer = make_layer(name or "model", module, bias)
+            if layer is None:
                 other_types.add(type(module).__name__)
             else:
-                found.append(kind(name or "model", module, bias))
+                found.append(layer)
         if not found:
             raise ValueError(_nothing_to_watch(model, type_filter, name_filter, other_types))
         return cls(model, found, bias)
@@ -78,15 +81,16 @@ class WatchedLayers:
     def named(cls, model: nn.Module, names: Sequence[str]) -> WatchedLayers:
         """The layers of exactly these names, in their order.
 
-        Raises: ValueError for a name that the model has not, or that is no layer's.
+        Raises: ValueError for a name that the model has not, or that is no layer's, or for a
+            module that computes something else than the class its kind is for.
         """
         modules = dict(model.named_modules())
         found = []
         for name in names:
-            kind = layer_kind(modules[name]) if name in modules else None
-            if kind is None:
+            layer = make_layer(name, modules[name]) if name in modules else None
+            if layer is None:
                 raise ValueError(f"modules: {name}: the model has no linear layer of that name")
-            found.append(kind(name, modules[name]))
+            found.append(layer)
         return cls(model, found)
 
     @property
@@ -115,6 +119,30 @@ class WatchedLayers:
             self._set(projection.build(widths))
             self.description = describe_projection(self.projections, self.bias, projection)
             self._chose_projection = True
+
+    def _warn_of_parts(self) -> None:
+        """Warn of weights whose whole gradient is not what their module's rows hold."""
+        owners: dict[Tensor | None, list[tuple[str, nn.Module]]] = {}  # {weight: its modules}
+        for path, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                owners.setdefault(parameter, []).append((plain_name(path), module))
+        for layer in self.layers:
+            weight = layer.module._parameters.get("weight")
+            if weight is None:
+                continue
+            others = [name for name, module in owners[weight] if module is not layer.module]
+            if others:
+                warnings.warn(
+                    f"module {layer.name}: its weight is also that of {', '.join(others)}; a row "
+                    f"holds only the part of the weight's gradient that passes through "
+                    f"{layer.name}",
+                    stacklevel=5,
+                )
+            if weight._backward_hooks:
+                warnings.warn(
+                    f"module {layer.name}: its weight has a gradient hook, which changes no row",
+                    stacklevel=5,
+                )
 
     def _set(self, projections: Mapping[str, ModuleProjection]) -> None:
         for layer in self.layers:

@@ -131,7 +131,7 @@ def test_a_gradient_changed_in_place_is_refused(grouped: list[int]) -> None:
         with Capture(model, [LinearLayer("1", model[1])], 2):
             out = model(torch.randn(2, 3))
             # called after the capture's hook, on the same gradient
-            out.register_hook(lambda gradient: gradient.mul_(2))
+            out.grad_fn.register_prehook(lambda gradients: (gradients[0].mul_(2),))
             out.square().sum().backward()
 
     with pytest.raises(RuntimeError, match="module 1: the gradient of its output was changed in p"):

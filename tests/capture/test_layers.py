@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 from toy_models import autograd_rows, make_layers, tiny_gpt2
 
 import logra_kernels as logra
@@ -23,6 +24,7 @@ from logra_kernels.capture import (
     register_layer_kind,
 )
 from logra_kernels.capture.kinds import Conv2dLayer, EmbeddingLayer, LinearLayer
+from logra_kernels.capture.layers import make_layer
 from logra_kernels.projection import ModuleProjection, build_projections
 
 
@@ -245,6 +247,104 @@ def test_a_registered_kind_needs_no_other_change(
     want = autograd_rows(model, watched, losses)
     got = torch.from_numpy(logra.Store.open(tmp_path / "scaled").take(range(4)))
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class WeightStandardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = (self.weight - self.weight.mean()) / self.weight.std()
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Padded(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(functional.pad(x, (1, 1, 1, 1)), weight, bias)
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 8 * super().forward(ids)
+
+
+class Named(nn.Linear):
+    """Adds nothing to what nn.Linear computes."""
+
+    def extra_repr(self) -> str:
+        return "named"
+
+
+def replaced_forward() -> nn.Module:
+    module = nn.Linear(3, 3)
+    module.forward = lambda x: 2 * functional.linear(x, module.weight)
+    return module
+
+
+def of_custom_hook() -> nn.Module:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Doubles(ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return 2 * output
+
+    return add_hook_to_module(nn.Linear(3, 3), Doubles())
+
+
+REFUSED = {
+    "forward": (lambda: Doubled(3, 3), "its class Doubled has a forward of its own"),
+    "conv": (lambda: WeightStandardised(3, 3, 2), "its class WeightStandardised has a forward of"),
+    "padded": (lambda: Padded(3, 3, 2), "its class Padded has a _conv_forward of its own"),
+    "embedding": (lambda: ScaledEmbedding(3, 3), "its class ScaledEmbedding has a forward of its"),
+    "instance": (replaced_forward, "its forward was replaced"),
+    "accelerate": (of_custom_hook, "its forward was replaced"),
+    "weight norm": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+        "its weight is computed from other parameters (a parametrization)",
+    ),
+    "old weight norm": (
+        lambda: nn.utils.weight_norm(nn.Linear(3, 3)),
+        "its weight is computed from other parameters (weight_norm or pruning)",
+    ),
+    "pruned": (
+        lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 0.5),
+        "its weight is computed from other parameters (weight_norm or pruning)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize("name", REFUSED)
+def test_modules_that_compute_something_else_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, reason = REFUSED[name]
+    module = make()
+    with pytest.raises(ValueError, match=re.escape(f"module block.0: {reason}")) as caught:
+        make_layer("block.0", module)
+    monkeypatch.setattr(layers, "_kinds", dict(layers._kinds))
+    register_layer_kind(type(module), layer_kind(module))
+    if "register_layer_kind(type(module), " in str(caught.value):
+        assert make_layer("block.0", module) is not None  # the user's word for it
+
+
+def test_subclasses_that_keep_the_forward_are_layers() -> None:
+    from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    hooks = AlignDevicesHook(), SequentialHook(AlignDevicesHook())
+    moved = [add_hook_to_module(nn.Linear(3, 3), hook) for hook in hooks]
+    for module in (Named(3, 3), FalconLinear(3, 3), *moved):
+        assert type(make_layer("a", module)) is LinearLayer
+        x = torch.randn(2, 4, 3)
+        layer = make_layer("a", module)
+        with Capture(module, [layer], 2) as capture:
+            module(x).square().sum().backward()
+        losses = [module(one).square().sum() for one in x]
+        wanted = torch.stack([torch.autograd.grad(loss, module.weight)[0] for loss in losses])
+        torch.testing.assert_close(capture.gradients()["a"], wanted)
 
 
 def test_what_cannot_be_registered() -> None:

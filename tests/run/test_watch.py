@@ -17,6 +17,7 @@ from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, m
 import logra_kernels as logix
 from logra_kernels import Store
 from logra_kernels.integrations.logix.run import LogixRun
+from logra_kernels.run import WatchedLayers
 
 
 def test_watch_filters() -> None:
@@ -210,3 +211,37 @@ def test_wrapped_models_have_the_names_of_what_they_wrap(
     scores = reader.compute_influence_all().scores
     log_queries(run, model, data, slice(1))
     torch.testing.assert_close(scores, run.compute_influence_all().scores, rtol=1e-5, atol=0)
+
+
+def test_a_module_with_a_forward_of_its_own_is_refused_by_name(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.second = Doubled(11, 9)
+    run = logix.init("toy")
+    with refuse("module second: its class Doubled has a forward of its own"):
+        run.watch(model)
+    run.watch(model, name_filter=["first", "head"])
+    with refuse("module second: its class Doubled has a forward of its own"):
+        WatchedLayers.named(model, ["second"])
+
+
+def test_shared_weights_are_warned_of(model):
+    run = logix.init("toy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.watch(model)
+        run.watch(model.first)
+        run.watch(nn.ModuleDict({"one": model, "again": model}))  # one module of two names
+    gpt2 = tiny_gpt2()
+    text = (
+        "module lm_head: its weight is also that of transformer.wte; a row holds only the part of "
+        "the weight's gradient that passes through lm_head"
+    )
+    with pytest.warns(UserWarning, match=text) as caught:
+        run.watch(gpt2, name_filter=["mlp", "lm_head"])
+    assert [warning.filename for warning in caught] == [__file__]
+    model.second.weight.register_hook(lambda gradient: 2 * gradient)
+    with pytest.warns(UserWarning, match="module second: its weight has a gradient hook, which ch"):
+        run.watch(model)
