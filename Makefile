@@ -14,14 +14,15 @@ CUDA_OPTIONS ?=
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc/include csrc/src python -type f)
 CPP_FILES := $(shell find csrc python tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: help install demo test lint format docs sanitize coverage bench bench-full gpu-report gpu-check gpu-bench \
+.PHONY: help install demo test fuzz lint format docs sanitize coverage bench bench-full gpu-report gpu-check gpu-bench \
 	cuda-library cuda-check peers-env clean
 
 help:
 	@echo "make demo          explain a real language model's answers by its corpus (report in $(DEMO)/)"
 	@echo "make test          all tests"
 	@echo "make install       the package and its tools, into $(VENV)/"
-	@echo "make lint          ruff, mypy, clang-format"
+	@echo "make fuzz          random calls of the ops and damaged stores, many of them (half an hour)"
+	@echo "make lint          ruff, mypy, clang-format, clang-tidy"
 	@echo "make format        rewrite Python and C++ in the house style"
 	@echo "make docs          the documentation as a site, in build/site/index.html"
 	@echo "make sanitize      C++ and Python tests over builds that check memory, undefined behaviour and threads (g++)"
@@ -52,14 +53,24 @@ $(VENV)/installed: $(SOURCES) | $(BIN)/python
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# A short run of each is among the tests.
+fuzz: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests/support
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_ops.py --calls 100000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_store.py --calls 20000
+
 demo: install
 	$(BIN)/logra demo --out $(DEMO)
 
+lint: export PATH := $(BIN):$(PATH)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	cmake -S . -G Ninja -B build/tidy -DLOGRA_TESTS=ON -DLOGRA_EMULATE_AMX=ON \
+	  -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON >/dev/null
+	run-clang-tidy.py -quiet -p build/tidy -clang-tidy-binary $(BIN)/clang-tidy >build/tidy/findings || { cat build/tidy/findings; exit 1; }
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -32,7 +32,10 @@ def find_tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
+    """Builds an extension as a target of CMakeLists.txt, with Ninja."""
+
     def build_extension(self, ext: Extension) -> None:
+        """Configure, build, and put the extension where setuptools looks for it."""
         import pybind11
 
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent

@@ -27,6 +27,8 @@ ALL, FULL = ("quick", "normal", "full"), ("full",)
 
 @dataclass(frozen=True)
 class Part:
+    """One benchmark of the run: its name, what it measures, its module and in which runs it is."""
+
     name: str
     what: str
     module: str
@@ -85,6 +87,7 @@ PARTS = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's options; the parts are checked."""
     known = parser(__doc__)
     known.prog = "python -m bench"
     known.epilog = "parts:\n" + "\n".join(f"  {part.name:<22}{part.what}" for part in PARTS)
@@ -100,6 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the chosen parts, and return 1 if one failed."""
     args = parse(argv)
     size = "quick" if args.quick else "full" if args.full else "normal"
     chosen = [part for part in PARTS if part.name in args.parts]

@@ -133,6 +133,7 @@ class Copy:
         )  # fmt: skip
 
     def ask(self, **request: int) -> dict[str, Any]:
+        """Send the copy's process a request, and wait for its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -146,6 +147,8 @@ class Copy:
 
 @dataclass
 class Compared:
+    """One cell timed in both copies: medians in milliseconds."""
+
     name: str
     ours_ms: float
     theirs_ms: float
@@ -153,14 +156,17 @@ class Compared:
 
     @property
     def ratio(self) -> float:
+        """Our time over the other copy's."""
         return self.ours_ms / self.theirs_ms
 
     def line(self) -> str:
+        """The cell as a line of the report."""
         bits = "" if self.same_bits else "  other bits"
         return f"{self.ratio:7.3f}{self.ours_ms:11.4f}{self.theirs_ms:11.4f}  {self.name}{bits}"
 
 
 def compare(copies: list[Copy], cell: int, rounds: int) -> Compared:
+    """Time one cell in both copies, in turns; RuntimeError if one gives a wrong result."""
     answers = [copy.ask(cell=cell) for copy in copies]
     name = answers[0]["name"]
     for answer in answers:
@@ -181,6 +187,7 @@ def compare(copies: list[Copy], cell: int, rounds: int) -> Compared:
 
 
 def report(compared: list[Compared], worst: int) -> list[str]:
+    """The slowest cells, then the ratios by op."""
     ordered = sorted(compared, key=lambda one: -one.ratio)
     lines = [f"{'ratio':>7}{'ours ms':>11}{'other ms':>11}  the slowest beside the other copy"]
     lines += [one.line() for one in ordered[:worst]]
@@ -219,6 +226,7 @@ def targets(other: Path, rounds: int) -> Iterator[str]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -233,6 +241,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Compare with the other copy, and print the report."""
     args = parse(argv)
     root = args.path.resolve()
     if args.work:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -60,10 +61,13 @@ HOLDS = {
 }
 
 Build = Callable[[], Case]
+Named = tuple[str, Build]
 
 
 @dataclass
 class Cell:
+    """One problem's outcome: our median over the best of torch's, times and errors."""
+
     op: str
     title: str
     ratio: float | None  # best of torch over ours; None if one side was not timed
@@ -76,9 +80,11 @@ class Cell:
 
     @property
     def loses(self) -> bool:
+        """Whether we are slower than the best of torch, or were not timed."""
         return self.ratio is None or self.ratio < BAR
 
     def line(self) -> str:
+        """The cell as a line of the table."""
         mark, name = "!" if self.loses else "", f"{self.op}: {self.title}"
         if self.ratio is None:
             why = "; ".join(f"{provider}: {text}" for provider, text in self.left_out.items())
@@ -89,49 +95,57 @@ class Cell:
         )
 
 
-def cells() -> Iterator[tuple[str, Build]]:
+def cells() -> Iterator[Named]:
     """(op, a function that makes the case): a cell takes memory only when its turn comes."""
-    for dtype in KINDS:
-        for rank in RANKS:
-            for num_tokens, dim in ((256, 576), (256, 2048), (4096, 576), (4096, 2048)):
-                yield "project", partial(project.case, num_tokens, dim, rank, dtype)
-    for dtype in (*KINDS, "mixed"):
-        for rank in RANKS:
-            for n, t, lengths in (
-                (4, 64, "full"),
-                (8, 256, "full"),
-                (8, 256, "masked"),
-                (8, 256, "ragged"),
-                (1, 2048, "full"),
-            ):
-                build = partial(per_sample_gradients.case, n, t, rank, dtype, lengths)
-                yield "per_sample_gradients", build
-            for dim in (576, 2048):
-                for lengths in ("full", "ragged"):
-                    build = partial(projected_gradients.case, 8, 256, dim, rank, dtype, lengths)
-                    yield "projected_gradients", build
-    for size in (16, 64, 256, 1024):
-        for num_rows in (64, 2048):
-            for dtype, rows in (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "fp16"),
-                                ("fp32", "bf16")):  # fmt: skip
-                build = partial(covariance_update.case, num_rows, size, dtype, rows)
-                yield "covariance_update", build
+    yield from _projections()
+    yield from _gradients()
+    yield from _covariances()
+    yield from _scans()
+    for kind, (num_rows, size) in product(KINDS, ((2000, 256), (2000, 1024), (300, 4096))):
+        yield "self_influence", partial(self_influence.case, num_rows, size, kind)
+    for shape, unpack in product(((8, 4096), (64, 16384), (500, 49152)), (False, True)):
+        yield "pack_rows", partial(pack_rows.case, *shape, unpack)
+
+
+def _projections() -> Iterator[Named]:
+    shapes = ((256, 576), (256, 2048), (4096, 576), (4096, 2048))
+    for dtype, rank, shape in product(KINDS, RANKS, shapes):
+        yield "project", partial(project.case, *shape, rank, dtype)
+
+
+def _gradients() -> Iterator[Named]:
+    shapes = (
+        (4, 64, "full"),
+        (8, 256, "full"),
+        (8, 256, "masked"),
+        (8, 256, "ragged"),
+        (1, 2048, "full"),
+    )
+    for dtype, rank in product((*KINDS, "mixed"), RANKS):
+        for n, t, lengths in shapes:
+            build = partial(per_sample_gradients.case, n, t, rank, dtype, lengths)
+            yield "per_sample_gradients", build
+        for dim, lengths in product((576, 2048), ("full", "ragged")):
+            build = partial(projected_gradients.case, 8, 256, dim, rank, dtype, lengths)
+            yield "projected_gradients", build
+
+
+def _covariances() -> Iterator[Named]:
+    types = (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"))
+    for size, num_rows, (dtype, rows) in product((16, 64, 256, 1024), (64, 2048), types):
+        yield "covariance_update", partial(covariance_update.case, num_rows, size, dtype, rows)
     yield "covariance_update", partial(covariance_update.case, 256, 4096, "fp32")
-    for kind in KINDS:
-        for num_rows, dim in ((2000, 256), (2000, 1024), (2000, 4096), (2000, 16384), (300, 4099)):
-            for num_queries in QUERIES:
-                yield "scores", partial(_scores, num_queries, num_rows, dim, kind)
+
+
+def _scans() -> Iterator[Named]:
+    shapes = ((2000, 256), (2000, 1024), (2000, 4096), (2000, 16384), (300, 4099))
+    for kind, shape, num_queries in product(KINDS, shapes, QUERIES):
+        yield "scores", partial(_scores, num_queries, *shape, kind)
     for num_queries in QUERIES:
         yield "scores", partial(_scores, num_queries, 16000, 4096, "fp16")
         yield "topk_scores", partial(_topk, num_queries, 20000, 1024, "fp16")
         for kind in KINDS:
             yield "topk_scores", partial(_topk, num_queries, 4000, 4096, kind)
-    for kind in KINDS:
-        for num_rows, size in ((2000, 256), (2000, 1024), (300, 4096)):
-            yield "self_influence", partial(self_influence.case, num_rows, size, kind)
-    for num_rows, dim in ((8, 4096), (64, 16384), (500, 49152)):
-        for unpack in (False, True):
-            yield "pack_rows", partial(pack_rows.case, num_rows, dim, unpack)
 
 
 def _scores(num_queries: int, num_rows: int, dim: int, kind: str) -> Case:
@@ -148,6 +162,7 @@ OPS = tuple(dict.fromkeys(op for op, _ in cells()))
 
 
 def measure(case: Case, rounds: int, budget_s: float) -> Cell:
+    """Check and time every provider of a case."""
     good, errors, left_out = check(case)
     ours = next((name for name in good if is_ours(name)), None)
     cell = Cell(case.op, case.title, None, None, None, None, None, None, left_out)
@@ -233,6 +248,7 @@ def hold(isa: str, argv: list[str]) -> int:
 
 
 def part_of(text: str) -> tuple[int, int]:
+    """The text "1/3" as (1, 3)."""
     try:
         one, of = (int(word) for word in text.split("/"))
     except ValueError:
@@ -243,6 +259,7 @@ def part_of(text: str) -> tuple[int, int]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -262,6 +279,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the grid, or the part of it that the command line asks for."""
     given = sys.argv[1:] if argv is None else argv
     args = parse(given)
     if args.hold and not args.held:

@@ -281,6 +281,7 @@ def save(figure: Any, path: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draw the pictures of the stored results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

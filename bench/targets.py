@@ -35,6 +35,8 @@ PRODUCTS = 3  # of bfloat16 tiles for one of ours: rows in two parts, queries in
 
 @dataclass
 class Target:
+    """One figure beside what is asked of it."""
+
     what: str
     asked: float
     got: float | None  # None: it could not be measured here
@@ -43,6 +45,7 @@ class Target:
 
     @property
     def verdict(self) -> str:
+        """Says "met", "missed" or "not measured"."""
         if self.got is None:
             return "not measured"
         met = self.got >= self.asked if self.at_least else self.got <= self.asked
@@ -67,6 +70,7 @@ class Setting:
         return medians(time_providers(providers, 5, self.rounds, self.budget_s))
 
     def rows(self) -> torch.Tensor:
+        """Random rows [N, D] float16."""
         return torch.randn(self.num_rows, self.dim).half()
 
 
@@ -98,6 +102,7 @@ class Timed:
 
 
 def scan(setting: Setting, limits: Limits) -> Iterator[Target]:
+    """The scan in memory beside the machine's limits and torch."""
     rows = setting.rows()
     amx = limits.amx_gflop_per_s
     no_amx = "" if amx else "no AMX here"
@@ -172,6 +177,7 @@ def duties(setting: Setting) -> Iterator[Target]:
 
 
 def logging_ops(setting: Setting, limits: Limits) -> Iterator[Target]:
+    """The ops of logging beside torch."""
     amx = limits.amx_gflop_per_s is not None
     n, t = setting.tokens
     timed = Timed(
@@ -186,6 +192,7 @@ def logging_ops(setting: Setting, limits: Limits) -> Iterator[Target]:
 
 
 def logging(setting: Setting) -> Iterator[Target]:
+    """Logging a small language model beside the passes that it needs."""
     from bench.paths.logging import language_model  # imports transformers, which is optional
 
     case = language_model(*setting.logging, setting.rank)
@@ -260,6 +267,7 @@ GROUPS: dict[str, Callable[[Setting, Limits], Iterator[Target]]] = {
 
 
 def line(target: Target) -> str:
+    """A target as a line of the table."""
     sign = "≥" if target.at_least else "≤"
     got = "" if target.got is None else format(target.got, ",.0f" if target.got >= 100 else ".3g")
     asked = f"{sign} {target.asked:,g}" if target.asked else ""
@@ -268,6 +276,7 @@ def line(target: Target) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -278,6 +287,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure the targets that the command line asks for, and print them."""
     args = parse(argv)
     setting = Setting()
     prepare(threads=None)

@@ -5,18 +5,21 @@ there yet.
 """
 
 import tiny_model
+from torch import Tensor
 from torch.nn import functional
 
 import logra_kernels as logix
 
 
-def loss_of(batch):
+def loss_of(batch: dict[str, Tensor]) -> Tensor:
+    """The summed next-token cross entropy of a batch."""
     labels = batch["labels"][:, 1:].flatten()
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     return functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
 
 
-def ids_of(batch):
+def ids_of(batch: dict[str, Tensor]) -> list[str]:
+    """The texts of a batch, which are the ids of its examples."""
     return tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
 
 

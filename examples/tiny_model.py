@@ -68,6 +68,7 @@ def batches(
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary is the words of the training texts."""
     words = sorted({word for text in TRAIN for word in text.split()})
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -76,6 +77,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A two-block Llama, trained on the training texts."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -85,6 +85,7 @@ class Resources(NamedTuple):
 
 
 def resources(kernel: Any) -> Resources:
+    """Registers, stack bytes and shared bytes of a compiled kernel."""
     shared = int(kernel.metadata.shared)
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -109,6 +110,7 @@ def report(kernel: Any) -> dict[str, Any]:
 
 
 def amd_code(text: str) -> dict[str, Any]:
+    """Spills, matrix instructions and widths of loads in AMD's assembly."""
     names = collections.Counter(re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE))
     wide = count(names, r"(?:global|buffer)_load_dwordx4")
     vector, scalar = (number(text, rf"\.{kind}gpr_spill_count:\s+(\d+)") for kind in "vs")
@@ -123,6 +125,7 @@ def amd_code(text: str) -> dict[str, Any]:
 
 
 def nvidia_code(cubin: bytes) -> dict[str, Any]:
+    """Spills, matrix instructions and widths of loads in a cubin, disassembled."""
     names: collections.Counter[str] = collections.Counter()
     for line in output(NVIDIA_TOOLS / "nvdisasm", "-c", binary=cubin).splitlines():
         line = re.sub(r"/\*[0-9a-f]+\*/", "", line)
@@ -142,6 +145,7 @@ def nvidia_code(cubin: bytes) -> dict[str, Any]:
 
 
 def matrix(names: collections.Counter[str]) -> dict[str, int]:
+    """{matrix instruction: how often it stands in the code}."""
     found: collections.Counter[str] = collections.Counter()
     for name, number in names.items():
         if match := re.match(MATRIX, name):
@@ -150,10 +154,12 @@ def matrix(names: collections.Counter[str]) -> dict[str, int]:
 
 
 def count(names: collections.Counter[str], pattern: str) -> int:
+    """The number of instructions whose name begins with the pattern."""
     return sum(number for name, number in names.items() if re.match(pattern, name))
 
 
 def number(text: str, pattern: str) -> int:
+    """The integer that the pattern's group matches; ValueError if there is none."""
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"compiled code: expected {pattern}, got: {text[:200]}")

@@ -90,6 +90,7 @@ def _sum_kernel(
 
 
 def sizes_of_one() -> Calls:
+    """Calls with dimensions of 1, which Triton compiles as constants."""
     full = torch.float32
     one, single, scale = make(1, 1), make(1, 1, dtype=full), make(1, dtype=full)
     mask, bounds = make(1, 1, dtype=torch.bool), make(2, dtype=torch.int64)
@@ -118,6 +119,8 @@ def sizes_of_one() -> Calls:
 
 
 def main(architecture: str, which: str = "defaults") -> None:
+    """Compile for the architecture and print one JSON line per kernel."""
+
     def put(found: dict[str, Any]) -> None:
         print(json.dumps(found), flush=True)
 

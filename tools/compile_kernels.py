@@ -109,6 +109,7 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """The family and the parts that tell its variants apart."""
         values = {key: int(v) if isinstance(v, bool) else v for key, v in self.parts.items()}
         return f"{self.family}." + ",".join(f"{key}={value}" for key, value in values.items())
 
@@ -120,16 +121,20 @@ class LibraryEntry(Entry):
     hints: bool = False
 
     def is_constant(self, param: Any, value: Any) -> bool:
+        """Whether the argument is compiled into the kernel."""
         if param.name in FIXED and value != FIXED[param.name]:
             raise ValueError(f"{self.name}: {param.name} is {value}, not {FIXED[param.name]}")
         return param.name in FIXED
 
     def is_aligned(self, param: Any, value: Any) -> bool:
+        """Whether the kernel may take the argument for a multiple of 16."""
         return self.hints and param.name in ALIGNED[self.kernel_name]
 
 
 @dataclass
 class Compiled:
+    """A compiled variant, as the library's index lists it."""
+
     variant: str
     architecture: int
     function: str
@@ -148,6 +153,7 @@ class Compiled:
 
 
 def variants() -> Iterator[Variant]:
+    """Every variant of the library."""
     yield from scan_variants()
     yield from gradient_variants()
     yield from other_variants()
@@ -188,6 +194,7 @@ def scan_variants() -> Iterator[Variant]:
 
 
 def gradient_variants() -> Iterator[Variant]:
+    """The variants of the gradient kernels: types, projections, masks and segments."""
     mask = make(16, 512, dtype=torch.uint8)
     bounds = make(17, dtype=torch.int64)
     ops = "per_sample_gradients", "one_sided_gradients", "projected_gradients"
@@ -262,6 +269,7 @@ def compile_one(job: tuple[Variant, int], out: Path) -> Compiled:
 
 
 def compile_with(entry: LibraryEntry, architecture: int, out: Path) -> Compiled:
+    """Compile a variant for an architecture; its cubin goes to `out`."""
     compiled = entry.compile()
     cubin = compiled.asm["cubin"]
     if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
@@ -327,6 +335,7 @@ def write_table(out: Path, kernels: list[Compiled]) -> None:
 
 
 def main() -> None:
+    """Compile the variants that the command line asks for, and write their index."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

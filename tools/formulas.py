@@ -15,7 +15,10 @@ INLINE = re.compile(r":math:`([^`]+)`")
 
 
 class Formulas(Extension):
+    """Turns the formulas of every docstring into MathML."""
+
     def on_object(self, *, obj: Object, **_: Any) -> None:
+        """Rewrite the object's docstring; griffe calls this for each object it loads."""
         if obj.docstring is not None:
             text = BLOCK.sub(
                 lambda found: f"<div>{_mathml(found[1], 'block')}</div>", obj.docstring.value

@@ -49,11 +49,13 @@ class Problem:
 
     @property
     def name(self) -> str:
+        """The op, the types and the bounds of the sizes."""
         sizes = [f"{size} <= {value}" for size, value in self.up_to.items()]
         return ", ".join([self.op, *filter(None, [self.types]), *sizes])
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float16, device: str) -> Tensor:
+    """Normal values; on the meta device, which draws nothing, only the shape."""
     if device == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
@@ -201,6 +203,8 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 
 class Measure(Protocol):
+    """Times one problem under one configuration."""
+
     def __call__(self, problem: Problem, config: Config) -> float | str:
         """Milliseconds, or why the configuration is not to be used."""
 
@@ -214,6 +218,7 @@ class OnGpu:
         self.timer = Timer(repeats=15)
 
     def __call__(self, problem: Problem, config: Config) -> float | str:
+        """Milliseconds, or why the configuration is not to be used."""
         if bad := refused(problem, config, self.architecture):
             return bad
         if self._of is None or self._of[0] != problem.name:
@@ -245,8 +250,10 @@ def refused(problem: Problem, config: Config, architecture: str) -> str:
 
 
 def wrong(got: list[Tensor], want: list[Tensor], rounded: bool) -> str:
-    """Why results are refused; "" if they are within 1e-3 of the reference's largest value, or 1e-2
-    for tf32."""
+    """Why results are refused; "" if they are good.
+
+    They may be off by 1e-3 of the reference's largest value, or by 1e-2 of it for tf32.
+    """
     for mine, theirs in zip(got, want, strict=True):
         limit = (1e-2 if rounded else 1e-3) * float(theirs.abs().max())
         error = float((mine.float() - theirs.float()).abs().max())
@@ -345,6 +352,7 @@ def _rules(op: str, problems: list[Problem], results: Results) -> Rules:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Tune the ops that the command line asks for, and rewrite the table."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.tune", description=__doc__.split("\n")[0]
     )

@@ -63,9 +63,11 @@ class Data:
         self.generator = torch.Generator().manual_seed(0)
 
     def randn(self, *shape: int, dtype: torch.dtype = FULL) -> Tensor:
+        """Normal values on the device."""
         return torch.randn(*shape, generator=self.generator).to(dtype).to(self.device)
 
     def mask(self, *shape: int) -> Tensor:
+        """True for four of five elements, on the device."""
         return (torch.rand(*shape, generator=self.generator) < 0.8).to(self.device)
 
 
@@ -86,14 +88,17 @@ def same(name: str, one: Any, other: Any) -> Comparison:
 
 
 def wide(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in float64 on the CPU."""
     return [None if t is None else t.detach().cpu().double() for t in tensors]
 
 
 def sizes(*tensors: Tensor | None) -> list[Any]:
+    """The absolute values in float64 on the CPU."""
     return [None if t is None else t.abs() for t in wide(*tensors)]
 
 
 def projections(data: Data, quick: bool) -> Iterator[Comparison]:
+    """`project` over types and ragged widths."""
     for dtype, proj_dtype in ((HALF, HALF), (BRAIN, BRAIN), (FULL, FULL), (BRAIN, FULL)):
         for tokens, width, rank in ((1, 16, 16), (130, 77, 5), (300, 2048, 64))[: 2 + (not quick)]:
             x, proj = (
@@ -106,6 +111,7 @@ def projections(data: Data, quick: bool) -> Iterator[Comparison]:
 
 
 def gradients(data: Data, quick: bool) -> Iterator[Comparison]:
+    """Gradients per example over types, projections, masks and segments."""
     shapes = ((2, 3, 16, 16), (3, 140, 40, 9), (4, 300, 1024, 64), (2, 130, 512, 128))
     for n, t, width, rank in shapes[: 2 + 2 * (not quick)]:
         for x_dtype, dy_dtype in ((HALF, HALF), (BRAIN, BRAIN), (FULL, FULL), (FULL, BRAIN)):
@@ -132,6 +138,7 @@ def gradients(data: Data, quick: bool) -> Iterator[Comparison]:
 
 
 def scans(data: Data, quick: bool) -> Iterator[Comparison]:
+    """`scores`, `topk_scores` and `self_influence` over types, scales and biases."""
     shapes = ((1, 5, 16), (17, 200, 37), (64, 1000, 4096), (256, 300, 1000))
     for count, num_rows, dim in shapes[: 2 + 2 * (not quick)]:
         for dtype in (HALF, BRAIN, FULL):
@@ -161,6 +168,7 @@ def scans(data: Data, quick: bool) -> Iterator[Comparison]:
 
 
 def covariances(data: Data, quick: bool) -> Iterator[Comparison]:
+    """`covariance_update_` over types and widths."""
     for num_rows, width in ((1, 16), (300, 45), (5000, 256), (3000, 1024))[: 2 + 2 * (not quick)]:
         for dtype in (HALF, BRAIN, FULL):
             rows, cov = data.randn(num_rows, width, dtype=dtype), data.randn(width, width)
@@ -172,6 +180,7 @@ def covariances(data: Data, quick: bool) -> Iterator[Comparison]:
 
 
 def packing(data: Data, quick: bool) -> Iterator[Comparison]:
+    """`pack_rows` and `unpack_rows`, which must give the reference's bits."""
     for num_rows, dim in ((1, 7), (40, 1500), (500, 16384))[: 2 + (not quick)]:
         rows = data.randn(num_rows, dim) * 10.0 ** data.randn(num_rows, 1).mul(8).clamp(-25, 25)
         layout = [dim // 3, dim - dim // 3], [3, -5]
@@ -248,6 +257,8 @@ def large_addresses(data: Data, quick: bool) -> Iterator[Comparison]:
 
 
 class TinyModel(nn.Module):
+    """Three linear layers with tanh between them."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
@@ -255,6 +266,7 @@ class TinyModel(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layers one after another: [..., 96] to [..., 96]."""
         out: Tensor = self.layers(x)
         return out
 
@@ -347,6 +359,7 @@ ON_GPU: dict[str, Check] = {
 
 
 def run_check(name: str, check: Check, data: Data, quick: bool) -> Outcome:
+    """Run one check to its end; an error counts as a failure."""
     start = time.perf_counter()
     count, worst, failed = 0, None, None
     try:
@@ -363,6 +376,7 @@ def run_check(name: str, check: Check, data: Data, quick: bool) -> Outcome:
 
 
 def describe(device: str) -> dict[str, Any]:
+    """The device's name, processors and memory, with the versions in use."""
     if not device.startswith("cuda"):
         return {"device": "Triton's interpreter"}
     properties = torch.cuda.get_device_properties(device)
@@ -375,6 +389,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the checks that the command line asks for; exit with 1 if one fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

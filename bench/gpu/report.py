@@ -82,6 +82,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
+    """What a kernel needs on a GPU, and the times that follow from it."""
+
     gpu: str
     case: str
     kernel: str
@@ -96,10 +98,12 @@ class Prediction:
 
     @property
     def of_memory(self) -> float:
+        """The share of the predicted time that the memory's bandwidth explains."""
         return self.memory_us / self.predicted_us
 
 
 def element_bytes(tensor: Tensor) -> int:
+    """Bytes of an element."""
     return tensor.element_size()
 
 
@@ -180,6 +184,7 @@ def gradients_work(entry: Entry, a: dict[str, Any]) -> Work:
 
 
 def reduce_work(entry: Entry, a: dict[str, Any]) -> Work:
+    """The work of the kernel that adds up the slots of a segment."""
     size = (a["slots"] + a["segments"]) * a["modules"] * a["size"] * 4.0
     return Work(memory=size, l2=size, in_flight=4.0 * a["REDUCE"])
 
@@ -201,6 +206,7 @@ def covariance_work(entry: Entry, a: dict[str, Any]) -> Work:
 
 
 def pack_work(entry: Entry, a: dict[str, Any]) -> Work:
+    """The work of packing rows: they are read twice, the second time from the L2 cache."""
     read = a["count"] * a["dim"] * element_bytes(a["rows"])
     written = 2.0 * a["count"] * a["dim"]
     return Work(memory=read + written, l2=2 * read + written, in_flight=4.0 * a["BLOCK"])
@@ -255,6 +261,7 @@ def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> in
 
 
 def predict(gpu: Gpu, case: str, entry: Entry) -> Prediction:
+    """The prediction for one compiled kernel."""
     compiled = entry.compile()
     registers, _, shared = resources(compiled)
     threads = entry.num_warps * gpu.warp
@@ -296,6 +303,7 @@ def last_wave_s(
 
 
 def predictions(gpus: tuple[Gpu, ...] = GPUS) -> Iterator[Prediction]:
+    """Every kernel of every problem, GPU by GPU."""
     for gpu in gpus:
         for case, call in problems():
             for entry in recorded(case, gpu.architecture, call):
@@ -304,6 +312,7 @@ def predictions(gpus: tuple[Gpu, ...] = GPUS) -> Iterator[Prediction]:
 
 
 def table(rows: list[Prediction]) -> Iterator[str]:
+    """The predictions as a Markdown table."""
     yield (
         "| case | kernel | registers | shared, KiB | programs | on a processor | memory, µs "
         "| arithmetic, µs | predicted, µs | of memory | bound by |"
@@ -319,6 +328,7 @@ def table(rows: list[Prediction]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Print or write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -50,11 +50,14 @@ class Measured:
 
 @dataclass
 class Limits:
+    """The bandwidth and the matrix rate that the GPU reaches in plain copies and products."""
+
     copy_bytes_per_s: float
     matrix_flop_per_s: float
 
 
 def measure_limits(timer: Timer, device: str, size: int = 1 << 30) -> Limits:
+    """Time a copy of `size` bytes and a bfloat16 product."""
     a = torch.empty(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     copy_s = timer.median_s(lambda: b.copy_(a))
@@ -116,6 +119,7 @@ def checked(got: Any, wanted: Any, name: str) -> float:
 
 
 def ops(timer: Timer, device: str, limits: Limits, gpu: Gpu | None) -> Iterator[Measured]:
+    """Every op's time beside its prediction and the GPU's limits."""
     for case, call in problems():
         if not isinstance(call, partial):
             raise TypeError(f"{case}: expected a partial")
@@ -230,6 +234,7 @@ def known(name: str) -> Gpu | None:
 
 
 def show(one: Measured) -> str:
+    """A measurement as a line."""
     parts = [f"{one.case:<84}", f"{one.provider:<32}", f"{one.median_s * 1e3:>10.3f} ms"]
     if one.bytes_per_s is not None and one.of_bandwidth is not None:
         parts.append(f"{one.bytes_per_s / 1e9:>8.0f} GB/s {one.of_bandwidth:>6.1%}")
@@ -241,6 +246,7 @@ def show(one: Measured) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure what the command line asks for."""
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(

@@ -62,11 +62,13 @@ class Case:
     params: dict[str, object] = field(default_factory=dict)  # for readers of the results
 
     def error(self, name: str, result: Any) -> float:
+        """The provider's error beside the expected result."""
         if name in self.errors:
             return self.errors[name](result)
         return largest_error(result, self.expected, self.compare, self.unit)
 
     def allowed(self, name: str) -> float:
+        """The largest error that the provider may have."""
         if is_ours(name) and self.our_rtol is not None:
             return self.our_rtol
         return self.rtol
@@ -79,6 +81,8 @@ class Case:
 
 @dataclass
 class Row:
+    """One provider's times and error for one case."""
+
     provider: str
     isa: str | None  # of our kernels; None for others
     median_ms: float
@@ -101,14 +105,17 @@ class Held:
     isa: str
 
     def __call__(self) -> Any:
+        """Call the provider; the instruction set is chosen beforehand."""
         return self.call()
 
 
 def is_ours(name: str) -> bool:
+    """Whether a provider is this package."""
     return name.startswith(OURS)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,6 +165,7 @@ def instruction_set(provider: Provider) -> Iterator[None]:
 def run_cases(
     cases: Iterable[Case], args: argparse.Namespace, folder: Path = stored.RESULTS
 ) -> list[Row]:
+    """Run the cases under the machine's measured limits, one row a provider."""
     prepare(args.threads)
     with torch.no_grad():
         limits = machine_limits.measure(5 if args.quick else 9)
@@ -168,6 +176,7 @@ def run_cases(
 def run_case(
     case: Case, limits: Limits, args: argparse.Namespace, folder: Path = stored.RESULTS
 ) -> list[Row]:
+    """Check, time and print one case; append it to the stored results."""
     print(f"\n{case.op}: {case.title}")
     print(
         f"  {'provider':<28}{'median ms':>10}{'± ms':>9}{'x best':>9}"
@@ -269,12 +278,14 @@ def sample(provider: Provider, loops: int) -> float:
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    """The median seconds of each provider."""
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def summarise(
     case: Case, times: dict[str, list[float]], errors: dict[str, float], limits: Limits
 ) -> list[Row]:
+    """A row for each provider that was timed."""
     seconds = medians({name: times[name] for name in errors})
     best = case.best(seconds)
     floor_s, limit = limits.floor(case.num_bytes, case.flops)

@@ -11,6 +11,7 @@ from logra_kernels.ops import covariance_update_
 
 
 def case(num_rows: int, size: int, dtype: str = "fp32", rows_dtype: str = "fp32") -> Case:
+    """R rows of K columns into a covariance [K, K] of `dtype`."""
     rows = torch.randn(num_rows, size).to(DTYPES[rows_dtype])  # [R, K]
 
     def zeros() -> Tensor:
@@ -34,6 +35,7 @@ def case(num_rows: int, size: int, dtype: str = "fp32", rows_dtype: str = "fp32"
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The op's table."""
     shapes = [(64, 1024), (1024, 256)]
     shapes = shapes if quick else [*shapes, (4096, 64), (2048, 1024), (256, 4096)]
     for shape, dtype in product(shapes, ("fp32", "fp64")):

@@ -11,11 +11,13 @@ from logra_kernels.ops import pack_rows, unpack_rows
 
 
 def in_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [R, D] as fp16 with a power of two for each row, in torch."""
     shift = torch.frexp(rows.abs().amax(1)).exponent - 15  # [R]
     return torch.ldexp(rows, -shift[:, None]).half(), torch.ldexp(torch.ones(len(rows)), shift)
 
 
 def case(num_rows: int, dim: int, unpack: bool = False) -> Case:
+    """Packing R rows of D columns, or unpacking them."""
     rows = torch.randn(num_rows, dim)  # [R, D]
     modules = [dim // 32] * 32, [0] * 32
     packed, scale = pack_rows(rows, *modules)
@@ -42,6 +44,7 @@ def case(num_rows: int, dim: int, unpack: bool = False) -> Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The op's table."""
     for shape in [(64, 16384)] if quick else [(64, 16384), (1000, 49152)]:
         for unpack in (False, True):
             yield case(*shape, unpack)

@@ -15,6 +15,7 @@ from logra_kernels.ops import per_sample_gradients
 
 
 def case(n: int, t: int, rank: int, dtype: str = "fp32", lengths: str = "masked") -> Case:
+    """N examples of T tokens of `rank` features on both sides."""
     given = tokens(n, t, rank, dtype, lengths)
     x, dy, mask, cu_seqlens = given.x, given.dy, given.mask, given.cu_seqlens
     wide = outer_ways(x.float(), dy.float(), mask, cu_seqlens)
@@ -43,6 +44,7 @@ def case(n: int, t: int, rank: int, dtype: str = "fp32", lengths: str = "masked"
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The op's table."""
     shapes = [(8, 256, 16), (8, 256, 64)]
     for n, t, rank in shapes if quick else [*shapes, (16, 512, 8), (16, 512, 128), (1, 4096, 64)]:
         yield case(n, t, rank)

@@ -21,6 +21,7 @@ def projection(rank: int, dim: int) -> Tensor:
 
 
 def case(num_tokens: int, dim: int, rank: int, dtype: str = "fp32") -> Case:
+    """M tokens of `dim` features, projected to `rank`."""
     x = torch.randn(num_tokens, dim).to(DTYPES[dtype])  # [M, I]
     proj = projection(rank, dim)
     providers: dict[str, Callable[[], Tensor]] = {
@@ -43,6 +44,7 @@ def case(num_tokens: int, dim: int, rank: int, dtype: str = "fp32") -> Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The op's table."""
     shapes = [(576, 16), (2048, 64)] if quick else [(576, 8), (1536, 16), (2048, 64), (4096, 128)]
     for (dim, rank), dtype in product(shapes, ("fp32", "bf16")):
         yield case(2048 if quick else 8192, dim, rank, dtype)

@@ -17,6 +17,7 @@ from logra_kernels.ops import projected_gradients
 
 
 def case(n: int, t: int, dim: int, rank: int, dtype: str = "fp32", lengths: str = "masked") -> Case:
+    """N examples of T tokens of `dim` features, projected to `rank` on both sides."""
     given = tokens(n, t, dim, dtype, lengths)
     mask, cu_seqlens = given.mask, given.cu_seqlens
     proj = projection(rank, dim)  # for both sides
@@ -49,6 +50,7 @@ def case(n: int, t: int, dim: int, rank: int, dtype: str = "fp32", lengths: str 
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The op's table."""
     shapes = [(8, 256, 576, 8), (8, 256, 2048, 64)]
     if not quick:
         shapes = [(16, 512, 576, 8), (16, 512, 1536, 16), (16, 512, 2048, 64), (1, 4096, 2048, 64)]

@@ -25,6 +25,7 @@ Way = Callable[[], Tensor]
 
 
 def kind_of(rows: Tensor) -> str:
+    """The rows' type without "torch."."""
     return str(rows.dtype).removeprefix("torch.")
 
 
@@ -42,6 +43,7 @@ def torch_ways(queries: Tensor, rows: Tensor) -> dict[str, Way]:
 
 
 def widened_in_blocks(queries: Tensor, rows: Tensor) -> Tensor:
+    """Scores [Q, R] in torch: blocks of rows that stay in the cache are widened to float32."""
     num_rows, dim = rows.shape
     step = max(16, BLOCK // max(dim, 1))
     wide = torch.empty(min(step, num_rows), dim)
@@ -54,6 +56,7 @@ def widened_in_blocks(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def numpy_in_blocks(queries: Tensor, rows: Tensor) -> Tensor:
+    """The same in NumPy."""
     q, r = queries.numpy(), rows.numpy()
     step = max(16, BLOCK // rows.shape[1])
     out = np.empty((len(q), len(r)), np.float32)
@@ -84,6 +87,7 @@ class Faiss:
                 index.add(block.float().numpy())
 
     def ways(self, queries: Tensor) -> dict[str, Way]:
+        """A search by each index: the best scores of every query."""
         q = queries.numpy()
 
         def search(index: Any) -> Tensor:
@@ -150,6 +154,7 @@ def case(
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The op's table."""
     dim, num_rows = (4096, 4000) if quick else (16384, 8000)
     rows = torch.randn(num_rows, dim).half()  # [R, D]
     scale = torch.rand(num_rows) + 0.5  # [R]

@@ -12,6 +12,7 @@ from logra_kernels.ops import self_influence
 
 
 def case(num_rows: int, size: int, dtype: str = "fp16") -> Case:
+    """R rows of K columns under a factor [K, K]."""
     rows = torch.randn(num_rows, size).to(DTYPES[dtype])  # [R, K]
     factor = torch.randn(size, size).tril() / size**0.5  # [K, K]
     return Case(
@@ -29,6 +30,7 @@ def case(num_rows: int, size: int, dtype: str = "fp16") -> Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The op's table."""
     shapes = [(4000, 64), (4000, 256)]
     for shape in shapes if quick else [*shapes, (4000, 1024), (2000, 4096)]:
         yield case(*shape)

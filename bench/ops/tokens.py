@@ -26,6 +26,7 @@ class Tokens:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens, padding included."""
         return self.x[..., 0].numel()
 
     def num_bytes(self, rank: int) -> float:

@@ -41,6 +41,7 @@ def case(queries: Tensor, rows: Tensor, k: int) -> Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The op's table."""
     shapes = [(1, 4000, 4096, 20), (16, 4000, 4096, 20)]
     shapes = shapes if quick else [*shapes, (64, 8000, 8192, 100), (64, 20000, 512, 1000)]
     for num_queries, num_rows, dim, k in shapes:

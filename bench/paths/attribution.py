@@ -24,6 +24,7 @@ TOP = 10
 
 
 def squares(count: int, rank: int) -> list[Module]:
+    """Modules of rank × rank columns."""
     return [Module(f"module.{i}", rank, rank) for i in range(count)]
 
 
@@ -40,6 +41,7 @@ def write_store(path: Path, modules: list[Module], rows: Tensor) -> Store:
 
 
 def case(attributor: Attributor, num_queries: int) -> Case:
+    """The top k of a store by l-RelatIF, beside the same in torch and NumPy."""
     store = attributor.store
     # 1 / 64: so that torch's fp16 products with rows of up to 2**15 do not overflow
     queries = torch.randn(num_queries, store.dim) / store.dim / 64
@@ -70,6 +72,7 @@ def case(attributor: Attributor, num_queries: int) -> Case:
 
 
 def opened(path: Path, num_rows: int, num_modules: int) -> Attributor:
+    """An attributor over a new store of random rows, its σ known."""
     modules = squares(num_modules, 16)  # K = 256 each
     store = write_store(path, modules, torch.randn(num_rows, num_modules * 256))
     attributor = Attributor(store, RawCurvature.rebuild(store), reading="mapped")
@@ -78,6 +81,7 @@ def opened(path: Path, num_rows: int, num_modules: int) -> Attributor:
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The table: one store, growing numbers of queries."""
     num_rows, num_modules = (6000, 16) if quick else (20000, 64)
     with tempfile.TemporaryDirectory(prefix="logra-bench-") as folder:
         attributor = opened(Path(folder) / "store", num_rows, num_modules)

@@ -55,6 +55,7 @@ class Setting:
         self.hooked(self._find_lowest, self.layers)
 
     def loss(self) -> Tensor:
+        """The summed loss of the batch."""
         with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
             if isinstance(self.model, Perceptron):
                 output: Tensor = self.model(self.batch)
@@ -79,12 +80,14 @@ class Setting:
         return output.clone().requires_grad_()
 
     def rows_of_capture(self) -> Tensor:
+        """Rows [N, D] by this package's capture."""
         self.model.requires_grad_(True)
         with torch.enable_grad(), Capture(self.model, self.layers, len(self.batch)) as capture:
             self.loss().backward()
         return capture.rows()
 
     def rows_of_hooks(self) -> Tensor:
+        """Rows [N, D] by hooks and einsum, as one would write them in torch."""
         gradients: dict[str, Tensor] = {}
 
         def keep(layer: Layer, x: Tensor, dy: Tensor) -> None:
@@ -103,12 +106,15 @@ class Setting:
         return torch.cat([gradients[layer.name].flatten(1) for layer in self.layers], dim=1)
 
     def floor(self) -> None:
+        """A forward pass, and a backward pass of the activations alone."""
+
         def hook(_: Layer, __: nn.Module, ___: tuple[Tensor], output: Tensor) -> Tensor:
             return output.clone().requires_grad_()
 
         self.hooked(hook, self.lowest)
 
     def full_backward(self) -> None:
+        """A forward and a backward pass with weight gradients, as in training."""
         self.model.requires_grad_(True)
         self.model.zero_grad()
         with torch.enable_grad():
@@ -116,6 +122,7 @@ class Setting:
         self.model.zero_grad()
 
     def case(self, title: str, **params: object) -> Case:
+        """The setting as a case of the harness."""
         expected = self.rows_of_hooks()
 
         def pass_alone(run: Callable[[], None]) -> Tensor:
@@ -143,6 +150,7 @@ class Setting:
 
 
 def language_model(blocks: int, n: int, t: int, rank: int, precision: str = "fp32") -> Case:
+    """N texts of T tokens through a small Llama."""
     model = llama(blocks=blocks, key_value_heads=3)
     setting = Setting(model, torch.randint(0, 8192, (n, t)), rank, precision, only="mlp")
     title = f"Llama, {blocks} blocks of 576, N={n}, T={t}, rank {rank}, {precision}"
@@ -150,12 +158,14 @@ def language_model(blocks: int, n: int, t: int, rank: int, precision: str = "fp3
 
 
 def small_layers(depth: int, width: int, n: int, t: int, rank: int) -> Case:
+    """N examples of T tokens through `depth` linear layers."""
     setting = Setting(Perceptron(depth, width), torch.randn(n, t, width), rank)
     title = f"{depth} linear layers of {width}, N={n}, T={t}, rank {rank}, fp32"
     return setting.case(title, model="perceptron", blocks=depth, N=n, T=t, rank=rank, dtype="fp32")
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    """The table of logging."""
     if quick:
         yield language_model(4, 4, 128, 64)
         return

@@ -46,6 +46,8 @@ Call = Callable[[], Any]
 
 @dataclass
 class Row:
+    """One provider's times, and the memory that it held."""
+
     provider: str
     median_s: float
     spread_s: float
@@ -56,6 +58,7 @@ class Row:
     page_cache_mib: float
 
     def line(self) -> str:
+        """The row as a line of the table."""
         return (
             f"  {self.provider:<36}{self.median_s:>9.3f}{self.spread_s:>7.3f}{self.gb_per_s:>7.2f}"
             f"{self.of_disk:>9.0%}{self.anonymous_mib:>10.0f}{self.mapped_mib:>8.0f}"
@@ -126,6 +129,7 @@ class Baseline:
         self.norms = attributor.self_influence().sqrt().float()  # [N]
 
     def top(self, load: Callable[[Shard, int, int], "np.ndarray[Any, Any]"]) -> Tensor:
+        """The best scores [Q, k] over all shards, whose blocks `load` reads."""
         best: list[Tensor] = []
         for shard in self.store.shards:
             for start in range(0, shard.num_rows, 1024):
@@ -139,17 +143,20 @@ class Baseline:
 
 
 def mapped_file(shard: Shard, start: int, count: int) -> "np.ndarray[Any, Any]":
+    """A block of a shard, mapped."""
     # "c": torch warns about memory that may not be written
     rows: np.ndarray[Any, Any] = np.load(shard.path, mmap_mode="c")
     return rows[start : start + count]
 
 
 def read_file(shard: Shard, start: int, count: int) -> "np.ndarray[Any, Any]":
+    """A block of a shard, read."""
     offset = DATA_OFFSET_BYTES + 2 * DIM * start
     return np.fromfile(shard.path, np.float16, count * DIM, offset=offset).reshape(count, DIM)
 
 
 def providers(store: Store, queries: dict[int, Tensor]) -> dict[str, Call]:
+    """The ways from the store to the top k, by name."""
     ways = {reading: Attributor(store, reading=reading) for reading in ("streamed", "mapped")}
     ways["streamed"].self_influence()  # known from here on
 
@@ -193,6 +200,7 @@ def check(
 
 
 def run(store: Store, rounds: int) -> list[Row]:
+    """Time the disk and the providers in turns, from a cold page cache."""
     queries = {count: torch.randn(count, DIM) / DIM / 64 for count in (1, 16)}
     calls = providers(store, queries)
     memory = check(store, queries, calls)
@@ -226,6 +234,7 @@ def run(store: Store, rounds: int) -> list[Row]:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
+    """Make the store, limit the page cache, and print the table."""
     num_bytes = int((args.gib or (1 if args.quick else 3)) * 2**30)
     store = make_store(folder / "store", num_bytes // (2 * DIM))
     evict(store)
@@ -250,6 +259,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure what the command line asks for."""
     warnings.filterwarnings("ignore", "the curvature is of 2048 rows")
     known = parser(__doc__)
     known.add_argument("--gib", type=float, help="size of the store (default: 3; quick: 1)")

@@ -61,6 +61,7 @@ class Comparison:
     counts: dict[str, float] = field(default_factory=dict)  # where a provider does another number
 
     def count_of(self, provider: str) -> float:
+        """How many of the unit a call of the provider does."""
         return self.counts.get(provider, self.count)
 
 
@@ -73,12 +74,14 @@ class Logged:
         self.calls = 0
 
     def __call__(self) -> Path:
+        """Log into a new folder; the one before is removed."""
         shutil.rmtree(self.last, ignore_errors=True)
         self.calls += 1
         self.last = self.logger(self.folder / f"store{self.calls}")
         return self.last
 
     def error(self, path: Path) -> float:
+        """The error of the first rows in the folder."""
         wanted = self.setting.first_rows
         return largest_error(self.logger.rows(path)[: len(wanted)], wanted)
 
@@ -89,11 +92,13 @@ class Logged:
 
 
 def logging_setting(rank: int, quick: bool) -> LoggingSetting:
+    """The setting of the logging comparisons."""
     small = {"num_examples": 8, "batch_size": 4, "num_tokens": 32, "blocks": 2, "width": 128}
     return LoggingSetting(rank, **(small if quick else {}))
 
 
 def logging_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
+    """Logging, with and without a curvature, in every library that is installed."""
     for rank, curvature in ((16, False), (8, True)) if quick else ((64, False), (16, True)):
         setting = logging_setting(rank, quick)
         loggers: dict[str, Any] = {OURS: ours.Logger(setting, curvature)}
@@ -169,6 +174,7 @@ def _share(paths: list[Path], num_rows: int) -> Callable[[], float]:
 
 
 def l_relatif_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
+    """l-RelatIF scores beside LogIX's."""
     logix = peer("logix")
     if logix is None:
         return
@@ -203,6 +209,7 @@ def l_relatif_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
 
 
 def influence_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
+    """Influence and dot products of stored rows in every library that is installed."""
     setting = _middle_setting(quick)
     modules, rows = setting.modules, setting.rows
     curved = ours.attributor(folder / "logra", modules, rows, curvature=True)
@@ -263,6 +270,7 @@ def influence_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
 
 
 def whitened_comparisons(quick: bool, folder: Path) -> Iterator[Comparison]:
+    """The whitened cosine beside Bergson's."""
     module = peer("bergson")
     if module is None:
         return
@@ -350,6 +358,7 @@ def show(comparison: Comparison, rows: list[Row]) -> None:
 
 
 def run(parts: list[str], args: argparse.Namespace, folder: Path) -> None:
+    """Run the parts, each in a folder of its own."""
     limits = machine_limits.measure(5 if args.quick else 9)
     print(machine_limits.header(limits))
     for part in parts:
@@ -363,6 +372,7 @@ def run(parts: list[str], args: argparse.Namespace, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Compare with the libraries that this Python has."""
     known = parser(__doc__)
     known.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts")
     args = known.parse_args(argv)

@@ -36,6 +36,7 @@ class InfluenceSetting:
                 target[:, columns : columns + rank**2] = part.roll(columns // rank**2, dims=1)
 
     def title(self, num_queries: int) -> str:
+        """The setting's sizes in words."""
         n, d = self.rows.shape
         return f"Q={num_queries}, N={n}, D={d} ({len(self.modules)} modules of {self.rank}²)"
 

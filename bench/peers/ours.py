@@ -30,6 +30,7 @@ class Logger:
         self.model = setting.model()
 
     def __call__(self, folder: Path) -> Path:
+        """Log every example into a store in the folder."""
         setting = self.setting
         run = logra.init(folder.name, root_dir=str(folder.parent), rank=setting.rank)
         run.watch(self.model, name_filter=["mlp"])
@@ -45,6 +46,7 @@ class Logger:
         return folder
 
     def rows(self, folder: Path) -> Tensor:
+        """The logged rows [N, D] float32."""
         store = Store.open(folder)
         return torch.from_numpy(store.take(range(store.num_rows)))
 
@@ -57,8 +59,10 @@ def attributor(folder: Path, modules: list[Module], rows: Tensor, curvature: boo
 
 
 def scores(asked: Attributor, queries: Tensor, mode: str) -> Callable[[], Tensor | None]:
+    """A provider of all scores [Q, N]."""
     return lambda: asked.scores(queries, mode).scores
 
 
 def top(asked: Attributor, queries: Tensor, k: int, mode: str) -> Callable[[], Tensor | None]:
+    """A provider of the best k scores [Q, k]."""
     return lambda: asked.top_k(queries, k, mode).top_scores

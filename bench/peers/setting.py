@@ -49,14 +49,17 @@ class LoggingSetting:
 
     @property
     def names(self) -> list[str]:
+        """The watched modules' names."""
         return list(self.projections)
 
     @property
     def modules(self) -> list[Module]:
+        """The watched modules with their projected widths."""
         return [Module(name, p.ko, p.ki) for name, p in self.projections.items()]
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all examples."""
         return self.ids.numel()
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor]:
@@ -77,6 +80,7 @@ class LoggingSetting:
         return model
 
     def batches(self) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, token ids) batch by batch."""
         for first in range(0, len(self.ids), self.batch_size):
             ids = self.ids[first : first + self.batch_size]
             yield list(range(first, first + len(ids))), ids

@@ -65,6 +65,7 @@ class Logger:
         self.batches = [indices for indices, _ in setting.batches()]
 
     def __call__(self, folder: Path, scorer: Scorer | None = None) -> Path:
+        """Log every example into the folder."""
         config = IndexConfig(
             run_path=str(folder), projection_dim=self.setting.rank, loss_reduction="sum"
         )
@@ -105,6 +106,7 @@ class Logger:
         processor.save(config.partial_run_path)
 
     def rows(self, folder: Path) -> Tensor:
+        """The logged rows [N, D]."""
         return torch.from_numpy(np.array(load_gradients(folder)))
 
     def scores(self, folder: Path, queries: Tensor) -> Tensor:
@@ -123,10 +125,11 @@ class Kept(ScoreWriter):
         self.scores = torch.empty(num_rows, num_queries)
 
     def __call__(self, indices: list[int], scores: Tensor, query_offset: int = 0) -> None:
+        """Keep the scores of a batch."""
         self.scores[indices] = scores.cpu()
 
     def flush(self) -> None:
-        pass
+        """Nothing is left to write."""
 
 
 class Influence:
@@ -155,6 +158,7 @@ class Influence:
             self.two_sided = load_preconditioner(folder, power=-0.5)
 
     def nested(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows [R, D] as {module: its columns}."""
         return {name: rows[:, lo:hi] for name, (lo, hi) in self.offsets.items()}
 
     def opened(
@@ -172,6 +176,7 @@ class Influence:
             )
 
     def preconditioned(self, queries: Tensor) -> dict[str, Tensor]:
+        """The queries, preconditioned, as {module: its columns}."""
         nested: dict[str, Tensor] = self.one_sided.apply(self.nested(queries))
         return nested
 

@@ -35,6 +35,7 @@ class AveragedLoss(nn.Module):
         self.lm, self.setting = setting.probe(), setting
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        """The mean loss of an example, in the form that dattri expects."""
         return SimpleNamespace(loss=summed_loss(self.lm, input_ids) / len(input_ids))
 
 
@@ -72,6 +73,7 @@ class Logger:
         )
 
     def __call__(self, folder: Path) -> Path:
+        """Log every example into the folder."""
         with silenced(), torch.enable_grad():
             attributor = self._attributor(folder)
             attributor.compressors = self.compressors
@@ -80,6 +82,7 @@ class Logger:
         return folder
 
     def rows(self, folder: Path) -> Tensor:
+        """The logged rows [N, D]."""
         manager = self.attributors[folder].offload_manager
         parts = [manager.retrieve_gradients(index) for index in range(len(self.loader))]
         return torch.cat([torch.cat(part, dim=1) for part in parts])

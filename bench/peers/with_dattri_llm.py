@@ -57,6 +57,7 @@ class Logger:
         )
 
     def __call__(self, folder: Path) -> Path:
+        """Log every example into the folder."""
         with silenced(), torch.enable_grad():
             store = GradientStorageManager(str(folder))
             hooks = HookManager(
@@ -70,10 +71,12 @@ class Logger:
         return folder
 
     def rows(self, folder: Path) -> Tensor:
+        """The logged rows [N, D]."""
         return rows_of(folder, self.setting.names)
 
 
 def rows_of(folder: Path, names: list[str]) -> Tensor:
+    """The rows [N, D] of a folder that dattri-llm wrote."""
     store = GradientStorageManager(str(folder))
     rows = []
     for path, _ in store.iter_steps(store.available_steps()):

@@ -50,6 +50,7 @@ WITH_OUR_OPS = {
 
 
 def start(folder: Path, rank: int) -> LogIX:
+    """A LogIX run in the folder, with a projection of the rank."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "configured.yaml"
     config.write_text(yaml.safe_dump({"root_dir": str(folder.parent), "lora": {"rank": rank}}))
@@ -76,6 +77,7 @@ class Logger:
             setattr(self.model.get_submodule(parent), last, lora)
 
     def __call__(self, folder: Path) -> Path:
+        """Log every example into the folder."""
         with silenced(), replaced(**self.patches):
             run = start(folder, self.setting.rank)
             run.watch(self.model, name_filter=["mlp"])
@@ -90,10 +92,12 @@ class Logger:
         return folder
 
     def rows(self, folder: Path) -> Tensor:
+        """The logged rows [N, D]."""
         return rows_of(folder)
 
 
 def rows_of(folder: Path) -> Tensor:
+    """The rows [N, D] of a folder that LogIX wrote."""
     dataset = LogDataset(str(folder), flatten=True)
     return torch.stack([dataset[index][1] for index in range(len(dataset))])
 
@@ -125,6 +129,7 @@ class Influence:
             run.logger.finalize()
 
     def nested(self, rows: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Rows [R, D] as LogIX nests them: {module: {"grad": [R, Ko, Ki]}}."""
         parts = rows.split([module.size for module in self.modules], dim=1)
         return {
             module.name: {"grad": part.reshape(-1, module.ko, module.ki)}

@@ -1,4 +1,4 @@
-"""The paper's Table 1 on this machine: EKFAC (kronfluence) against LoGra (this package).
+r"""The paper's Table 1 on this machine: EKFAC (kronfluence) against LoGra (this package).
 
 Both are given the same model, modules, windows of tokens, device, threads and dtype. Every step
 runs in a process of its own, whose peak memory above the loaded model is reported. EKFAC has no
@@ -51,6 +51,7 @@ QUICK = {"width": 128, "inner": 352, "blocks": 2}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Make the table that the command line asks for."""
     args = arguments(argv)
     if args.work is None:
         with tempfile.TemporaryDirectory(prefix="logra-table1-") as folder:
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's options, completed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.table1",
         description=__doc__,
@@ -119,7 +121,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parse_ekfac(row: str) -> dict[str, Any]:
-    """ "16x256:r32:bf16" -> the options of a row."""
+    """The options of a row, from a text such as "16x256:r32:bf16"."""
     head, *marks = row.split(":")
     train, _, test = head.partition("x")
     if not train.isdigit() or not test.isdigit() or not int(train) or not int(test):
@@ -137,7 +139,7 @@ def parse_ekfac(row: str) -> dict[str, Any]:
 
 
 def parse_fit(fit: str) -> dict[str, Any]:
-    """ "8:bf16" -> the options of a fit."""
+    """The options of a fit, from a text such as "8:bf16"."""
     batch, _, mark = fit.partition(":")
     if not batch.isdigit() or not int(batch) or mark not in ("", "bf16"):
         raise ValueError(f"--fit: expected a batch such as 8 or 8:bf16, got {fit!r}")
@@ -196,6 +198,7 @@ class Steps:
 
 
 def run(args: argparse.Namespace, work: Path) -> None:
+    """Check both systems, measure them, and print the table."""
     python, left_out = find_kronfluence(args)
     steps = Steps(work, python)
     checked = run_check(steps, work / "check")
@@ -254,6 +257,7 @@ def make_setting(args: argparse.Namespace, work: Path) -> Setting:
 
 
 def title(args: argparse.Namespace, setting: Setting) -> str:
+    """The table's first line: model, layers, examples and machine."""
     whole, watched = prepare.parameters(Path(setting.model), setting.modules)
     threads = setting.threads or torch.get_num_threads()
     where = f"{threads} thread{'s'[: threads > 1]}"
@@ -294,6 +298,7 @@ def run_check(steps: Steps, folder: Path) -> dict[str, float]:
 
 
 def add_ekfac(table: Table, steps: Steps, setting: Setting, args: argparse.Namespace) -> None:
+    """Measure EKFAC, and add its rows to the table."""
     for fit in args.fits:
         found = steps.run("ekfac-fit", fit["name"], setting, fit)
         once_s = found["eigendecomposition_s"]
@@ -320,6 +325,7 @@ def add_ekfac(table: Table, steps: Steps, setting: Setting, args: argparse.Names
 
 
 def add_logra(table: Table, steps: Steps, setting: Setting, args: argparse.Namespace) -> None:
+    """Measure LoGra at every rank, and add its rows to the table."""
     for rank in args.ranks:
         variant, large = f"rank {rank}", f"rank-{rank}-large"
         logged = []
@@ -362,6 +368,7 @@ def add_logra(table: Table, steps: Steps, setting: Setting, args: argparse.Names
 def influence_row(
     system: str, variant: str, train_batch: int, found: Measured, args: argparse.Namespace
 ) -> InfluenceRow:
+    """The table's row for one measurement of influence."""
     return InfluenceRow(
         system,
         variant,

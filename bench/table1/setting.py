@@ -32,13 +32,16 @@ class Setting:
 
     @classmethod
     def read(cls, path: Path) -> Setting:
+        """The setting that `write` left in a file."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
+        """Write the setting as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     @cached_property
     def all_tokens(self) -> Tensor:
+        """The training examples, then the queries, [N + Q, T]."""
         return torch.from_numpy(np.load(self.tokens))
 
     @property

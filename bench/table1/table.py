@@ -39,11 +39,14 @@ class InfluenceRow:
 
     @property
     def batches(self) -> str:
+        """The training batch and the test batch."""
         return f"({self.train_batch}, {self.test_batch})"
 
 
 @dataclass
 class Table:
+    """The measured rows, with what the printed table says around them."""
+
     title: str
     corpus: int
     length: int  # tokens of an example
@@ -104,6 +107,7 @@ class Table:
         return found
 
     def text(self) -> str:
+        """The table as it is printed."""
         lines = [self.title, ""]
         for name, value in self.check.items():
             shown = f"{value:.3f}" if "correlation" in name else f"{value:.1e} of the largest score"

@@ -30,6 +30,7 @@ STEPS = {
 
 
 def main(argv: list[str]) -> None:
+    """Run one step, and write what it measured."""
     step, setting, folder, options, out = argv
     if step.startswith("ekfac"):
         # kronfluence calls what torch has renamed

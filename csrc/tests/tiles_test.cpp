@@ -398,7 +398,7 @@ void test_bits(Dtype dtype) {
   same(5, 12, 3, 40), same(12, 77, 40, 120), same(77, 300, 120, 230);
 }
 
-void test_the_other_ops(Dtype dtype) {
+void test_projections(Dtype dtype) {
   const std::size_t dim = 700, tokens = 120, rank = 70, out_dim = 300;
   const Data x = normal(dtype, tokens * dim, 1), dy = normal(dtype, tokens * out_dim, 2);
   for (const Dtype proj_dtype : {Dtype::kFloat32, Dtype::kBfloat16}) {
@@ -423,7 +423,12 @@ void test_the_other_ops(Dtype dtype) {
              "projected_gradients");
     });
   }
-  // a triangular factor: zeros are skipped, and float32's accuracy is kept
+}
+
+/// A triangular factor: zeros are skipped, and float32's accuracy is kept.
+void test_self_influence(Dtype dtype) {
+  const std::size_t dim = 700, tokens = 120;
+  const Data x = normal(dtype, tokens * dim, 1);
   Data factor(Dtype::kFloat32);
   const Data random = normal(Dtype::kFloat32, dim * dim, 5);
   for (std::size_t i = 0; i < dim * dim; ++i)
@@ -447,7 +452,12 @@ void test_the_other_ops(Dtype dtype) {
     logra::self_influence(x.matrix(r, r + 1, dim), factor.matrix(dim, dim), one.data());
     expect(bits_of(one[0]) == bits_of(sigma[r]), "self_influence of one row", r);
   }
-  // top k has the bits of scores
+}
+
+/// The bits of scores.
+void test_topk_scores(Dtype dtype) {
+  const std::size_t dim = 700, tokens = 120;
+  const Data x = normal(dtype, tokens * dim, 1);
   const std::size_t k = 3, num_queries = 18;
   const Data queries = normal(Dtype::kFloat32, num_queries * dim, 6);
   const std::vector<float> all = scores(queries, x, dim);
@@ -479,7 +489,9 @@ int main() {
     test_not_finite(dtype);
     test_a_query_of_nan(dtype);
     test_bits(dtype);
-    test_the_other_ops(dtype);
+    test_projections(dtype);
+    test_self_influence(dtype);
+    test_topk_scores(dtype);
   }
   test_every_half(false);
   test_every_half(true);

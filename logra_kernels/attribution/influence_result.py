@@ -29,11 +29,13 @@ class InfluenceResult(Mapping[str, Any]):
     row_ids: Sequence[str]  # all rows of the store
     dampings: dict[str, float]  # lambda per module; empty without a curvature
     zero_rows: int | None  # rows that score 0 because their normaliser is 0; None for "dot"
-    scores: Tensor | None = None  # [Q, N] float32
-    top_scores: Tensor | None = None
-    top_rows: Tensor | None = None  # int64
-    bottom_scores: Tensor | None = None
-    bottom_rows: Tensor | None = None
+    # Which of these are None follows from the call that made the result, so type checkers take
+    # `attributor.scores(queries).scores` for a tensor.
+    scores: Tensor | Any = None  # [Q, N] float32
+    top_scores: Tensor | Any = None
+    top_rows: Tensor | Any = None  # int64
+    bottom_scores: Tensor | Any = None
+    bottom_rows: Tensor | Any = None
     groups: dict[str, InfluenceResult] = field(default_factory=dict)
 
     @property
@@ -90,13 +92,16 @@ class InfluenceResult(Mapping[str, Any]):
     def _ids(self, rows: Tensor | None, name: str) -> list[list[str]]:
         if rows is None:
             raise AttributeError(f"{name}: only a top-k result has it; this one has all scores")
-        return [[self.row_ids[row] for row in line] for line in rows.tolist()]
+        return [[self.row_ids[row] for row in line if row >= 0] for line in rows.tolist()]
 
     def _ranked(self, scores: Tensor, rows: Tensor, end: str | None = None) -> list[dict[str, Any]]:
         extra = {} if end is None else {"end": end}
+        pairs = zip(rows.tolist(), scores.tolist(), strict=True)
+        # A place that no row fills has the row -1: scores that are not a number are never selected.
         return [
             {"rank": rank, "row": row, "id": self.row_ids[row], "score": score, **extra}
-            for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), 1)
+            for rank, (row, score) in enumerate(pairs, 1)
+            if row >= 0
         ]
 
     def _plain(self) -> dict[str, Any]:

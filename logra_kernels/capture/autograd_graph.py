@@ -41,7 +41,7 @@ def require_grad(tensor: Tensor) -> Tensor:
     be a leaf) nor be a view.
     """
     anchor = torch.empty(0, device=tensor.device, requires_grad=True)
-    copy: Tensor = _CopyThatRequiresGrad.apply(tensor, anchor)
+    copy: Tensor = _CopyThatRequiresGrad.apply(tensor, anchor)  # type: ignore[no-untyped-call]
     return copy
 
 

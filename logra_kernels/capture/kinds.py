@@ -16,6 +16,7 @@ class LinearLayer(Layer):
     """nn.Linear, and transformers' Conv1D, which stores its weight transposed."""
 
     def widths(self) -> tuple[int, int]:
+        """(I, O) by the module's attributes; for Conv1D, by its weight [I, O]."""
         weight = cast(Tensor, self.module.weight)
         if isinstance(weight, nn.UninitializedParameter):
             raise ValueError(
@@ -34,6 +35,7 @@ class EmbeddingLayer(Layer):
     module: nn.Embedding
 
     def widths(self) -> tuple[int, int]:
+        """(number of embeddings, their dimension)."""
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(self.module, option):
                 raise ValueError(
@@ -43,9 +45,11 @@ class EmbeddingLayer(Layer):
         return self.module.num_embeddings, self.module.embedding_dim
 
     def count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
+        """(T, whether the token mask applies): every id is a token."""
         return batch.count_tokens(self.name, x.shape, x.shape)
 
     def tokens(self, x: Tensor, call: Call) -> Tensor:
+        """The ids as one-hot vectors [N, T, I]; the padding id is all zero."""
         ids = x.reshape(call.num_examples, call.num_tokens)
         one_hot = functional.one_hot(ids.long(), self.in_features).to(self.module.weight.dtype)
         padding = self.module.padding_idx
@@ -54,6 +58,7 @@ class EmbeddingLayer(Layer):
         return one_hot
 
     def project(self, x: Tensor, call: Call) -> Tensor:
+        """The columns of P_i that the ids choose, [N, T, Ki]."""
         columns = self._factor("in", self.module.weight, self._columns)  # [I, Ki]
         return columns[x.reshape(call.num_examples, call.num_tokens)]
 
@@ -75,11 +80,13 @@ class Conv2dLayer(Layer):
     module: nn.Conv2d
 
     def widths(self) -> tuple[int, int]:
+        """(input channels of a group times the kernel's size, output channels)."""
         conv = self.module
         kernel = conv.kernel_size[0] * conv.kernel_size[1]
         return conv.in_channels // conv.groups * kernel, conv.out_channels
 
     def count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
+        """(H_out W_out, True): the places of the output are the tokens."""
         if x.ndim != 4 or x.shape[0] != batch.num_examples:
             raise batch.shape_error(self.name, x.shape, "[N, C, H, W]")
         height, width = (self._output_size(axis, x.shape[2 + axis]) for axis in (0, 1))
@@ -97,13 +104,16 @@ class Conv2dLayer(Layer):
         return patches.transpose(1, 2).contiguous()
 
     def output_tokens(self, dy: Tensor, call: Call) -> Tensor:
+        """The output's gradient [N, O, H, W] -> [N, H W, O]."""
         return dy.flatten(2).transpose(1, 2).contiguous()
 
     @property
     def groupable(self) -> bool:
+        """Whether the convolution has one group, so that it can share a launch."""
         return self.module.groups == 1
 
     def gradients(self, call: Call, dy: Tensor) -> Tensor:
+        """G [N, Ko, Ki] of one call; a grouped convolution has a product for each group."""
         groups = self.module.groups
         if groups == 1:
             return super().gradients(call, dy)
@@ -120,6 +130,7 @@ class Conv2dLayer(Layer):
         return columns.transpose(1, 2)
 
     def token_scores(self, call: Call, dy: Tensor, queries: Tensor) -> Tensor:
+        """Refused: ValueError."""
         raise ValueError(f"token scores: module {self.name} is a convolution, it has no tokens")
 
     def _output_size(self, axis: int, size: int) -> int:

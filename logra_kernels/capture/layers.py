@@ -151,6 +151,7 @@ class Layer(ABC):
         return type(self).gradients is Layer.gradients
 
     def operands(self, call: Call, dy: Tensor) -> Operands:
+        """What the gradient op takes for one call; dy has the shape of the module's output."""
         return Operands(
             self.input_tokens(call), self.output_tokens(dy, call), self._proj_out(dy), call.mask
         )

@@ -1,6 +1,7 @@
 """`logra info`: the facts of a store."""
 
 import argparse
+import contextlib
 from typing import Any
 
 from logra_kernels.report.render import format_bytes, plural
@@ -38,9 +39,10 @@ def _projection(projection: Any) -> str:
     if not isinstance(projection, dict) or "kind" not in projection:
         return "not described"
     rank = projection.get("rank")
-    if rank is None:
+    if not isinstance(rank, list):
         return str(projection["kind"])
-    return f"{projection['kind']}, rank {' × '.join(map(str, rank))}, seed {projection['seed']}"
+    seed = projection.get("seed")
+    return f"{projection['kind']}, rank {' × '.join(map(str, rank))}, seed {seed}"
 
 
 def _curvatures(store: Store) -> str:
@@ -52,12 +54,14 @@ def _curvatures(store: Store) -> str:
 
 
 def _fingerprints(found: Any) -> list[tuple[str, str]]:
-    if not isinstance(found, dict) or found.get("kind") != "causal-lm":
-        return [("fingerprints", "none" if not found else str(found))]
-    model, tokens, data = found["model"], found["tokens"], found["data"]
-    return [
-        ("model", f"{model['name']}, {model['dtype']}, weights {model['weights']}"),
-        ("tokenizer", model["tokenizer"]),
-        ("data", f"{data['file']}, sha256 {data['sha256'][:16]}"),
-        ("tokens", ", ".join(f"{key} {value}" for key, value in tokens.items() if value)),
-    ]
+    if isinstance(found, dict) and found.get("kind") == "causal-lm":
+        # A store may come from anywhere: what is not as `logra log` writes it is shown as it is.
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            model, tokens, data = found["model"], found["tokens"], found["data"]
+            return [
+                ("model", f"{model['name']}, {model['dtype']}, weights {model['weights']}"),
+                ("tokenizer", str(model["tokenizer"])),
+                ("data", f"{data['file']}, sha256 {data['sha256'][:16]}"),
+                ("tokens", ", ".join(f"{key} {value}" for key, value in tokens.items() if value)),
+            ]
+    return [("fingerprints", str(found or "none"))]

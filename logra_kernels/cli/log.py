@@ -1,7 +1,5 @@
 """`logra log`: a corpus's gradients into a store."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import signal
@@ -11,26 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
+from logra_kernels.lm.causal_lm import CausalLM
+from logra_kernels.lm.corpus import Corpus, TokenSettings
+from logra_kernels.lm.gradients import LMGradients
+from logra_kernels.lm.log import LoggingProgress, data_fingerprint, log_corpus
+from logra_kernels.projection import ProjectionSpec
 from logra_kernels.report.render import format_bytes
 from logra_kernels.store import row_codec
-
-# These load torch and transformers, for which a mistyped argument must not wait.
-if TYPE_CHECKING:
-    from logra_kernels.lm.causal_lm import CausalLM
-    from logra_kernels.lm.corpus import Corpus
-    from logra_kernels.lm.gradients import LMGradients
-    from logra_kernels.lm.log import LoggingProgress
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
     _refuse_existing_store(arguments)
-    from logra_kernels.lm.causal_lm import CausalLM
-
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = _corpus(arguments, lm)
     gradients = _gradients(arguments, lm)
@@ -53,8 +47,6 @@ def _refuse_existing_store(arguments: argparse.Namespace) -> None:
 
 def _corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
     """The examples of --data, as the model's tokenizer and the options cut them."""
-    from logra_kernels.lm.corpus import Corpus, TokenSettings
-
     return Corpus(
         arguments.data,
         lm.tokenizer,
@@ -69,9 +61,6 @@ def _corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
 
 def _gradients(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
     """The layers of --modules, projected; says on stderr which they are."""
-    from logra_kernels.lm.gradients import LMGradients
-    from logra_kernels.projection import ProjectionSpec
-
     names = lm.linear_modules(arguments.modules or ["mlp"], arguments.last_blocks)
     projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
     gradients = LMGradients(lm, names, projection)
@@ -91,8 +80,6 @@ def _log(
     stop: Callable[[], bool],
 ) -> LoggingProgress | None:
     """Log the corpus under a bar; None if `stop` ended it."""
-    from logra_kernels.lm.log import data_fingerprint, log_corpus
-
     with tqdm(unit="ex", desc="log", smoothing=0, dynamic_ncols=True) as bar:
         return log_corpus(
             gradients,
@@ -112,7 +99,7 @@ def _log(
         )
 
 
-def _shown_by(bar: tqdm[Any]) -> Callable[[LoggingProgress], None]:
+def _shown_by(bar: "tqdm[Any]") -> Callable[[LoggingProgress], None]:
     started = time.monotonic()
 
     def show(progress: LoggingProgress) -> None:

@@ -24,10 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(given)
     arguments.command_line = given
-    command = importlib.import_module(f"logra_kernels.cli.{arguments.command}")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            command = importlib.import_module(f"logra_kernels.cli.{arguments.command}")
             return int(command.run(arguments))
         except KeyboardInterrupt:
             print(f"logra {arguments.command}: interrupted", file=sys.stderr)

@@ -79,6 +79,7 @@ class RawCurvature(Curvature):
         self.update_finite(rows)
 
     def update_finite(self, rows: Tensor) -> None:
+        """Add finite rows [R, D]; they are folded into the sums `fold_rows` at a time."""
         rows = rows.detach().cpu()
         self._version += 1
         while rows.shape[0]:
@@ -169,6 +170,15 @@ class RawCurvature(Curvature):
             )
         tensors, meta = store.load_curvature(cls.kind)
         curvature = cls(store.layout)
+        rebuild = "rebuild it with RawCurvature.rebuild(store).save(store)"
+        try:
+            curvature._exponents = [int(meta["exponents"][name]) for name in store.layout.names]
+            curvature._folded_rows = int(meta["count"])
+            checksum = meta["checksum"]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"{store.path}: curvature 'raw' lacks its exponents, count or checksum; {rebuild}"
+            ) from None
         for i, module in enumerate(store.layout):
             if module.name not in tensors:
                 raise ValueError(f"{store.path}: curvature 'raw' lacks module '{module.name}'")
@@ -180,13 +190,10 @@ class RawCurvature(Curvature):
                     f"expected [{size}, {size}], got {list(sums.shape)}"
                 )
             curvature._dtypes[i] = sums.dtype
-            curvature._exponents[i] = int(meta["exponents"][module.name])
             curvature._sums[i] = sums if bool(sums.any()) else None
-        curvature._folded_rows = int(meta["count"])
-        if curvature.checksum != meta["checksum"]:
+        if curvature.checksum != checksum:
             raise ValueError(
-                f"{store.path}: curvature 'raw' does not match its checksum; rebuild it with "
-                "RawCurvature.rebuild(store).save(store)"
+                f"{store.path}: curvature 'raw' does not match its checksum; {rebuild}"
             )
         return curvature
 

@@ -14,7 +14,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from torch import Tensor
 from logra_kernels import _native
 from logra_kernels.ops._direct import direct
 
-Kernel = Callable[..., Any]
+Check = Callable[..., tuple[Any, ...]]
+R = TypeVar("R")  # what an op returns
 
 library = torch.library.Library("logra", "DEF")
 
@@ -31,13 +32,13 @@ def register(
     schema: str,
     *,
     module: str,
-    check: Kernel,
-    reference: Kernel,
-    fake: Kernel,
-    native: Kernel,
-    check_values: Kernel | None = None,
+    check: Check,
+    reference: Callable[..., R],
+    fake: Callable[..., R],
+    native: Callable[..., R],
+    check_values: Check | None = None,
     first_input: int = 0,
-) -> Kernel:
+) -> Callable[..., R]:
     """Define the op of `schema`.
 
     Args:
@@ -45,11 +46,10 @@ def register(
         module: the module of `logra_kernels.triton` with the launcher.
         check: takes the schema's arguments, refuses what no kernel may see (types, shapes, devices)
             and returns the arguments with a contiguous last axis; no value of a tensor is read.
-        reference, native: the kernels. `native` takes the extension first, and returns
-            NotImplemented for arguments that it leaves to the reference (float64).
+        reference, native: the kernels. `native` takes the extension first.
         fake: shapes and dtypes of the results.
         check_values: like `check`, for the values in tensors, which a trace does not have.
-        first_input: float64 arguments from this one on go to the reference on CUDA.
+        first_input: float64 arguments from this one on go to the reference.
 
     Returns:
         a function of the schema's arguments that calls the op, past the dispatcher where it may.
@@ -57,24 +57,24 @@ def register(
     name = schema.split("(")[0]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
 
-    def checked(kernel: Kernel) -> Kernel:
-        def run(*args: Any) -> Any:
+    def checked(kernel: Callable[..., R]) -> Callable[..., R]:
+        def run(*args: Any) -> R:
             args = check(*args)
             return kernel(*(args if check_values is None else check_values(*args)))
 
         return run
 
-    def cpu(*args: Any) -> Any:
-        if _native.C is not None:
-            result = native(_native.C, *args)
-            if result is not NotImplemented:
-                return result
-        return reference(*args)
+    def cpu(*args: Any) -> R:
+        if _native.C is None or has_float64(args[first_input:]):
+            return reference(*args)
+        return native(_native.C, *args)
 
-    def cuda(*args: Any) -> Any:
+    def cuda(*args: Any) -> R:
         if _native.MODE == "reference" or has_float64(args[first_input:]) or not triton_available():
             return reference(*args)
-        launcher = getattr(importlib.import_module(f"logra_kernels.triton.{module}"), name)
+        launcher: Callable[..., R] = getattr(
+            importlib.import_module(f"logra_kernels.triton.{module}"), name
+        )
         return launcher(*args)
 
     library.impl(name, checked(reference), "CompositeExplicitAutograd")
@@ -82,6 +82,7 @@ def register(
     library.impl(name, checked(cuda), "CUDA")
     torch.library.register_fake(f"logra::{name}", lambda *args: fake(*check(*args)), lib=library)
     op, checked_cpu = getattr(torch.ops.logra, name).default, checked(cpu)
+    dispatched: Callable[..., R] = op
     if op._schema.is_mutable:
         _register_mutation(name, op)
     else:
@@ -89,13 +90,13 @@ def register(
             f"logra::{name}", lambda *_: _no_derivative(name), lib=library
         )
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any) -> R:
         tensors = list(tensors_in(args))
         if direct(*tensors):
             return checked_cpu(*args)
         if not tensors and not torch.compiler.is_compiling():
             check(*args)  # the dispatcher would only say that it found no tensor
-        return op(*args)
+        return dispatched(*args)
 
     return call
 

@@ -15,7 +15,7 @@ from logra_kernels._checks import (
     expect_sizes,
     plain,
 )
-from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 
 # 2**exponent is a normal float32, so that it can be folded into a query
@@ -112,8 +112,6 @@ def _fake_pack(rows: Tensor, sizes: list[int], exponents: list[int]) -> tuple[Te
 def _native_pack(
     c: ModuleType, rows: Tensor, sizes: list[int], exponents: list[int]
 ) -> tuple[Tensor, Tensor]:
-    if has_float64((rows,)):
-        return NotImplemented
     packed, row_scale = _fake_pack(rows, sizes, exponents)
     c.pack_rows(view(rows), sizes, exponents, pointer(packed), pointer(row_scale))
     return packed, row_scale

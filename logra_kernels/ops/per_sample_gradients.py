@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import reference
-from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.ops._tokens import (
     check_operands,
@@ -83,8 +83,6 @@ def _native(
     cu_seqlens: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    if has_float64((x, dy)):
-        return NotImplemented
     out = _fake(x, dy, mask, cu_seqlens, torch.float32)
     mask = None if mask is None else mask.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

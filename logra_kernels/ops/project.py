@@ -8,7 +8,7 @@ from torch import Tensor
 from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
 from logra_kernels.ops._direct import NARROW, dense, direct, kernels
-from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import flat_tokens, rows_view, view
 from logra_kernels.reference._dtype import accumulator
 
@@ -68,8 +68,6 @@ def _fake(x: Tensor, proj: Tensor) -> Tensor:
 
 
 def _kernel(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor:
-    if has_float64((x, proj)):
-        return NotImplemented
     out = x.new_empty((*x.shape[:-1], proj.shape[0]), dtype=torch.float32)
     tokens = flat_tokens(x)  # [M, I], kept alive through the call
     c.project(view(tokens), view(proj), out.data_ptr())

@@ -16,7 +16,7 @@ from logra_kernels._checks import (
     expect_shape,
     plain,
 )
-from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.ops._tokens import check_operands, check_token_values
 from logra_kernels.reference._dtype import accumulator
@@ -134,8 +134,6 @@ def _native(
     cu_seqlens: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    if has_float64((xs, dys, projs_in, projs_out)):
-        return NotImplemented
     out = _fake(xs, dys, projs_in, projs_out, mask, cu_seqlens, torch.float32)
     mask = None if mask is None else mask.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

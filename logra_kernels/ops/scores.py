@@ -7,7 +7,7 @@ from torch import Tensor
 
 from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
-from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.reference._dtype import accumulator
 
@@ -44,6 +44,7 @@ def scores(
 def check_scan(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, row_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments of `scores`, checked, each with a contiguous last axis."""
     expect_dtype("queries", queries, torch.float32, torch.float64)
     expect_dtype("rows", rows, *FLOATS)
     expect_shape("queries", queries, Q=None, D=None)
@@ -68,8 +69,6 @@ def _fake(
 def _native(
     c: ModuleType, queries: Tensor, rows: Tensor, row_scale: Tensor | None, row_bias: Tensor | None
 ) -> Tensor:
-    if has_float64((queries, rows)):
-        return NotImplemented
     out = queries.new_empty((queries.shape[0], rows.shape[0]))
     c.scores(view(queries), view(rows), pointer(row_scale), pointer(row_bias), out.data_ptr())
     return out

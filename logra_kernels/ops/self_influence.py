@@ -7,7 +7,7 @@ from torch import Tensor
 
 from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
-from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import view
 from logra_kernels.reference._dtype import accumulator
 
@@ -51,8 +51,6 @@ def _fake(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _native(c: ModuleType, rows: Tensor, factor: Tensor) -> Tensor:
-    if has_float64((rows, factor)):
-        return NotImplemented
     out = factor.new_empty(rows.shape[0])
     c.self_influence(view(rows), view(factor), out.data_ptr())
     return out

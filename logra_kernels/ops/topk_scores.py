@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logra_kernels import reference
 from logra_kernels._checks import expect_dtype, expect_same_device, expect_shape
-from logra_kernels.ops._library import has_float64, register
+from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.ops.scores import check_scan
 from logra_kernels.reference._dtype import accumulator
@@ -125,15 +125,13 @@ def _native(
     state: list[Tensor] | None,
     row_offset: int,
 ) -> tuple[Tensor, ...]:
-    if has_float64((queries, rows)):
-        return NotImplemented
     if state is None:
         shape = (queries.shape[0], k)
         best, worst = queries.new_full(shape, -torch.inf), queries.new_full(shape, torch.inf)
         ids = queries.new_full(shape, -1, dtype=torch.int64)
-        merged = (best, ids, worst, ids.clone())
+        merged = [best, ids, worst, ids.clone()]
     else:
-        merged = tuple(part.clone(memory_format=torch.contiguous_format) for part in state)  # type: ignore[assignment]
+        merged = [part.clone(memory_format=torch.contiguous_format) for part in state]
     c.topk_scores(
         view(queries),
         view(rows),
@@ -143,7 +141,7 @@ def _native(
         row_offset,
         *(pointer(part) for part in merged),
     )
-    return merged
+    return tuple(merged)
 
 
 _call = register(

@@ -31,11 +31,13 @@ class RandomKind:
     def matrix(
         self, spec: ProjectionSpec, module: str, side: str, shape: tuple[int, int]
     ) -> Tensor:
+        """P [K, width] float32 of one side of a module, drawn from a stream of its own."""
         key = hashlib.sha256(f"{spec.seed}\0{module}\0{side}".encode()).digest()[:16]
         words = np.frombuffer(key, dtype="<u8").astype(np.uint64)
         return self.draw(np.random.Philox(key=words), shape)
 
     def describe(self, spec: ProjectionSpec) -> dict[str, object]:
+        """The seed, the scaling and the stream, for the store's manifest."""
         return {
             "seed": spec.seed,
             "scaling": "1/sqrt(K): E<Pa, Pb> = <a, b>",

@@ -29,10 +29,12 @@ class ModuleProjection:
 
     @property
     def ki(self) -> int:
+        """Columns of a projected gradient: P_i's rows, or I without P_i."""
         return self.in_features if self.proj_in is None else self.proj_in.shape[0]
 
     @property
     def ko(self) -> int:
+        """Rows of a projected gradient: P_o's rows, or O without P_o."""
         return self.out_features if self.proj_out is None else self.proj_out.shape[0]
 
 

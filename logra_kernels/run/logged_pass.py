@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from logra_kernels.store import Module, RowLayout
 Pass = TypeVar("Pass", bound="LoggedPass")
 
 
+@dataclass(eq=False)
 class LoggedPass:
     """What `run(data_id, mask)` returns: a context for one forward and one backward pass.
 
@@ -30,22 +32,13 @@ class LoggedPass:
         on_exit: called after the capture ended, with whether the user's code and it succeeded.
     """
 
-    def __init__(
-        self,
-        capture: Capture,
-        ids: list[str],
-        metadata: Sequence[Mapping[str, Any] | None] | None,
-        setup: Setup,
-        on_enter: Callable[[LoggedPass], None],
-        on_exit: Callable[[LoggedPass, bool], None],
-    ) -> None:
-        self.capture = capture
-        self.ids = ids
-        self.metadata = metadata
-        self.setup = setup
-        self._on_enter = on_enter
-        self._on_exit = on_exit
-        self._used = False
+    capture: Capture
+    ids: list[str]
+    metadata: Sequence[Mapping[str, Any] | None] | None
+    setup: Setup
+    on_enter: Callable[[LoggedPass], None]
+    on_exit: Callable[[LoggedPass, bool], None]
+    _used: bool = field(default=False, init=False)
 
     @property
     def layout(self) -> RowLayout:
@@ -72,11 +65,11 @@ class LoggedPass:
         if self._used:
             raise RuntimeError("run(data_id, mask): a context is for one pass; make a new one")
         self._used = True
-        self._on_enter(self)
+        self.on_enter(self)
         try:
             self.capture.__enter__()
         except BaseException:
-            self._on_exit(self, False)
+            self.on_exit(self, False)
             raise
         return self
 
@@ -91,7 +84,7 @@ class LoggedPass:
             self.capture.__exit__(exc_type, exc, traceback)
             succeeded = exc_type is None
         finally:
-            self._on_exit(self, succeeded)
+            self.on_exit(self, succeeded)
 
 
 def check_ids(data_id: Any) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,14 @@ class Recorder:
         """Take the modules' exponents from the run's first row, and give them to the store.
 
         The first row is the same however the data is split into batches, and so are the exponents.
+        A module that is zero there gets the others' median: far from theirs, its exponent would
+        push its later values, or all others, out of float16's range.
         """
         if not self._exponents:
-            self._exponents = [_exponent(part) for part in self._layout.split(row[None])]
+            found = [_exponent(part) for part in self._layout.split(row[None])]
+            known = [exponent for exponent in found if exponent is not None]
+            usual = statistics.median_low(known) if known else 0
+            self._exponents = [usual if exponent is None else exponent for exponent in found]
         if setup.save and self._writer.module_exponents is None:
             self._writer.set_module_exponents(self._exponents)
 
@@ -158,7 +164,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _exponent(part: Tensor) -> int:
-    """floor(log2 max|.|); 0 for a module that is all zero."""
+def _exponent(part: Tensor) -> int | None:
+    """floor(log2 max|.|); None for a module that is all zero."""
     largest = float(part.abs().max())
-    return max(-126, min(127, math.frexp(largest)[1] - 1)) if largest > 0 else 0
+    return max(-126, min(127, math.frexp(largest)[1] - 1)) if largest > 0 else None

@@ -96,8 +96,9 @@ class Run:
             name_filter: a module is watched if its name holds one of these; None: every one.
             bias: log the bias's gradient too, as one more column of the weight's.
 
-        Raises: ValueError if nothing is left to watch, or it differs from the store's modules;
-            RuntimeError while rows are being logged.
+        Raises:
+            ValueError: nothing is left to watch, or it differs from the store's modules.
+            RuntimeError: rows are being logged.
         """
         self._refuse_while_logging("watch")
         watched = WatchedLayers.matching(model, type_filter, name_filter, bias)
@@ -128,8 +129,9 @@ class Run:
             type_filter, name_filter: watch these alone; watch's, where one is not given.
             model: watch this model instead.
 
-        Raises: ValueError for an unknown init or a rank below 1; RuntimeError if no model is
-            watched, while rows are being logged, and once a store was opened.
+        Raises:
+            ValueError: an unknown init, or a rank below 1.
+            RuntimeError: no model is watched, rows are being logged, or a store was opened.
         """
         self._refuse_while_logging("add_lora")
         if model is None:

@@ -12,6 +12,7 @@ from logra_kernels.store.codecs import RowCodec
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
     crc32_text,
+    create_temporary,
     npy_header,
     remove,
     sync_folder,
@@ -150,8 +151,7 @@ class Committer:
     def _open_shard(self) -> _OpenShard:
         if self._shard is None:
             index = len(self.manifest["shards"])
-            place = temporary(self._path / shard_names(index)["data"])
-            descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            descriptor = create_temporary(self._path / shard_names(index)["data"])
             self._shard = _OpenShard(index, descriptor)
             # The header holds the number of rows, so it is written last.
             os.lseek(descriptor, DATA_OFFSET_BYTES, os.SEEK_SET)

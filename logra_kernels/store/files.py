@@ -5,12 +5,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -55,6 +56,42 @@ def finite(values: np.ndarray) -> np.ndarray:
     return good
 
 
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file.
+
+    A pipe or a device in its place would keep the process waiting, or feed it without end. A file
+    that is to be written is not reached through a symbolic link, which may lead out of the store.
+
+    Raises:
+        OSError: the system refuses, or there is something else than a regular file.
+    """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= os.O_NOFOLLOW
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        what = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is no regular file"
+        raise OSError(errno.EINVAL, what, str(path))
+    return descriptor
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """A regular file, opened for reading; errors as those of `open_regular`."""
+    return os.fdopen(open_regular(path), "rb")
+
+
+def own_folder(path: Path) -> None:
+    """Make a folder of a store, and those above it; accept one that is there.
+
+    Raises:
+        StoreFormatError: it is a symbolic link, which may lead out of the store.
+    """
+    if path.is_symlink():
+        raise StoreFormatError(f"{path}: expected a folder, got a symbolic link")
+    path.mkdir(parents=True, exist_ok=True)
+
+
 def crc32_text(crc: int) -> str:
     """A CRC-32 as it stands in a manifest: eight hexadecimal digits."""
     return f"{crc:08x}"
@@ -63,7 +100,7 @@ def crc32_text(crc: int) -> str:
 def crc32_of_file(path: Path, start: int = 0, progress: Callable[[int], None] | None = None) -> str:
     """CRC-32 (zlib's) of a file's bytes from `start` on; `progress` gets the bytes of each read."""
     crc = 0
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         file.seek(start)
         while piece := file.read(_READ_BYTES):
             crc = zlib.crc32(piece, crc)
@@ -75,12 +112,47 @@ def crc32_of_file(path: Path, start: int = 0, progress: Callable[[int], None] | 
 def sha256_of_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file in hexadecimal; `progress` gets the bytes of each read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
             if progress is not None:
                 progress(len(piece))
     return digest.hexdigest()
+
+
+def read_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """[count], the data of an .npy file, read into memory.
+
+    Raises:
+        StoreFormatError: the file is shorter, or cannot be read.
+    """
+    try:
+        with open_to_read(path) as file:
+            values = np.fromfile(file, dtype, count, offset=DATA_OFFSET_BYTES)
+    except OSError as error:
+        raise StoreFormatError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(values) != count:
+        raise StoreFormatError(f"{path}: expected {count} values, got {len(values)}")
+    return values
+
+
+def check_mapped(path: Path, want_bytes: int, descriptor: int | None = None) -> None:
+    """Look at the size of a mapped file right before its use: behind its end the process is killed.
+
+    A map keeps a file that was removed, so that one is good.
+
+    Raises:
+        StoreFormatError: the file was cut short.
+    """
+    try:
+        got = os.stat(path if descriptor is None else descriptor).st_size
+    except OSError:
+        return
+    if got < want_bytes:
+        raise StoreFormatError(
+            f"{path}: expected {want_bytes} bytes, got {got}: the file was cut short while it was "
+            "read"
+        )
 
 
 def write_all(descriptor: int, data: Any) -> None:
@@ -104,11 +176,21 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
+def create_temporary(path: Path) -> int:
+    """A descriptor of a new, empty file under the file's temporary name.
+
+    What lies there, an unfinished file or a link, goes; nothing is written through it.
+    """
+    place = temporary(path)
+    remove(place)
+    return open_regular(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+
 def write_temporary(path: Path, *pieces: Any) -> Path:
     """Write the pieces to the file's temporary name and to the disk; leave nothing on failure."""
     place = temporary(path)
     try:
-        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = create_temporary(path)
         try:
             for piece in pieces:
                 write_all(descriptor, piece)
@@ -158,7 +240,7 @@ def check_file(folder: Path, name: str, want_bytes: int, header: bytes | None = 
     """
     path = folder / name
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             got_bytes = os.fstat(file.fileno()).st_size
             got = file.read(len(header)) if header is not None else None
     except FileNotFoundError:
@@ -183,7 +265,7 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         # Without O_TRUNC: the holder's process id must stay readable until this process holds it.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

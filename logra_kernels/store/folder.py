@@ -26,11 +26,11 @@ from logra_kernels.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from logra_kernels.store.tensors import fingerprint, write_tensors
+from logra_kernels.store.tensors import TENSOR_FILE, fingerprint, write_tensors
 
 _TENSOR_FOLDERS = ("projection", "curvature")
 _FOLDERS = (*_TENSOR_FOLDERS, "self_influence")
-_SHARD_FILE = re.compile(r"shard-\d{5,}\.(npy|scale\.npy|ids\.arrow)(\.tmp)?\Z")
+_SHARD_FILE = re.compile(r"shard-\d{5,}\.(npy|scale\.npy|ids\.arrow)\Z")
 
 
 def open_folder(
@@ -96,13 +96,13 @@ def _begin(
         check_same_run(stored, manifest, path)
         check_files(path, stored)
         ids = _stored_ids(path, stored)
-        _remove_unlisted(path, stored)
+        _remove_left(path, stored)
         stored["state"] = "open"
         return stored, ids
     if tensors is not None:
         entry = write_tensors(path / "projection", "projection", tensors)
         manifest["projection_tensors"].update(entry)
-    _remove_unlisted(path, manifest)
+    _remove_left(path, None)
     write_manifest(path, manifest)
     sync_folder(path)
     sync_folder(path.absolute().parent)
@@ -113,7 +113,10 @@ def _stored_ids(path: Path, manifest: dict[str, Any]) -> list[str]:
     ids: list[str] = []
     for shard in manifest["shards"]:
         place = path / shard["ids"]["file"]
-        got = crc32_of_file(place)
+        try:
+            got = crc32_of_file(place)
+        except OSError as error:
+            raise StoreFormatError(f"{place}: cannot be read: {error.strerror}") from None
         if got != shard["ids"]["crc32"]:
             raise StoreFormatError(
                 f"{place}: damaged: expected crc32 {shard['ids']['crc32']}, got {got}"
@@ -122,18 +125,20 @@ def _stored_ids(path: Path, manifest: dict[str, Any]) -> list[str]:
     return ids
 
 
-def _remove_unlisted(path: Path, manifest: dict[str, Any]) -> None:
+def _remove_left(path: Path, manifest: dict[str, Any] | None) -> None:
     """Delete temporary files, and shards and tensors that the manifest does not list.
 
-    A writer that was killed left them.
+    A writer that was killed left them. Without a manifest nothing tells its files from anybody's:
+    then only temporary ones go. A folder that is a link is not the store's.
     """
-    listed = {entry["file"] for entry, _ in listed_files(manifest)}
-    for name in os.listdir(path):
-        if (_SHARD_FILE.match(name) and name not in listed) or name == MANIFEST + TEMPORARY_SUFFIX:
-            remove(path / name)
-    for folder in _TENSOR_FOLDERS:
-        if (path / folder).is_dir():
-            for name in os.listdir(path / folder):
-                ours = name.endswith((".safetensors", TEMPORARY_SUFFIX))
-                if ours and f"{folder}/{name}" not in listed:
-                    remove(path / folder / name)
+    listed = {entry["file"] for entry, _ in listed_files(manifest)} if manifest else set()
+    for folder in ("", *_TENSOR_FOLDERS):
+        place = path / folder
+        if folder and (place.is_symlink() or not place.is_dir()):
+            continue
+        for name in os.listdir(place):
+            file, unfinished = name.removesuffix(TEMPORARY_SUFFIX), name.endswith(TEMPORARY_SUFFIX)
+            pattern = TENSOR_FILE if folder else _SHARD_FILE
+            known = pattern.match(file) or (unfinished and (folder or file == MANIFEST))
+            if known and (unfinished or manifest) and str(Path(folder, name)) not in listed:
+                remove(place / name)

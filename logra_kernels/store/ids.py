@@ -2,13 +2,17 @@
 
 import json
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from logra_kernels.store.errors import StoreError, StoreFormatError
+from logra_kernels.store.files import open_to_read
+from logra_kernels.store.maps import map_array
 
 SCHEMA = pa.schema(
     [
@@ -83,22 +87,34 @@ def encode_ids(ids: Sequence[str], metadata: Sequence[str | None]) -> memoryview
 
 
 def read_ids(path: Path, rows: int) -> pa.Table:
-    """The table of an ids file, mapped into memory.
+    """The columns of an ids file, mapped into memory.
+
+    Every offset into the texts is checked, for pyarrow follows a wrong one out of the file. The
+    ids are checked to be UTF-8; the metadata, which may be large, is not read.
 
     Raises:
         StoreFormatError: no Arrow file, other columns, or another number of rows.
     """
     try:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise StoreFormatError(f"{path}: is not a readable Arrow file: {error}") from None
-    for field in SCHEMA:
-        if field.name not in table.column_names or table[field.name].type != field.type:
+        with open_to_read(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        data = pa.py_buffer(map_array(path, np.dtype(np.uint8), (size,), 0))
+        schema = pa.ipc.open_file(data).schema
+        places = [schema.get_field_index(field.name) for field in SCHEMA]  # -1: none, or two
+        if [schema.types[place] for place in places if place >= 0] != SCHEMA.types:
             raise StoreFormatError(
-                f"{path}: expected the columns {_columns(SCHEMA)}, got {_columns(table.schema)}"
+                f"{path}: expected the columns {_columns(SCHEMA)}, got {_columns(schema)}"
             )
-    if table.num_rows != rows:
+        options = pa.ipc.IpcReadOptions(included_fields=places)
+        table = pa.ipc.open_file(data, options=options).read_all().select(SCHEMA.names)
+        table["id"].validate(full=True)
+        for chunk in table["metadata"].chunks:
+            chunk.view(pa.large_binary()).validate(full=True)
+    except StoreError:
+        raise
+    except Exception as error:  # pyarrow raises MemoryError and SystemError too
+        raise StoreFormatError(f"{path}: is not a readable Arrow file: {error}") from None
+    if not table.num_rows == len(table["id"]) == len(table["metadata"]) == rows:
         raise StoreFormatError(f"{path}: expected {rows} rows, got {table.num_rows}")
     if table["id"].null_count:
         raise StoreFormatError(f"{path}: expected an id for every row, got none for some")
@@ -107,6 +123,22 @@ def read_ids(path: Path, rows: int) -> pa.Table:
 
 def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+
+
+def parse_metadata(value: pa.Scalar, path: Path, row: int) -> dict[str, Any] | None:
+    """What the ids file at `path` holds of a row's metadata.
+
+    Raises:
+        StoreFormatError: it is no JSON object.
+    """
+    try:
+        text = value.as_py()
+        found: Any = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):  # ValueError: also not UTF-8
+        found = ()
+    if found is not None and not isinstance(found, dict):
+        raise StoreFormatError(f"{path}: the metadata of row {row} is no JSON object")
+    return found
 
 
 def _check_unicode(text: str, what: str) -> None:

@@ -1,6 +1,8 @@
 """manifest.json: what a store says about itself. FORMAT.md describes every key."""
 
 import json
+import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,13 +11,22 @@ from typing import Any
 
 from logra_kernels.store.codecs import RowCodec, codec_names, row_codec
 from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
-from logra_kernels.store.files import check_file, crc32_text, npy_bytes, npy_header, replace_file
+from logra_kernels.store.files import (
+    check_file,
+    crc32_text,
+    npy_bytes,
+    npy_header,
+    open_to_read,
+    replace_file,
+)
 from logra_kernels.store.layout import Module, RowLayout
 
 FORMAT = "logra_kernels.store"
 VERSION = 1
 MANIFEST = "manifest.json"
 LOCK = "lock"
+LARGEST_JSON_BYTES = 256 << 20  # a manifest of half a million shards
+DEEPEST_JSON = 100  # objects and lists within each other, of what a user gives
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # 2**e is a normal float32
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
@@ -60,9 +71,56 @@ def plain_json(value: Any, name: str) -> Any:
         StoreError: it cannot be written as JSON (NaN and infinity included).
     """
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        plain = json.loads(json.dumps(value, allow_nan=False))
+        _check_values(plain, DEEPEST_JSON)
+        return plain
     except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"{name}: cannot be written as JSON: {error}") from None
+
+
+def read_json(path: Path) -> tuple[bytes, Any]:
+    """The bytes of a JSON file, and their value.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StoreFormatError: it is not JSON that this package would write.
+    """
+    try:
+        with open_to_read(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST_JSON_BYTES:
+                raise StoreFormatError(
+                    f"{path}: expected at most {LARGEST_JSON_BYTES} bytes, got {size}"
+                )
+            data = file.read()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreFormatError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        value = json.loads(data)
+        # What a user gives lies inside other objects.
+        _check_values(value, DEEPEST_JSON + 10)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise StoreFormatError(f"{path}: is not JSON: {error}") from None
+    return data, value
+
+
+def _check_values(value: Any, deepest: int) -> None:
+    """Raise ValueError for what cannot be written again, or only by more than Python's stack."""
+    level = [value]
+    for _ in range(deepest):
+        if any(type(inner) is float and not math.isfinite(inner) for inner in level):
+            raise ValueError("a number is not finite")
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError(f"lists and objects lie deeper in each other than {deepest}")
 
 
 def first_difference(stored: Any, given: Any, name: str) -> str | None:
@@ -168,15 +226,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise StoreFormatError(f"{folder}: expected a folder with a store, got a file")
     try:
-        data = path.read_bytes()
+        data, manifest = read_json(path)
     except FileNotFoundError:
         raise StoreFormatError(f"{folder}: is no store: there is no {MANIFEST} in it") from None
-    except OSError as error:
-        raise StoreFormatError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        manifest: dict[str, Any] = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise StoreFormatError(f"{path}: is not JSON: {error}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise StoreFormatError(f'{path}: expected the format "{FORMAT}", got {_short(found)}')
@@ -189,11 +241,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"versions up to {VERSION}; install a newer logra_kernels"
         )
     check_seal(data, path)
+    checked: dict[str, Any] = manifest
     try:
-        _check(manifest)
+        _check(checked)
     except _Wrong as wrong:
         raise StoreFormatError(f"{path}: {wrong}") from None
-    return manifest
+    return checked
 
 
 def layout_of(manifest: Mapping[str, Any]) -> RowLayout:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from logra_kernels.store.errors import StoreFormatError
+from logra_kernels.store.files import open_to_read
+
 HUGE_PAGE_BYTES = 2 << 20
 SAMPLED_PAGES = 8  # pages of a range that are asked about to tell whether it is cached
 
@@ -34,10 +37,12 @@ class _Map:
         self._address = None
         num_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         before = offset % mmap.PAGESIZE  # a map begins on a page of the system's size
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < offset + num_bytes:
-                raise ValueError(f"expected {offset + num_bytes} bytes, got {size}")
+                raise StoreFormatError(
+                    f"{path}: cannot be mapped: expected {offset + num_bytes} bytes, got {size}"
+                )
             self._length = max(1, before + num_bytes)
             address = _libc.mmap(
                 None,
@@ -67,10 +72,12 @@ def map_array(path: Path, dtype: np.dtype, shape: Sequence[int], offset: int) ->
     """A read-only array over a part of a file, without a copy.
 
     Raises:
-        ValueError: the file is too short.
-        OSError: the system refuses.
+        StoreFormatError: the file is too short, or the system refuses.
     """
-    return np.asarray(_Map(path, dtype, shape, offset))
+    try:
+        return np.asarray(_Map(path, dtype, shape, offset))
+    except OSError as error:
+        raise StoreFormatError(f"{path}: cannot be mapped: {error.strerror}") from None
 
 
 def huge_buffer(num_bytes: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from logra_kernels.store.errors import StoreError, StoreFormatError
-from logra_kernels.store.files import DATA_OFFSET_BYTES
+from logra_kernels.store.files import DATA_OFFSET_BYTES, check_mapped, open_regular
 from logra_kernels.store.maps import HUGE_PAGE_BYTES, forget, huge_buffer, is_cached, populate
 from logra_kernels.store.reader import Shard, Store
 
@@ -125,6 +125,7 @@ class BlockReader:
             block, reads = ahead.popleft()
             for read in reads:
                 read.result()
+            self._files[block.shard].check_size()
             if not plan or plan[0][0] != block.shard:
                 self._close_behind(block.shard, ahead)
             yield block
@@ -205,13 +206,7 @@ class _File:
                 self._direct = self._open(_DIRECT)
 
     def check_size(self) -> None:
-        """Reading a map behind the file's end would kill the process, so its size is checked."""
-        got = os.fstat(self._descriptor).st_size
-        if got < self._want_bytes:
-            raise StoreFormatError(
-                f"{self.path}: expected {self._want_bytes} bytes, got {got}: "
-                "the file was cut short while it was read"
-            )
+        check_mapped(self.path, self._want_bytes, self._descriptor)
 
     def read(self, buffer: memoryview, base: int, first: int, last: int, cached: bool) -> None:
         """The file's bytes [first, last) to buffer[first - base:]; first is aligned."""
@@ -262,7 +257,7 @@ class _File:
 
     def _open(self, flags: int) -> int:
         try:
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | flags)
+            return open_regular(self.path, os.O_RDONLY | flags)
         except OSError as error:
             raise StoreFormatError(f"{self.path}: cannot be read: {error.strerror}") from None
 

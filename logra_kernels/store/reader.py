@@ -1,6 +1,5 @@
 """Reading a store: mapped shards, ids, and what is kept beside them."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -12,9 +11,17 @@ import pyarrow as pa
 
 from logra_kernels.store.codecs import RowCodec, row_codec
 from logra_kernels.store.codecs.base import SCALE_DTYPE
-from logra_kernels.store.errors import StoreError, StoreFormatError
-from logra_kernels.store.files import DATA_OFFSET_BYTES, Lock, remove, sync_folder, write_error
-from logra_kernels.store.ids import read_ids
+from logra_kernels.store.errors import StoreError
+from logra_kernels.store.files import (
+    DATA_OFFSET_BYTES,
+    Lock,
+    check_mapped,
+    read_array,
+    remove,
+    sync_folder,
+    write_error,
+)
+from logra_kernels.store.ids import parse_metadata, read_ids
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import (
     LOCK,
@@ -42,17 +49,20 @@ class Shard:
         self.dtype = codec.dtype
         self.columns = codec.columns(layout)
         self.file_bytes: int = entry["data"]["bytes"]
+        self.ids_path: Path = folder / entry["ids"]["file"]
         self._folder = folder
         self._entry = entry
 
-    @cached_property
+    @property
     def rows(self) -> np.ndarray:
         """[r, W], as stored, read in place from the mapped file."""
+        check_mapped(self.path, self.file_bytes)
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
         shape = (self.num_rows, self.columns)
-        try:
-            return map_array(self.path, self.dtype, shape, DATA_OFFSET_BYTES)
-        except (OSError, ValueError) as error:  # ValueError: shorter than the shape
-            raise StoreFormatError(f"{self.path}: cannot be mapped: {error}") from None
+        return map_array(self.path, self.dtype, shape, DATA_OFFSET_BYTES)
 
     @cached_property
     def row_scale(self) -> np.ndarray:
@@ -64,12 +74,17 @@ class Shard:
         if self._entry["scale"] is None:
             return np.ones(self.num_rows, np.float32)
         path = self._folder / self._entry["scale"]["file"]
-        return np.fromfile(path, SCALE_DTYPE, self.num_rows, offset=DATA_OFFSET_BYTES)
+        return read_array(path, SCALE_DTYPE, self.num_rows)
 
-    @cached_property
+    @property
     def table(self) -> pa.Table:
         """The ids file: columns id and metadata (JSON or null)."""
-        return read_ids(self._folder / self._entry["ids"]["file"], self.num_rows)
+        check_mapped(self.ids_path, self._entry["ids"]["bytes"])
+        return self._table
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return read_ids(self.ids_path, self.num_rows)
 
 
 class Store:
@@ -143,8 +158,8 @@ class Store:
         """Each row's metadata, as it was appended; None where there is none."""
         found: list[dict[str, Any] | None] = []
         for shard, row in map(self._place, rows):
-            text = shard.table["metadata"][row].as_py()
-            found.append(None if text is None else json.loads(text))
+            text = shard.table["metadata"][row]
+            found.append(parse_metadata(text, shard.ids_path, shard.first_row + row))
         return found
 
     def blocks(self, block_rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -255,9 +270,8 @@ class Store:
             StoreMismatchError: the key is in use for another meta.
         """
         check_name(key, "key")
-        rows = [shard.num_rows for shard in self.shards]
-        folder = self.path / "self_influence"
-        return SelfInfluenceCache(folder, key, meta, rows, len(self.modules))
+        folder, shards = self.path / "self_influence", self.manifest["shards"]
+        return SelfInfluenceCache(folder, key, meta, shards, len(self.modules))
 
     def _place(self, row: int) -> tuple[Shard, int]:
         if not 0 <= row < self.num_rows:

@@ -1,9 +1,9 @@
 """Self-influences kept beside the store: a folder for each key, a [r, M] array for each shard."""
 
-import json
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +18,50 @@ from logra_kernels.store.files import (
     crc32_text,
     npy_bytes,
     npy_header,
+    own_folder,
     remove,
     replace_file,
     sync_folder,
     write_error,
 )
-from logra_kernels.store.manifest import LOCK, check_seal, first_difference, plain_json, seal
+from logra_kernels.store.manifest import (
+    LOCK,
+    check_seal,
+    first_difference,
+    plain_json,
+    read_json,
+    seal,
+)
+from logra_kernels.store.maps import map_array
 
 KEY_FILE = "key.json"
 _DTYPE = "<f4"  # of the values, whatever the store's rows are
-_FILE = re.compile(r"shard-(\d{5,})-([0-9a-f]{8})\.npy\Z")
+# The shard's index and the CRC-32 of its rows, then that of the values. Version 0.1 wrote names
+# without the middle one; such a file does not tell whose values it holds, and is not read.
+_FILE = re.compile(r"shard-(\d{5,})(?:-([0-9a-f]{8}))?-([0-9a-f]{8})\.npy\Z")
 
 
 class SelfInfluenceCache:
     """The values of one key. An interrupted computation goes on with the shards that are missing.
 
-    A file carries the CRC-32 of its data in its name, so it needs no manifest: the values of a
-    shard are either whole, or they count as missing.
+    A file carries the CRC-32 of its shard's rows and that of its own data in its name, so it needs
+    no manifest: the values of a shard are either whole and of these rows, or they count as missing.
+
+    Args:
+        folder: of all keys.
+        key, meta: what the values are.
+        shards: the manifest's entries.
+        modules: the number of values of a row.
     """
 
     def __init__(
-        self, folder: Path, key: str, meta: Any, shard_rows: list[int], modules: int
+        self, folder: Path, key: str, meta: Any, shards: list[dict[str, Any]], modules: int
     ) -> None:
         self.folder = folder / key
         self.key = key
         self.meta = plain_json(meta, "meta")
-        self._shard_rows = shard_rows
-        self._modules = modules
+        self._shapes = [(shard["rows"], modules) for shard in shards]
+        self._rows_crc = [shard["data"]["crc32"] for shard in shards]
         stored = read_key(self.folder)
         if stored is not None:
             found = first_difference(stored.get("meta"), self.meta, "meta")
@@ -56,10 +73,10 @@ class SelfInfluenceCache:
         found = find_files(self.folder)
         return [
             index
-            for index in range(len(self._shard_rows))
+            for index, rows_crc in enumerate(self._rows_crc)
             if all(
-                file_problem(self.folder, name, crc, (self._shard_rows[index], self._modules))
-                for name, crc in found.get(index, [])
+                of != rows_crc or file_problem(self.folder / name, crc, self._shapes[index])
+                for name, of, crc in found.get(index, [])
             )
         ]
 
@@ -70,10 +87,11 @@ class SelfInfluenceCache:
             StoreFormatError: there are none; `missing` lists such shards.
         """
         self._check_index(index)
-        shape = (self._shard_rows[index], self._modules)
-        for name, _ in find_files(self.folder).get(index, []):
-            _check_values_file(self.folder, name, shape)
-            return np.memmap(self.folder / name, _DTYPE, "r", DATA_OFFSET_BYTES, shape)
+        shape = self._shapes[index]
+        for name, of, _ in find_files(self.folder).get(index, []):
+            if of == self._rows_crc[index]:
+                _check_values_file(self.folder / name, shape)
+                return map_array(self.folder / name, np.dtype(_DTYPE), shape, DATA_OFFSET_BYTES)
         raise StoreFormatError(f"{self.folder}: expected the values of shard {index}, got none")
 
     def write(self, index: int, values: np.ndarray) -> None:
@@ -83,22 +101,23 @@ class SelfInfluenceCache:
             StoreError: a wrong shape or dtype, or the disk refuses.
         """
         self._check_index(index)
-        shape = (self._shard_rows[index], self._modules)
+        shape = self._shapes[index]
         if not isinstance(values, np.ndarray) or values.dtype != np.float32:
             got = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
             raise StoreError(f"values: expected a float32 array, got {got}")
         if values.shape != shape:
             raise StoreError(f"values: expected {list(shape)}, got {list(values.shape)}")
         data = np.ascontiguousarray(values, _DTYPE).reshape(-1).view(np.uint8).data
-        name = f"shard-{index:05d}-{crc32_text(zlib.crc32(data))}.npy"
+        name = f"shard-{index:05d}-{self._rows_crc[index]}-{crc32_text(zlib.crc32(data))}.npy"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            own_folder(self.folder.parent)
+            own_folder(self.folder)
             with Lock(self.folder / LOCK):
                 if not (self.folder / KEY_FILE).exists():
                     text = seal({"key": self.key, "meta": self.meta})
                     replace_file(self.folder / KEY_FILE, text)
                 replace_file(self.folder / name, npy_header(_DTYPE, shape), data)
-                for other, _ in find_files(self.folder).get(index, []):
+                for other, *_ in find_files(self.folder).get(index, []):
                     if other != name:
                         remove(self.folder / other)
                 sync_folder(self.folder)
@@ -106,20 +125,35 @@ class SelfInfluenceCache:
             raise write_error(error, f"{self.folder / name}: cannot write") from error
 
     def _check_index(self, index: int) -> None:
-        if not 0 <= index < len(self._shard_rows):
-            raise StoreError(f"index: expected 0 to {len(self._shard_rows) - 1}, got {index}")
+        if not 0 <= index < len(self._shapes):
+            raise StoreError(f"index: expected 0 to {len(self._shapes) - 1}, got {index}")
 
 
-def file_problem(folder: Path, name: str, crc: str, shape: tuple[int, int]) -> str | None:
+def cache_problems(folder: Path, shards: list[dict[str, Any]], modules: int) -> Iterator[str]:
+    """What is wrong with the files of a store's caches that a reader would read."""
+    for key in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        try:
+            read_key(folder / key)
+        except StoreError as error:
+            yield str(error)
+        for index, files in sorted(find_files(folder / key).items()):
+            for name, of, crc in files:
+                if index < len(shards) and of == shards[index]["data"]["crc32"]:
+                    shape = (shards[index]["rows"], modules)
+                    if problem := file_problem(folder / key / name, crc, shape):
+                        yield problem
+
+
+def file_problem(path: Path, crc: str, shape: tuple[int, int]) -> str | None:
     """What is wrong with a shard's values, or None."""
     try:
-        _check_values_file(folder, name, shape)
+        _check_values_file(path, shape)
+        got = crc32_of_file(path, DATA_OFFSET_BYTES)
     except StoreFormatError as error:
         return str(error)
-    got = crc32_of_file(folder / name, DATA_OFFSET_BYTES)
-    if got != crc:
-        return f"{folder / name}: damaged: expected crc32 {crc}, got {got}"
-    return None
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return None if got == crc else f"{path}: damaged: expected crc32 {crc}, got {got}"
 
 
 def read_key(folder: Path) -> dict[str, Any] | None:
@@ -129,25 +163,26 @@ def read_key(folder: Path) -> dict[str, Any] | None:
         StoreFormatError: it is damaged.
     """
     path = folder / KEY_FILE
+    if not folder.is_dir():
+        return None
     try:
-        data = path.read_bytes()
-        stored: dict[str, Any] = json.loads(data)
+        data, stored = read_json(path)
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise StoreFormatError(f"{path}: is not JSON: {error}") from None
     check_seal(data, path)
+    if not isinstance(stored, dict):
+        raise StoreFormatError(f"{path}: expected an object")
     return stored
 
 
-def find_files(folder: Path) -> dict[int, list[tuple[str, str]]]:
-    """Shard index -> the names of its files in a cache folder, each with its CRC-32."""
-    found: dict[int, list[tuple[str, str]]] = {}
+def find_files(folder: Path) -> dict[int, list[tuple[str, str | None, str]]]:
+    """Shard index -> its files in a cache folder: name, CRC-32 of the rows, CRC-32 of the data."""
+    found: dict[int, list[tuple[str, str | None, str]]] = {}
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
         if match := _FILE.match(name):
-            found.setdefault(int(match[1]), []).append((name, match[2]))
+            found.setdefault(int(match[1]), []).append((name, match[2], match[3]))
     return found
 
 
-def _check_values_file(folder: Path, name: str, shape: tuple[int, int]) -> None:
-    check_file(folder, name, npy_bytes(_DTYPE, shape), npy_header(_DTYPE, shape))
+def _check_values_file(path: Path, shape: tuple[int, int]) -> None:
+    check_file(path.parent, path.name, npy_bytes(_DTYPE, shape), npy_header(_DTYPE, shape))

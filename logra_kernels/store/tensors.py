@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from logra_kernels.store.errors import StoreError, StoreFormatError
-from logra_kernels.store.files import replace_file, sha256_of_file, sync_folder
+from logra_kernels.store.files import own_folder, replace_file, sha256_of_file, sync_folder
 
 _NAMES: dict[np.dtype[Any], str] = {
     np.dtype("<f8"): "F64",
@@ -21,6 +20,7 @@ _NAMES: dict[np.dtype[Any], str] = {
     np.dtype("<i8"): "I64",
     np.dtype("<i4"): "I32",
 }
+TENSOR_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*-[0-9a-f]{16}\.safetensors\Z")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
 
@@ -81,7 +81,7 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, np.ndarray]) ->
     for piece in pieces:
         digest.update(piece)
     name = f"{stem}-{digest.hexdigest()[:16]}.safetensors"
-    folder.mkdir(exist_ok=True)
+    own_folder(folder)
     replace_file(folder / name, *pieces)
     sync_folder(folder)
     return {
@@ -104,8 +104,12 @@ def read_tensors(path: Path, sha256: str) -> dict[str, np.ndarray]:
     if got != sha256:
         raise StoreFormatError(f"{path}: damaged: expected sha256 {sha256}, got {got}")
     try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
+        tensors = safetensors.numpy.load_file(path)
+        for name, array in tensors.items():
+            if array.dtype not in _NAMES:
+                raise TypeError(f"{name!r} is {array.dtype}")
+        return tensors
+    except Exception as error:  # whatever the library makes of a dtype that NumPy lacks
         raise StoreFormatError(f"{path}: is not a readable safetensors file: {error}") from None
 
 

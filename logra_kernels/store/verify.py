@@ -1,6 +1,5 @@
 """Checks every byte of a store, and says what is wrong."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,11 +16,13 @@ from logra_kernels.store.files import (
     crc32_of_file,
     finite,
     powers_of_two,
+    read_array,
     sha256_of_file,
 )
-from logra_kernels.store.ids import read_ids
+from logra_kernels.store.ids import parse_metadata, read_ids
 from logra_kernels.store.manifest import layout_of, listed_files, read_manifest
-from logra_kernels.store.self_influence import file_problem, find_files, read_key
+from logra_kernels.store.maps import map_array
+from logra_kernels.store.self_influence import cache_problems
 from logra_kernels.store.tensors import read_tensors
 
 _BLOCK_BYTES = 16 << 20
@@ -71,8 +72,10 @@ def verify_store(
         if problem is not None:
             problems.append(problem)
             good.discard(entry["file"])
-    for check in (_row_problems, _id_problems, _tensor_problems, _cache_problems):
+    for check in (_row_problems, _id_problems, _tensor_problems):
         problems += check(folder, manifest, good)
+    caches = folder / "self_influence"
+    problems += cache_problems(caches, manifest["shards"], len(manifest["modules"]))
     return problems
 
 
@@ -80,10 +83,13 @@ def _checksum_problem(
     folder: Path, entry: Mapping[str, Any], header: bytes | None, count: Callable[[int], None]
 ) -> str | None:
     path = folder / entry["file"]
-    if "crc32" in entry:
-        kind, got = "crc32", crc32_of_file(path, DATA_OFFSET_BYTES if header else 0, count)
-    else:
-        kind, got = "sha256", sha256_of_file(path, count)
+    try:
+        if "crc32" in entry:
+            kind, got = "crc32", crc32_of_file(path, DATA_OFFSET_BYTES if header else 0, count)
+        else:
+            kind, got = "sha256", sha256_of_file(path, count)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
     if got == entry[kind]:
         return None
     return f"{path}: damaged: expected {kind} {entry[kind]}, got {got}"
@@ -97,7 +103,7 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
         path = folder / shard["data"]["file"]
         if shard["data"]["file"] in good:
             shape = (shard["rows"], codec.columns(layout))
-            rows = np.memmap(path, codec.dtype, "r", DATA_OFFSET_BYTES, shape)
+            rows = map_array(path, codec.dtype, shape, DATA_OFFSET_BYTES)
             for start in range(0, shard["rows"], block):
                 good_rows = codec.finite(rows[start : start + block], layout).all(axis=1)
                 if not good_rows.all():
@@ -106,7 +112,7 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
                     break
         if shard["scale"] is not None and shard["scale"]["file"] in good:
             path = folder / shard["scale"]["file"]
-            scales = np.fromfile(path, SCALE_DTYPE, shard["rows"], offset=DATA_OFFSET_BYTES)
+            scales = read_array(path, SCALE_DTYPE, shard["rows"])
             bad = np.flatnonzero(~powers_of_two(scales))
             if len(bad):
                 row = shard["first_row"] + int(bad[0])
@@ -128,16 +134,11 @@ def _id_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> I
             if text in seen:
                 yield f"{path}: the id {text!r} is in the store twice"
             seen.add(text)
-        for row, text in enumerate(table["metadata"].to_pylist()):
-            if text is not None and not _is_object(text):
-                yield f"{path}: the metadata of row {shard['first_row'] + row} is no JSON object"
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
+        for row, text in enumerate(table["metadata"], shard["first_row"]):
+            try:
+                parse_metadata(text, path, row)
+            except StoreError as error:
+                yield str(error)
 
 
 def _tensor_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:
@@ -153,20 +154,3 @@ def _tensor_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) 
                 if array.dtype.kind == "f" and not finite(array).all():
                     path = folder / entry["file"]
                     yield f"{path}: expected finite values, got others in {name!r}"
-
-
-def _cache_problems(folder: Path, manifest: Mapping[str, Any], _: set[str]) -> Iterator[str]:
-    root = folder / "self_influence"
-    modules = len(manifest["modules"])
-    rows = [shard["rows"] for shard in manifest["shards"]]
-    for key in sorted(os.listdir(root)) if root.is_dir() else []:
-        try:
-            read_key(root / key)
-        except StoreError as error:
-            yield str(error)
-        for index, files in sorted(find_files(root / key).items()):
-            for name, crc in files:
-                if index >= len(rows):
-                    yield f"{root / key / name}: the store has only {len(rows)} shards"
-                elif problem := file_problem(root / key, name, crc, (rows[index], modules)):
-                    yield problem

@@ -54,8 +54,7 @@ class Entry:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """The recorded example: tensors without memory, integers, None; in the kernel's order,
-        constexprs included."""
+        """The recorded example in the kernel's order: tensors without memory, integers, None."""
         return {param.name: self.launch.arguments[param.name] for param in self.kernel.params}
 
     @property
@@ -65,6 +64,7 @@ class Entry:
 
     @property
     def kernel_name(self) -> str:
+        """The kernel's name in its module."""
         return str(self.kernel.__name__)
 
     @property
@@ -80,10 +80,12 @@ class Entry:
 
     @property
     def num_warps(self) -> int:
+        """Warps of a program; 4 unless the launch asks for another number."""
         return self.launch.config.get("num_warps", 4)
 
     @property
     def num_stages(self) -> int:
+        """Stages of the software pipeline; 3 unless the launch asks for another number."""
         return self.launch.config.get("num_stages", 3)
 
     @cached_property
@@ -149,7 +151,7 @@ class Entry:
 
 
 def target(architecture: str) -> GPUTarget:
-    """ "sm_90", "gfx942" -> what Triton compiles for."""
+    """What Triton compiles for on "sm_90", "gfx942" and their like."""
     if architecture.startswith("sm_"):
         return GPUTarget("cuda", int(architecture[3:]), 32)
     if architecture.startswith("gfx"):

@@ -87,6 +87,7 @@ def rules_of(of_op: dict[str, Rules], architecture: str) -> Rules:
 
 @cache
 def table() -> Table:
+    """The contents of heuristics.json."""
     found: Table = json.loads(PATH.read_text())
     return found
 

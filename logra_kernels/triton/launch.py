@@ -39,6 +39,7 @@ class Launch:
 
     @property
     def programs(self) -> int:
+        """The number of programs on the grid."""
         return programs(self.grid, self.arguments)
 
 
@@ -49,6 +50,7 @@ class _State:
 
 
 def programs(grid: Grid, arguments: Mapping[str, Any]) -> int:
+    """The product of a grid's factors: arguments, or quotients of two rounded up."""
     return math.prod(
         arguments[factor]
         if isinstance(factor, str)
@@ -104,7 +106,7 @@ def trying(op: str, config: dict[str, int]) -> Iterator[None]:
 
 
 def architecture_of(tensor: Tensor) -> str:
-    """ "sm_90", "gfx942", …; "interpreter" for a tensor that is not on a GPU."""
+    """The name "sm_90", "gfx942", …; "interpreter" for a tensor that is not on a GPU."""
     if _State.architecture is not None:
         return _State.architecture
     return _architecture(tensor.device.index or 0) if tensor.is_cuda else "interpreter"
@@ -144,6 +146,7 @@ def check_floating(**tensors: Tensor | None) -> None:
 
 
 def last_axis_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, else a contiguous copy."""
     return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -78,8 +78,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_of_transposed(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a^T @ b of a [K, M]. a is split before it is transposed, so that copies of it from
-    memory stay 16 bytes wide."""
+    """acc + a^T @ b of a [K, M].
+
+    a is split before it is transposed, so that copies of it from memory stay 16 bytes wide.
+    """
     return _dot(a, b, acc, PRECISION, True)
 
 

@@ -293,6 +293,7 @@ class Side(NamedTuple):
         return self.projs[0].shape[0] if self.projs else self.tokens[0].shape[-1]
 
     def of_modules(self, modules: slice) -> "Side":
+        """The side of some of the modules."""
         return Side(self.tokens[modules], self.projs[modules])
 
     def contiguous(self) -> "Side":
@@ -300,6 +301,7 @@ class Side(NamedTuple):
         return Side(*([last_axis_contiguous(t) for t in tensors] for tensors in self))
 
     def projected(self, input_precision: str) -> "Side":
+        """The side with every module's tokens projected, so that no projection is left."""
         pairs = zip(self.tokens, self.projs, strict=True)
         return Side([project(t, p, input_precision=input_precision) for t, p in pairs], [])
 
@@ -336,6 +338,7 @@ class Examples(NamedTuple):
         return tokens.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def arguments(self) -> dict[str, Any]:
+        """The kernels' arguments that say which tokens an example has."""
         by_example = self.cu_seqlens is None
         found: dict[str, Any] = {"cu_seqlens": self.cu_seqlens, "PACKED": not by_example}
         if self.mask is None:

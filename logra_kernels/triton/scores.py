@@ -171,9 +171,11 @@ class Scan:
 
     @property
     def num_queries(self) -> int:
+        """Q."""
         return self.pieces.shape[1]
 
     def of_rows(self, first: int, end: int) -> "Scan":
+        """The scan of the rows from `first` to `end`."""
         scale, bias = (
             None if tensor is None else tensor[first:end]
             for tensor in (self.row_scale, self.row_bias)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dense_influence import DIM, MODULES, SIZES, dense, gradients, make_store, unpacked
+from torch import Tensor
 
 from logra_kernels import ops
-from logra_kernels.attribution import Attributor, influence_between, plan
+from logra_kernels.attribution import Attributor, InfluenceResult, influence_between, plan
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
@@ -21,7 +24,7 @@ QUERIES = gradients(4, seed=7)
 NORMALISED = ("l-relatif", "theta-relatif", "whitened-cosine")
 
 
-def assert_same(got, want):
+def assert_same(got: Tensor, want: Tensor) -> None:
     """Bit for bit from the kernels; PyTorch's matrix product chooses its order by the shape."""
     if ops.isa() is not None:
         assert torch.equal(got, want)
@@ -29,33 +32,36 @@ def assert_same(got, want):
         assert (got - want).abs().max() <= DIM * 2.0**-24 * want.abs().max()
 
 
-def open_attributor(store, **kwargs):
+def open_attributor(store: Store, **kwargs: Any) -> Attributor:
     return Attributor(store, RawCurvature.rebuild(store), **kwargs)
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path: Path) -> Store:
     return make_store(tmp_path / "store", gradients(150), shard_rows=40)
 
 
 @pytest.fixture
-def sigma_calls(monkeypatch):
+def sigma_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows that went through ops.self_influence, one entry a call."""
     calls = []
     op = ops.self_influence
-    monkeypatch.setattr(
-        ops, "self_influence", lambda rows, factor: calls.append(len(rows)) or op(rows, factor)
-    )
+
+    def spy(rows: Tensor, factor: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return op(rows, factor)
+
+    monkeypatch.setattr(ops, "self_influence", spy)
     return calls
 
 
 @pytest.fixture(autouse=True)
-def forget_warnings():
+def forget_warnings() -> None:
     plan._warn_of_cosine.cache_clear()
 
 
 @pytest.mark.parametrize("mode", SCAN_MODES)
-def test_top_k_is_a_stable_sort_of_the_scores(store, mode):
+def test_top_k_is_a_stable_sort_of_the_scores(store: Store, mode: str) -> None:
     attributor = open_attributor(store, block_rows=16)
     scores = attributor.scores(QUERIES, mode).scores
     for k in (1, 10, 150):
@@ -68,7 +74,7 @@ def test_top_k_is_a_stable_sort_of_the_scores(store, mode):
         assert torch.equal(top.bottom_scores, worst.values[:, :k])
 
 
-def test_ties_go_to_the_lower_row(tmp_path):
+def test_ties_go_to_the_lower_row(tmp_path: Path) -> None:
     rows = gradients(3)[[0, 1, 0, 1, 2, 0]]
     attributor = open_attributor(make_store(tmp_path / "s", rows, shard_rows=2))
     top = attributor.top_k(QUERIES, 6, "dot")
@@ -83,7 +89,9 @@ def test_ties_go_to_the_lower_row(tmp_path):
 
 @pytest.mark.parametrize("mode", SCAN_MODES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_bits_do_not_depend_on_threads_shards_blocks_or_the_cache(tmp_path, mode, dtype):
+def test_bits_do_not_depend_on_threads_shards_blocks_or_the_cache(
+    tmp_path: Path, mode: str, dtype: str
+) -> None:
     rows, before = gradients(300), torch.get_num_threads()
     results = []
     try:
@@ -101,7 +109,7 @@ def test_bits_do_not_depend_on_threads_shards_blocks_or_the_cache(tmp_path, mode
         assert_same(best, results[0][1])
 
 
-def test_l_relatif_does_not_change_when_a_training_row_is_scaled(tmp_path):
+def test_l_relatif_does_not_change_when_a_training_row_is_scaled(tmp_path: Path) -> None:
     rows = gradients(60)
     curvature = RawCurvature(MODULES)
     curvature.update(rows)
@@ -120,7 +128,7 @@ def test_l_relatif_does_not_change_when_a_training_row_is_scaled(tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("size", [1e-20, 1e20])
 @pytest.mark.parametrize("mode", NORMALISED)
-def test_tiny_and_huge_gradients(tmp_path, dtype, size, mode):
+def test_tiny_and_huge_gradients(tmp_path: Path, dtype: str, size: float, mode: str) -> None:
     """A store whose gradients are all tiny or huge gives the normalised scores of usual ones."""
     store = make_store(tmp_path / "s", gradients(60) * size, dtype, shard_rows=25)
     truth = dense(QUERIES * size, unpacked(store))
@@ -130,7 +138,7 @@ def test_tiny_and_huge_gradients(tmp_path, dtype, size, mode):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_tiny_and_huge_gradients_in_one_store(tmp_path, dtype):
+def test_tiny_and_huge_gradients_in_one_store(tmp_path: Path, dtype: str) -> None:
     rows = gradients(60)
     rows[:20] *= 1e-20
     rows[20:25] *= 1e16
@@ -147,7 +155,7 @@ def test_tiny_and_huge_gradients_in_one_store(tmp_path, dtype):
     assert torch.allclose(sigma, truth.sigma, rtol=1e-4, atol=0)
 
 
-def test_self_influence_is_computed_once(store, sigma_calls):
+def test_self_influence_is_computed_once(store: Store, sigma_calls: list[int]) -> None:
     open_attributor(store).scores(QUERIES, "l-relatif")
     blocks = 4  # 150 rows in shards of 40
     assert len(sigma_calls) == blocks * len(MODULES)
@@ -162,9 +170,12 @@ def test_self_influence_is_computed_once(store, sigma_calls):
     assert len(sigma_calls) == 2 * blocks * len(MODULES)
 
 
-def test_another_damping_is_another_cache_entry_and_another_result(store, sigma_calls):
-    seen = []
-    for kwargs in ({"damping": 1e-3}, {"damping": 10.0}, {"damping_scale": 1.0}):
+def test_another_damping_is_another_cache_entry_and_another_result(
+    store: Store, sigma_calls: list[int]
+) -> None:
+    seen: list[Tensor] = []
+    asked: list[dict[str, Any]] = [{"damping": 1e-3}, {"damping": 10.0}, {"damping_scale": 1.0}]
+    for kwargs in asked:
         attributor = open_attributor(store, **kwargs)
         fresh = attributor.scores(QUERIES, "l-relatif").scores
         truth = dense(QUERIES, unpacked(store), **{"damping_scale": None, **kwargs})
@@ -181,8 +192,8 @@ def test_another_damping_is_another_cache_entry_and_another_result(store, sigma_
     assert not torch.allclose(seen[0], seen[2], rtol=1e-2)
 
 
-def test_an_interrupted_pass_keeps_its_shards(store, sigma_calls):
-    def interrupt(done, total):
+def test_an_interrupted_pass_keeps_its_shards(store: Store, sigma_calls: list[int]) -> None:
+    def interrupt(done: int, total: int) -> None:
         if done > 80:
             raise KeyboardInterrupt
 
@@ -196,7 +207,7 @@ def test_an_interrupted_pass_keeps_its_shards(store, sigma_calls):
     assert ((got - truth.scores("l-relatif")).abs() <= 1e-5 * truth.allowance("l-relatif")).all()
 
 
-def test_appended_shards_extend_the_cache(store, sigma_calls):
+def test_appended_shards_extend_the_cache(store: Store, sigma_calls: list[int]) -> None:
     curvature = RawCurvature.rebuild(store)
     Attributor(store, curvature).self_influence()
     calls = len(sigma_calls)
@@ -211,7 +222,9 @@ def test_appended_shards_extend_the_cache(store, sigma_calls):
     assert torch.allclose(sigma, truth.sigma, rtol=1e-4, atol=0)
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(store, sigma_calls):
+def test_a_folder_that_cannot_be_written_is_no_obstacle(
+    store: Store, sigma_calls: list[int]
+) -> None:
     (store.path / "self_influence").symlink_to("nowhere")
     attributor = open_attributor(store)
     with pytest.warns(UserWarning, match="self-influence is not kept beside the store: ") as seen:
@@ -223,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(store, sigma_calls):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_self_influence(tmp_path, dtype):
+def test_self_influence(tmp_path: Path, dtype: str) -> None:
     store = make_store(tmp_path / "s", gradients(90), dtype, shard_rows=40)
     attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
     got = attributor.self_influence()
@@ -238,7 +251,7 @@ def test_self_influence(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("mode", SCAN_MODES)
-def test_groups(store, mode):
+def test_groups(store: Store, mode: str) -> None:
     attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
     groups = {"up": ["up"], "down": "down", "first": ["layer.0"]}
     members = {"up": [0, 2], "down": [1], "first": [0, 1]}
@@ -259,14 +272,16 @@ def test_groups(store, mode):
     assert torch.equal(result["influence"]["up"], result.groups["up"].scores)
 
 
-def test_groups_may_be_a_list_of_substrings(store):
+def test_groups_may_be_a_list_of_substrings(store: Store) -> None:
     result = open_attributor(store).scores(QUERIES, "l-relatif", groups=["layer.0", "up"])
     assert list(result.groups) == ["layer.0", "up"]
 
 
 @pytest.mark.parametrize("mode", NORMALISED)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_rows_without_gradient_score_zero_and_are_counted(tmp_path, mode, dtype):
+def test_rows_without_gradient_score_zero_and_are_counted(
+    tmp_path: Path, mode: str, dtype: str
+) -> None:
     rows = gradients(50)
     rows[[3, 44]] = 0
     rows[7, : SIZES[0]] = 0
@@ -281,7 +296,7 @@ def test_rows_without_gradient_score_zero_and_are_counted(tmp_path, mode, dtype)
     assert attributor.scores(QUERIES, "dot").zero_rows is None
 
 
-def test_a_query_without_gradient_scores_zero(store):
+def test_a_query_without_gradient_scores_zero(store: Store) -> None:
     queries = torch.cat([QUERIES[:1], torch.zeros(1, DIM)])
     for mode in SCAN_MODES[:2] + SCAN_MODES[3:]:
         scores = open_attributor(store).scores(queries, mode).scores
@@ -289,7 +304,7 @@ def test_a_query_without_gradient_scores_zero(store):
         assert not scores[1].any()
 
 
-def test_cosine_is_l_relatif_and_says_so_once(store):
+def test_cosine_is_l_relatif_and_says_so_once(store: Store) -> None:
     attributor = open_attributor(store)
     with pytest.warns(UserWarning, match="'cosine' is LogIX's name for l-RelatIF"):
         result = attributor.scores(QUERIES, "cosine")
@@ -300,7 +315,7 @@ def test_cosine_is_l_relatif_and_says_so_once(store):
     assert torch.equal(result.scores, attributor.scores(QUERIES, "l-relatif").scores)
 
 
-def test_without_curvature_it_is_the_dot_product_of_gradients(store):
+def test_without_curvature_it_is_the_dot_product_of_gradients(store: Store) -> None:
     attributor, rows = Attributor(store, "none"), unpacked(store)
     want = QUERIES.double() @ rows.T
     size = QUERIES.double().norm(dim=1)[:, None] * rows.norm(dim=1)
@@ -314,7 +329,7 @@ def test_without_curvature_it_is_the_dot_product_of_gradients(store):
         Attributor(store, "none", damping=1.0)
 
 
-def test_curvature_comes_from_the_store_by_default(store):
+def test_curvature_comes_from_the_store_by_default(store: Store) -> None:
     message = r"holds no curvature; .*RawCurvature\.rebuild\(store\)\.save\(store\)"
     with pytest.raises(ValueError, match=message):
         Attributor(store)
@@ -332,7 +347,7 @@ def test_curvature_comes_from_the_store_by_default(store):
 
 
 @pytest.mark.parametrize("mode", SCAN_MODES)
-def test_influence_between_rows_in_memory(tmp_path, mode):
+def test_influence_between_rows_in_memory(tmp_path: Path, mode: str) -> None:
     rows = gradients(90)
     store = make_store(tmp_path / "s", rows, "float32")
     attributor = open_attributor(store)
@@ -356,7 +371,15 @@ def test_influence_between_rows_in_memory(tmp_path, mode):
         influence_between(QUERIES, bad, attributor.preconditioner)
 
 
-def test_result_reads_like_logix_and_as_json(store):
+def test_places_that_no_row_fills_have_no_id() -> None:
+    """A score that is not a number is never selected; its place does not name the last row."""
+    rows, scores = torch.tensor([[1, 0, -1]]), torch.tensor([[2.0, 1.0, -torch.inf]])
+    result = InfluenceResult("dot", ["q"], ["a", "b"], {}, None, None, scores, rows, -scores, rows)
+    assert result.top_ids == result.bottom_ids == [["b", "a"]]
+    assert [row["id"] for row in result.rows(0)] == ["b", "a", "b", "a"]
+
+
+def test_result_reads_like_logix_and_as_json(store: Store) -> None:
     attributor = open_attributor(store)
     full = attributor.scores(QUERIES, "l-relatif", query_ids=["a", "b", 3, 4])
     assert dict(full).keys() == {"src_ids", "tgt_ids", "influence"}
@@ -382,21 +405,26 @@ def test_result_reads_like_logix_and_as_json(store):
         full["scores"]
 
 
-def test_precondition_is_the_preconditioner_s(store):
+def test_precondition_is_the_preconditioner_s(store: Store) -> None:
     attributor = open_attributor(store)
     want = dense(QUERIES, unpacked(store)).preconditioned
     assert torch.allclose(attributor.precondition(QUERIES.double()), want, rtol=1e-9)
     assert attributor.precondition(QUERIES).dtype == torch.float32
 
 
-def test_prepared_queries_are_solved_once_for_all_modes(store, monkeypatch):
+def test_prepared_queries_are_solved_once_for_all_modes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attributor, groups = open_attributor(store), {"up": "up"}
     want = {mode: attributor.scores(QUERIES, mode, groups=groups) for mode in SCAN_MODES}
     solves = []
     solve = attributor.preconditioner.precondition
-    monkeypatch.setattr(
-        attributor.preconditioner, "precondition", lambda rows: solves.append(1) or solve(rows)
-    )
+
+    def spy(rows: Tensor) -> Tensor:
+        solves.append(1)
+        return solve(rows)
+
+    monkeypatch.setattr(attributor.preconditioner, "precondition", spy)
     prepared = attributor.prepare(QUERIES, list("abcd"))
     for mode in SCAN_MODES:
         got = attributor.scores(prepared, mode, groups=groups)
@@ -411,7 +439,7 @@ def test_prepared_queries_are_solved_once_for_all_modes(store, monkeypatch):
         open_attributor(store, damping=3.0).scores(prepared)
 
 
-def test_a_matrix_is_dot_and_a_ranking_l_relatif_unless_asked_otherwise(store):
+def test_a_matrix_is_dot_and_a_ranking_l_relatif_unless_asked_otherwise(store: Store) -> None:
     attributor = open_attributor(store)
     assert attributor.scores(QUERIES).mode == "dot"
     assert attributor.top_k(QUERIES, 2).mode == "l-relatif"
@@ -419,7 +447,7 @@ def test_a_matrix_is_dot_and_a_ranking_l_relatif_unless_asked_otherwise(store):
     assert between.mode == "dot"
 
 
-def test_progress_counts_every_row(store):
+def test_progress_counts_every_row(store: Store) -> None:
     seen = []
     open_attributor(store, block_rows=25).scores(
         QUERIES, "l-relatif", progress=lambda *now: seen.append(now)
@@ -428,7 +456,7 @@ def test_progress_counts_every_row(store):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_reading_a_map_does_not_warn_or_copy(tmp_path):
+def test_reading_a_map_does_not_warn_or_copy(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(6, dtype=np.float16).reshape(2, 3))
     array = np.load(tmp_path / "a.npy", mmap_mode="r")
     with warnings.catch_warnings():
@@ -438,14 +466,16 @@ def test_reading_a_map_does_not_warn_or_copy(tmp_path):
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_the_scan_of_a_top_k_allocates_nothing_the_size_of_the_store(tmp_path, monkeypatch):
+def test_the_scan_of_a_top_k_allocates_nothing_the_size_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = gradients(400)
     store = make_store(tmp_path / "s", rows, shard_rows=100)
     attributor = open_attributor(store, block_rows=10)
     largest = []
     op = ops.topk_scores
 
-    def spy(queries, block, *args):
+    def spy(queries: Tensor, block: Tensor, *args: Any) -> Any:
         out = op(queries, block, *args)
         largest.append(max(len(block), *(t.shape[1] for t in out)))
         return out
@@ -464,12 +494,12 @@ def test_the_scan_of_a_top_k_allocates_nothing_the_size_of_the_store(tmp_path, m
         (2.0, "k: expected a whole number of at least 1, got 2.0"),
     ],
 )
-def test_bad_k(store, k, message):
+def test_bad_k(store: Store, k: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_attributor(store).top_k(QUERIES, k)
 
 
-def test_bad_queries(store):
+def test_bad_queries(store: Store) -> None:
     attributor = open_attributor(store)
     with pytest.raises(ValueError, match=r"mode: expected one of dot, l-relatif, l2, .* got 'l1'"):
         attributor.scores(QUERIES, "l1")
@@ -480,7 +510,7 @@ def test_bad_queries(store):
     with pytest.raises(ValueError, match=rf"queries: expected \[Q, {DIM}\], got \[{DIM}\]"):
         attributor.scores(QUERIES[0])
     with pytest.raises(TypeError, match=r"queries: expected a tensor \[Q, D\], got ndarray"):
-        attributor.scores(QUERIES.numpy())
+        attributor.scores(QUERIES.numpy())  # type: ignore[arg-type]
     bad = QUERIES.clone()
     bad[2, SIZES[0] + 1] = float("nan")
     with pytest.raises(ValueError, match=r"queries: 'c' is not finite in module 'layer\.0\.down'"):
@@ -489,11 +519,11 @@ def test_bad_queries(store):
         attributor.scores(QUERIES, query_ids=["a"])
 
 
-def test_no_queries_give_no_scores(store):
+def test_no_queries_give_no_scores(store: Store) -> None:
     assert open_attributor(store).scores(QUERIES[:0], "l-relatif").scores.shape == (0, 150)
 
 
-def test_bad_groups(store):
+def test_bad_groups(store: Store) -> None:
     attributor = open_attributor(store)
     with pytest.raises(ValueError, match=r"groups: 'x' \(attn\) matches none of the modules layer"):
         attributor.scores(QUERIES, "l-relatif", groups={"x": "attn"})
@@ -503,7 +533,7 @@ def test_bad_groups(store):
         attributor.scores(QUERIES, "l-relatif", groups="up")
 
 
-def test_bad_attributor(tmp_path, store):
+def test_bad_attributor(tmp_path: Path, store: Store) -> None:
     empty = make_store(tmp_path / "empty", gradients(0))
     with pytest.raises(ValueError, match="empty: the store holds no rows; log some first"):
         Attributor(empty, "none")
@@ -518,7 +548,7 @@ def test_bad_attributor(tmp_path, store):
         open_attributor(store, damping=-1)
 
 
-def test_a_singular_curvature_without_damping_is_an_error_of_the_attributor(tmp_path):
+def test_a_singular_curvature_without_damping_is_an_error_of_the_attributor(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", gradients(4))
     with pytest.raises(ValueError, match=r"module 'layer\.0\.up': H \+ 0 I has rank 4 of 12"):
         open_attributor(store, damping=0.0)
@@ -527,7 +557,7 @@ def test_a_singular_curvature_without_damping_is_an_error_of_the_attributor(tmp_
 
 
 @pytest.mark.parametrize("kind", ["sigma", "theta"])
-def test_the_cache_beside_the_store_says_what_format_md_says(store, kind):
+def test_the_cache_beside_the_store_says_what_format_md_says(store: Store, kind: str) -> None:
     """scale[r]^2 * sum over m of (value[r, m] * 2**unit_exponents[m])^2, read with NumPy alone."""
     attributor, truth = open_attributor(store), dense(QUERIES, unpacked(store))
     attributor.scores(QUERIES, {"sigma": "l-relatif", "theta": "theta-relatif"}[kind])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from logra_kernels.attribution.pipeline import HostLanes, _Threads, feed, lanes_of
+from logra_kernels.attribution.pipeline import HostLanes, Lanes, _Threads, feed, lanes_of
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
 
@@ -45,7 +46,10 @@ class LateLanes:
         return torch.full([num_bytes], 0xFF, dtype=torch.uint8)  # NaN in every float
 
     def copy(self, target: Tensor, source: Tensor) -> Flag:
-        return self._ask("copy", lambda: target.copy_(source))
+        def run() -> None:
+            target.copy_(source)
+
+        return self._ask("copy", run)
 
     def compute(self, work: Callable[[], None]) -> Flag:
         return self._ask("compute", work)
@@ -117,10 +121,10 @@ def blocks(buffers: int = 3) -> Iterator[RowBlock]:
         buffer = free.pop(0)
         buffer[:] = rows
         last = ROWS - 1 if number == BLOCKS - 1 else ROWS  # a short block at the end
-        yield RowBlock(0, number * ROWS, buffer[:last], lambda b=buffer: give_back(b))
+        yield RowBlock(0, number * ROWS, buffer[:last], partial(give_back, buffer))
 
 
-def scan(lanes: object) -> Tensor:
+def scan(lanes: Lanes | HostLanes) -> Tensor:
     """All rows as the work saw them, [N, D]."""
     seen = torch.zeros(BLOCKS * ROWS, DIM)
 
@@ -138,31 +142,31 @@ def wanted() -> Tensor:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_order_that_the_waits_allow_gives_the_rows(policy):
+def test_every_order_that_the_waits_allow_gives_the_rows(policy: str | int) -> None:
     assert torch.equal(scan(LateLanes(policy)), wanted())
 
 
-def test_the_host_in_place():
+def test_the_host_in_place() -> None:
     assert torch.equal(scan(HostLanes(torch.device("cpu"))), wanted())
     assert isinstance(lanes_of(torch.device("cpu")), HostLanes)
 
 
 @pytest.mark.parametrize("without", WAITS)
-def test_each_wait_is_needed(without):
+def test_each_wait_is_needed(without: str) -> None:
     """Leaving any one of them out gives wrong rows under some order: the test above can fail."""
     wrong = [p for p in POLICIES if not torch.equal(scan(LateLanes(p, without)), wanted())]
     assert wrong
 
 
-def test_a_copy_is_under_way_before_the_work_on_the_block_before_it():
+def test_a_copy_is_under_way_before_the_work_on_the_block_before_it() -> None:
     asked = []
 
     class Recorder(LateLanes):
-        def copy(self, target, source):
+        def copy(self, target: Tensor, source: Tensor) -> Flag:
             asked.append("copy")
             return super().copy(target, source)
 
-        def compute(self, work):
+        def compute(self, work: Callable[[], None]) -> Flag:
             asked.append("work")
             return super().compute(work)
 
@@ -170,7 +174,7 @@ def test_a_copy_is_under_way_before_the_work_on_the_block_before_it():
     assert asked == ["copy", *["copy", "work"] * (BLOCKS - 1), "work"]
 
 
-def test_an_error_of_the_work_passes_through():
+def test_an_error_of_the_work_passes_through() -> None:
     lanes = LateLanes("copies first")
 
     def work(block: RowBlock, rows: Tensor) -> None:
@@ -180,7 +184,7 @@ def test_an_error_of_the_work_passes_through():
         feed(blocks(), lanes, work, ROWS * DIM * 2)
 
 
-def test_threads_follow_what_is_slow(set_threads):
+def test_threads_follow_what_is_slow(set_threads: None) -> None:
     """Waiting for the disk: one thread; hardly waiting: all; and those of before at the end."""
     torch.set_num_threads(2)
     with _Threads() as threads:
@@ -205,81 +209,82 @@ class FakeCuda:
         self.calls: list[str] = []
         self.current = "compute"
 
-    def stream(self, stream):
+    def stream(self, stream: _Stream) -> _Inside:
         return _Inside(self, stream)
 
-    def Stream(self, device):  # torch's name
+    def Stream(self, device: torch.device) -> _Stream:  # torch's name
         return _Stream("copies", self)
 
-    def current_stream(self, device):
+    def current_stream(self, device: torch.device) -> _Stream:
         return _Stream("compute", self)
 
-    def cudart(self):
+    def cudart(self) -> FakeCuda:
         return self
 
-    def cudaHostRegister(self, address, size, flags):
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         self.calls.append("pin")
         return 0
 
-    def cudaHostUnregister(self, address):
+    def cudaHostUnregister(self, address: int) -> int:
         self.calls.append("unpin")
         return 0
 
-    def check_error(self, code):
+    def check_error(self, code: int) -> None:
         assert code == 0
 
 
 class _Stream:
-    def __init__(self, name, cuda):
+    def __init__(self, name: str, cuda: FakeCuda) -> None:
         self.name, self.cuda = name, cuda
 
-    def record_event(self):
+    def record_event(self) -> _Event:
         self.cuda.calls.append(f"event on {self.name}")
         return _Event(self.name, self.cuda)
 
-    def wait_event(self, event):
+    def wait_event(self, event: _Event) -> None:
         self.cuda.calls.append(f"{self.name} waits for {event.name}")
 
-    def wait_stream(self, stream):
+    def wait_stream(self, stream: _Stream) -> None:
         self.cuda.calls.append(f"{self.name} waits for all of {stream.name}")
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         self.cuda.calls.append(f"host waits for all of {self.name}")
 
 
 class _Event:
-    def __init__(self, name, cuda):
+    def __init__(self, name: str, cuda: FakeCuda) -> None:
         self.name, self.cuda = name, cuda
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         self.cuda.calls.append(f"host waits for {self.name}")
 
 
 class _Inside:
-    def __init__(self, cuda, stream):
+    def __init__(self, cuda: FakeCuda, stream: _Stream) -> None:
         self.cuda, self.stream = cuda, stream
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.before, self.cuda.current = self.cuda.current, self.stream.name
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.cuda.current = self.before
 
 
-def test_the_calls_that_cuda_gets(monkeypatch):
+def test_the_calls_that_cuda_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which stream copies and which computes, and who waits for whom; no GPU was asked."""
     from logra_kernels.attribution import cuda_lanes
 
     cuda = FakeCuda()
-    monkeypatch.setattr(cuda_lanes.torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "cuda", cuda)
     lanes = cuda_lanes.CudaLanes(torch.device("cpu"))
     source = lanes.host_buffer(4096)
     assert source.ctypes.data % 4096 == 0
     target = lanes.device_buffer(4096)
 
-    class Spy:
-        def copy_(self, other, non_blocking):
+    class Spy(Tensor):
+        def copy_(self, other: Tensor, non_blocking: bool = False) -> Tensor:
             cuda.calls.append(f"copy on {cuda.current}, non_blocking={non_blocking}")
+            return self
 
     copied = lanes.copy(Spy(), share(source))
     lanes.compute_waits_for(copied)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +23,31 @@ from logra_kernels.attribution import attributor as attributor_module
 from logra_kernels.attribution import reading as reading_module
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.defaults import SCAN_MODES
-from logra_kernels.store import BlockReader, Module, StoreFormatError, StoreWriter
+from logra_kernels.store import (
+    BlockReader,
+    Module,
+    RowBlock,
+    Store,
+    StoreFormatError,
+    StoreWriter,
+)
 
 QUERIES = gradients(3, seed=7)
 GROUPS = {"up": "up", "down": ["down"]}
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path: Path) -> Store:
     return make_store(tmp_path / "store", gradients(150), shard_rows=40)
 
 
 @pytest.fixture
-def blocks_read(monkeypatch):
+def blocks_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(shard, start) of each block that was read, whichever way."""
     read = []
 
     class Spy(BlockReader):
-        def __iter__(self):
+        def __iter__(self) -> Iterator[RowBlock]:
             for block in super().__iter__():
                 read.append((block.shard, block.start))
                 yield block
@@ -61,7 +69,9 @@ def results(attributor: Attributor, mode: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("mode", SCAN_MODES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_every_reading_gives_the_same_bits(tmp_path, mode, dtype, native):
+def test_every_reading_gives_the_same_bits(
+    tmp_path: Path, mode: str, dtype: str, native: None
+) -> None:
     """Also blocks that a shard cuts short, cold or cached, sigma computed, found or remembered."""
     rows = gradients(90)
     rows[[3, 44]] = 0
@@ -85,14 +95,16 @@ def test_every_reading_gives_the_same_bits(tmp_path, mode, dtype, native):
 
 @pytest.mark.parametrize("reading", ["mapped", "streamed", "resident"])
 @pytest.mark.parametrize("policy", ["copies late", "work first", 1])
-def test_a_device_with_lanes_gives_the_same_bits(store, monkeypatch, reading, policy, native):
+def test_a_device_with_lanes_gives_the_same_bits(
+    store: Store, monkeypatch: pytest.MonkeyPatch, reading: str, policy: str | int, native: None
+) -> None:
     """The pipeline of a GPU, on a device that does everything as late as it may."""
     curvature = RawCurvature.rebuild(store)
     want = results(Attributor(store, curvature), "l-relatif")
     shutil.rmtree(store.path / "self_influence")
     made = []
 
-    def late(device):
+    def late(device: torch.device) -> LateLanes:
         made.append(LateLanes(policy))
         return made[-1]
 
@@ -105,7 +117,9 @@ def test_a_device_with_lanes_gives_the_same_bits(store, monkeypatch, reading, po
     assert all(lanes.closed for lanes in made)
 
 
-def test_what_fits_is_mapped_and_what_does_not_is_streamed(store, monkeypatch):
+def test_what_fits_is_mapped_and_what_does_not_is_streamed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = 150 * DIM * 2
     curvature = RawCurvature.rebuild(store)
     assert Attributor(store, curvature).reading == "mapped"
@@ -121,7 +135,9 @@ def test_what_fits_is_mapped_and_what_does_not_is_streamed(store, monkeypatch):
         Attributor(store, curvature, reading="mapped", memory_bytes=1)
 
 
-def test_streamed_blocks_have_rows_for_their_queries(store, blocks_read, monkeypatch):
+def test_streamed_blocks_have_rows_for_their_queries(
+    store: Store, blocks_read: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Packing queries is work per block: many queries want more rows of it."""
     monkeypatch.setattr(reading_module, "STREAMED_BYTES", 1)
     curvature = RawCurvature.rebuild(store)
@@ -135,7 +151,9 @@ def test_streamed_blocks_have_rows_for_their_queries(store, blocks_read, monkeyp
     assert [start for shard, start in blocks_read if shard == 0] == [0, 24]
 
 
-def test_resident_rows_are_read_once_and_must_fit(store, blocks_read, monkeypatch):
+def test_resident_rows_are_read_once_and_must_fit(
+    store: Store, blocks_read: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     curvature = RawCurvature.rebuild(store)
     message = (
         f"reading: 'resident' needs 0.00 GB for the rows of {store.path}, and may take 0.00 GB of "
@@ -154,8 +172,10 @@ def test_resident_rows_are_read_once_and_must_fit(store, blocks_read, monkeypatc
     assert len(blocks_read) == 3 * 3 + 2
 
 
-def test_an_interrupted_pass_keeps_the_shards_it_finished(store, blocks_read):
-    def interrupt(done, total):
+def test_an_interrupted_pass_keeps_the_shards_it_finished(
+    store: Store, blocks_read: list[tuple[int, int]]
+) -> None:
+    def interrupt(done: int, total: int) -> None:
         if done > 80:
             raise KeyboardInterrupt
 
@@ -176,7 +196,9 @@ def test_an_interrupted_pass_keeps_the_shards_it_finished(store, blocks_read):
     assert torch.equal(got, Attributor(store, curvature).scores(QUERIES, "l-relatif").scores)
 
 
-def test_sigma_that_is_missing_is_computed_on_the_blocks_that_are_scored(store, blocks_read):
+def test_sigma_that_is_missing_is_computed_on_the_blocks_that_are_scored(
+    store: Store, blocks_read: list[tuple[int, int]]
+) -> None:
     attributor = Attributor(store, RawCurvature.rebuild(store), reading="streamed", block_rows=25)
     attributor.top_k(QUERIES, 3, groups=GROUPS)
     once = [(shard, start) for shard in range(4) for start in (0, 25)]
@@ -186,7 +208,7 @@ def test_sigma_that_is_missing_is_computed_on_the_blocks_that_are_scored(store, 
 
 
 @pytest.mark.parametrize("reading", ["mapped", "streamed", "resident"])
-def test_a_file_cut_short_is_an_error_that_names_it(store, reading):
+def test_a_file_cut_short_is_an_error_that_names_it(store: Store, reading: str) -> None:
     attributor = Attributor(store, RawCurvature.rebuild(store), reading=reading)
     evict(store)
     path = store.shards[2].path
@@ -239,7 +261,7 @@ def make_wide(path: Path, num_rows: int) -> None:
             writer.append(range(first, first + 500), rows, np.ones(500, np.float32))
 
 
-def test_memory_does_not_grow_with_the_store(tmp_path):
+def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     """Peak of anonymous and mapped memory together, over what was there before the scan.
 
     The bound: four buffers of 4 MiB, each rounded up to huge pages of 2 MiB, and 6 MiB for the
@@ -280,7 +302,7 @@ def write_group(folder: Path, limit: str, used: int, cache: int, version: int) -
     )
 
 
-def test_limits_of_control_groups(tmp_path):
+def test_limits_of_control_groups(tmp_path: Path) -> None:
     proc, root = tmp_path / "cgroup", tmp_path / "sys"
     proc.write_text("0::/a/b\n")
     write_group(root / "a", "1000", 600, 100, 2)
@@ -297,6 +319,6 @@ def test_limits_of_control_groups(tmp_path):
     assert 0 < memory.available_bytes() < 1 << 50
 
 
-def test_the_least_limit_counts(monkeypatch):
+def test_the_least_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_groups", lambda: [5, 3])
     assert memory.available_bytes() == 3

@@ -6,6 +6,8 @@ The bottleneck's weight B sits in y = W x + P_oᵀ B P_i x; its gradient at B = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,8 @@ class AddOn(nn.Module):
         self.decoder.weight.data.copy_(projection.proj_out.T)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.original(x) + self.decoder(self.bottleneck(self.encoder(x)))
+        out: Tensor = self.original(x) + self.decoder(self.bottleneck(self.encoder(x)))
+        return out
 
 
 def add_on(model: nn.Module, layers: list[Layer]) -> list[nn.Linear]:
@@ -52,28 +55,33 @@ def add_on(model: nn.Module, layers: list[Layer]) -> list[nn.Linear]:
     return bottlenecks
 
 
-def language_model_case(make, watched):
+Case = tuple[
+    nn.Module, list[str] | None, Callable[[slice], Tensor], int, Tensor | None
+]  # model, watched modules, loss, examples, mask
+
+
+def language_model_case(make: Callable[[torch.dtype], nn.Module], watched: tuple[str, ...]) -> Case:
     model = make(torch.float64)
     ids, mask = ragged_batch(61, [7, 3, 5], "left")
     names = [name for name, _ in model.named_modules() if name.endswith(watched)]
     return model, names, lambda n: causal_loss(model, ids[n], mask[n]), 3, mask
 
 
-def case(name: str):
+def case(name: str) -> Case:
     torch.manual_seed(0)
     if name == "gpt2":
         return language_model_case(tiny_gpt2, ("c_fc", "c_proj", "c_attn"))
     if name == "llama":
         return language_model_case(tiny_llama, ("up_proj", "gate_proj", "down_proj", "q_proj"))
     if name == "mlp":
-        model, x = Mlp().double(), torch.randn(4, 7, dtype=torch.float64)
-        return model, None, lambda n: model(x[n]).exp().sum(), 4, None
+        mlp, rows = Mlp().double(), torch.randn(4, 7, dtype=torch.float64)
+        return mlp, None, lambda n: mlp(rows[n]).exp().sum(), 4, None
     model, x = Recurrent().double(), torch.randn(4, 5, 6, dtype=torch.float64)
     return model, None, lambda n: model(x[n]).exp().sum(), 4, None
 
 
 @pytest.mark.parametrize("name", ["mlp", "recurrent", "gpt2", "llama"])
-def test_bottleneck_gradients_are_the_projected_gradients(name):
+def test_bottleneck_gradients_are_the_projected_gradients(name: str) -> None:
     model, watched, loss, count, mask = case(name)
     layers = make_layers(model, watched, rank=(2, 3))
     with Capture(model, layers, count, mask) as capture:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import threading
 import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -29,20 +32,33 @@ from toy_models import (
 )
 
 from logra_kernels.capture import Capture
+from logra_kernels.capture.layers import Layer
 
 
-def mlp_batch(count: int = 4) -> tuple[nn.Module, Tensor]:
+def mlp_batch(count: int = 4) -> tuple[Mlp, Tensor]:
     torch.manual_seed(0)
     return Mlp(), torch.randn(count, 7)
 
 
-def capture_rows(model, layers, count, loss, mask=None, **options):
+def square_sum(model: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = model(x)
+    return out.square().sum()
+
+
+def capture_rows(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    count: int,
+    loss: Callable[[], Tensor],
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     with Capture(model, layers, count, mask, **options) as capture:
         loss().backward()
     return capture.rows()
 
 
-def traces(model: nn.Module) -> dict[str, object]:
+def traces(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that a capture could leave behind."""
     return {
         "requires_grad": [p.requires_grad for p in model.parameters()],
@@ -58,7 +74,7 @@ def traces(model: nn.Module) -> dict[str, object]:
     }
 
 
-def same_traces(one: dict[str, object], other: dict[str, object]) -> bool:
+def same_traces(one: dict[str, Any], other: dict[str, Any]) -> bool:
     grads = zip(one.pop("grad"), other.pop("grad"), strict=True)
     return one == other and all(
         a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in grads
@@ -66,7 +82,7 @@ def same_traces(one: dict[str, object], other: dict[str, object]) -> bool:
 
 
 @pytest.mark.parametrize("fails_at", [None, "forward", "backward", "body", "never"])
-def test_model_is_left_as_found(fails_at):
+def test_model_is_left_as_found(fails_at: str | None) -> None:
     model, x = mlp_batch()
     model.second.weight.requires_grad_(False)
     model.head.weight.grad = torch.ones_like(model.head.weight)
@@ -91,49 +107,62 @@ def test_model_is_left_as_found(fails_at):
             if fails_at != "never":
                 out.square().sum().backward()
     except (Boom, ValueError, RuntimeError) as error:
-        expected = {"forward": ValueError, "backward": Boom, "body": Boom, "never": RuntimeError}
+        expected: dict[str | None, type[Exception]] = {
+            "forward": ValueError,
+            "backward": Boom,
+            "body": Boom,
+            "never": RuntimeError,
+        }
         assert type(error) is expected[fails_at]  # noqa: PT017
     else:
         assert fails_at is None
     assert same_traces(before, traces(model))
 
 
-def test_no_weight_gradient_is_computed():
+def test_no_weight_gradient_is_computed() -> None:
     model, x = mlp_batch()
     capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_pass_stops_at_the_lowest_watched_module():
+def test_the_pass_stops_at_the_lowest_watched_module() -> None:
     """Nothing below it is in the autograd graph, so that nothing there costs a backward pass."""
     model, x = mlp_batch()
     layers = make_layers(model, ["head"])
-    below = []
+    below: list[bool] = []
     with Capture(model, layers, 4):
         model.second.register_forward_hook(lambda m, a, out: below.append(out.requires_grad))
         model(x).square().sum().backward()
     assert below == [False]
 
 
-def test_weight_gradients_on_request():
+def test_weight_gradients_on_request() -> None:
     model, x = mlp_batch()
     layers = make_layers(model, bias=True)
     loss = lambda: model(x).square().sum()  # noqa: E731
     rows = capture_rows(model, layers, 4, loss)
     while_training = capture_rows(model, layers, 4, loss, weight_gradients=True)
     assert torch.allclose(rows, while_training, rtol=1e-6)
-    want = torch.cat([model.head.weight.grad, model.head.bias.grad[:, None]], dim=1)
+    weight, bias = model.head.weight.grad, model.head.bias.grad
+    assert weight is not None
+    assert bias is not None
+    want = torch.cat([weight, bias[:, None]], dim=1)
     got = rows.sum(0)[-want.numel() :].reshape(want.shape)
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_activations_are_let_go_with_the_pass():
+def test_activations_are_let_go_with_the_pass() -> None:
     """A loss that the user keeps keeps its graph alive, and with it the hooks."""
     model, x = mlp_batch()
     layers = make_layers(model, rank=3)
-    seen = []
+    seen: list[Any] = []
+
+    def spy(call: Callable[..., Any], *arguments: Any) -> Any:
+        seen.append(call(*arguments))
+        return seen[-1]
+
     for layer in layers:
-        layer.call = lambda *a, call=layer.call: seen.append(call(*a)) or seen[-1]
+        layer.call = partial(spy, layer.call)  # type: ignore[method-assign]
     with Capture(model, layers, 4):
         loss = model(x).square().sum()
         assert [call.projected is None for call in seen] == [False] * 3
@@ -141,7 +170,7 @@ def test_activations_are_let_go_with_the_pass():
     assert [call.projected is None for call in seen] == [True] * 3
 
 
-def test_zero_grad_inside_is_harmless():
+def test_zero_grad_inside_is_harmless() -> None:
     model, x = mlp_batch()
     layers = make_layers(model)
     want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
@@ -153,7 +182,7 @@ def test_zero_grad_inside_is_harmless():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_root_module_followed_by_an_inplace_activation(inplace):
+def test_root_module_followed_by_an_inplace_activation(inplace: bool) -> None:
     """All weights frozen: the output that is made to require grad may be changed in place."""
     torch.manual_seed(0)
     first = nn.Linear(5, 6)
@@ -169,7 +198,7 @@ def test_root_module_followed_by_an_inplace_activation(inplace):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("weight_gradients", [True, False])
-def test_token_layer_followed_by_an_inplace_activation(bias, weight_gradients):
+def test_token_layer_followed_by_an_inplace_activation(bias: bool, weight_gradients: bool) -> None:
     """On tokens a linear layer's output is a view, which an in-place activation rebases."""
     torch.manual_seed(0)
     rows = []
@@ -179,24 +208,25 @@ def test_token_layer_followed_by_an_inplace_activation(bias, weight_gradients):
         model = nn.Sequential(
             nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6, bias), nn.ReLU(inplace), nn.Linear(6, 3)
         )
-        loss = lambda m=model: m(x).square().sum()  # noqa: E731
+        loss = partial(square_sum, model, x)
         rows.append(
             capture_rows(model, make_layers(model), 2, loss, weight_gradients=weight_gradients)
         )
     assert torch.equal(rows[0], rows[1])
 
 
-def test_input_that_requires_grad_keeps_its_gradient():
+def test_input_that_requires_grad_keeps_its_gradient() -> None:
     model, x = mlp_batch()
     x.requires_grad_()
     capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
+    assert x.grad is not None
     inside = x.grad.clone()
-    x.grad = None
+    x.grad.zero_()
     model(x).square().sum().backward()
     assert torch.allclose(inside, x.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_autograd_grad_in_place_of_backward():
+def test_autograd_grad_in_place_of_backward() -> None:
     model, x = mlp_batch()
     layers = make_layers(model)
     want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
@@ -212,7 +242,9 @@ def test_autograd_grad_in_place_of_backward():
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("rank", [None, 4])
-def test_hf_gradient_checkpointing(make, reentrant, rank):
+def test_hf_gradient_checkpointing(
+    make: Callable[[], Any], reentrant: bool, rank: int | None
+) -> None:
     model = make()
     model.train()
     watched = [n for n, _ in model.named_modules() if re.search(r"mlp\.", n)]
@@ -237,7 +269,8 @@ class Segments(nn.Module):
         self.second = nn.Linear(6, 6)
 
     def twice(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.second(x)))
+        out: Tensor = self.second(torch.tanh(self.second(x)))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         for segment in (self.first, self.twice):
@@ -251,19 +284,19 @@ class Segments(nn.Module):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("rank", [None, 4])
-def test_checkpointing_by_hand(reentrant, frozen, rank):
+def test_checkpointing_by_hand(reentrant: bool, frozen: bool, rank: int | None) -> None:
     rows = []
     x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
     for way in (None, reentrant):
         torch.manual_seed(0)
         model = Segments(way).requires_grad_(not frozen)
         layers = make_layers(model, rank=rank, bias=True)
-        rows.append(capture_rows(model, layers, 3, lambda m=model: m(x).square().sum()))
+        rows.append(capture_rows(model, layers, 3, partial(square_sum, model, x)))
     assert torch.equal(rows[0], rows[1])
 
 
-def test_selective_checkpointing():
-    def policy(context, op, *args, **kwargs):
+def test_selective_checkpointing() -> None:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -283,7 +316,7 @@ OLD_DYNAMO = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2,
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])
-def test_compiled_model(compiled_before):
+def test_compiled_model(compiled_before: bool) -> None:
     """Dynamo goes round the hooks; they see the same as without it."""
     model, x = mlp_batch()
     layers = make_layers(model, rank=3)
@@ -298,7 +331,7 @@ def test_compiled_model(compiled_before):
     assert torch.allclose(got, want, rtol=1e-6)
 
 
-def test_one_capture_inside_another():
+def test_one_capture_inside_another() -> None:
     one, x = mlp_batch()
     other = Mlp()
     layers, more = make_layers(one), make_layers(other)
@@ -309,7 +342,7 @@ def test_one_capture_inside_another():
     assert inner.rows().shape == want.shape
 
 
-def test_captures_of_two_threads():
+def test_captures_of_two_threads() -> None:
     """Each has its model. The first to open is the first to close: no stack of patches."""
     batches = [mlp_batch(), mlp_batch()]
     before = [traces(model) for model, _ in batches]
@@ -350,32 +383,34 @@ def test_captures_of_two_threads():
 # what it refuses
 
 
-def refuse(message: str, kind: type[Exception] = ValueError):
+def refuse(
+    message: str, kind: type[Exception] = ValueError
+) -> AbstractContextManager[pytest.ExceptionInfo[Exception]]:
     return pytest.raises(kind, match=re.escape(message))
 
 
-def test_no_backward():
+def test_no_backward() -> None:
     model, x = mlp_batch()
     with refuse("call loss.backward() once inside the `with`", RuntimeError):  # noqa: SIM117
         with Capture(model, make_layers(model), 4):
             model(x)
 
 
-def test_forward_without_gradients():
+def test_forward_without_gradients() -> None:
     model, x = mlp_batch()
     with refuse("first ran with gradients turned off", RuntimeError):  # noqa: SIM117
         with Capture(model, make_layers(model, ["first"]), 4), torch.no_grad():
             model(x)
 
 
-def test_an_error_of_the_user_is_not_replaced():
+def test_an_error_of_the_user_is_not_replaced() -> None:
     model, _ = mlp_batch()
     with pytest.raises(KeyError, match="mine"), Capture(model, make_layers(model), 4):
         raise KeyError("mine")
 
 
 @pytest.mark.parametrize("again", ["same graph", "new forward"])
-def test_backward_twice(again):
+def test_backward_twice(again: str) -> None:
     model, x = mlp_batch()
     with refuse("a second backward pass inside one `with`", RuntimeError):  # noqa: SIM117
         with Capture(model, make_layers(model), 4):
@@ -384,7 +419,7 @@ def test_backward_twice(again):
             (loss if again == "same graph" else model(x).square().sum()).backward()
 
 
-def test_backward_twice_by_autograd_grad():
+def test_backward_twice_by_autograd_grad() -> None:
     model, x = mlp_batch()
     x.requires_grad_()
     with refuse("a second backward pass inside one `with`", RuntimeError):  # noqa: SIM117
@@ -394,7 +429,7 @@ def test_backward_twice_by_autograd_grad():
             torch.autograd.grad(loss, [x])
 
 
-def test_a_backward_pass_that_no_watched_module_sees_does_not_count():
+def test_a_backward_pass_that_no_watched_module_sees_does_not_count() -> None:
     model, x = mlp_batch()
     other = nn.Linear(7, 1)
     with Capture(model, make_layers(model), 4) as capture:
@@ -404,7 +439,7 @@ def test_a_backward_pass_that_no_watched_module_sees_does_not_count():
     assert other.weight.grad is not None
 
 
-def test_unused_modules():
+def test_unused_modules() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"used": nn.Linear(3, 2), "spare": nn.Linear(3, 2)})
     layers = make_layers(model)
@@ -430,14 +465,14 @@ def test_unused_modules():
         (torch.full((4, 6), 2), "mask: expected only 0 and 1, got other values"),
     ],
 )  # fmt: skip
-def test_masks_that_do_not_fit(mask, message):
+def test_masks_that_do_not_fit(mask: Tensor | None, message: str) -> None:
     model, x = Recurrent(), torch.randn(4, 6, 6)
     with refuse(message):
         capture_rows(model, make_layers(model), 4, lambda: model(x).sum(), mask)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float32])
-def test_mask_types(kind):
+def test_mask_types(kind: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(2, 4, 6)
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
@@ -446,7 +481,7 @@ def test_mask_types(kind):
     assert torch.equal(capture_rows(model, make_layers(model), 2, loss, mask.to(kind)), want)
 
 
-def test_token_mask_does_not_apply_to_two_dimensional_input():
+def test_token_mask_does_not_apply_to_two_dimensional_input() -> None:
     """A head on pooled features, beside layers that see tokens."""
     model, x = Recurrent(), torch.randn(4, 6, 6)
     rows = capture_rows(
@@ -457,7 +492,7 @@ def test_token_mask_does_not_apply_to_two_dimensional_input():
     )
 
 
-def test_wrong_number_of_examples():
+def test_wrong_number_of_examples() -> None:
     model, x = mlp_batch()
     with refuse(
         "module first: expected an input of shape [N, ...], or [N*T, ...] with a mask [N, T] with "
@@ -466,7 +501,7 @@ def test_wrong_number_of_examples():
         capture_rows(model, make_layers(model), 3, lambda: model(x).sum())
 
 
-def test_module_that_sees_positions_not_examples():
+def test_module_that_sees_positions_not_examples() -> None:
     """GPT-2 looks its positions up once for the whole batch."""
     model = tiny_gpt2()
     layers = make_layers(model, ["transformer.wpe"])
@@ -474,7 +509,7 @@ def test_module_that_sees_positions_not_examples():
         model(torch.ones(4, 5, dtype=torch.int64))
 
 
-def test_convolution_refuses_a_token_mask_of_other_size():
+def test_convolution_refuses_a_token_mask_of_other_size() -> None:
     model, x = SmallCnn(), torch.randn(2, 2, 12, 11)
     with refuse("mask: expected shape [N, T] = [2, 36] for the tokens of module plain"):
         capture_rows(model, make_layers(model), 2, lambda: model(x).sum(), torch.ones(2, 5))
@@ -482,7 +517,7 @@ def test_convolution_refuses_a_token_mask_of_other_size():
         capture_rows(model, make_layers(model), 1, lambda: model(x).sum())
 
 
-def test_input_changed_in_place_after_the_call():
+def test_input_changed_in_place_after_the_call() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -501,7 +536,7 @@ def test_input_changed_in_place_after_the_call():
 # averaged losses
 
 
-def averaged_losses() -> dict[str, object]:
+def averaged_losses() -> dict[str, Callable[[Tensor], Tensor]]:
     y = torch.tensor([0, 1, 2, 1])
     cross_entropy = functional.cross_entropy
     return {
@@ -530,7 +565,7 @@ def averaged_losses() -> dict[str, object]:
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize("name", averaged_losses())
-def test_averaged_loss_is_an_error_before_the_pass(name):
+def test_averaged_loss_is_an_error_before_the_pass(name: str) -> None:
     model, x = mlp_batch()
     layers = make_layers(model)
     loss = averaged_losses()[name]
@@ -541,21 +576,22 @@ def test_averaged_loss_is_an_error_before_the_pass(name):
     capture_rows(model, layers, 4, lambda: loss(model(x)), averaged_loss="allow")
 
 
-def test_summed_losses_pass():
+def test_summed_losses_pass() -> None:
     model, x = mlp_batch()
     y = torch.tensor([0, 1, 2, 1])
     layers = make_layers(model)
-    for loss in (
+    losses: list[Callable[[Tensor], Tensor]] = [
         lambda out: functional.cross_entropy(out, y, reduction="sum"),
         lambda out: functional.cross_entropy(out, y, reduction="none").sum() * 2.0,
         lambda out: functional.mse_loss(out, torch.zeros_like(out), reduction="sum"),
         # features may be averaged: only examples and tokens must not
         lambda out: out.square().mean(dim=1).sum(),
-    ):
-        capture_rows(model, layers, 4, lambda loss=loss: loss(model(x)))
+    ]
+    for loss in losses:
+        capture_rows(model, layers, 4, lambda: loss(model(x)))  # noqa: B023 (called at once)
 
 
-def test_hf_loss_is_an_average():
+def test_hf_loss_is_an_average() -> None:
     model = tiny_gpt2()
     layers = make_layers(model, ["transformer.h.0.mlp.c_fc"])
     ids = torch.ones(2, 5, dtype=torch.int64)
@@ -563,13 +599,13 @@ def test_hf_loss_is_an_average():
         capture_rows(model, layers, 2, lambda: model(input_ids=ids, labels=ids).loss)
 
 
-def test_unknown_averaged_loss():
+def test_unknown_averaged_loss() -> None:
     model, _ = mlp_batch()
     with refuse("averaged_loss: expected one of raise, warn, allow, got 'ignore'"):
         Capture(model, make_layers(model), 4, averaged_loss="ignore")
 
 
-def test_token_scores_refuse_what_they_cannot_give():
+def test_token_scores_refuse_what_they_cannot_give() -> None:
     model, x = mlp_batch()
     layers = make_layers(model)
     with refuse("token_queries: expected [Q, 212], got [1, 3]"):

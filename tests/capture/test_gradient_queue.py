@@ -26,7 +26,8 @@ class Tower(nn.Module):
         x = self.embed(ids)
         for block in (*self.blocks, self.blocks[0]):
             x = x + torch.tanh(block(x))
-        return self.head(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
 
 
 MASK = torch.arange(24).reshape(4, 6) % 5 > 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,12 +21,19 @@ from toy_models import (
 )
 
 from logra_kernels.capture import Capture
+from logra_kernels.capture.layers import Layer
 
 DTYPES = [torch.float64, torch.float32]
 LENGTHS = [9, 4, 7, 1]
 
 
-def assert_rows(model, layers, got, losses, dtype):
+def assert_rows(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    got: Tensor,
+    losses: Sequence[Callable[[], Tensor]],
+    dtype: torch.dtype,
+) -> None:
     """float64: 1e-10. float32: four times what a float32 autograd loop itself loses.
 
     The loop and the capture round the same chain of products, in another order; four is the
@@ -43,7 +53,7 @@ def assert_rows(model, layers, got, losses, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rank", "bias"), [(None, True), ((3, 5), True), (4, False)])
-def test_mlp(dtype, rank, bias):
+def test_mlp(dtype: torch.dtype, rank: tuple[int, int] | int | None, bias: bool) -> None:
     torch.manual_seed(0)
     model = Mlp().to(dtype)
     layers = make_layers(model, rank=rank, bias=bias)
@@ -62,7 +72,7 @@ def test_mlp(dtype, rank, bias):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rank", "bias"), [(None, True), ((3, 5), True), (2, False)])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_cnn(dtype, rank, bias):
+def test_cnn(dtype: torch.dtype, rank: tuple[int, int] | int | None, bias: bool) -> None:
     torch.manual_seed(0)
     model = SmallCnn().to(dtype)
     layers = make_layers(model, rank=rank, bias=bias)
@@ -91,7 +101,9 @@ def watched_gpt2(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("make", "rank"), [(tiny_gpt2, (4, 6)), (tiny_llama, (4, 6))])
-def test_ragged_language_models(make, rank, side, dtype):
+def test_ragged_language_models(
+    make: Callable[[torch.dtype], Any], rank: tuple[int, int], side: str, dtype: torch.dtype
+) -> None:
     """The truth is computed on the bare examples, without any padding."""
     model = make(dtype)
     watched = watched_gpt2(model) if make is tiny_gpt2 else None
@@ -112,7 +124,7 @@ def test_ragged_language_models(make, rank, side, dtype):
     assert all(capture.rows()[:-1].abs().amax(dim=1) > 0)
 
 
-def test_unprojected_gpt2_float64():
+def test_unprojected_gpt2_float64() -> None:
     model = tiny_gpt2(torch.float64)
     layers = make_layers(model, watched_gpt2(model), bias=True)
     ids, mask = ragged_batch(61, LENGTHS[:2], "right")
@@ -123,7 +135,7 @@ def test_unprojected_gpt2_float64():
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_padding_changes_nothing(rank):
+def test_padding_changes_nothing(rank: int | None) -> None:
     """Whatever stands in the padding, and however much of it there is."""
     model = tiny_llama(torch.float64)
     layers = make_layers(model, rank=rank)
@@ -141,7 +153,7 @@ def test_padding_changes_nothing(rank):
         assert (other - rows[0]).abs().max() <= 1e-12 * rows[0].abs().max()
 
 
-def test_masked_token_contributes_nothing_even_if_the_loss_counts_it():
+def test_masked_token_contributes_nothing_even_if_the_loss_counts_it() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5)).double()
     layers = make_layers(model)
@@ -157,7 +169,7 @@ def test_masked_token_contributes_nothing_even_if_the_loss_counts_it():
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_a_module_called_again_adds_up(rank):
+def test_a_module_called_again_adds_up(rank: int | None) -> None:
     torch.manual_seed(0)
     model = Recurrent().double()
     layers = make_layers(model, rank=rank, bias=True)
@@ -168,7 +180,7 @@ def test_a_module_called_again_adds_up(rank):
     assert_rows(model, layers, capture.rows(), singles, torch.float64)
 
 
-def test_tokens_flattened_before_the_layer():
+def test_tokens_flattened_before_the_layer() -> None:
     """[N·T, I] with a mask [N, T] is folded back."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5)).double()
@@ -184,7 +196,7 @@ def test_tokens_flattened_before_the_layer():
 
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_activations_and_gradients_of_any_strides(rank, bias):
+def test_activations_and_gradients_of_any_strides(rank: int | None, bias: bool) -> None:
     """A transposed input, and the gradient of a plain sum, which is one number expanded."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
@@ -198,7 +210,7 @@ def test_activations_and_gradients_of_any_strides(rank, bias):
     assert (capture.rows() - want).abs().max() <= 32 * 2**-23 * want.abs().max()
 
 
-def test_more_than_one_token_axis():
+def test_more_than_one_token_axis() -> None:
     """[N, H, W, I], as vision models have it, is T = H·W; a mask [N, H·W] fits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5)).double()
@@ -212,7 +224,7 @@ def test_more_than_one_token_axis():
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.parametrize("rank", [None, (3, 6)])
-def test_embedding(padding_idx, rank):
+def test_embedding(padding_idx: int | None, rank: tuple[int, int] | None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 5, padding_idx=padding_idx), nn.Linear(5, 2)).double()
     layers = make_layers(model, rank=rank)
@@ -223,7 +235,7 @@ def test_embedding(padding_idx, rank):
     assert_rows(model, layers, capture.rows(), singles, torch.float64)
 
 
-def test_batch_split_changes_rows_by_rounding_only():
+def test_batch_split_changes_rows_by_rounding_only() -> None:
     """A batch of 4, two of 2 and four of 1: the model's own products may round differently."""
     model = tiny_llama()
     layers = make_layers(model, rank=4)
@@ -243,7 +255,7 @@ def test_batch_split_changes_rows_by_rounding_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models(dtype):
+def test_half_precision_models(dtype: torch.dtype) -> None:
     """Rows are float32; they miss the float32 model's by the model's own rounding."""
     model = tiny_llama()
     layers = make_layers(model, rank=4)
@@ -260,7 +272,7 @@ def test_half_precision_models(dtype):
     assert (rows[1] - rows[0]).norm() <= tolerance * rows[0].norm()
 
 
-def test_autocast():
+def test_autocast() -> None:
     model = tiny_gpt2()
     layers = make_layers(model, watched_gpt2(model), rank=4)
     ids, mask = ragged_batch(61, LENGTHS, "right")
@@ -278,7 +290,7 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_token_scores_sum_to_the_row_score(rank):
+def test_token_scores_sum_to_the_row_score(rank: int | None) -> None:
     model = tiny_llama(torch.float64)
     watched = [name for name, _ in model.named_modules() if "mlp" in name]
     layers = make_layers(model, watched, rank=rank, bias=True)
@@ -290,5 +302,5 @@ def test_token_scores_sum_to_the_row_score(rank):
     scores = capture.token_scores()
     assert scores.shape == (3, 4, 9)
     want = queries @ capture.rows().T
-    assert torch.allclose(scores.sum(dim=2), want, rtol=1e-10, atol=1e-10 * want.abs().max())
+    assert torch.allclose(scores.sum(dim=2), want, rtol=1e-10, atol=1e-10 * float(want.abs().max()))
     assert (scores[:, mask == 0] == 0).all()

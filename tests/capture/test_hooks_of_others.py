@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ class HookedTensors(nn.Module):
         self.first = nn.Linear(7, 6)
         self.second = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:
         hidden = self.first(x)
         hidden.register_hook(lambda g: 2 * g)
         hidden = hidden.mul_(3) if self.inplace else torch.tanh(hidden)
@@ -70,6 +72,14 @@ def detached(module: nn.Module, args: object, output: Tensor) -> None:
     output.detach().norm()
 
 
+def tripled(module: nn.Module, gradients: Any) -> Any:
+    return (3 * gradients[0],)
+
+
+def loss_of_one(model: nn.Module, x: Tensor) -> Any:
+    return model(x[None]).square().sum()
+
+
 HOOKS: dict[str, Callable[[nn.Module], RemovableHandle]] = {
     "scales": lambda m: m.register_forward_hook(lambda m, x, o: o * 3),
     "first": lambda m: m.register_forward_hook(lambda m, x, o: o * 3, prepend=True),
@@ -83,8 +93,8 @@ HOOKS: dict[str, Callable[[nn.Module], RemovableHandle]] = {
         lambda m, x, o: (o.register_hook(lambda g: g.mul_(2)), None)[1]
     ),
     "input": lambda m: m.register_forward_pre_hook(lambda m, x: (x[0] * 2,)),
-    "output gradient": lambda m: m.register_full_backward_pre_hook(lambda m, g: (3 * g[0],)),
-    "input gradient": lambda m: m.register_full_backward_hook(lambda m, i, o: (3 * i[0],)),
+    "output gradient": lambda m: m.register_full_backward_pre_hook(tripled),
+    "input gradient": lambda m: m.register_full_backward_hook(lambda m, i, o: tripled(m, i)),
 }
 
 
@@ -109,7 +119,7 @@ def test_a_hook_put_on_inside_the_pass() -> None:
     with Capture(model, layers, 4) as capture:
         model.second.register_forward_hook(lambda m, x, o: o * 3)
         model(x).square().sum().backward()
-    want = autograd_rows(model, layers, [lambda o=o: model(o[None]).square().sum() for o in x])
+    want = autograd_rows(model, layers, [partial(loss_of_one, model, o) for o in x])
     torch.testing.assert_close(capture.rows(), want, rtol=1e-11, atol=1e-12)
 
 
@@ -158,10 +168,10 @@ def test_a_global_hook_that_changes_the_output_is_refused(inplace: bool, inside:
 
     model = Plain()
     capture = Capture(model, make_layers(model), 2)
-    handle = None if inside else register_module_forward_hook(change)
+    handle = None if inside else register_module_forward_hook(change)  # type: ignore[arg-type]
     try:
         with refused_for("first", "a global forward hook"), capture:
-            handle = handle or register_module_forward_hook(change)
+            handle = handle or register_module_forward_hook(change)  # type: ignore[arg-type]
             model(torch.randn(2, 7))
     finally:
         assert handle is not None

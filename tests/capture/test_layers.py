@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import prune
 from toy_models import autograd_rows, make_layers, tiny_gpt2
@@ -38,12 +40,12 @@ from logra_kernels.projection import ModuleProjection, build_projections
         (nn.Bilinear(3, 4, 5), None),
     ],
 )
-def test_kinds(module, kind):
+def test_kinds(module: nn.Module, kind: type[Layer] | None) -> None:
     assert layer_kind(module) is kind
 
 
-def test_hf_conv1d_is_a_transposed_linear():
-    module = tiny_gpt2().transformer.h[0].mlp.c_fc
+def test_hf_conv1d_is_a_transposed_linear() -> None:
+    module = tiny_gpt2().get_submodule("transformer.h.0.mlp.c_fc")
     assert layer_kind(module) is LinearLayer
     layer = LinearLayer("c_fc", module, bias=True)
     assert (layer.in_features, layer.out_features) == (25, 96)
@@ -60,8 +62,10 @@ def test_hf_conv1d_is_a_transposed_linear():
         (nn.Embedding(10, 4), True, (10, 4)),
     ],
 )
-def test_widths(module, bias, features):
-    layer = layer_kind(module)("m", module, bias)
+def test_widths(module: nn.Module, bias: bool, features: tuple[int, int]) -> None:
+    kind = layer_kind(module)
+    assert kind is not None
+    layer = kind("m", module, bias)
     assert (layer.in_features, layer.out_features) == features
     assert (layer.ki, layer.ko) == features
 
@@ -69,25 +73,25 @@ def test_widths(module, bias, features):
 @pytest.mark.parametrize(
     "options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}]
 )
-def test_embeddings_that_are_refused(options):
+def test_embeddings_that_are_refused(options: dict[str, Any]) -> None:
     message = f"module wte: nn.Embedding with {next(iter(options))} is not supported"
     with pytest.raises(ValueError, match=message):
         EmbeddingLayer("wte", nn.Embedding(5, 2, **options))
 
 
-def test_lazy_linear_is_refused():
+def test_lazy_linear_is_refused() -> None:
     with pytest.raises(ValueError, match="module lazy: its shape is not known yet"):
         LinearLayer("lazy", nn.LazyLinear(3))
 
 
-def test_projection_of_other_width_is_refused():
+def test_projection_of_other_width_is_refused() -> None:
     layer = LinearLayer("m", nn.Linear(3, 4))
     message = re.escape("projection of m: expected widths (I, O) = (3, 4), got (4, 4)")
     with pytest.raises(ValueError, match=message):
         layer.projection = ModuleProjection(4, 4)
 
 
-def test_a_new_projection_replaces_the_old_one():
+def test_a_new_projection_replaces_the_old_one() -> None:
     """What a layer keeps of its projection on a device does not outlive it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5))
@@ -115,26 +119,26 @@ def test_a_new_projection_replaces_the_old_one():
         ([4, 1], False, (1, True)),
     ],
 )
-def test_token_counts(lead, masked, want):
+def test_token_counts(lead: list[int], masked: bool, want: tuple[int, bool]) -> None:
     batch = Batch(4, torch.ones(4, 5, dtype=torch.bool) if masked else None)
-    lead = torch.Size(lead)
-    assert batch.count_tokens("m", lead, torch.Size([*lead, 7])) == want
+    assert batch.count_tokens("m", torch.Size(lead), torch.Size([*lead, 7])) == want
 
 
 @pytest.mark.parametrize("lead", [[], [3], [20], [1, 5], [5, 4]])
-def test_shapes_without_an_example_axis(lead):
+def test_shapes_without_an_example_axis(lead: list[int]) -> None:
     with pytest.raises(ValueError, match="leave it out by name_filter or type_filter"):
         Batch(4).count_tokens("m", torch.Size(lead), torch.Size([*lead, 7]))
 
 
-def test_input_given_by_keyword():
+def test_input_given_by_keyword() -> None:
     class ByKeyword(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(3, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(input=x)
+            out: Tensor = self.linear(input=x)
+            return out
 
     model, x = ByKeyword(), torch.randn(4, 3)
     with Capture(model, make_layers(model), 4) as capture:
@@ -152,28 +156,34 @@ def test_input_given_by_keyword():
         ("rademacher", torch.float16, torch.float16),  # 1 / sqrt(4) is exact
     ],
 )
-def test_a_projection_meets_tokens_in_their_own_type(init, tokens, given):
+def test_a_projection_meets_tokens_in_their_own_type(
+    init: str, tokens: torch.dtype, given: torch.dtype
+) -> None:
     layer = LinearLayer("layer", nn.Linear(40, 30).to(tokens))
     layer.projection = build_projections({"layer": (40, 30)}, 4, init)["layer"]
     proj = layer._proj_out(torch.zeros(2, 30, dtype=tokens))
+    assert proj is not None
+    assert layer.projection.proj_out is not None
     assert proj.dtype == given
     assert torch.equal(proj.double(), layer.projection.proj_out.double())
 
 
-def test_a_projection_that_the_tokens_type_cannot_hold_stays_in_float32():
+def test_a_projection_that_the_tokens_type_cannot_hold_stays_in_float32() -> None:
     layer = LinearLayer("layer", nn.Linear(40, 30))
     layer.projection = build_projections({"layer": (40, 30)}, 2, "rademacher")["layer"]
-    assert layer._proj_out(torch.zeros(2, 30).bfloat16()).dtype == torch.float32
-    assert layer._proj_out(torch.zeros(2, 30).half()).dtype == torch.float32
+    for tokens in (torch.zeros(2, 30).bfloat16(), torch.zeros(2, 30).half()):
+        proj = layer._proj_out(tokens)
+        assert proj is not None
+        assert proj.dtype == torch.float32
 
 
-def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32():
+def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32() -> None:
     """x, dy and P are exact in float32, so only the sums' order may differ."""
     model = nn.Sequential(nn.Linear(40, 36), nn.ReLU(), nn.Linear(36, 30)).bfloat16()
     layers = make_layers(model, rank=4)
     seen = {}
 
-    def keep(layer, module, args, output):
+    def keep(layer: Layer, module: nn.Module, args: Any, output: Tensor) -> None:
         output.register_hook(lambda dy: seen.update({layer.name: (args[0].detach(), dy)}))
 
     for layer in layers:
@@ -183,12 +193,10 @@ def test_a_bfloat16_capture_has_the_rows_of_its_tokens_in_float32():
         model(x).square().sum().backward()
     for layer in layers:
         tokens, dy = (t.double() for t in seen[layer.name])
-        projection = layer.projection
-        wanted = torch.einsum(
-            "nto,nti->noi",
-            dy @ projection.proj_out.double().T,
-            tokens @ projection.proj_in.double().T,
-        )
+        proj_in, proj_out = layer.projection.proj_in, layer.projection.proj_out
+        assert proj_in is not None
+        assert proj_out is not None
+        wanted = torch.einsum("nto,nti->noi", dy @ proj_out.double().T, tokens @ proj_in.double().T)
         got = capture.gradients()[layer.name]
         torch.testing.assert_close(
             got.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
@@ -210,14 +218,17 @@ class ScaledLayer(Layer):
     """Its weight's gradient is Σ_t (3 dy_t) x_tᵀ."""
 
     def widths(self) -> tuple[int, int]:
-        return self.module.weight.shape[1], self.module.weight.shape[0]
+        rows, columns = self.module.get_parameter("weight").shape
+        return columns, rows
 
     def output_tokens(self, dy: torch.Tensor, call: Call) -> torch.Tensor:
         return 3 * super().output_tokens(dy, call)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_a_registered_kind_needs_no_other_change(rank, tmp_path, monkeypatch):
+def test_a_registered_kind_needs_no_other_change(
+    rank: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layers, "_kinds", dict(layers._kinds))
     register_layer_kind(ScaledLinear, ScaledLayer)
     torch.manual_seed(0)
@@ -239,23 +250,23 @@ def test_a_registered_kind_needs_no_other_change(rank, tmp_path, monkeypatch):
 
 
 class Doubled(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Any) -> Any:
         return 2 * super().forward(x)
 
 
 class WeightStandardised(nn.Conv2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Any) -> Any:
         weight = (self.weight - self.weight.mean()) / self.weight.std()
         return self._conv_forward(x, weight, self.bias)
 
 
 class Padded(nn.Conv2d):
-    def _conv_forward(self, x, weight, bias):
+    def _conv_forward(self, x: Any, weight: Any, bias: Any) -> Any:
         return super()._conv_forward(functional.pad(x, (1, 1, 1, 1)), weight, bias)
 
 
 class ScaledEmbedding(nn.Embedding):
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Any) -> Any:
         return 8 * super().forward(ids)
 
 
@@ -266,23 +277,23 @@ class Named(nn.Linear):
         return "named"
 
 
-def replaced_forward() -> nn.Module:
-    module = nn.Linear(3, 3)
+def replaced_forward() -> Any:
+    module: Any = nn.Linear(3, 3)
     module.forward = lambda x: 2 * functional.linear(x, module.weight)
     return module
 
 
-def of_custom_hook() -> nn.Module:
+def of_custom_hook() -> Any:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     class Doubles(ModelHook):
-        def post_forward(self, module, output):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
             return 2 * output
 
     return add_hook_to_module(nn.Linear(3, 3), Doubles())
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Any, str]] = {
     "forward": (lambda: Doubled(3, 3), "its class Doubled has a forward of its own"),
     "conv": (lambda: WeightStandardised(3, 3, 2), "its class WeightStandardised has a forward of"),
     "padded": (lambda: Padded(3, 3, 2), "its class Padded has a _conv_forward of its own"),
@@ -306,18 +317,22 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
 @pytest.mark.parametrize("name", REFUSED)
-def test_modules_that_compute_something_else_are_refused(name, monkeypatch):
+def test_modules_that_compute_something_else_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, reason = REFUSED[name]
     module = make()
     with pytest.raises(ValueError, match=re.escape(f"module block.0: {reason}")) as caught:
         make_layer("block.0", module)
     monkeypatch.setattr(layers, "_kinds", dict(layers._kinds))
-    register_layer_kind(type(module), layer_kind(module))
+    kind = layer_kind(module)
+    assert kind is not None
+    register_layer_kind(type(module), kind)
     if "register_layer_kind(type(module), " in str(caught.value):
         assert make_layer("block.0", module) is not None  # the user's word for it
 
 
-def test_subclasses_that_keep_the_forward_are_layers():
+def test_subclasses_that_keep_the_forward_are_layers() -> None:
     from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
     from transformers.models.falcon.modeling_falcon import FalconLinear
 
@@ -327,6 +342,7 @@ def test_subclasses_that_keep_the_forward_are_layers():
         assert type(make_layer("a", module)) is LinearLayer
         x = torch.randn(2, 4, 3)
         layer = make_layer("a", module)
+        assert layer is not None
         with Capture(module, [layer], 2) as capture:
             module(x).square().sum().backward()
         losses = [module(one).square().sum() for one in x]
@@ -334,8 +350,8 @@ def test_subclasses_that_keep_the_forward_are_layers():
         torch.testing.assert_close(capture.gradients()["a"], wanted)
 
 
-def test_what_cannot_be_registered():
+def test_what_cannot_be_registered() -> None:
     with pytest.raises(TypeError, match="kind: expected a subclass of Layer"):
-        register_layer_kind(nn.Linear, nn.Linear)
+        register_layer_kind(nn.Linear, nn.Linear)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="module_class: expected a subclass of Module"):
-        register_layer_kind("Conv1D", LinearLayer)
+        register_layer_kind("Conv1D", LinearLayer)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The command `logra`, end to end on a tiny model in a folder: files in, rankings out."""
 
+import argparse
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -26,7 +28,7 @@ COMMAND = [sys.executable, "-m", "logra_kernels.cli"]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two models, one corpus in three formats, and a finished store."""
     folder = tmp_path_factory.mktemp("files")
     make_model(folder / "model")
@@ -54,7 +56,7 @@ def query_words(files: Path, store: str = "store") -> list[str]:
     return ["query", "--store", str(files / store), "--model", str(files / "model")]
 
 
-def failure(capsys, words: list[str]) -> str:
+def failure(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     """The one sentence that a failing command says."""
     capsys.readouterr()
     assert main(words) == 2
@@ -82,12 +84,12 @@ def rows_by_id(path: Path) -> dict[str, bytes]:
 # --- log
 
 
-def test_jsonl_and_parquet_give_the_same_rows(files, tmp_path):
+def test_jsonl_and_parquet_give_the_same_rows(files: Path, tmp_path: Path) -> None:
     assert main([*log_words(files, "data.parquet"), "--out", str(tmp_path / "p")]) == 0
     assert rows_by_id(tmp_path / "p") == rows_by_id(files / "store")
 
 
-def test_rows_equal_a_batch_of_one_loop(files):
+def test_rows_equal_a_batch_of_one_loop(files: Path) -> None:
     """Float32 model against autograd on a float64 copy: 1e-4 of the row's largest element covers
     the float32 passes (about 1e-6 each) and the stored float16 (2^-11 = 5e-4 of an element)."""
     store = Store.open(files / "store")
@@ -97,6 +99,7 @@ def test_rows_equal_a_batch_of_one_loop(files):
     projections = stored_projections(store)
     for row in (0, 7, 23):
         (metadata,) = store.metadata([row])
+        assert metadata is not None
         ids = torch.tensor([metadata["tokens"]])
         logits = model(input_ids=ids).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
@@ -106,22 +109,26 @@ def test_rows_equal_a_batch_of_one_loop(files):
         for module in store.modules:
             grad = model.get_submodule(module.name).weight.grad  # [O, I]
             p = projections[module.name]
+            assert p.proj_in is not None
+            assert p.proj_out is not None
             parts.append((p.proj_out.double() @ grad @ p.proj_in.double().T).flatten())
         wanted = torch.cat(parts)
         got = torch.from_numpy(store.row(row)).double()
         assert (got - wanted).abs().max() <= 6e-4 * wanted.abs().max()
 
 
-def test_text_is_cut_in_passages(files, tmp_path, capsys):
+def test_text_is_cut_in_passages(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*log_words(files, "data.txt"), "--max-tokens", "64", "--out", str(tmp_path / "t")]
     assert main([*words, "--limit", "9"]) == 0
     store = Store.open(tmp_path / "t")
     assert sorted(store.ids.to_pylist()) == [str(i) for i in range(9)]
-    assert all(len(metadata["tokens"]) == 64 for metadata in store.metadata(range(9)))
+    assert all(m is not None and len(m["tokens"]) == 64 for m in store.metadata(range(9)))
     assert "9 examples logged" in capsys.readouterr().out
 
 
-def test_gpt2_and_its_conv1d_layers(files, tmp_path):
+def test_gpt2_and_its_conv1d_layers(files: Path, tmp_path: Path) -> None:
     make_model(tmp_path / "gpt2", kind="gpt2")
     words = ["log", "--model", str(tmp_path / "gpt2"), "--data", str(files / "data.txt")]
     out = str(tmp_path / "s")
@@ -134,7 +141,9 @@ def test_gpt2_and_its_conv1d_layers(files, tmp_path):
     assert main(words) == 0
 
 
-def test_existing_store_needs_resume_and_is_left_alone(files, capsys):
+def test_existing_store_needs_resume_and_is_left_alone(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = rows_by_id(files / "store")
     message = failure(capsys, [*log_words(files), "--out", str(files / "store")])
     assert message.endswith("there is a store already; --resume goes on with it")
@@ -143,7 +152,9 @@ def test_existing_store_needs_resume_and_is_left_alone(files, capsys):
     assert rows_by_id(files / "store") == before
 
 
-def test_resume_with_other_settings_is_refused(files, capsys):
+def test_resume_with_other_settings_is_refused(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*log_words(files), "--out", str(files / "store"), "--resume", "--seed", "5"]
     assert "projection" in failure(capsys, words)
     words = [*log_words(files), "--out", str(files / "store"), "--resume", "--max-tokens", "9"]
@@ -162,7 +173,13 @@ def test_resume_with_other_settings_is_refused(files, capsys):
         ({"--device": "abacus"}, "device: cannot use 'abacus'"),
     ],
 )
-def test_bad_log_arguments(files, tmp_path, capsys, change, message):
+def test_bad_log_arguments(
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    message: str,
+) -> None:
     words = [*log_words(files), "--out", str(tmp_path / "new")]
     for option, value in change.items():
         if option in ("--data", "--model"):
@@ -179,7 +196,7 @@ def test_bad_log_arguments(files, tmp_path, capsys, change, message):
 # --- interrupted and resumed
 
 
-def start_and_interrupt(words: list[str]) -> subprocess.CompletedProcess:
+def start_and_interrupt(words: list[str]) -> subprocess.CompletedProcess[str]:
     """Run `logra`, and send SIGINT when it shows that a batch is done."""
     process = subprocess.Popen(
         [*COMMAND, *words], stderr=subprocess.PIPE, text=True, bufsize=1, env=environment()
@@ -196,7 +213,9 @@ def start_and_interrupt(words: list[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, process.returncode, "", said + rest)
 
 
-def test_interrupted_run_resumes_to_the_same_store(files, tmp_path, monkeypatch, request):
+def test_interrupted_run_resumes_to_the_same_store(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     # Long enough that the signal arrives in the middle: some seconds, in batches of eight or less.
     texts = sentences(4000, seed=2)
     rows = [{"uid": f"s{i}", "body": text} for i, text in enumerate(texts)]
@@ -238,8 +257,10 @@ def test_interrupted_run_resumes_to_the_same_store(files, tmp_path, monkeypatch,
 # --- query
 
 
-def test_query_finds_the_text_itself(files, capsys):
-    text = Store.open(files / "store").metadata([11])[0]["text"]
+def test_query_finds_the_text_itself(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (metadata,) = Store.open(files / "store").metadata([11])
+    assert metadata is not None
+    text = metadata["text"]
     assert main([*query_words(files), "--text", text, "--top-k", "3", "--least"]) == 0
     out = capsys.readouterr().out
     first = next(line for line in out.splitlines() if re.match(r"\s+1  \+", line))
@@ -248,7 +269,7 @@ def test_query_finds_the_text_itself(files, capsys):
     assert "l-RelatIF: least influential" in out
 
 
-def test_query_results_are_the_attributors(files, tmp_path):
+def test_query_results_are_the_attributors(files: Path, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(
         '{"text": "the cat sat on the mat"}\n'
         '{"id": "two", "prompt": "say: ", "completion": "my old dog"}\n',
@@ -284,7 +305,7 @@ def test_query_results_are_the_attributors(files, tmp_path):
         torch.testing.assert_close(scores, wanted.top_scores[0], rtol=1e-6, atol=0)
 
 
-def test_token_contributions_sum_to_the_score(files, tmp_path):
+def test_token_contributions_sum_to_the_score(files: Path, tmp_path: Path) -> None:
     words = [*query_words(files), "--text", "the cat sat on the mat", "--json"]
     words += [str(tmp_path / "r.json"), "--mode", "dot", "--mode", "l-relatif", "--mode", "l2"]
     assert main(words) == 0
@@ -300,7 +321,7 @@ def test_token_contributions_sum_to_the_score(files, tmp_path):
     assert all("tokens" not in passage for passage in l2["top"])
 
 
-def test_other_model_is_refused(files, capsys):
+def test_other_model_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = query_words(files)
     words[words.index("--model") + 1] = str(files / "other")
     message = failure(capsys, [*words, "--text", "the cat sat"])
@@ -325,7 +346,9 @@ def test_other_model_is_refused(files, capsys):
         (["--prompt", "a", "--completion", "b", "--chat"], "has no chat template"),
     ],
 )
-def test_bad_query_arguments(files, capsys, words, message):
+def test_bad_query_arguments(
+    files: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     assert message in failure(capsys, [*query_words(files), *words])
 
 
@@ -341,7 +364,9 @@ def test_bad_query_arguments(files, capsys, words, message):
         (["guess"], "invalid choice: 'guess'"),
     ],
 )
-def test_argparse_refuses(capsys, words, message):
+def test_argparse_refuses(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
@@ -359,13 +384,17 @@ def test_argparse_refuses(capsys, words, message):
         ("", "holds no query"),
     ],
 )
-def test_bad_query_files(files, tmp_path, capsys, line, message):
+def test_bad_query_files(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
     (tmp_path / "q.jsonl").write_text(line + "\n", encoding="utf-8")
     words = [*query_words(files), "--queries", str(tmp_path / "q.jsonl")]
     assert message in failure(capsys, words)
 
 
-def test_a_store_of_something_else_is_refused(files, tmp_path, capsys):
+def test_a_store_of_something_else_is_refused(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from logra_kernels.store import Module, StoreWriter
 
     with StoreWriter.create(
@@ -379,7 +408,7 @@ def test_a_store_of_something_else_is_refused(files, tmp_path, capsys):
 # --- info, verify, report, help
 
 
-def test_info_says_what_a_store_holds(files, capsys):
+def test_info_says_what_a_store_holds(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(files / "store")]) == 0
     out = capsys.readouterr().out
     assert "40 in 1 shard" in out
@@ -391,7 +420,9 @@ def test_info_says_what_a_store_holds(files, capsys):
     assert main(["info", str(files)]) == 2
 
 
-def test_verify_names_the_bad_file(files, tmp_path, capsys):
+def test_verify_names_the_bad_file(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     assert main(["verify", str(files / "store")]) == 0
@@ -405,7 +436,9 @@ def test_verify_names_the_bad_file(files, tmp_path, capsys):
     assert "shard-00000.npy" in capsys.readouterr().out
 
 
-def test_report_renders_what_query_wrote(files, tmp_path, capsys):
+def test_report_renders_what_query_wrote(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*query_words(files), "--text", "the cat sat on the mat"]
     words += ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "a.html")]
     assert main(words) == 0
@@ -416,14 +449,14 @@ def test_report_renders_what_query_wrote(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["log", "query", "info", "verify", "report", "demo"])
-def test_help_shows_an_example(capsys, command):
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"  logra {command} " in capsys.readouterr().out
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_wait_for_torch() -> None:
     code = (
         "import sys\nfrom logra_kernels.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
@@ -432,8 +465,8 @@ def test_help_does_not_wait_for_torch():
     subprocess.run([sys.executable, "-c", code], check=True, env=environment(), capture_output=True)
 
 
-def test_a_defect_keeps_its_traceback(files, monkeypatch):
-    def broken(arguments):
+def test_a_defect_keeps_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments: argparse.Namespace) -> None:
         raise AssertionError("a defect")
 
     monkeypatch.setattr("logra_kernels.cli.info.run", broken)
@@ -441,6 +474,6 @@ def test_a_defect_keeps_its_traceback(files, monkeypatch):
         main(["info", str(files / "store")])
 
 
-def test_traceback_on_request(files, capsys):
+def test_traceback_on_request(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(files / "none"), "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err

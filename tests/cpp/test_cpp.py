@@ -129,6 +129,20 @@ def test_a_program_links_the_installed_core(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
+    platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs x86-64 and g++"
+)
+def test_headers_stand_alone() -> None:
+    """So that the order in which they are included does not matter."""
+    headers = sorted(map(str, (ROOT / "csrc/src").rglob("*.h")))
+    flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"]
+    includes = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/src'}"]
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-w", *flags, *includes, "-x", "c++", *headers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert headers
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(
     platform.machine() != "x86_64" or not all(map(shutil.which, ("cmake", "ninja", "g++"))),
     reason="needs x86-64, cmake, ninja and g++",
 )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dense_influence import DIM, MODULES, SIZES, gradients, make_store, unpacked
+from torch import Tensor
 
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature, raw
 from logra_kernels.curvature import preconditioner as preconditioner_module
@@ -18,24 +22,26 @@ EXACT = 1e-13
 FLOAT32 = 2.0**-20  # 256 additions at 2**-24 each, of which a few are the largest
 
 
-def curvature_of(rows, modules=MODULES, dtype=None):
+def curvature_of(
+    rows: Tensor, modules: Sequence[Module] = MODULES, dtype: torch.dtype | None = None
+) -> RawCurvature:
     curvature = RawCurvature(modules, dtype)
     curvature.update(rows)
     return curvature
 
 
-def moments(rows, sizes=SIZES):
+def moments(rows: Tensor, sizes: Sequence[int] = SIZES) -> list[Tensor]:
     return [part.T @ part for part in rows.double().split(list(sizes), dim=1)]
 
 
-def damped_matrix(rows, i, damping_scale=0.1):
+def damped_matrix(rows: Tensor, i: int, damping_scale: float = 0.1) -> Tensor:
     moment = moments(rows)[i] / len(rows)
     size = moment.shape[0]
     return moment + damping_scale * moment.trace() / size * torch.eye(size, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, FLOAT32)])
-def test_covariance_is_the_sum_of_outer_products(dtype, tolerance):
+def test_covariance_is_the_sum_of_outer_products(dtype: torch.dtype, tolerance: float) -> None:
     rows = gradients(600)
     curvature = curvature_of(rows, dtype=dtype)
     assert curvature.count == 600
@@ -47,16 +53,18 @@ def test_covariance_is_the_sum_of_outer_products(dtype, tolerance):
     assert set(curvature.covariances) == {module.name for module in MODULES}
 
 
-def test_accumulator_is_float64_up_to_1024_columns_and_float32_above():
+def test_accumulator_is_float64_up_to_1024_columns_and_float32_above() -> None:
     curvature = RawCurvature([Module("small", 32, 32), Module("large", 25, 41)])
     curvature.update(torch.ones(1, 1024 + 1025))
-    store_dtypes = [curvature._snapshot(i)[0].dtype for i in range(2)]
-    assert store_dtypes == [torch.float64, torch.float32]
+    sums = [curvature._snapshot(i)[0] for i in range(2)]
+    assert [total.dtype for total in sums if total is not None] == [torch.float64, torch.float32]
 
 
 @pytest.mark.parametrize("split", [1, 7, 255, 256, 257, 600])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_bits_do_not_depend_on_how_rows_are_split_into_calls(split, dtype):
+def test_bits_do_not_depend_on_how_rows_are_split_into_calls(
+    split: int, dtype: torch.dtype
+) -> None:
     rows = gradients(600)
     curvature = RawCurvature(MODULES, dtype)
     for part in rows.split(split):
@@ -64,7 +72,7 @@ def test_bits_do_not_depend_on_how_rows_are_split_into_calls(split, dtype):
     assert curvature.checksum == curvature_of(rows, dtype=dtype).checksum
 
 
-def test_reading_half_way_changes_nothing():
+def test_reading_half_way_changes_nothing() -> None:
     rows = gradients(600)
     curvature = RawCurvature(MODULES)
     seen = []
@@ -77,7 +85,7 @@ def test_reading_half_way_changes_nothing():
     assert len(set(seen)) == len(seen)
 
 
-def test_buffer_is_bounded_in_bytes(monkeypatch):
+def test_buffer_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raw, "FOLD_BYTES", 4 * DIM * 10)
     curvature = RawCurvature(MODULES)
     assert curvature.fold_rows == 10
@@ -86,7 +94,7 @@ def test_buffer_is_bounded_in_bytes(monkeypatch):
     assert (curvature.covariance("layer.0.up") - want).abs().max() <= EXACT * want.trace()
 
 
-def test_covariance_is_additive_over_shards():
+def test_covariance_is_additive_over_shards() -> None:
     rows = gradients(500)
     merged = curvature_of(rows[:130]).merge(curvature_of(rows[130:]))
     whole = curvature_of(rows)
@@ -98,21 +106,21 @@ def test_covariance_is_additive_over_shards():
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_merge_of_very_different_sizes(order, dtype):
+def test_merge_of_very_different_sizes(order: int, dtype: torch.dtype) -> None:
     parts = [gradients(40) * 1e-18, gradients(40, seed=1) * 1e18][::order]
     merged = curvature_of(parts[0], dtype=dtype).merge(curvature_of(parts[1], dtype=dtype))
     want = moments(torch.cat(parts))[1]
     assert (merged.covariance("layer.0.down") - want).abs().max() <= FLOAT32 * want.trace()
 
 
-def test_merge_refuses_other_modules():
+def test_merge_refuses_other_modules() -> None:
     with pytest.raises(ValueError, match=r"other: expected the modules .*layer\.0\.up.* got .*'x'"):
         RawCurvature(MODULES).merge(RawCurvature([Module("x", 2, 2)]))
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e20, 1e-30, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_squares_beyond_float32_survive(size, dtype):
+def test_squares_beyond_float32_survive(size: float, dtype: torch.dtype) -> None:
     """1e20 squared is over float32's range, 1e-20 squared under it."""
     rows = gradients(50) * size
     got = curvature_of(rows, dtype=dtype).covariance("layer.0.down")
@@ -121,7 +129,7 @@ def test_squares_beyond_float32_survive(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_one_huge_row_among_small_ones(dtype):
+def test_one_huge_row_among_small_ones(dtype: torch.dtype) -> None:
     rows = gradients(600)
     rows[300] *= 1e18
     got = curvature_of(rows, dtype=dtype).covariance("layer.0.down")
@@ -131,7 +139,9 @@ def test_one_huge_row_among_small_ones(dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("shard_rows", [1, 64, 1000])
-def test_rebuild_equals_the_incremental_sum_bit_for_bit(tmp_path, dtype, shard_rows):
+def test_rebuild_equals_the_incremental_sum_bit_for_bit(
+    tmp_path: Path, dtype: str, shard_rows: int
+) -> None:
     count = 20 if shard_rows == 1 else 600
     store = make_store(tmp_path / "s", gradients(count), dtype, shard_rows)
     kept = RawCurvature(MODULES)
@@ -143,7 +153,7 @@ def test_rebuild_equals_the_incremental_sum_bit_for_bit(tmp_path, dtype, shard_r
     assert seen[-1] == (count, count)
 
 
-def test_save_and_load(tmp_path):
+def test_save_and_load(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", gradients(300))
     curvature = RawCurvature.rebuild(store)
     curvature.save(store)
@@ -160,13 +170,13 @@ def test_save_and_load(tmp_path):
     assert (loaded.covariance("layer.0.up") - want).abs().max() <= EXACT * want.trace()
 
 
-def test_load_says_how_to_make_one(tmp_path):
+def test_load_says_how_to_make_one(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", gradients(3))
     with pytest.raises(ValueError, match=r"holds no curvature.*RawCurvature\.rebuild\(store\)"):
         RawCurvature.load(store)
 
 
-def test_load_refuses_sums_that_do_not_match_their_checksum(tmp_path):
+def test_load_refuses_sums_that_do_not_match_their_checksum(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", gradients(30))
     curvature = RawCurvature.rebuild(store)
     curvature.save(store)
@@ -180,7 +190,7 @@ def test_load_refuses_sums_that_do_not_match_their_checksum(tmp_path):
         RawCurvature.load(store)
 
 
-def test_save_refuses_another_layout(tmp_path):
+def test_save_refuses_another_layout(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", gradients(3))
     with pytest.raises(ValueError, match=r"store: expected the modules \[\('x', 4\)\], got"):
         curvature_of(torch.ones(2, 4), [Module("x", 2, 2)]).save(store)
@@ -188,7 +198,7 @@ def test_save_refuses_another_layout(tmp_path):
 
 @pytest.mark.parametrize("solver", ["cholesky", "eigh"])
 @pytest.mark.parametrize("damping_scale", [1e-3, 0.1, 10.0])
-def test_precondition_is_the_damped_inverse(solver, damping_scale):
+def test_precondition_is_the_damped_inverse(solver: str, damping_scale: float) -> None:
     rows, queries = gradients(200), gradients(5, seed=1).double()
     got = (
         curvature_of(rows).damped(damping_scale=damping_scale, solver=solver).precondition(queries)
@@ -203,7 +213,7 @@ def test_precondition_is_the_damped_inverse(solver, damping_scale):
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "eigh"])
-def test_factors_square_to_the_inverse(solver):
+def test_factors_square_to_the_inverse(solver: str) -> None:
     rows = gradients(200)
     factors = curvature_of(rows).damped(solver=solver).factors
     for i, module in enumerate(MODULES):
@@ -215,7 +225,7 @@ def test_factors_square_to_the_inverse(solver):
         assert (got - want).abs().max() <= 2**-22 * want.trace()
 
 
-def test_lambda_is_relative_to_the_mean_eigenvalue_per_module():
+def test_lambda_is_relative_to_the_mean_eigenvalue_per_module() -> None:
     rows = gradients(200)
     preconditioner = curvature_of(rows).damped(damping_scale=0.5)
     for module, moment in zip(MODULES, moments(rows), strict=True):
@@ -225,14 +235,19 @@ def test_lambda_is_relative_to_the_mean_eigenvalue_per_module():
     assert absolute.dampings == {module.name: 3.0 for module in MODULES}
 
 
-def test_default_damping_is_a_tenth_of_the_mean_eigenvalue():
+def test_default_damping_is_a_tenth_of_the_mean_eigenvalue() -> None:
     curvature = curvature_of(gradients(50))
     assert curvature.damped().key == curvature.damped(damping_scale=0.1).key
 
 
-def test_another_damping_gives_another_result_and_another_key():
+def test_another_damping_gives_another_result_and_another_key() -> None:
     curvature, queries = curvature_of(gradients(200)), gradients(2, seed=1)
-    asked = [{"damping": 1e-3}, {"damping": 10.0}, {"damping_scale": 0.1}, {"damping_scale": 1.0}]
+    asked: list[dict[str, Any]] = [
+        {"damping": 1e-3},
+        {"damping": 10.0},
+        {"damping_scale": 0.1},
+        {"damping_scale": 1.0},
+    ]
     made = [curvature.damped(**kwargs) for kwargs in asked]
     results = [p.precondition(queries) for p in made]
     again = curvature.damped(damping=1e-3)
@@ -244,7 +259,28 @@ def test_another_damping_gives_another_result_and_another_key():
             assert not torch.allclose(results[i], results[j], rtol=1e-2)
 
 
-def test_key_depends_on_the_rows_and_on_the_count():
+@pytest.mark.parametrize(
+    "meta",
+    [
+        None,
+        [],
+        {},
+        {"exponents": 3, "count": 9, "checksum": ""},
+        {"exponents": {}, "count": 9, "checksum": ""},
+        {"exponents": {m.name: [] for m in MODULES}, "count": 9, "checksum": ""},
+        {"exponents": {m.name: 0 for m in MODULES}, "count": 1e400, "checksum": ""},
+        {"exponents": {m.name: 0 for m in MODULES}, "count": 9},
+    ],
+)
+def test_a_manifest_that_lies_about_the_curvature(tmp_path: Path, meta: Any) -> None:
+    store = make_store(tmp_path, gradients(9))
+    RawCurvature.rebuild(store).save(store)
+    store.manifest["curvature"]["raw"]["meta"] = meta
+    with pytest.raises(ValueError, match="lacks its exponents, count or checksum; rebuild it"):
+        RawCurvature.load(store)
+
+
+def test_key_depends_on_the_rows_and_on_the_count() -> None:
     rows = gradients(50)
     keys = {
         curvature_of(rows).damped(damping=1.0).key,
@@ -256,8 +292,8 @@ def test_key_depends_on_the_rows_and_on_the_count():
     assert len(keys) == 5
 
 
-def test_keys_are_those_of_version_0_1():
-    """Norms that version 0.1 kept beside a store are found: their folder's name holds the key."""
+def test_keys_are_those_of_version_0_1() -> None:
+    """The folders in which version 0.1 kept norms beside a store go on being used for them."""
     modules = [Module("a", 2, 2), Module("b", 1, 3)]
     rows = (torch.arange(35.0).reshape(5, 7) - 17) / 4  # their products are exact
     curvature = curvature_of(rows, modules)
@@ -272,14 +308,14 @@ def test_keys_are_those_of_version_0_1():
     assert IdentityPreconditioner(modules).key == "b465ab6dec9a018f70fea6eac250b19a"
 
 
-def test_singular_without_damping_names_module_and_rank():
+def test_singular_without_damping_names_module_and_rank() -> None:
     curvature = curvature_of(gradients(9))
     message = r"module 'layer\.0\.up': H \+ 0 I has rank 9 of 12 .*solver='eigh'"
     with pytest.raises(ValueError, match=message):
         curvature.damped(damping=0.0)
 
 
-def test_eigh_takes_the_pseudo_inverse():
+def test_eigh_takes_the_pseudo_inverse() -> None:
     rows, queries = gradients(9), gradients(3, seed=1).double()
     got = curvature_of(rows).damped(damping=0.0, solver="eigh").precondition(queries)
     for moment, part, query in zip(
@@ -290,10 +326,15 @@ def test_eigh_takes_the_pseudo_inverse():
         assert (part - want).abs().max() <= 1e-8 * want.abs().max()
 
 
-def test_sweep_takes_one_eigendecomposition_per_module(monkeypatch):
+def test_sweep_takes_one_eigendecomposition_per_module(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     eigh = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(m.shape) or eigh(m))
+
+    def spy(matrix: Tensor) -> Any:
+        calls.append(matrix.shape)
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", spy)
     curvature, queries = curvature_of(gradients(100)), gradients(2, seed=1).double()
     scales = [1e-3, 0.1, 1.0]
     for scale, preconditioner in zip(scales, curvature.sweep(damping_scales=scales), strict=True):
@@ -307,7 +348,7 @@ def test_sweep_takes_one_eigendecomposition_per_module(monkeypatch):
         next(curvature.sweep())
 
 
-def test_a_module_without_gradients_scores_zero_and_says_so():
+def test_a_module_without_gradients_scores_zero_and_says_so() -> None:
     rows = gradients(50)
     rows[:, : SIZES[0]] = 0
     for solver in ("cholesky", "eigh"):
@@ -324,7 +365,7 @@ def test_a_module_without_gradients_scores_zero_and_says_so():
     assert torch.allclose(absolute.precondition(query)[:, : SIZES[0]], query[:, : SIZES[0]] / 2)
 
 
-def test_bits_are_equal_on_one_and_two_threads():
+def test_bits_are_equal_on_one_and_two_threads() -> None:
     modules = [Module("a", 15, 15), Module("b", 10, 13)]
     rows = gradients(700, modules=modules)
     # in float64: rounded to float32 the results are equal more often than not, whatever is done
@@ -343,7 +384,7 @@ def test_bits_are_equal_on_one_and_two_threads():
         assert torch.equal(results[0][1][name], results[1][1][name])
 
 
-def test_factors_that_are_not_kept_are_computed_again(monkeypatch):
+def test_factors_that_are_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     curvature, queries = curvature_of(gradients(100)), gradients(2, seed=1)
     kept = curvature.damped()
     monkeypatch.setattr(preconditioner_module, "KEPT_FACTOR_BYTES", 0)
@@ -354,7 +395,7 @@ def test_factors_that_are_not_kept_are_computed_again(monkeypatch):
         again.precondition(queries)
 
 
-def test_none_is_the_identity():
+def test_none_is_the_identity() -> None:
     identity, queries = IdentityPreconditioner(MODULES), gradients(3)
     assert torch.equal(identity.precondition(queries), queries)
     assert torch.equal(identity.factors["layer.1.up"], torch.eye(7))
@@ -374,12 +415,12 @@ def test_none_is_the_identity():
         ({"solver": "lu"}, "solver: expected one of cholesky, eigh, got 'lu'"),
     ],
 )
-def test_bad_damping(kwargs, message):
+def test_bad_damping(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         curvature_of(gradients(5)).damped(**kwargs)
 
 
-def test_bad_rows():
+def test_bad_rows() -> None:
     curvature = RawCurvature(MODULES)
     with pytest.raises(TypeError, match="rows: expected float32, got float16"):
         curvature.update(torch.ones(2, DIM, dtype=torch.float16))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dense_influence import MODULES, dense, gradients, make_store, unpacked
+from dense_influence import MODULES, Dense, dense, gradients, make_store, unpacked
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor
@@ -20,8 +21,12 @@ from logra_kernels.curvature import (
     load_curvature,
     register_curvature,
 )
-from logra_kernels.curvature.preconditioner import CholeskyPreconditioner, ModuleMatrices
-from logra_kernels.store import Store
+from logra_kernels.curvature.preconditioner import (
+    CholeskyPreconditioner,
+    ModuleMatrices,
+    Preconditioner,
+)
+from logra_kernels.store import Module, Store
 
 QUERIES = gradients(4, seed=7)
 
@@ -31,7 +36,7 @@ class Diagonal(Curvature):
 
     kind = "diagonal"
 
-    def __init__(self, modules, dtype=None):
+    def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)
         self.sums = torch.zeros(self.layout.dim, dtype=torch.float64)
         self._count = 0
@@ -62,7 +67,9 @@ class Diagonal(Curvature):
     def mean_eigenvalues(self) -> list[float]:
         return [float(self.sums[at].mean()) / self._count for at in self.layout.columns]
 
-    def _preconditioner(self, means, dampings, solver):
+    def _preconditioner(
+        self, means: Sequence[float], dampings: Sequence[float], solver: str
+    ) -> Preconditioner:
         diagonals = [self.sums[at] / self._count for at in self.layout.columns]
         precisions = [torch.finfo(torch.float64).eps] * len(diagonals)
         name = str(hash(tuple(self.sums.tolist())))
@@ -73,7 +80,7 @@ class Diagonal(Curvature):
 
 
 @pytest.fixture
-def diagonal(monkeypatch):
+def diagonal(monkeypatch: pytest.MonkeyPatch) -> type[Diagonal]:
     monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
     return register_curvature(Diagonal)
 
@@ -83,7 +90,7 @@ def store(tmp_path: Path) -> Store:
     return make_store(tmp_path / "store", gradients(150), shard_rows=40)
 
 
-def dot_under_the_diagonal(store: Store) -> Tensor:
+def dot_under_the_diagonal(store: Store) -> Dense:
     rows = unpacked(store)
     truth = dense(QUERIES, rows)
     for i, part in enumerate(rows.split(truth.sizes, dim=1)):
@@ -92,7 +99,9 @@ def dot_under_the_diagonal(store: Store) -> Tensor:
     return truth
 
 
-def test_a_second_kind_works_from_the_store_to_the_scores(store, diagonal):
+def test_a_second_kind_works_from_the_store_to_the_scores(
+    store: Store, diagonal: type[Diagonal]
+) -> None:
     """Found by name, by what the store holds, as an object, and as a preconditioner."""
     curvature = diagonal.rebuild(store)
     curvature.save(store)
@@ -109,7 +118,9 @@ def test_a_second_kind_works_from_the_store_to_the_scores(store, diagonal):
     assert folder.name == f"sigma-{attributor.preconditioner.key}"
 
 
-def test_the_kind_that_was_registered_first_comes_first(store, diagonal):
+def test_the_kind_that_was_registered_first_comes_first(
+    store: Store, diagonal: type[Diagonal]
+) -> None:
     diagonal.rebuild(store).save(store)
     assert load_curvature(store).kind == "diagonal"
     RawCurvature.rebuild(store).save(store)
@@ -117,7 +128,7 @@ def test_the_kind_that_was_registered_first_comes_first(store, diagonal):
     assert Attributor(store, "diagonal").preconditioner.kind == "diagonal"
 
 
-def test_shards_of_a_second_kind_merge(store, diagonal):
+def test_shards_of_a_second_kind_merge(store: Store, diagonal: type[Diagonal]) -> None:
     rows = gradients(90)
     parts = [diagonal(MODULES), diagonal(MODULES)]
     for part, some in zip(parts, rows.split(50), strict=True):
@@ -129,7 +140,7 @@ def test_shards_of_a_second_kind_merge(store, diagonal):
         Attributor(store, whole)
 
 
-def test_names_are_taken_once(diagonal):
+def test_names_are_taken_once(diagonal: type[Diagonal]) -> None:
     assert register_curvature(Diagonal) is Diagonal
     for taken in ("raw", "none"):
         with pytest.raises(ValueError, match=f"kind: the name '{taken}' is taken"):

@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from logra_kernels.demo.reference_corpus import reference_passages
+from logra_kernels.lm.corpus import Record
 from logra_kernels.lm.gguf import convert_gguf, hugging_face_name, undo_rotary_permutation
 
 gguf = pytest.importorskip("gguf")
@@ -28,11 +30,11 @@ def count_words(text: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def passages():
+def passages() -> list[Record]:
     return reference_passages(count_words, most_tokens=80)
 
 
-def test_passages_have_ids_titles_and_no_markup(passages):
+def test_passages_have_ids_titles_and_no_markup(passages: list[Record]) -> None:
     assert len({record.id for record in passages}) == len(passages)
     by_id = {record.id: record for record in passages}
     assert by_id["yield/0"].title == 'The "yield" statement'
@@ -42,7 +44,7 @@ def test_passages_have_ids_titles_and_no_markup(passages):
     assert any("›" in record.title for record in passages)
 
 
-def test_every_page_comes_first_with_its_first_passage(passages):
+def test_every_page_comes_first_with_its_first_passage(passages: list[Record]) -> None:
     from pydoc_data.topics import topics
 
     firsts = [record.id.split("/")[0] for record in passages if record.id.endswith("/0")]
@@ -51,7 +53,7 @@ def test_every_page_comes_first_with_its_first_passage(passages):
     assert len(topics) - 5 <= len(firsts) <= len(topics)
 
 
-def test_no_paragraph_is_there_twice(passages):
+def test_no_paragraph_is_there_twice(passages: list[Record]) -> None:
     seen: dict[str, str] = {}
     for record in passages:
         for paragraph in record.text.split("\n\n"):
@@ -61,7 +63,7 @@ def test_no_paragraph_is_there_twice(passages):
                 seen[key] = record.id
 
 
-def test_passages_are_about_as_long_as_asked(passages):
+def test_passages_are_about_as_long_as_asked(passages: list[Record]) -> None:
     lengths = [count_words(record.text) for record in passages]
     # Tables have no place to cut, and short ends join the passage before them.
     assert np.quantile(lengths, 0.98) <= 80 + 32
@@ -72,19 +74,19 @@ def test_passages_are_about_as_long_as_asked(passages):
 # --- the conversion
 
 
-def test_rotary_permutation_pairs_halves():
+def test_rotary_permutation_pairs_halves() -> None:
     # Two heads of four rows: llama.cpp's (pair, half) order -> transformers' (half, pair).
     weight = np.arange(8.0)[:, None] * np.ones((1, 3))
     assert undo_rotary_permutation(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_unknown_tensors_are_refused():
+def test_unknown_tensors_are_refused() -> None:
     assert hugging_face_name("blk.3.ffn_up.weight") == "model.layers.3.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=r"tensor 'blk\.0\.ffn_gate_exps\.weight' has no place"):
         hugging_face_name("blk.0.ffn_gate_exps.weight")
 
 
-def test_other_architectures_are_refused(tmp_path):
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "bert.gguf"
     writer = gguf.GGUFWriter(path, "bert")
     writer.write_header_to_file()
@@ -102,7 +104,7 @@ def test_other_architectures_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder that `logra demo --quick` leaves, and what it printed."""
     from logra_kernels.cli import main
 
@@ -115,7 +117,7 @@ def quick(tmp_path_factory):
 
 @needs_weights
 @pytest.mark.slow
-def test_quick_demo_prints_rankings_check_and_caveats(quick):
+def test_quick_demo_prints_rankings_check_and_caveats(quick: tuple[Path, str]) -> None:
     _, printed = quick
     assert "l-RelatIF: most influential" in printed
     assert "Gradient dot product: most influential" in printed
@@ -125,7 +127,7 @@ def test_quick_demo_prints_rankings_check_and_caveats(quick):
 
 @needs_weights
 @pytest.mark.slow
-def test_quick_demo_writes_a_report(quick):
+def test_quick_demo_writes_a_report(quick: tuple[Path, str]) -> None:
     out, _ = quick
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "What does the with statement do in Python?" in page
@@ -134,7 +136,9 @@ def test_quick_demo_writes_a_report(quick):
 
 @needs_weights
 @pytest.mark.slow
-def test_a_second_run_uses_what_is_there(quick, capsys):
+def test_a_second_run_uses_what_is_there(
+    quick: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     from logra_kernels.cli import main
 
     out, _ = quick
@@ -147,7 +151,7 @@ def test_a_second_run_uses_what_is_there(quick, capsys):
 
 @needs_weights
 @pytest.mark.slow
-def test_conversion_equals_transformers_own_loader(quick):
+def test_conversion_equals_transformers_own_loader(quick: tuple[Path, str]) -> None:
     """Both read the same blocks: equal bits, not merely close ones."""
     import torch
 
@@ -165,7 +169,9 @@ def test_conversion_equals_transformers_own_loader(quick):
         assert torch.equal(ours.model(**tokens).logits, theirs(**tokens).logits)
 
 
-def test_without_the_weights_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+def test_without_the_weights_it_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from logra_kernels.cli import main
 
     monkeypatch.setattr("logra_kernels.demo.PACKAGE", "no_such_package")

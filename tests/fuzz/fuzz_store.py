@@ -1,13 +1,17 @@
-"""Damaged stores: an error in words from StoreError's family, or the scores of the intact store.
+"""Damaged stores: an error in words of this package, or the scores of the intact store.
 
 `python tests/fuzz/fuzz_store.py --calls 20000 --seed 0`. Each call damages a copy of a small store
-(bits, lengths, missing and foreign files, manifests that are sealed again) and reads all of it,
-in a child process, which a bad address, a signal or 20 seconds would end.
+(bits, lengths, missing and foreign files, links that lead out of it, manifests and tables under
+checksums that fit), and reads, verifies and resumes it, in a child process, which a bad address, a
+signal or 20 seconds would end. What lies beside the store must stay as it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+import io
 import json
 import os
 import random
@@ -17,27 +21,40 @@ import sys
 import tempfile
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from dense_influence import gradients, make_store
+from dense_influence import MODULES, gradients, make_store
 
 from logra_kernels import Attributor, RawCurvature, Store
-from logra_kernels.store import verify_store
+from logra_kernels.cli import main
+from logra_kernels.store import StoreWriter, verify_store
+from logra_kernels.store.codecs import Float16
 from logra_kernels.store.manifest import seal
 
 SLOWEST_S = 20
 CALLS_A_CHILD = 50
 QUERIES = gradients(2, seed=7)
+DEEP: list[Any] = []
+for _ in range(300):
+    DEEP = [DEEP]
 VALUES: list[Any] = [None, -1, 0, 1, 2**63, 1e300, "", "..", "/etc/passwd", "x" * 300, [], {}, True]
+VALUES += ["\ud800", "\x1b[2J", {"kind": "causal-lm"}, DEEP]
+PROJECTION = {"layer.0.up.in": np.arange(12, dtype=np.float32).reshape(3, 4)}
+# Damage under a checksum that fits: the scores may be others.
+SEALED = ("reseal", "sealed flip")
 
 
 def intact_store(folder: Path) -> tuple[Path, torch.Tensor]:
     """A float16 store of 40 rows in three shards, with a curvature and cached norms; its scores."""
-    store = make_store(folder / "intact", gradients(40), shard_rows=16)
+    store = make_store(
+        folder / "intact", gradients(40), shard_rows=16, projection_tensors=PROJECTION
+    )
     RawCurvature.rebuild(store).save(store)
     return folder / "intact", read_all(folder / "intact")
 
@@ -48,7 +65,41 @@ def read_all(path: Path) -> torch.Tensor:
     store.ids.to_pylist()
     store.metadata(range(store.num_rows))
     store.take(range(store.num_rows))
+    store.load_tensors()
+    for name in store.curvatures:
+        store.load_curvature(name)
     return Attributor(store).scores(QUERIES, "l-relatif").scores
+
+
+def resume(path: Path) -> None:
+    """Go on with the store, as the run that made it would."""
+    with StoreWriter.create(
+        path, modules=MODULES, projection_tensors=PROJECTION, resume=True, duplicates="skip"
+    ) as writer:
+        row = gradients(1, seed=9).numpy()
+        writer.append(["new"], *Float16().encode(row, writer.layout, writer.module_exponents or []))
+    assert Store.open(path).row_of("new") in (0, 40)
+
+
+def command(path: Path, name: str) -> None:
+    """`logra info` and `logra verify`: an exit code, and at most one sentence on stderr."""
+    said, shown = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+        code = main([name, str(path)])
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("logra ")]
+    assert code in (0, 1, 2), code
+    assert len(lines) == int(code > 0), said.getvalue()
+
+
+def unless_refused(use: Callable[[Path], Any], path: Path) -> Any:
+    """What `use` makes of a store; None for an error that a line of this package raised."""
+    try:
+        return use(path)
+    except ValueError as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if "logra_kernels" in last.filename and (last.line or "").startswith("raise "):
+            return None
+        raise
 
 
 def files_of(path: Path) -> list[Path]:
@@ -62,6 +113,51 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     for key, inner in items:
         yield (*path, key)
         yield from places(inner, (*path, key))
+
+
+def sealed_flip(path: Path, pick: random.Random) -> None:
+    """Flip a bit of a listed file, and give the manifest the checksum of what is there now."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    entries = [shard["ids"] for shard in manifest["shards"]]
+    entries += [manifest["projection_tensors"], manifest["curvature"]["raw"]]
+    entry = pick.choice(entries)
+    data = bytearray((path / entry["file"]).read_bytes())
+    for _ in range(pick.choice([1, 1, 4])):
+        data[pick.randrange(len(data))] ^= 1 << pick.randrange(8)
+    (path / entry["file"]).write_bytes(data)
+    if "crc32" in entry:
+        entry["crc32"] = f"{zlib.crc32(data):08x}"
+    else:
+        entry["sha256"] = hashlib.sha256(data).hexdigest()
+    (path / "manifest.json").write_bytes(seal(manifest))
+
+
+def lead_out(path: Path, pick: random.Random) -> None:
+    """A link to what lies beside the store, where the package would write."""
+    (key,) = (path / "self_influence").iterdir()
+    names = ["manifest.json", "shard-00003.npy", "shard-00003.ids.arrow", "shard-00003.scale.npy"]
+    links = [path / f"{name}.tmp" for name in names]
+    links += [path / "lock", key / "lock", key / "key.json.tmp"]
+    links += [path / "self_influence", path / "curvature", path / "projection", key]
+    link = pick.choice(links)
+    if pick.random() < 0.5:  # norms are missing, and would be written
+        for file in key.glob("shard-*"):
+            file.unlink()
+    place = path.parent / "beside"
+    target = place / pick.choice(["file", "other"])
+    if link.is_dir():
+        shutil.rmtree(link)
+        target = pick.choice([place, target, place / "folder"])
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+
+
+def beside(folder: Path) -> dict[str, bytes | None]:
+    """What lies in the folder, by path."""
+    return {
+        str(file): file.read_bytes() if file.is_file() else None
+        for file in sorted(folder.rglob("*"))
+    }
 
 
 def reseal(path: Path, pick: random.Random) -> None:
@@ -110,9 +206,15 @@ def damage(path: Path, pick: random.Random) -> str:
         "link to nothing": lambda: replace(lambda place: place.symlink_to("nothing")),
         "link to a device": lambda: replace(lambda place: place.symlink_to("/dev/zero")),
         "stray file": lambda: (file.parent / "stray").write_bytes(bytes(data)),
-        "reseal": lambda: reseal(path / "manifest.json", pick),
+        "stray cache": lambda: (path / "self_influence" / file.name).write_bytes(bytes(data)),
+        "stray folder": lambda: (file.parent / "stray" / file.name).mkdir(parents=True),
+        "lead out": lambda: lead_out(path, pick),
+        "sealed flip": lambda: sealed_flip(path, pick),
+        "reseal": lambda: reseal(
+            pick.choice([path / "manifest.json", *path.glob("self_influence/*/key.json")]), pick
+        ),
     }
-    weights = [8 if name in ("flip", "reseal") else 1 for name in ways]
+    weights = [8 if name in ("flip", "lead out", *SEALED) else 1 for name in ways]
     (name,) = pick.choices(list(ways), weights)
     ways[name]()
     return name
@@ -120,20 +222,29 @@ def damage(path: Path, pick: random.Random) -> str:
 
 def one_call(intact: Path, want: torch.Tensor, folder: Path, pick: random.Random) -> str:
     """Damage a copy and read it: how it ended."""
-    copy = folder / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
+    copy, place = folder / "copy", folder / "beside"
+    for old in (copy, place):
+        shutil.rmtree(old, ignore_errors=True)
     shutil.copytree(intact, copy)
+    (place / "folder").mkdir(parents=True)
+    for file in ("file", "manifest.json", "shard-00000.npy", "raw-0123456789abcdef.safetensors"):
+        (place / file).write_text("not the store's")
+    untouched = beside(place)
     name = damage(copy, pick)
     problems = verify_store(copy)
-    try:
-        got = read_all(copy)
-    except (ValueError, OSError):  # StoreError is a ValueError
+    command(copy, "info")
+    command(copy, "verify")
+    got = unless_refused(read_all, copy)
+    unless_refused(resume, copy)
+    changed = beside(place).items() ^ untouched.items()
+    assert not changed, f"{name}: outside the store: {changed}"
+    if got is None:
         return f"{name}: refused"
     if got.shape == want.shape and torch.equal(got, want):
         return f"{name}: harmless"
     if problems:
         return f"{name}: other scores, verify told"
-    if name == "reseal":
+    if name in SEALED:
         return f"{name}: other scores under a valid checksum"
     raise AssertionError(f"{name}: other scores, and verify found nothing")
 
@@ -171,7 +282,7 @@ def child(intact: Path, want: torch.Tensor, seeds: range) -> Counter[str]:
     return Counter(json.loads(told))
 
 
-def main() -> int:
+def fuzz() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -181,6 +292,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         intact, want = intact_store(Path(folder))
+        resume(Path(shutil.copytree(intact, Path(folder) / "resumed")))
         first = options.seed * 1_000_003
         for begin in range(first, first + options.calls, CALLS_A_CHILD):
             seeds = range(begin, min(begin + CALLS_A_CHILD, first + options.calls))
@@ -195,4 +307,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fuzz())

@@ -8,9 +8,9 @@ import pytest
 from tree import environment
 
 
-@pytest.mark.parametrize("fuzzer", ["fuzz_ops.py"])
-def test_random_input_ends_in_a_result_or_in_words(fuzzer: str) -> None:
+@pytest.mark.parametrize(("fuzzer", "calls"), [("fuzz_ops.py", 2000), ("fuzz_store.py", 500)])
+def test_random_input_ends_in_a_result_or_in_words(fuzzer: str, calls: int) -> None:
     """In a process of its own, which a wrong address would end."""
-    command = [sys.executable, str(Path(__file__).parent / fuzzer), "--calls", "2000"]
+    command = [sys.executable, str(Path(__file__).parent / fuzzer), "--calls", str(calls)]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

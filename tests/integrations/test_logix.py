@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import builtins
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toy_models import autograd_rows, make_layers
-from toy_run import COUNT, RAW, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
 
 import logra_kernels as logix
 from logra_kernels import Store
 
 
-def test_get_log(tmp_path, model, data):
+def test_get_log(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     with refuse("nothing was logged yet; run a pass inside `with run(...)`", RuntimeError):
         run.get_log()
@@ -31,7 +34,7 @@ def test_get_log(tmp_path, model, data):
     assert not (tmp_path / "toy").exists()  # nothing was to be saved
 
 
-def test_get_log_inside_a_pass_is_that_pass(tmp_path, model, data):
+def test_get_log_inside_a_pass_is_that_pass(tmp_path: Path, model: nn.Module, data: Data) -> None:
     """LogIX's examples take the log inside the `with`; an older batch's would be a wrong answer."""
     run = make_run(tmp_path, model)
     with run(data_id=["a"]):
@@ -53,9 +56,12 @@ def test_get_log_inside_a_pass_is_that_pass(tmp_path, model, data):
         run.get_log()
 
 
-def dense_scores(rows: Tensor, queries: Tensor, sizes: list[int], scale: float = 0.1):
+def dense_scores(
+    rows: Tensor, queries: Tensor, sizes: list[int], scale: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 3 and l-RelatIF in float64, module by module: (dot [Q, N], l-relatif, sigma [N])."""
-    dot, sigma = 0.0, 0.0
+    dot = torch.zeros(len(queries), len(rows), dtype=torch.float64)
+    sigma = torch.zeros(len(rows), dtype=torch.float64)
     for g, q in zip(rows.split(sizes, 1), queries.split(sizes, 1), strict=True):
         h = g.T @ g / len(g)
         h += scale * h.trace() / len(h) * torch.eye(len(h), dtype=torch.float64)
@@ -66,12 +72,14 @@ def dense_scores(rows: Tensor, queries: Tensor, sizes: list[int], scale: float =
 
 @pytest.mark.parametrize("shard_rows", [None, 1, 5])
 @pytest.mark.parametrize("size", [12, 5])
-def test_influence_equals_the_dense_computation(tmp_path, model, data, shard_rows, size):
+def test_influence_equals_the_dense_computation(
+    tmp_path: Path, model: nn.Module, data: Data, shard_rows: int | None, size: int
+) -> None:
     """From gradients of a batch-of-one loop, through the store, in any order and shard size."""
     model = model.double()
     data = (data[0].double(), data[1])
     layers = make_layers(model, rank=3)
-    singles = [lambda n=n: loss_of(model, data, slice(n, n + 1)) for n in range(COUNT)]
+    singles = [partial(loss_of, model, data, slice(n, n + 1)) for n in range(COUNT)]
     rows = autograd_rows(model, layers, singles)  # [N, D]
     sizes = [layer.ko * layer.ki for layer in layers]
     dot, relatif, sigma = dense_scores(rows, rows[:3], sizes)
@@ -104,7 +112,7 @@ def test_influence_equals_the_dense_computation(tmp_path, model, data, shard_row
     )
 
 
-def test_top_k_and_groups(tmp_path, model, data):
+def test_top_k_and_groups(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = finished(tmp_path, model, data)
     log_queries(run, model, data, slice(2))
     full = run.compute_influence_all(mode="l-relatif", influence_groups=["first", "e"])
@@ -125,7 +133,9 @@ def test_top_k_and_groups(tmp_path, model, data):
         run.compute_influence_all(loader=[run.get_log()], top_k=1)
 
 
-def test_damping_goes_in_and_the_result_comes_out(tmp_path, model, data):
+def test_damping_goes_in_and_the_result_comes_out(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = finished(tmp_path, model, data, dtype="float32", damping_scale=0.5)
     log_queries(run, model, data, slice(2))
     rows = torch.from_numpy(Store.open(tmp_path / "toy").take(range(COUNT))).double()
@@ -133,8 +143,8 @@ def test_damping_goes_in_and_the_result_comes_out(tmp_path, model, data):
     queries = torch.cat([g["grad"].flatten(1) for g in run.get_log()[1].values()], 1).double()
     for scale in (0.5, 3.0, 1e-3, 0.5):
         want = dense_scores(rows, queries, sizes, scale)[0]
-        option = {} if scale == 0.5 else {"damping_scale": scale}
-        got = run.compute_influence_all(**option)["influence"]
+        asked = None if scale == 0.5 else scale
+        got = run.compute_influence_all(damping_scale=asked)["influence"]
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()  # 1e-3: worse conditioned
     absolute = run.compute_influence_all(damping=1e9)["influence"].double()
     plain = run.compute_influence_all(precondition=False)["influence"].double()
@@ -144,7 +154,7 @@ def test_damping_goes_in_and_the_result_comes_out(tmp_path, model, data):
         run.compute_influence_all(damping=0.1, damping_scale=0.1)
 
 
-def test_logs_in_memory_and_foreign_loaders(tmp_path, model, data):
+def test_logs_in_memory_and_foreign_loaders(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = finished(tmp_path, model, data)
     log_queries(run, model, data, slice(2))
     source = run.get_log()
@@ -184,7 +194,7 @@ def test_logs_in_memory_and_foreign_loaders(tmp_path, model, data):
         run.compute_influence_all("log")
 
 
-def test_covariance_state(tmp_path, model, data):
+def test_covariance_state(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = finished(tmp_path, model, data)
     rows = torch.from_numpy(Store.open(tmp_path / "toy").take(range(COUNT))).double()
     state = run.get_covariance_state()
@@ -193,7 +203,9 @@ def test_covariance_state(tmp_path, model, data):
         assert torch.allclose(state[name]["grad"], want, rtol=1e-12, atol=1e-14 * want.max())
 
 
-def test_curvature_is_computed_from_the_rows_where_it_was_not_asked_for(tmp_path, model, data):
+def test_curvature_is_computed_from_the_rows_where_it_was_not_asked_for(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model)
     run.setup({"save": "grad"})
     log_all(run, model, data)
@@ -208,7 +220,9 @@ def test_curvature_is_computed_from_the_rows_where_it_was_not_asked_for(tmp_path
     assert Store.open(tmp_path / "toy").curvatures["raw"]["rows"] == COUNT
 
 
-def test_functions_of_the_module_are_those_of_the_last_run(tmp_path, model, data, monkeypatch):
+def test_functions_of_the_module_are_those_of_the_last_run(
+    tmp_path: Path, model: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LogIX's examples call logix.watch, logix.setup, …."""
     run = logix.init("toy", root_dir=str(tmp_path))
     logix.watch(model)
@@ -223,7 +237,8 @@ def test_functions_of_the_module_are_those_of_the_last_run(tmp_path, model, data
     assert result.scores.shape == (1, COUNT)
     logix.init("toy", root_dir=str(tmp_path))
     logix.initialize_from_log()
-    assert len(logix.build_log_dataloader().dataset) == COUNT
+    logs: Any = logix.build_log_dataloader().dataset
+    assert len(logs) == COUNT
     with refuse("log: the model is hooked only inside", RuntimeError):
         logix.log(["a"])
     monkeypatch.setattr("logra_kernels.integrations.logix.current._current", None)
@@ -232,41 +247,42 @@ def test_functions_of_the_module_are_those_of_the_last_run(tmp_path, model, data
             getattr(logix, name)()
 
 
-def test_a_star_import_leaves_pythons_names_alone():
+def test_a_star_import_leaves_pythons_names_alone() -> None:
     assert not set(logix.__all__) & set(dir(builtins))
 
 
-def test_names_of_logix_that_are_not_here():
+def test_names_of_logix_that_are_not_here() -> None:
     run = logix.init("toy")
     with refuse("LogIX's LogIXScheduler is not here: one pass over the data", AttributeError):
-        logix.LogIXScheduler  # noqa: B018
+        logix.LogIXScheduler  # type: ignore[attr-defined] # noqa: B018
     for name in ("add_analysis", "clear", "watch_activation"):
         for owner in (logix, run):
             with refuse(f"LogIX's {name} is not here: ", AttributeError):
                 getattr(owner, name)
     with refuse("a run has no attribute 'watsch'", AttributeError):
-        run.watsch  # noqa: B018
+        run.watsch  # type: ignore[attr-defined] # noqa: B018
     with refuse("module 'logra_kernels' has no attribute 'watsch'", AttributeError):
-        logix.watsch  # noqa: B018
+        logix.watsch  # type: ignore[attr-defined] # noqa: B018
 
 
-def test_add_lora_takes_what_logix_gives_it(tmp_path, model):
+def test_add_lora_takes_what_logix_gives_it(tmp_path: Path, model: nn.Module) -> None:
     run = logix.init("toy", root_dir=str(tmp_path), rank=2)
     run.add_lora(model, parameter_sharing=False, watch=True, clear=True)
     assert [(m.ko, m.ki) for m in run.modules] == [(2, 2)] * 3
     run.add_lora(model=model, lora_path=None)
-    for name, value, message in (
+    refused: list[tuple[str, Any, str]] = [
         ("parameter_sharing", True, "expected False, got True: every module has a projection"),
         ("watch", False, "expected True, got False"),
         ("lora_path", "there", "expected None, got 'there': initialize_from_log takes"),
-    ):
+    ]
+    for name, value, message in refused:
         with refuse(f"add_lora: {name}: {message}"):
             run.add_lora(**{name: value})
     with refuse("add_lora: no argument 'ranks'", TypeError):
         run.add_lora(ranks=3)
 
 
-def test_precondition_gives_a_log(tmp_path, model, data):
+def test_precondition_gives_a_log(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = finished(tmp_path, model, data, dtype="float32")
     log_queries(run, model, data, slice(2))
     ids, parts = run.influence.precondition(run.get_log(), damping=0.01)
@@ -280,7 +296,7 @@ def test_precondition_gives_a_log(tmp_path, model, data):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
-def test_logs_that_do_not_fit(tmp_path, model, data):
+def test_logs_that_do_not_fit(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = finished(tmp_path, model, data)
     log_queries(run, model, data, slice(2))
     ids, parts = run.get_log()
@@ -292,6 +308,7 @@ def test_logs_that_do_not_fit(tmp_path, model, data):
         run.compute_influence_all((ids, {first: {"grad": parts[first]["grad"][:1]}, **rest}))
     nobody = {name: {"grad": part["grad"][:0]} for name, part in parts.items()}
     assert run.compute_influence_all(([], nobody)).scores.shape == (0, COUNT)
-    for value in ("0.1", True):
+    values: list[Any] = ["0.1", True]
+    for value in values:
         with refuse(f"damping: expected a finite number >= 0, got {value!r}"):
             run.compute_influence_all(damping=value)

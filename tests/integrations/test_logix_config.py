@@ -5,11 +5,13 @@ from __future__ import annotations
 import textwrap
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from toy_models import Mlp, causal_loss, ragged_batch, tiny_gpt2
-from toy_run import RAW, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import RAW, Data, log_all, log_queries, loss_of, make_run, refuse
 
 import logra_kernels as logix
 from logra_kernels import Store
@@ -21,7 +23,7 @@ def write_config(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_config_file(tmp_path, model, data):
+def test_config_file(tmp_path: Path, model: nn.Module, data: Data) -> None:
     path = write_config(
         tmp_path,
         f"""
@@ -61,7 +63,7 @@ def test_config_file(tmp_path, model, data):
     assert torch.equal(result.scores, explicit.scores)
 
 
-def test_keywords_win_over_the_file(tmp_path):
+def test_keywords_win_over_the_file(tmp_path: Path) -> None:
     path = write_config(tmp_path, "lora: {rank: 8}\ninfluence: {damping: 1.0e-3}\n")
     config = logix.init("a", path, rank=4, damping_scale=0.2).config
     assert (config.rank, config.damping, config.damping_scale) == (4, None, 0.2)
@@ -93,7 +95,7 @@ def test_keywords_win_over_the_file(tmp_path):
         ("a: [", "not a YAML file"),
     ],
 )
-def test_config_refuses(tmp_path, text, message):
+def test_config_refuses(tmp_path: Path, text: str, message: str) -> None:
     with refuse(message):
         logix.init("llm", write_config(tmp_path, text))
 
@@ -117,22 +119,22 @@ def test_config_refuses(tmp_path, text, message):
         ({"damping_scale": True}, "damping_scale: expected a finite number >= 0, got True"),
     ],
 )
-def test_options_refused(options, message):
+def test_options_refused(options: dict[str, Any], message: str) -> None:
     with refuse(message):
         logix.init("llm", **options)
 
 
 @pytest.mark.parametrize("project", ["", "a/b", "..", 3])
-def test_project_is_a_folder_name(project):
+def test_project_is_a_folder_name(project: Any) -> None:
     with refuse("project: expected the name of a folder"):
         logix.init(project)
 
 
-def test_the_advice_for_a_trainer_trains(tmp_path):
+def test_the_advice_for_a_trainer_trains(tmp_path: Path) -> None:
     """What is said of LogIX's huggingface, followed to the letter."""
     from transformers import Trainer, TrainingArguments
 
-    model = tiny_gpt2()
+    model: Any = tiny_gpt2()
     before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
     run = logix.init("trained", root_dir=str(tmp_path), check_weights=False)
     run.watch(model, name_filter=["mlp"])
@@ -141,13 +143,13 @@ def test_the_advice_for_a_trainer_trains(tmp_path):
     with pytest.raises(
         AttributeError, match=r"with run\(data_id, mask, weight_gradients=True\): re"
     ):
-        _ = run.huggingface
+        _ = run.huggingface  # type: ignore[attr-defined]
 
     class Logged(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             return causal_loss(model, inputs["input_ids"], inputs["attention_mask"])
 
-        def training_step(self, model, inputs, num_items_in_batch=None):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             data_id, mask = inputs.pop("number"), inputs["attention_mask"]
             with run(data_id, mask, weight_gradients=True):
                 return super().training_step(model, inputs, num_items_in_batch)
@@ -170,7 +172,7 @@ def test_the_advice_for_a_trainer_trains(tmp_path):
     assert (model.transformer.h[0].mlp.c_fc.weight - before).abs().max() > 1e-3
 
 
-def test_the_advice_for_lightning_trains(tmp_path):
+def test_the_advice_for_lightning_trains(tmp_path: Path) -> None:
     """Lightning's order of calls: its hooks stand around an optimizer step with a closure."""
     model, data = Mlp(), (torch.randn(2, 7), torch.tensor([0, 3]))
     before = model.first.weight.detach().clone()
@@ -178,7 +180,7 @@ def test_the_advice_for_lightning_trains(tmp_path):
     with pytest.raises(
         AttributeError, match=r"run.start\(data_id, mask, weight_gradients=True\) in"
     ):
-        _ = run.lightning
+        _ = run.lightning  # type: ignore[attr-defined]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def closure() -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Loading a causal language model from a folder."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_lm import make_model
@@ -8,7 +9,9 @@ from tiny_lm import make_model
 from logra_kernels.lm.causal_lm import CausalLM
 
 
-def test_python_code_of_a_model_folder_is_not_run(tmp_path, monkeypatch):
+def test_python_code_of_a_model_folder_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers would ask the terminal, and run it at the answer y."""
     folder = make_model(tmp_path / "model")
     (folder / "foreign.py").write_text(

@@ -1,7 +1,9 @@
 """Readers, tokenisation, splitting and batching of text, JSONL and Parquet files."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -21,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 
-def byte_tokenizer(bos: bool = False):
+def byte_tokenizer(bos: bool = False) -> Any:
     """One token per UTF-8 byte, so that lengths can be counted by eye."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
@@ -36,20 +38,22 @@ def byte_tokenizer(bos: bool = False):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> Any:
     return byte_tokenizer()
 
 
-def read(path: Path, tokenizer, settings: TokenSettings | None = None, **fields) -> list[Example]:
+def read(
+    path: Path, tokenizer: Any, settings: TokenSettings | None = None, **fields: Any
+) -> list[Example]:
     return list(Corpus(path, tokenizer, settings or TokenSettings(), **fields))
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def write_parquet(path: Path, rows: list[dict]) -> Path:
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
 
@@ -60,7 +64,9 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
 @pytest.mark.parametrize(
     ("stride", "starts"), [(None, [0, 4, 8]), (2, [0, 2, 4, 6]), (3, [0, 3, 6])]
 )
-def test_text_windows_cover_every_token(tmp_path, tokenizer, stride, starts):
+def test_text_windows_cover_every_token(
+    tmp_path: Path, tokenizer: Any, stride: int | None, starts: list[int]
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("abcdefghij", encoding="utf-8")
     examples = read(path, tokenizer, TokenSettings(max_tokens=4, stride=stride))
@@ -69,14 +75,18 @@ def test_text_windows_cover_every_token(tmp_path, tokenizer, stride, starts):
     assert all(e.loss_start == 1 for e in examples)
 
 
-def test_text_with_nothing_new_at_the_end_gives_no_short_tail(tmp_path, tokenizer):
+def test_text_with_nothing_new_at_the_end_gives_no_short_tail(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("abcdefgh", encoding="utf-8")
     examples = read(path, tokenizer, TokenSettings(max_tokens=4, stride=2))
     assert [e.text for e in examples] == ["abcd", "cdef", "efgh"]
 
 
-def test_text_windows_do_not_depend_on_the_block_size(tmp_path, tokenizer, monkeypatch):
+def test_text_windows_do_not_depend_on_the_block_size(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {i} é\n" for i in range(50)), encoding="utf-8")
     settings = TokenSettings(max_tokens=16, stride=5)
@@ -85,7 +95,7 @@ def test_text_windows_do_not_depend_on_the_block_size(tmp_path, tokenizer, monke
     assert read(path, tokenizer, settings) == whole
 
 
-def test_bos_stands_before_every_window_and_counts_as_a_token(tmp_path):
+def test_bos_stands_before_every_window_and_counts_as_a_token(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("abcdef", encoding="utf-8")
     examples = read(path, byte_tokenizer(bos=True), TokenSettings(max_tokens=4))
@@ -93,7 +103,9 @@ def test_bos_stands_before_every_window_and_counts_as_a_token(tmp_path):
     assert all(e.tokens[0] == 0 and len(e.tokens) == 4 for e in examples)
 
 
-def test_a_character_of_several_tokens_is_not_lost_or_doubled(tmp_path, tokenizer):
+def test_a_character_of_several_tokens_is_not_lost_or_doubled(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("aéb✓c", encoding="utf-8")  # 1 + 2 + 1 + 3 + 1 bytes
     examples = read(path, tokenizer, TokenSettings(max_tokens=2))
@@ -104,14 +116,16 @@ def test_a_character_of_several_tokens_is_not_lost_or_doubled(tmp_path, tokenize
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])
-def test_records_take_ids_from_a_field_or_their_number(tmp_path, tokenizer, write):
+def test_records_take_ids_from_a_field_or_their_number(
+    tmp_path: Path, tokenizer: Any, write: Callable[[Path, list[dict[str, Any]]], Path]
+) -> None:
     name = "a.jsonl" if write is write_jsonl else "a.parquet"
     path = write(tmp_path / name, [{"text": "one", "key": 7}, {"text": "two", "key": 9}])
     assert [(e.id, e.text) for e in read(path, tokenizer)] == [("0", "one"), ("1", "two")]
     assert [e.id for e in read(path, tokenizer, id_field="key")] == ["7", "9"]
 
 
-def test_prompt_bears_no_loss(tmp_path, tokenizer):
+def test_prompt_bears_no_loss(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": " yes", "question": "well?"}])
     (example,) = read(path, tokenizer, prompt_field="question")
     assert example.loss_start == 5
@@ -120,14 +134,14 @@ def test_prompt_bears_no_loss(tmp_path, tokenizer):
     assert Example.from_metadata(example.id, example.metadata()) == example
 
 
-def test_long_records_are_truncated_and_counted(tmp_path, tokenizer):
+def test_long_records_are_truncated_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "abcdef"}, {"text": "abc"}])
     corpus = Corpus(path, tokenizer, TokenSettings(max_tokens=4))
     assert [(e.id, e.text) for e in corpus] == [("0", "abcd"), ("1", "abc")]
     assert corpus.num_truncated == 1
 
 
-def test_long_records_are_split_with_the_prompt_before_every_piece(tokenizer):
+def test_long_records_are_split_with_the_prompt_before_every_piece(tokenizer: Any) -> None:
     record = Record("x", "abcdefg", "P:")
     examples, truncated = encode(record, tokenizer, TokenSettings(max_tokens=5, long="split"))
     assert [(e.id, e.text) for e in examples] == [("x#0", "abc"), ("x#1", "def"), ("x#2", "g")]
@@ -135,20 +149,20 @@ def test_long_records_are_split_with_the_prompt_before_every_piece(tokenizer):
     assert not truncated
 
 
-def test_split_pieces_overlap_by_the_stride(tokenizer):
+def test_split_pieces_overlap_by_the_stride(tokenizer: Any) -> None:
     settings = TokenSettings(max_tokens=4, long="split", stride=2)
     examples, _ = encode(Record("x", "abcdefg"), tokenizer, settings)
     assert [e.text for e in examples] == ["abcd", "cdef", "efg"]
 
 
-def test_records_with_nothing_to_predict_are_counted(tmp_path, tokenizer):
+def test_records_with_nothing_to_predict_are_counted(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, {"text": "a"}, {"text": "ab"}])
     corpus = Corpus(path, tokenizer, TokenSettings())
     assert [e.id for e in corpus] == ["2"]
     assert corpus.num_skipped == 2
 
 
-def test_limit_stops_early(tmp_path, tokenizer):
+def test_limit_stops_early(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "ab"}] * 5)
     corpus = Corpus(path, tokenizer, TokenSettings(), limit=2)
     assert [e.id for e in corpus] == ["0", "1"]
@@ -169,14 +183,16 @@ def test_limit_stops_early(tmp_path, tokenizer):
         ('{"text": ""}\n', r"holds no text of two tokens or more"),
     ],
 )
-def test_bad_jsonl_names_the_record(tmp_path, tokenizer, content, message):
+def test_bad_jsonl_names_the_record(
+    tmp_path: Path, tokenizer: Any, content: str, message: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read(path, tokenizer)
 
 
-def test_bad_files(tmp_path, tokenizer):
+def test_bad_files(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"data: no file .*none\.txt"):
         read(tmp_path / "none.txt", tokenizer)
     with pytest.raises(ValueError, match=r"expected a file ending in \.txt, \.jsonl, \.parquet"):
@@ -195,7 +211,7 @@ def test_bad_files(tmp_path, tokenizer):
         read(tmp_path / "c.jsonl", tokenizer, id_field="id")
 
 
-def test_bad_settings(tokenizer):
+def test_bad_settings(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="max_tokens: expected at least 2, got 1"):
         TokenSettings(max_tokens=1)
     with pytest.raises(ValueError, match="long: expected 'split' or 'truncate', got 'drop'"):
@@ -213,18 +229,18 @@ def example_of(length: int, id: str = "x") -> Example:
     return Example(id, "", "", tuple(range(length)), 1)
 
 
-def test_batches_keep_within_the_padded_size():
+def test_batches_keep_within_the_padded_size() -> None:
     lengths = [5, 1, 9, 3, 3, 8, 2, 30]
     made = list(batches([example_of(n) for n in lengths], batch_tokens=16, batch_size=3))
     assert [[len(e.tokens) for e in batch] for batch in made] == [[30], [9], [8, 5], [3, 3, 2], [1]]
 
 
-def test_batches_sort_within_a_window_only():
+def test_batches_sort_within_a_window_only() -> None:
     made = list(batches([example_of(n) for n in (2, 4, 9, 7)], batch_tokens=100, window=2))
     assert [[len(e.tokens) for e in batch] for batch in made] == [[4, 2], [9, 7]]
 
 
-def test_a_line_of_jsonl_ends_where_the_file_says(tmp_path):
+def test_a_line_of_jsonl_ends_where_the_file_says(tmp_path: Path) -> None:
     """U+2028 may stand in a JSON string, and str.splitlines would cut the line there."""
     path = tmp_path / "q.jsonl"
     path.write_text('\n{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")

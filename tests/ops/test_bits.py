@@ -16,6 +16,7 @@ Not guaranteed, and kept out of the way here:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -74,7 +75,14 @@ def recorded(
     return pairs, (torch.arange(TOKENS) < lengths).long()
 
 
-def one_pass(run, model, data, mask, ids, part: slice) -> None:
+def one_pass(
+    run: logra.Run,
+    model: nn.Module,
+    data: dict[str, tuple[Tensor, Tensor]],
+    mask: Tensor,
+    ids: Sequence[int | str],
+    part: slice,
+) -> None:
     with run(data_id=ids[part], mask=mask[part]):
         model({name: (x[part], dy[part]) for name, (x, dy) in data.items()}).backward()
 
@@ -132,7 +140,9 @@ def everything(
         ("float16", torch.bfloat16),  # which has products of its own where the CPU has them
     ],
 )
-def test_bits_do_not_depend_on_batches_shards_or_threads(tmp_path, native, isa, dtype, activations):
+def test_bits_do_not_depend_on_batches_shards_or_threads(
+    tmp_path: Path, native: None, isa: str, dtype: str, activations: torch.dtype
+) -> None:
     before = torch.get_num_threads()
     variants = [
         (split, shard_rows, threads)

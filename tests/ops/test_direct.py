@@ -78,7 +78,7 @@ def test_a_negated_view_counts_as_its_values() -> None:
 
 class SeenByDispatch(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -110,7 +110,7 @@ def test_one_openmp_library_is_loaded() -> None:
 )
 def test_objects_with_isa_flags_show_nothing_but_their_table(tmp_path: Path) -> None:
     """A weak symbol compiled for AVX-512 might be the one the linker keeps for every CPU."""
-    flags = {"isa_baseline": []}
+    flags: dict[str, list[str]] = {"isa_baseline": []}
     if platform.machine() == "x86_64":
         avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
         flags["isa_avx2"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -73,7 +73,7 @@ PUBLIC: dict[str, Callable[[], Any]] = {
     "covariance_update_": lambda: ops.covariance_update_(torch.zeros(20, 20), ROWS),
     "scores": lambda: ops.scores(QUERIES, ROWS, SCALE),
     "topk_scores": lambda: tuple(
-        ops.topk_scores(QUERIES, ROWS, 3, SCALE, state=STATE, row_offset=7)
+        ops.topk_scores(QUERIES, ROWS, 3, SCALE, state=ops.TopK(*STATE), row_offset=7)
     ),
     "self_influence": lambda: ops.self_influence(ROWS, torch.eye(20)),
     "pack_rows": lambda: ops.pack_rows(ROWS.float(), *MODULES),
@@ -208,9 +208,8 @@ def test_a_backward_pass_through_an_op_raises(call: Callable[[Any], Any]) -> Non
 
 def test_a_covariance_is_not_differentiated_and_its_change_is_counted() -> None:
     cov = torch.zeros(20, 20)
-    for number, update in enumerate(
-        (ops.covariance_update_, torch.ops.logra.covariance_update_), 1
-    ):
+    both: list[Any] = [ops.covariance_update_, torch.ops.logra.covariance_update_]
+    for number, update in enumerate(both, 1):
         update(cov, ROWS.float())
         assert cov._version == number
         with pytest.raises(RuntimeError, match="covariance_update_ has no derivative"):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from op_cases import (
@@ -81,9 +83,9 @@ def test_padding_does_not_change_bits(isa: str) -> None:
     expected = per_sample_gradients(x, dy)
     for before, after in ((0, 77), (77, 0), (13, 51)):
         pad = (0, 0, before, after)
-        padded = [torch.nn.functional.pad(t, pad, value=9.0) for t in (x, dy)]
+        padded_x, padded_dy = (torch.nn.functional.pad(t, pad, value=9.0) for t in (x, dy))
         mask = torch.nn.functional.pad(torch.ones(1, 200), (before, after))
-        assert torch.equal(per_sample_gradients(*padded, mask), expected)
+        assert torch.equal(per_sample_gradients(padded_x, padded_dy, mask), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -218,7 +220,9 @@ X, DY = randn(2, 6, 5), randn(2, 6, 3, seed=1)
         ),
     ],
 )
-def test_bad_input(arguments: tuple, options: dict, error: type, message: str) -> None:
+def test_bad_input(
+    arguments: tuple[Tensor, Tensor], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error) as caught:
         per_sample_gradients(*arguments, **options)
     assert str(caught.value) == message

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from op_cases import (
@@ -64,7 +66,7 @@ def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> 
     x = randn(150, 1300, dtype=dtype)
     wide = randn(150, 1300, seed=1)  # several panels
     for proj in (wide, wide.bfloat16().float(), wide.bfloat16(), wide.half()):
-        assert_threads_do_not_matter(lambda proj=proj: project(x, proj))
+        assert_threads_do_not_matter(partial(project, x, proj))
         whole = project(x, proj)
         assert torch.equal(
             torch.cat([project(x[a:b], proj) for a, b in ((0, 1), (1, 61), (61, 150))]), whole

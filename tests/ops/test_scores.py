@@ -1,3 +1,6 @@
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from op_cases import (
@@ -60,7 +63,7 @@ def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> 
     scale = torch.rand(150)
     exact = queries.bfloat16().float()  # bfloat16 rows have a kernel for these
     for q in (queries, exact, torch.where(torch.arange(70)[:, None] % 3 == 0, exact, queries)):
-        assert_threads_do_not_matter(lambda q=q: scores(q, rows, scale))
+        assert_threads_do_not_matter(partial(scores, q, rows, scale))
         whole = scores(q, rows, scale)
         by_rows = [scores(q, rows[a:b], scale[a:b]) for a, b in ((0, 1), (1, 56), (56, 150))]
         assert torch.equal(torch.cat(by_rows, 1), whole)
@@ -77,7 +80,7 @@ def test_few_queries_have_the_bits_of_many(isa: str, dtype: torch.dtype) -> None
         whole = scores(queries, rows)
         for count in (1, 2, 3, 4):
             assert torch.equal(scores(queries[:count], rows), whole[:count])
-            assert_threads_do_not_matter(lambda n=count, q=queries, r=rows: scores(q[:n], r))
+            assert_threads_do_not_matter(partial(scores, queries[:count], rows))
 
 
 def test_empty(isa: str) -> None:
@@ -162,7 +165,9 @@ def test_float64_is_computed_in_float64() -> None:
         ),
     ],
 )
-def test_bad_input(queries: Tensor, rows: Tensor, options: dict, error: type, message: str) -> None:
+def test_bad_input(
+    queries: Tensor, rows: Tensor, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error) as caught:
         scores(queries, rows, **options)
     assert str(caught.value) == message

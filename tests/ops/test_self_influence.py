@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_threads_and_splits_do_not_change_bits(isa: str, dtype: torch.dtype) -> 
     for num_rows, size in ((200, 140), (430, 600)):  # 600: more columns than one chain sums
         shard = randn(num_rows, 3 * size, dtype=dtype)
         rows, factor = shard[:, size : 2 * size], randn(size, size, seed=1).tril()
-        assert_threads_do_not_matter(lambda r=rows, f=factor: self_influence(r, f))
+        assert_threads_do_not_matter(partial(self_influence, rows, factor))
         whole = self_influence(rows, factor)
         assert torch.equal(self_influence(rows.contiguous(), factor), whole)
         cuts = (0, 1, 51, 200, num_rows)

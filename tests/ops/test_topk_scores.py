@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from op_cases import DTYPES, assert_threads_do_not_matter, randn, same_bits
@@ -130,7 +132,7 @@ STATE = topk_scores(randn(2, 5), randn(4, 5), 3)
         ),
     ],
 )
-def test_bad_input(k: int, options: dict, error: type, message: str) -> None:
+def test_bad_input(k: int, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         topk_scores(randn(2, 5), randn(4, 5), k, **options)
     assert str(caught.value) == message

@@ -36,7 +36,7 @@ def run(folder: Path, name: str) -> str:
     return done.stdout
 
 
-def test_listings_of_appendix_b(folder):
+def test_listings_of_appendix_b(folder: Path) -> None:
     assert "48 examples logged in logra/llm" in run(folder, "extraction.py")
     store = Store.open(folder / "logra" / "llm")
     assert len(store.modules) == 6
@@ -50,7 +50,7 @@ def test_listings_of_appendix_b(folder):
     assert best in lines[lines.index(query) + 1]
 
 
-def test_figure_3(folder):
+def test_figure_3(folder: Path) -> None:
     text = run(folder, "figure3.py")
     assert text.startswith("stat: 'kfac' (Kronecker-factored curvature) is not available")
     assert "[3, 48] scores" in text

@@ -72,31 +72,15 @@ def room(module: str) -> str:
 def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> Iterator[Import]:
     """Every import of a source, those under `if TYPE_CHECKING` too."""
 
-    def resolve(node: ast.ImportFrom) -> str:
-        if not node.level:
-            return node.module or ""
-        parts = module.split(".")
-        base = parts[: len(parts) - node.level + is_package]
-        return ".".join([*base, node.module] if node.module else base)
-
     def walk(node: ast.AST, lazy: bool, for_types: bool) -> Iterator[Import]:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(alias.name, node.lineno, lazy, for_types)
-        elif isinstance(node, ast.ImportFrom):
-            source = resolve(node)
-            for alias in node.names:
-                name = f"{source}.{alias.name}"
-                if source == PACKAGE and name not in modules:
-                    home = logra_kernels._HOMES.get(alias.name)
-                    name = f"{PACKAGE}.{home}" if home else PACKAGE
-                yield Import(name if name in modules else source, node.lineno, lazy, for_types)
+        for target in targets_of(node, module, is_package, modules):
+            yield Import(target, getattr(node, "lineno", 0), lazy, for_types)
         lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             negated = isinstance(node.test, ast.UnaryOp)
             for branch, types in ((node.body, not negated), (node.orelse, negated)):
-                for child in branch:
-                    yield from walk(child, lazy, for_types or types)
+                for statement in branch:
+                    yield from walk(statement, lazy, for_types or types)
         else:
             for child in ast.iter_child_nodes(node):
                 yield from walk(child, lazy, for_types)
@@ -104,43 +88,73 @@ def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> I
     yield from walk(ast.parse(text), False, False)
 
 
+def targets_of(node: ast.AST, module: str, is_package: bool, modules: set[str]) -> Iterator[str]:
+    """The modules that a node of `module` imports; none if it is no import."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        parts = module.split(".")
+        above = parts[: len(parts) - node.level + is_package] if node.level else []
+        source = ".".join([*above, node.module] if node.module else above)
+        for alias in node.names:
+            name = f"{source}.{alias.name}"
+            if source == PACKAGE and name not in modules:
+                home = logra_kernels._HOMES.get(alias.name)
+                name = f"{PACKAGE}.{home}" if home else PACKAGE
+            yield name if name in modules else source
+
+
+def problem_inside(module: str, target: str) -> str | None:
+    """What is wrong with an import of the package's own, after the words that name it."""
+    here, there = room(module), room(target)
+    if target == f"{PACKAGE}._C" and module != f"{PACKAGE}._native":
+        return ": only _native does"
+    if here in CLOSED and there != here and there not in CLOSED[here]:
+        return f": {here} imports nothing of the package but itself"
+    if module != PACKAGE and TIERS.get(there, 0) > TIERS.get(here, 0):
+        return ": the arrow points back"
+    return None
+
+
+def problem_outside(module: str, used: Import) -> str | None:
+    """What is wrong with an import of something else, after the words that name it."""
+    here, top = room(module), used.target.split(".")[0]
+    if top in ("tests", "bench", "examples"):
+        return ": the package stands without them"
+    if top in sys.stdlib_module_names:
+        return None
+    if here in CLOSED and top not in CLOSED[here]:
+        return f": {here} imports {', '.join(sorted(CLOSED[here]))} only"
+    if top == "triton" and here != "triton":
+        return ": only the triton package does"
+    loaded = not used.lazy and not used.for_types
+    if top not in REQUIRED | CLOSED.get(here, set()) and loaded:
+        return " when it is loaded: it may not be installed"
+    return None
+
+
 def problems_of(sources: dict[str, tuple[str, bool]]) -> list[str]:
     """Arrows that point back, in {module: (text, is a package)}."""
-    found = []
-    graph: dict[str, set[str]] = {}
+    found = [
+        f"{module}: the room {room(module)} has no tier"
+        for module in sources
+        if module != PACKAGE and room(module) not in TIERS
+    ]
+    graph: dict[str, set[str]] = {module: set() for module in sources}
     rooms: dict[str, set[str]] = {room(module): set() for module in sources}
     for module, (text, is_package) in sources.items():
         here = room(module)
-        if module != PACKAGE and here not in TIERS:
-            found.append(f"{module}: the room {here} has no tier")
-        graph[module] = set()
         for used in imports_of(module, text, is_package, set(sources)):
-            where = f"{module}:{used.line} imports {used.target}"
-            top = used.target.split(".")[0]
-            if top == PACKAGE:
-                there = room(used.target)
-                if used.target == f"{PACKAGE}._C" and module != f"{PACKAGE}._native":
-                    found.append(f"{where}: only _native does")
-                elif here in CLOSED and there != here and there not in CLOSED[here]:
-                    found.append(f"{where}: {here} imports nothing of the package but itself")
-                elif module != PACKAGE and TIERS.get(there, 0) > TIERS.get(here, 0):
-                    found.append(f"{where}: the arrow points back")
-                if module == PACKAGE and used.for_types:
-                    continue  # the names of the package, for type checkers
-                if not used.lazy and used.target in sources and used.target != module:
-                    graph[module].add(used.target)
-                if there in rooms and there != here and here:
-                    rooms[here].add(there)
-            elif top in ("tests", "bench", "examples"):
-                found.append(f"{where}: the package stands without them")
-            elif top not in sys.stdlib_module_names:
-                loaded = not used.lazy and not used.for_types
-                if here in CLOSED and top not in CLOSED[here]:
-                    found.append(f"{where}: {here} imports {', '.join(sorted(CLOSED[here]))} only")
-                elif top == "triton" and here != "triton":
-                    found.append(f"{where}: only the triton package does")
-                elif top not in REQUIRED | CLOSED.get(here, set()) and loaded:
-                    found.append(f"{where} when it is loaded: it may not be installed")
+            own, there = used.target.split(".")[0] == PACKAGE, room(used.target)
+            problem = problem_inside(module, used.target) if own else problem_outside(module, used)
+            if problem:
+                found.append(f"{module}:{used.line} imports {used.target}{problem}")
+            if not own or (module == PACKAGE and used.for_types):
+                continue  # the package's names for type checkers are no arrows
+            if not used.lazy and used.target in sources and used.target != module:
+                graph[module].add(used.target)
+            if there in rooms and there != here and here:
+                rooms[here].add(there)
     found += [f"a circle: {' -> '.join(circle)}" for circle in circles(graph)]
     return found or [f"a circle of rooms: {' -> '.join(circle)}" for circle in circles(rooms)]
 
@@ -263,7 +277,7 @@ def test_every_public_name_is_there() -> None:
     for name in logra_kernels._HOMES:
         assert getattr(logra_kernels, name) is not None
     with pytest.raises(AttributeError, match="module 'logra_kernels' has no attribute 'nonsense'"):
-        _ = logra_kernels.nonsense
+        _ = logra_kernels.nonsense  # type: ignore[attr-defined]
 
 
 def test_type_checkers_see_the_names_that_are_there() -> None:

@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +24,12 @@ from logra_kernels.report.render import format_bytes, format_score, preview, sha
 HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'single'"
 
 
-def passage(rank: int, score: float, name: str, **more) -> dict:
+def passage(rank: int, score: float, name: str, **more: Any) -> dict[str, Any]:
     return {"rank": rank, "row": rank, "id": name, "score": score, "text": f"text {name}", **more}
 
 
 @pytest.fixture
-def results() -> dict:
+def results() -> dict[str, Any]:
     tokens = [["The ", 0.5], ["cat ", -0.25], ["sat", 0.05]]
     return {
         "format": FORMAT,
@@ -73,25 +77,25 @@ class Page(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict]] = []
+        self.tags: list[tuple[str, dict[str, Any]]] = []
         self.text = ""
         self.open: list[str] = []
         self.feed(html)
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attributes)))
         if tag not in ("meta", "link", "img", "br"):
             self.open.append(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, f"</{tag}> closes something else"
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if not self.open or self.open[-1] != "style":
             self.text += data
 
 
-def test_page_holds_query_rankings_facts_and_notes(results):
+def test_page_holds_query_rankings_facts_and_notes(results: dict[str, Any]) -> None:
     page = Page(render(results))
     assert page.open == []
     text = " ".join(page.text.split())
@@ -121,7 +125,7 @@ def test_page_holds_query_rankings_facts_and_notes(results):
         assert wanted in text, wanted
 
 
-def test_page_asks_nothing_of_the_network(results):
+def test_page_asks_nothing_of_the_network(results: dict[str, Any]) -> None:
     html = render(results)
     page = Page(html)
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
@@ -130,11 +134,11 @@ def test_page_asks_nothing_of_the_network(results):
     assert policy.startswith("default-src 'none'")
 
 
-def test_everything_from_the_results_is_escaped(results):
+def test_everything_from_the_results_is_escaped(results: dict[str, Any]) -> None:
     tags = [tag for tag, _ in Page(render(results)).tags]
     hostile = copy.deepcopy(results)
 
-    def poison(value, key=None):
+    def poison(value: Any, key: str | None = None) -> Any:
         if isinstance(value, dict):
             return {k: poison(v, k) for k, v in value.items()}
         if isinstance(value, list):
@@ -152,7 +156,7 @@ def test_everything_from_the_results_is_escaped(results):
     assert page.text.count("alert(1)") >= 10
 
 
-def test_shades_follow_sign_and_size():
+def test_shades_follow_sign_and_size() -> None:
     html = str(shade([("up", 1.0), ("half", 0.5), ("none", 0.0), ("down", -1.0), ("<b>", 0.25)]))
     assert '<span class="p8" title="+1.000">up</span>' in html
     assert '<span class="p4" title="+0.500">half</span>none' in html
@@ -160,13 +164,13 @@ def test_shades_follow_sign_and_size():
     assert '<span class="p2" title="+0.250">&lt;b&gt;</span>' in html
 
 
-def test_shown_contributions_keep_their_sum():
+def test_shown_contributions_keep_their_sum() -> None:
     # The first two tokens are parts of one character, the last shows nothing.
     html = str(shade([("", 0.2), ("é", 0.3), ("x", -1.0), ("", 0.5)]))
     assert re.findall(r'title="([^"]*)"', html) == ["+0.500", "−0.500"]
 
 
-def test_all_zero_contributions_are_plain_text():
+def test_all_zero_contributions_are_plain_text() -> None:
     assert str(shade([("a ", 0.0), ("b", 0.0)])) == "a b"
 
 
@@ -182,18 +186,18 @@ def test_all_zero_contributions_are_plain_text():
         (-2.5e9, "−2.50e+09"),
     ],
 )
-def test_scores_are_readable(score, text):
+def test_scores_are_readable(score: float, text: str) -> None:
     assert format_score(score) == text
 
 
-def test_sizes_and_previews_are_readable():
+def test_sizes_and_previews_are_readable() -> None:
     assert format_bytes(999) == "999 B"
     assert format_bytes(22_560_000) == "22.6 MB"
     assert preview({"text": "Cats\n\nThey sit.", "title": "Cats"}, 40) == "They sit."
     assert preview({"text": "a b c d e f"}, 6) == "a b c…"
 
 
-def test_results_survive_the_file(results, tmp_path):
+def test_results_survive_the_file(results: dict[str, Any], tmp_path: Path) -> None:
     write_results(results, tmp_path / "r.json")
     assert read_results(tmp_path / "r.json") == results
     write_report(results, tmp_path / "r.html")
@@ -201,7 +205,7 @@ def test_results_survive_the_file(results, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json"]
 
 
-def test_bad_results_files(results, tmp_path):
+def test_bad_results_files(results: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     with pytest.raises(FileNotFoundError, match="results: no file"):
         read_results(path)
@@ -217,3 +221,60 @@ def test_bad_results_files(results, tmp_path):
     del results["curvature"]
     with pytest.raises(ValueError, match="no key 'curvature', which a report needs"):
         render(results)
+
+
+MALFORMED = [
+    (lambda r: r.update(queries=7), "queries: expected a list, got 7"),
+    (lambda r: r["queries"].append(None), r"queries\[1\]: expected an object, got None"),
+    (lambda r: r["queries"][0].pop("modes"), r"no key 'queries\[0\]\.modes', which a report needs"),
+    (
+        lambda r: r["queries"][0]["modes"][0]["top"][0].update(score="1"),
+        r"queries\[0\]\.modes\[0\]\.top\[0\]\.score: expected a number, got '1'",
+    ),
+    (
+        lambda r: r["queries"][0]["modes"][0]["top"][0].update(score=float("nan")),
+        r"score: expected a number, got nan",
+    ),
+    (
+        lambda r: r["queries"][0]["modes"][0]["top"][0].update(tokens=[["a"]]),
+        r"tokens\[0\]: expected 2 entries, got 1",
+    ),
+    (lambda r: r["store"].update(modules=[]), r"store\.modules: expected at least one, got none"),
+    (
+        lambda r: r["store"].update(projection="p"),
+        r"store\.projection: expected an object, got 'p'",
+    ),
+    (lambda r: r["store"].update(rows=True), r"store\.rows: expected an integer, got True"),
+    (lambda r: r.update(model=None), "model: expected an object, got None"),
+    (lambda r: r.update(notes="n"), "notes: expected a list, got 'n'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MALFORMED)
+def test_results_that_no_query_wrote(
+    results: dict[str, Any], tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    change(results)
+    (tmp_path / "r.json").write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"r\.json: (.*\.)?{message}"):
+        read_results(tmp_path / "r.json")
+
+
+def test_deep_results(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_results(tmp_path / "r.json")
+
+
+def test_nothing_is_written_through_a_link(results: dict[str, Any], tmp_path: Path) -> None:
+    """Neither through one in the page's place, nor through one in its temporary file's."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("r.html", "r.html.tmp", f"r.html.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_report(results, tmp_path / "r.html")
+    (tmp_path / f"r.html.{os.getpid()}.tmp").unlink()
+    write_report(results, tmp_path / "r.html")
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "r.html").is_symlink()

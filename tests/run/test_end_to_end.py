@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from dense_influence import (
@@ -12,10 +17,12 @@ from dense_influence import (
     make_store,
     unpacked,
 )
+from torch import Tensor, nn
 from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, tiny_gpt2
 
 import logra_kernels as logra
-from logra_kernels.attribution import Attributor
+from logra_kernels.attribution import Attributor, InfluenceResult
+from logra_kernels.capture.layers import Layer
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.projection import stored_projections
@@ -23,9 +30,12 @@ from logra_kernels.store import Store
 
 QUERIES = gradients(6, seed=11)
 COUNT = 333
+Batch = tuple[Tensor, Tensor]  # tokens, mask
 
 
-def assert_influence(result, truth: Dense, mode: str, order=None):
+def assert_influence(
+    result: InfluenceResult, truth: Dense, mode: str, order: Tensor | None = None
+) -> None:
     """|error| <= 1e-5 |u||g| over the mode's normaliser, u the preconditioned query.
 
     The scan adds D = 44 float32 products of a rounded u and an exact g: D 2**-24 |u||g| = 3e-6
@@ -41,7 +51,9 @@ def assert_influence(result, truth: Dense, mode: str, order=None):
 @pytest.mark.parametrize("mode", SCAN_MODES)
 @pytest.mark.parametrize("shard_rows", [1, 17, 1000])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_influence_is_eq_3_for_any_shard_size(tmp_path, mode, shard_rows, dtype):
+def test_influence_is_eq_3_for_any_shard_size(
+    tmp_path: Path, mode: str, shard_rows: int, dtype: str
+) -> None:
     count = 30 if shard_rows == 1 else COUNT
     store = make_store(tmp_path / "s", gradients(count), dtype, shard_rows)
     RawCurvature.rebuild(store).save(store)
@@ -51,7 +63,9 @@ def test_influence_is_eq_3_for_any_shard_size(tmp_path, mode, shard_rows, dtype)
 
 @pytest.mark.parametrize("mode", ["dot", "l-relatif"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_influence_does_not_depend_on_the_order_of_the_rows(tmp_path, mode, dtype):
+def test_influence_does_not_depend_on_the_order_of_the_rows(
+    tmp_path: Path, mode: str, dtype: str
+) -> None:
     rows = gradients(COUNT)
     first = make_store(tmp_path / "first", rows, dtype, 50)
     truth = dense(QUERIES, unpacked(first))
@@ -65,7 +79,9 @@ def test_influence_does_not_depend_on_the_order_of_the_rows(tmp_path, mode, dtyp
 
 @pytest.mark.parametrize("kwargs", [{"damping_scale": 1e-3}, {"damping": 1e-2}, {"damping": 5.0}])
 @pytest.mark.parametrize("solver", ["cholesky", "eigh"])
-def test_influence_is_eq_3_for_any_damping(tmp_path, kwargs, solver):
+def test_influence_is_eq_3_for_any_damping(
+    tmp_path: Path, kwargs: dict[str, Any], solver: str
+) -> None:
     store = make_store(tmp_path / "s", gradients(COUNT), "float32", 100)
     attributor = Attributor(store, RawCurvature.rebuild(store), solver=solver, **kwargs)
     truth = dense(QUERIES, unpacked(store), **{"damping_scale": None, **kwargs})
@@ -73,7 +89,7 @@ def test_influence_is_eq_3_for_any_damping(tmp_path, kwargs, solver):
         assert_influence(attributor.scores(QUERIES, mode), truth, mode)
 
 
-def test_float16_against_the_gradients_themselves(tmp_path):
+def test_float16_against_the_gradients_themselves(tmp_path: Path) -> None:
     """What packing costs, with H held fixed.
 
     An element loses 2**-11 of itself, or 2**-25 of the unit its row is packed in, whose largest
@@ -104,17 +120,17 @@ def test_float16_against_the_gradients_themselves(tmp_path):
     assert ((relatif - truth.scores("l-relatif")).abs() <= allowed).all()
 
 
-def gpt2_batches():
+def gpt2_batches() -> tuple[list[Batch], Batch]:
     """Ragged batches, padded on the right and on the left: 46 examples, then the queries' batch."""
     logged = [ragged_batch(61, [12, 3, 7, 9, 5], "right", seed) for seed in range(8)]
     logged.append(ragged_batch(61, [4, 10, 6, 2, 11, 8], "left", 50))
     return logged, ragged_batch(61, [9, 4, 6], "right", 60)
 
 
-def gpt2_truth(model, layers, batches):
+def gpt2_truth(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch]) -> Tensor:
     """Every example's projected gradients by autograd, [N, D] float64."""
     losses = [
-        lambda ids=ids[n : n + 1], mask=mask[n : n + 1]: causal_loss(model, ids, mask)
+        partial(causal_loss, model, ids[n : n + 1], mask[n : n + 1])
         for ids, mask in batches
         for n in range(len(ids))
     ]
@@ -122,7 +138,7 @@ def gpt2_truth(model, layers, batches):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_tiny_gpt2_from_text_to_influence(tmp_path, dtype):
+def test_tiny_gpt2_from_text_to_influence(tmp_path: Path, dtype: str) -> None:
     """A run over ragged batches, then its influence on a query batch; truth is autograd's loop."""
     model = tiny_gpt2(torch.float64)
     run = logra.init(project="gpt2", root_dir=str(tmp_path), dtype=dtype, seed=5)

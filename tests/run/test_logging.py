@@ -8,28 +8,34 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from toy_models import autograd_rows, causal_loss, make_layers, ragged_batch, tiny_llama
-from toy_run import COUNT, RAW, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_models import Mlp, autograd_rows, causal_loss, make_layers, ragged_batch, tiny_llama
+from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
 from tree import SUPPORT
 
 import logra_kernels as logix
 from logra_kernels import Covariance, RawCurvature, Store
+from logra_kernels.integrations.logix.run import LogixRun
 from logra_kernels.run import Config, Run, check_ids
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_float32_store_holds_the_gradients(tmp_path, model, data, rank):
+def test_float32_store_holds_the_gradients(
+    tmp_path: Path, model: nn.Module, data: Data, rank: int | None
+) -> None:
     finished(tmp_path, model, data, rank=rank, dtype="float32")
     store = Store.open(tmp_path / "toy")
     layers = make_layers(model, rank=rank)
     want = autograd_rows(
-        model, layers, [lambda n=n: loss_of(model, data, slice(n, n + 1)) for n in range(COUNT)]
+        model, layers, [partial(loss_of, model, data, slice(n, n + 1)) for n in range(COUNT)]
     )
     got = torch.from_numpy(store.take(range(COUNT)))
     # the batch of five and the batch of one round a chain of some ten products differently
@@ -39,7 +45,9 @@ def test_float32_store_holds_the_gradients(tmp_path, model, data, rank):
     assert store.verify() == []
 
 
-def test_float16_store_loses_half_a_unit_in_the_last_place(tmp_path, model, data):
+def test_float16_store_loses_half_a_unit_in_the_last_place(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     rows = []
@@ -50,15 +58,15 @@ def test_float16_store_loses_half_a_unit_in_the_last_place(tmp_path, model, data
     run.finalize()
     store = Store.open(tmp_path / "toy")
     assert store.dtype == "float16"
-    rows = torch.cat(rows)
+    want = torch.cat(rows)
     got = torch.from_numpy(store.take(range(COUNT)))
     # 2**-11 relative, and fp16's subnormals 39 powers of two below the row's largest element
-    allowed = 2**-11 * rows.abs() + 2**-38 * rows.abs().amax(dim=1, keepdim=True)
-    assert ((got - rows).abs() <= allowed).all()
+    allowed = 2**-11 * want.abs() + 2**-38 * want.abs().amax(dim=1, keepdim=True)
+    assert ((got - want).abs() <= allowed).all()
     assert store.metadata([4]) == [{"number": 4}]
 
 
-def test_exponents_come_from_the_first_row(tmp_path, model, data):
+def test_exponents_come_from_the_first_row(tmp_path: Path, model: nn.Module, data: Data) -> None:
     """So that neither they nor the stored bits depend on the size of the first batch."""
     stores = []
     for size in (1, 5):
@@ -73,7 +81,28 @@ def test_exponents_come_from_the_first_row(tmp_path, model, data):
     assert stores[0].module_exponents == want
 
 
-def test_gradients_beyond_fp16s_range_are_scaled_not_lost(tmp_path, model, data):
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_a_module_that_is_zero_in_the_first_row_is_not_lost(tmp_path: Path, size: float) -> None:
+    """Nor does it push the others out: an expert that the first example does not reach."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"often": torch.nn.Linear(4, 3), "seldom": torch.nn.Linear(3, 2)})
+    x = torch.randn(4, 7)
+    x[0, 4:] = 0
+    run = logix.init("toy", root_dir=str(tmp_path))
+    run.watch(model)
+    run.setup({"save": "grad"})
+    with run(data_id=[0, 1, 2, 3]) as logged:
+        out = model["often"](x[:, :4]).square().sum() + model["seldom"](x[:, 4:]).square().sum()
+        (size * out).backward()
+    run.finalize()
+    stored = torch.from_numpy(Store.open(tmp_path / "toy").take(range(4)))
+    assert torch.allclose(stored / size, logged.rows() / size, rtol=1e-3, atol=1e-6)
+    assert (stored[1:, -6:] != 0).all()
+
+
+def test_gradients_beyond_fp16s_range_are_scaled_not_lost(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     rows = []
@@ -87,7 +116,7 @@ def test_gradients_beyond_fp16s_range_are_scaled_not_lost(tmp_path, model, data)
         assert (row - want).norm() <= 2**-10 * want.norm()
 
 
-def test_start_and_end(tmp_path, model, data):
+def test_start_and_end(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     run.setup({"grad": ["log", "covariance"]})
     run.start(data_id=["a", "b"])
@@ -117,7 +146,9 @@ def test_start_and_end(tmp_path, model, data):
         ({"statistic": {"grad": [Covariance], "forward": [], "backward": []}}, False, True),
     ],
 )
-def test_setup_forms(tmp_path, model, data, options, save, covariance):
+def test_setup_forms(
+    tmp_path: Path, model: nn.Module, data: Data, options: Any, save: bool, covariance: bool
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(options)
     log_all(run, model, data)
@@ -147,13 +178,13 @@ def test_setup_forms(tmp_path, model, data, options, save, covariance):
         (None, "setup: expected a dictionary such as"),
     ],
 )  # fmt: skip
-def test_setup_refuses(tmp_path, model, options, message):
+def test_setup_refuses(tmp_path: Path, model: nn.Module, options: Any, message: str) -> None:
     run = make_run(tmp_path, model)
     with refuse(message):
         run.setup(options)
 
 
-def test_statistic_without_saving(tmp_path, model, data):
+def test_statistic_without_saving(tmp_path: Path, model: nn.Module, data: Data) -> None:
     """The curvature alone is kept, as it would have been with the rows."""
     run = make_run(tmp_path, model)
     run.setup({"statistic": {"grad": Covariance}})
@@ -170,7 +201,7 @@ def test_statistic_without_saving(tmp_path, model, data):
         reader.compute_influence_all()
 
 
-def test_resume_after_a_kill(tmp_path, model, data):
+def test_resume_after_a_kill(tmp_path: Path, model: nn.Module, data: Data) -> None:
     """A process dies after nine rows, two shards of four; the resumed run ends as if it had not."""
     program = f"""
         import os, sys
@@ -214,11 +245,15 @@ def test_resume_after_a_kill(tmp_path, model, data):
     ]
 
 
-def test_resume_refuses_other_weights_rank_or_modules(tmp_path, model, data):
+def test_resume_refuses_other_weights_rank_or_modules(
+    tmp_path: Path, model: Mlp, data: Data
+) -> None:
     finished(tmp_path, model, data)
-    log = lambda run: log_all(run, model, data)  # noqa: E731
 
-    def resumed(rank: int = 3, **options):
+    def log(run: LogixRun) -> None:
+        log_all(run, model, data)
+
+    def resumed(rank: int = 3, **options: Any) -> LogixRun:
         run = make_run(tmp_path, model, rank, resume=True, **options)
         run.setup(RAW)
         return run
@@ -236,7 +271,7 @@ def test_resume_refuses_other_weights_rank_or_modules(tmp_path, model, data):
         log(resumed())
 
 
-def test_a_store_is_not_overwritten(tmp_path, model, data):
+def test_a_store_is_not_overwritten(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
     run = make_run(tmp_path, model)
     run.setup(RAW)
@@ -245,13 +280,13 @@ def test_a_store_is_not_overwritten(tmp_path, model, data):
     assert Store.open(tmp_path / "toy").num_rows == COUNT
 
 
-def test_saving_after_finalize(tmp_path, model, data):
+def test_saving_after_finalize(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = finished(tmp_path, model, data)
     with refuse("was finished; to log queries call eval() first, to add to it", RuntimeError):
         log_all(run, model, data)
 
 
-def test_batch_normalisation_in_training_is_warned_of(tmp_path):
+def test_batch_normalisation_in_training_is_warned_of(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     run = make_run(tmp_path, model, rank=None)
     with pytest.warns(UserWarning, match="mixes the examples of a batch"), run(data_id=[0, 1]):
@@ -264,7 +299,7 @@ def test_batch_normalisation_in_training_is_warned_of(tmp_path):
             model(torch.randn(2, 3)).square().sum().backward()
 
 
-def test_duplicate_ids(tmp_path, model, data):
+def test_duplicate_ids(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     forwards = []
@@ -297,7 +332,7 @@ def test_duplicate_ids(tmp_path, model, data):
         ((str(n) for n in range(2)), ["0", "1"]),
     ],
 )
-def test_ids_come_in_many_forms(given, want):
+def test_ids_come_in_many_forms(given: Any, want: list[str]) -> None:
     assert check_ids(given) == want
 
 
@@ -317,12 +352,12 @@ def test_ids_come_in_many_forms(given, want):
         (torch.tensor(3), "got an array of shape []"),
     ],
 )
-def test_ids_that_are_refused(given, message):
+def test_ids_that_are_refused(given: Any, message: str) -> None:
     with refuse(message):
         check_ids(given)
 
 
-def test_too_few_ids_or_metadata(tmp_path, model, data):
+def test_too_few_ids_or_metadata(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     with refuse("with N = 2 (one per data_id), got [3, 7]"), run(data_id=["a", "b"]):
@@ -333,11 +368,11 @@ def test_too_few_ids_or_metadata(tmp_path, model, data):
         run(data_id=["a", "b"], mask=torch.ones(3, 4))
 
 
-def test_averaged_loss_and_unused_modules(tmp_path, data):
+def test_averaged_loss_and_unused_modules(tmp_path: Path, data: Data) -> None:
     model = nn.ModuleDict({"used": nn.Linear(7, 4), "spare": nn.Linear(7, 4)})
     run = make_run(tmp_path, model, rank=None)
 
-    def step(**options):
+    def step(**options: Any) -> None:
         with run(data_id=[0, 1], **options):
             nn.functional.cross_entropy(model["used"](data[0][:2]), data[1][:2]).backward()
 
@@ -353,7 +388,9 @@ def test_averaged_loss_and_unused_modules(tmp_path, data):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nonfinite_gradients_raise(tmp_path, model, data, value):
+def test_nonfinite_gradients_raise(
+    tmp_path: Path, model: nn.Module, data: Data, value: float
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     data[0][1, 2] = value
@@ -368,7 +405,9 @@ def test_nonfinite_gradients_raise(tmp_path, model, data, value):
     assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "c"]
 
 
-def test_nonfinite_gradients_are_skipped_on_request(tmp_path, model, data):
+def test_nonfinite_gradients_are_skipped_on_request(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model, on_nonfinite="skip")
     run.setup(RAW)
     data[0][1, 2] = torch.nan
@@ -383,7 +422,9 @@ def test_nonfinite_gradients_are_skipped_on_request(tmp_path, model, data):
     assert logix.RawCurvature.load(store).count == 10
 
 
-def test_queries_of_a_finished_store_do_not_reach_its_curvature(tmp_path, model, data):
+def test_queries_of_a_finished_store_do_not_reach_its_curvature(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = finished(tmp_path, model, data)
     message = "statistic: " + str(tmp_path / "toy") + " was finished; to log queries call eval()"
     with refuse(message, RuntimeError), run(data_id=["query"], save=False):
@@ -392,7 +433,9 @@ def test_queries_of_a_finished_store_do_not_reach_its_curvature(tmp_path, model,
     assert RawCurvature.load(Store.open(run.path)).count == COUNT
 
 
-def test_an_error_in_the_users_code_leaves_the_store_good(tmp_path, model, data):
+def test_an_error_in_the_users_code_leaves_the_store_good(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     log_all(run, model, data, size=4)
@@ -404,7 +447,7 @@ def test_an_error_in_the_users_code_leaves_the_store_good(tmp_path, model, data)
     assert store.verify() == []
 
 
-def test_save_is_a_switch(tmp_path, model, data):
+def test_save_is_a_switch(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model)
     run.setup({"grad": ["log"]})
     run.save(True)
@@ -421,7 +464,7 @@ def test_save_is_a_switch(tmp_path, model, data):
     assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "d"]
 
 
-def test_weight_gradients_while_training(tmp_path, model, data):
+def test_weight_gradients_while_training(tmp_path: Path, model: Mlp, data: Data) -> None:
     run = make_run(tmp_path, model, check_weights=False)
     run.setup(RAW)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -436,7 +479,7 @@ def test_weight_gradients_while_training(tmp_path, model, data):
     assert Store.open(tmp_path / "toy").num_rows == 2
 
 
-def test_start_computes_weight_gradients_on_request(tmp_path, model, data):
+def test_start_computes_weight_gradients_on_request(tmp_path: Path, model: Any, data: Data) -> None:
     run = make_run(tmp_path, model, check_weights=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = model.first.weight.clone()
@@ -454,7 +497,9 @@ def test_start_computes_weight_gradients_on_request(tmp_path, model, data):
 
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_step_without_gradients_is_warned_of(tmp_path, model, data, inside, closure):
+def test_a_step_without_gradients_is_warned_of(
+    tmp_path: Path, model: Any, data: Data, inside: Any, closure: Any
+) -> None:
     run = make_run(tmp_path, model)
     optimizer = torch.optim.AdamW(model.parameters())
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
@@ -483,7 +528,7 @@ def test_a_step_without_gradients_is_warned_of(tmp_path, model, data, inside, cl
         step()
 
 
-def test_training_beside_logging_is_not_warned_of(tmp_path, model, data):
+def test_training_beside_logging_is_not_warned_of(tmp_path: Path, model: Any, data: Data) -> None:
     gc.collect()  # of earlier tests' runs
     run = Run("toy", Config(root_dir=str(tmp_path)))
     run.watch(model)
@@ -506,7 +551,9 @@ def test_training_beside_logging_is_not_warned_of(tmp_path, model, data):
     assert len(_global_optimizer_post_hooks) == hooks
 
 
-def test_a_pass_inside_a_pass_of_the_same_model_is_refused(tmp_path, model, data):
+def test_a_pass_inside_a_pass_of_the_same_model_is_refused(
+    tmp_path: Path, model: Any, data: Data
+) -> None:
     run = make_run(tmp_path, model)
     run.setup(RAW)
     nested = refuse("a pass on this model is open already, for data_id a, b; a", RuntimeError)
@@ -523,7 +570,7 @@ def test_a_pass_inside_a_pass_of_the_same_model_is_refused(tmp_path, model, data
     assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "b"]
 
 
-def test_passes_of_two_models_may_be_open_together(tmp_path, model, data):
+def test_passes_of_two_models_may_be_open_together(tmp_path: Path, model: Any, data: Data) -> None:
     other = copy.deepcopy(model)
     runs = [make_run(tmp_path / str(n), m) for n, m in enumerate((model, other))]
     with runs[0](["a"]), runs[1](["b"]):
@@ -543,7 +590,7 @@ def test_passes_of_two_models_may_be_open_together(tmp_path, model, data):
             pass
 
 
-def test_token_scores(tmp_path):
+def test_token_scores(tmp_path: Path) -> None:
     model = tiny_llama()
     ids, mask = ragged_batch(61, [9, 4, 7], "right")
     run = logix.init("toy", root_dir=str(tmp_path))

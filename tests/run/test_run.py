@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from toy_run import COUNT, RAW, log_all, loss_of, refuse
+from torch import Tensor, nn
+from toy_run import COUNT, RAW, Data, log_all, loss_of, refuse
 
 from logra_kernels import Config, Covariance, Run, Store, curvature
 from logra_kernels.curvature import RawCurvature, register_curvature
@@ -14,14 +17,14 @@ from logra_kernels.store import DuplicateIdError
 
 
 @pytest.fixture
-def run(tmp_path, model) -> Run:
+def run(tmp_path: Path, model: nn.Module) -> Run:
     run = Run("toy", Config(root_dir=str(tmp_path)))
     run.watch(model)
     run.add_lora(rank=3)
     return run
 
 
-def test_from_logging_to_influence(run, model, data):
+def test_from_logging_to_influence(run: Run, model: nn.Module, data: Data) -> None:
     run.setup(RAW)
     log_all(run, model, data)
     run.finalize()
@@ -43,13 +46,13 @@ def test_from_logging_to_influence(run, model, data):
         assert not hasattr(run, name), "LogIX's words are LogixRun's"
 
 
-def test_modes_by_default(tmp_path):
+def test_modes_by_default(tmp_path: Path) -> None:
     """A matrix is added up, a ranking is read; what the configuration says holds for both."""
     assert (Config().mode_for(None), Config().mode_for(5)) == ("dot", "l-relatif")
     assert Config(mode="l2").mode_for(None) == Config(mode="l2").mode_for(5) == "l2"
 
 
-def recorder_of(folder, model, setup: Setup) -> Recorder:
+def recorder_of(folder: Path, model: nn.Module, setup: Setup) -> Recorder:
     watched = WatchedLayers.matching(model)
     watched.project(ProjectionSpec(rank=3))
     return Recorder(folder / "store", watched, {}, setup, dtype="float16")
@@ -60,7 +63,7 @@ def logged(*ids: str) -> LoggedRows:
     return LoggedRows(list(ids), torch.randn(len(ids), 27, generator=generator))
 
 
-def test_a_check_changes_nothing(tmp_path, model):
+def test_a_check_changes_nothing(tmp_path: Path, model: nn.Module) -> None:
     recorder = recorder_of(tmp_path, model, Setup(save=True))
     recorder.check(["a"], Setup(save=True, curvature=Covariance.kind))
     assert recorder.curvature is None
@@ -72,7 +75,9 @@ def test_a_check_changes_nothing(tmp_path, model):
     assert recorder.finish().ids.to_pylist() == ["a", "b"]
 
 
-def test_rows_may_be_saved_after_some_were_only_accumulated(tmp_path, model):
+def test_rows_may_be_saved_after_some_were_only_accumulated(
+    tmp_path: Path, model: nn.Module
+) -> None:
     """The exponents come from the first row, whether it was written or not."""
     both = Setup(save=True, curvature=Covariance.kind)
     recorder = recorder_of(tmp_path, model, Setup(curvature=Covariance.kind))
@@ -84,7 +89,9 @@ def test_rows_may_be_saved_after_some_were_only_accumulated(tmp_path, model):
     assert torch.allclose(torch.from_numpy(store.take([0])), logged("c").rows, rtol=2**-10)
 
 
-def test_a_second_kind_of_curvature_is_logged_by_its_name(run, model, data, monkeypatch):
+def test_a_second_kind_of_curvature_is_logged_by_its_name(
+    run: Run, model: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kinds = curvature.base._KINDS
     monkeypatch.setattr(curvature.base, "_KINDS", dict(kinds))
 
@@ -92,7 +99,7 @@ def test_a_second_kind_of_curvature_is_logged_by_its_name(run, model, data, monk
     class Doubled(RawCurvature):
         kind = "doubled"
 
-        def update_finite(self, rows):
+        def update_finite(self, rows: Tensor) -> None:
             super().update_finite(rows * 2)
 
     with refuse("setup: expected one curvature, got doubled and raw"):
@@ -103,12 +110,13 @@ def test_a_second_kind_of_curvature_is_logged_by_its_name(run, model, data, monk
     store = Store.open(run.path)
     assert list(store.curvatures) == ["doubled"]
     raw = RawCurvature.rebuild(store)
+    assert isinstance(run.curvature, Doubled)
     for name, covariance in run.curvature.covariances.items():
         assert torch.allclose(covariance, raw.covariances[name] * 4)
 
 
 @pytest.mark.parametrize("count", [1, 9])
-def test_examples_that_are_not_finite(run, count):
+def test_examples_that_are_not_finite(run: Run, count: int) -> None:
     rows = torch.ones(COUNT, run.layout.dim)
     rows[:count, 10] = torch.inf
     batch = LoggedRows([str(n) for n in range(COUNT)], rows)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from toy_models import Mlp, ragged_batch, tiny_gpt2
-from toy_run import COUNT, RAW, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
 
 import logra_kernels as logix
 from logra_kernels import Store
+from logra_kernels.integrations.logix.run import LogixRun
 from logra_kernels.run import WatchedLayers
 
 
-def test_watch_filters():
+def test_watch_filters() -> None:
     model = tiny_gpt2()
     run = logix.init("toy")
     run.watch(model, name_filter=["mlp"])
@@ -49,18 +53,18 @@ def test_watch_filters():
     with refuse("name_filter: expected a list, got 'mlp'"):
         run.watch(model, name_filter="mlp")
     with refuse("type_filter: expected a list, got <class"):
-        run.watch(model, type_filter=nn.Linear)
+        run.watch(model, type_filter=nn.Linear)  # type: ignore[arg-type]
     with refuse("type_filter: expected a list of classes, got Linear(in_features=2, "):
-        run.watch(model, type_filter=[nn.Linear(2, 2)])
+        run.watch(model, type_filter=[nn.Linear(2, 2)])  # type: ignore[list-item]
     with refuse("name_filter: expected a list of parts of names, got 5 in it"):
-        run.watch(model, name_filter=[5])
+        run.watch(model, name_filter=[5])  # type: ignore[list-item]
     with refuse("name_filter: expected a list, got <generator"):
-        run.watch(model, name_filter=(part for part in ["mlp"]))
+        run.watch(model, name_filter=(part for part in ["mlp"]))  # type: ignore[arg-type]
     with refuse("model: expected an nn.Module, got 'gpt2'"):
-        run.watch("gpt2")
+        run.watch("gpt2")  # type: ignore[arg-type]
 
 
-def test_a_whole_model_is_watched_without_filters(tmp_path):
+def test_a_whole_model_is_watched_without_filters(tmp_path: Path) -> None:
     """As in LogIX's examples: the embedding of positions, [1, T], does not get in the way."""
     model = tiny_gpt2()
     ids, mask = ragged_batch(61, [5, 3, 4, 5], "right")
@@ -74,7 +78,7 @@ def test_a_whole_model_is_watched_without_filters(tmp_path):
     assert names[-1] == "lm_head"
 
 
-def test_a_layer_by_itself_is_a_model(tmp_path):
+def test_a_layer_by_itself_is_a_model(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     run = make_run(tmp_path, model, rank=None)
     with run(data_id=[0]):
@@ -82,10 +86,10 @@ def test_a_layer_by_itself_is_a_model(tmp_path):
     assert list(run.get_log()[1]) == ["model"]
 
 
-def test_model_that_differs_from_the_store(tmp_path, model, data):
+def test_model_that_differs_from_the_store(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
 
-    def opened(other: nn.Module, **filters):
+    def opened(other: nn.Module, **filters: Any) -> LogixRun:
         run = logix.init("toy", root_dir=str(tmp_path))
         run.watch(other, **filters)
         run.initialize_from_log()
@@ -113,7 +117,7 @@ def test_model_that_differs_from_the_store(tmp_path, model, data):
         opened(Mlp())
 
 
-def test_add_lora_that_differs_from_the_store(tmp_path, model, data):
+def test_add_lora_that_differs_from_the_store(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
     for options, message in (
         ({"rank": 2}, "projection.rank[0]: the store has 3, this run has 2"),
@@ -131,7 +135,7 @@ def test_add_lora_that_differs_from_the_store(tmp_path, model, data):
     assert run.influence.compute_influence_all(run.get_log())["influence"].shape == (1, COUNT)
 
 
-def test_watch_after_initialize_from_log(tmp_path, model, data):
+def test_watch_after_initialize_from_log(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
     run = logix.init("toy", root_dir=str(tmp_path))
     run.initialize_from_log()
@@ -145,7 +149,7 @@ def test_watch_after_initialize_from_log(tmp_path, model, data):
     assert run.compute_influence_all()["influence"].shape == (1, COUNT)
 
 
-def test_bias_and_identity_stores_open_again(tmp_path, model, data):
+def test_bias_and_identity_stores_open_again(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = logix.init("toy", root_dir=str(tmp_path))
     run.watch(model, bias=True)
     run.setup(RAW)
@@ -159,7 +163,7 @@ def test_bias_and_identity_stores_open_again(tmp_path, model, data):
     assert reader.compute_influence_all().scores.shape == (1, COUNT)
 
 
-def test_order_of_calls(tmp_path, model, data):
+def test_order_of_calls(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = logix.init("toy", root_dir=str(tmp_path))
     for call in (run.add_lora, lambda: run(data_id=["a"])):
         with refuse("no model is watched; call watch(model, ...) first", RuntimeError):
@@ -176,21 +180,26 @@ def test_order_of_calls(tmp_path, model, data):
         loss_of(model, data, slice(2)).backward()
     with refuse("a context is for one pass", RuntimeError), context:
         pass
-    for call in (run.watch, run.initialize_from_log, run.add_lora):
-        arguments = [model] if call == run.watch else []
+    calls: list[Any] = [partial(run.watch, model), run.initialize_from_log, run.add_lora]
+    for call in calls:
         with refuse("rows are being logged already; call finalize() first", RuntimeError):
-            call(*arguments)
+            call()
     with refuse("rows are still being logged; call finalize() first", RuntimeError):
         run.compute_influence_all(run.get_log())
     logix.finalize()
     assert Store.open(tmp_path / "toy").num_rows == 2
 
 
-def test_wrapped_models_have_the_names_of_what_they_wrap(tmp_path, model, data):
+def test_wrapped_models_have_the_names_of_what_they_wrap(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
     run = finished(tmp_path, model, data)
     inner = copy.deepcopy(model)
-    inner.second = torch.compile(inner.second, backend="eager")
-    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model), inner):
+    compile: Any = partial(
+        torch.compile, backend="eager"
+    )  # to mypy, a compiled module is a function
+    inner.second = compile(inner.second)
+    for wrapped in (compile(model), nn.DataParallel(model), inner):
         reader = logix.init("toy", root_dir=str(tmp_path))
         reader.watch(wrapped)
         with warnings.catch_warnings():
@@ -204,9 +213,9 @@ def test_wrapped_models_have_the_names_of_what_they_wrap(tmp_path, model, data):
     torch.testing.assert_close(scores, run.compute_influence_all().scores, rtol=1e-5, atol=0)
 
 
-def test_a_module_with_a_forward_of_its_own_is_refused_by_name(model):
+def test_a_module_with_a_forward_of_its_own_is_refused_by_name(model: Any) -> None:
     class Doubled(nn.Linear):
-        def forward(self, x):
+        def forward(self, x: Any) -> Any:
             return 2 * super().forward(x)
 
     model.second = Doubled(11, 9)
@@ -218,7 +227,7 @@ def test_a_module_with_a_forward_of_its_own_is_refused_by_name(model):
         WatchedLayers.named(model, ["second"])
 
 
-def test_shared_weights_are_warned_of(model):
+def test_shared_weights_are_warned_of(model: Any) -> None:
     run = logix.init("toy")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

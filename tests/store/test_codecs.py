@@ -111,10 +111,10 @@ def test_a_new_codec_is_written_read_verified_and_scanned(
     assert curvature.checksum == RawCurvature.rebuild(plain).checksum
     queries = gradients(4, seed=1)
     for mode in ("dot", "l-relatif", "l2"):
-        wanted = Attributor(plain, curvature).scores(queries, mode).scores
+        exact = Attributor(plain, curvature).scores(queries, mode).scores
         for reading in ("mapped", "streamed", "resident"):
             got = Attributor(store, curvature, reading=reading, block_rows=7).scores(queries, mode)
-            torch.testing.assert_close(got.scores, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got.scores, exact, rtol=1e-4, atol=1e-5)
     top = Attributor(store, curvature).top_k(queries, 5).top_rows
     assert torch.equal(top, Attributor(plain, curvature).top_k(queries, 5).top_rows)
 

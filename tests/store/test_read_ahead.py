@@ -5,8 +5,9 @@ import os
 import resource
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def all_rows(store: Store) -> np.ndarray:
     return np.concatenate(parts).reshape(-1, store.dim)
 
 
-def read(store: Store, block_rows: int, **options: object) -> np.ndarray:
+def read(store: Store, block_rows: int, **options: Any) -> np.ndarray:
     """Every row, copied out of its block; checks that blocks come in order, and where they lie."""
     parts, expected = [], []
     for index, shard in enumerate(store.shards):
@@ -66,7 +67,7 @@ WAYS = {
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("cold", [True, False])
-def test_every_way_gives_the_rows(tmp_path, dtype, options, cold):
+def test_every_way_gives_the_rows(tmp_path: Path, dtype: str, options: Any, cold: bool) -> None:
     store = wide_store(tmp_path / "s", dtype)
     want = all_rows(store)
     for block_rows in (1, 3, 7, 100):
@@ -76,7 +77,9 @@ def test_every_way_gives_the_rows(tmp_path, dtype, options, cold):
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_large_blocks_in_many_reads(tmp_path, options, monkeypatch):
+def test_large_blocks_in_many_reads(
+    tmp_path: Path, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(read_ahead, "READ_BYTES", 8192)
     for shard_rows in (4, 23):
         store = wide_store(tmp_path / f"s{shard_rows}", shard_rows=shard_rows)
@@ -86,23 +89,23 @@ def test_large_blocks_in_many_reads(tmp_path, options, monkeypatch):
             assert np.array_equal(read(store, block_rows, **options), want)
 
 
-def test_an_empty_store_and_some_shards_only(tmp_path):
+def test_an_empty_store_and_some_shards_only(tmp_path: Path) -> None:
     with StoreWriter.create(tmp_path / "empty", modules=[Module("m", 1, 2)], dtype="float32"):
         pass
     with BlockReader(Store.open(tmp_path / "empty"), 4) as blocks:
         assert list(blocks) == []
     store = wide_store(tmp_path / "s")
     with BlockReader(store, 4, shards=[1, 3]) as blocks:
-        assert [(block.shard, block.start) for block in blocks if block.release() is None] == [
-            (1, 0),
-            (1, 4),
-            (3, 0),
-        ]
+        seen = []
+        for block in blocks:
+            seen.append((block.shard, block.start))
+            block.release()
+    assert seen == [(1, 0), (1, 4), (3, 0)]
     with pytest.raises(StoreError, match="block_rows: expected at least 1, got 0"):
         BlockReader(store, 0)
 
 
-def test_streaming_leaves_the_page_cache_as_it_was(tmp_path):
+def test_streaming_leaves_the_page_cache_as_it_was(tmp_path: Path) -> None:
     store = wide_store(tmp_path / "s", dim=1 << 16, shard_rows=10)  # 3 MB
     if evict(store):
         pytest.skip("this file system keeps its files in memory")
@@ -116,7 +119,9 @@ def test_streaming_leaves_the_page_cache_as_it_was(tmp_path):
     assert sum(cached_bytes(shard.path) for shard in store.shards) == kept
 
 
-def test_without_direct_reads_the_page_cache_is_emptied_behind(tmp_path, monkeypatch):
+def test_without_direct_reads_the_page_cache_is_emptied_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(read_ahead, "_DIRECT", 0)
     store = wide_store(tmp_path / "s", dim=1 << 16, shard_rows=10)
     want = all_rows(store)
@@ -126,10 +131,10 @@ def test_without_direct_reads_the_page_cache_is_emptied_behind(tmp_path, monkeyp
     assert sum(cached_bytes(shard.path) for shard in store.shards) == 0
 
 
-def refuse_direct_open(monkeypatch):
+def refuse_direct_open(monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 
-    def refuse(path, flags, *args):
+    def refuse(path: str, flags: int, *args: Any) -> int:
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument", str(path))
         return real(path, flags, *args)
@@ -137,10 +142,10 @@ def refuse_direct_open(monkeypatch):
     monkeypatch.setattr(os, "open", refuse)
 
 
-def refuse_direct_read(monkeypatch):
+def refuse_direct_read(monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
 
-    def refuse(descriptor, buffers, offset):
+    def refuse(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if oct(int(flags_of(descriptor), 8) & os.O_DIRECT)[2:] != "0":
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(descriptor, buffers, offset)
@@ -154,7 +159,9 @@ def flags_of(descriptor: int) -> str:
 
 
 @pytest.mark.parametrize("refuse", [refuse_direct_open, refuse_direct_read])
-def test_a_file_system_that_refuses_direct_reads(tmp_path, monkeypatch, refuse):
+def test_a_file_system_that_refuses_direct_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[pytest.MonkeyPatch], None]
+) -> None:
     store = wide_store(tmp_path / "s")
     want = all_rows(store)
     evict(store)
@@ -162,7 +169,7 @@ def test_a_file_system_that_refuses_direct_reads(tmp_path, monkeypatch, refuse):
     assert np.array_equal(read(store, 3, in_place=False), want)
 
 
-def test_a_store_in_memory(tmp_path):
+def test_a_store_in_memory(tmp_path: Path) -> None:
     """tmpfs: O_DIRECT is refused, or taken and ignored; pages are always cached."""
     folder = Path("/dev/shm")
     if not os.access(folder, os.W_OK):
@@ -174,14 +181,14 @@ def test_a_store_in_memory(tmp_path):
             assert np.array_equal(read(store, 3, **options), want)
 
 
-def test_short_reads_are_continued(tmp_path, monkeypatch):
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read may give less than it was asked for, also in the middle of a page."""
     store = wide_store(tmp_path / "s")
     want = all_rows(store)
     evict(store)
     real = os.preadv
 
-    def short(descriptor, buffers, offset):
+    def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         (buffer,) = buffers
         return real(descriptor, [buffer[: max(4096, len(buffer) // 8192 * 4096)]], offset)
 
@@ -191,7 +198,7 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("cold", [True, False])
-def test_a_file_cut_short_while_it_is_read(tmp_path, options, cold):
+def test_a_file_cut_short_while_it_is_read(tmp_path: Path, options: Any, cold: bool) -> None:
     store = wide_store(tmp_path / "s")
     for shard in store.shards:
         _ = shard.rows  # mapped before it is cut
@@ -211,7 +218,9 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, options, cold):
 
 
 @pytest.mark.parametrize("options", [{}, {"in_place": False}], ids=["in place", "buffers"])
-def test_an_error_of_the_disk_is_raised_in_the_caller(tmp_path, monkeypatch, options):
+def test_an_error_of_the_disk_is_raised_in_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     store = wide_store(tmp_path / "s")
     evict(store)
     if options == {} and evict(store):
@@ -220,7 +229,7 @@ def test_an_error_of_the_disk_is_raised_in_the_caller(tmp_path, monkeypatch, opt
     bad = store.shards[2].path
     real = os.preadv
 
-    def fail(descriptor, buffers, offset):
+    def fail(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if os.readlink(f"/proc/self/fd/{descriptor}") == str(bad):
             raise OSError(errno.EIO, "Input/output error")
         return real(descriptor, buffers, offset)
@@ -232,7 +241,7 @@ def test_an_error_of_the_disk_is_raised_in_the_caller(tmp_path, monkeypatch, opt
     assert left_behind() == before
 
 
-def test_a_file_that_is_gone(tmp_path):
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
     store = wide_store(tmp_path / "s")
     bad = store.shards[1].path
     bad.unlink()
@@ -241,12 +250,12 @@ def test_a_file_that_is_gone(tmp_path):
         drain(blocks, last=(0, 6))
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path):
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     store = wide_store(tmp_path / "s")
     evict(store)
     before = left_behind()
 
-    def interrupted():
+    def interrupted() -> None:
         with BlockReader(store, 1, in_place=False) as blocks:
             for number, block in enumerate(blocks):
                 if number == 5:
@@ -259,13 +268,15 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     assert left_behind() == before
 
 
-def test_blocks_are_read_before_they_are_asked_for(tmp_path, monkeypatch):
+def test_blocks_are_read_before_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = wide_store(tmp_path / "s", shard_rows=23)
     evict(store)
     begun = threading.Semaphore(0)
     real = os.preadv
 
-    def count(*args):
+    def count(*args: Any) -> int:
         begun.release()
         return real(*args)
 
@@ -278,7 +289,7 @@ def test_blocks_are_read_before_they_are_asked_for(tmp_path, monkeypatch):
         first.release()
 
 
-def test_a_buffer_in_use_is_not_filled_again(tmp_path):
+def test_a_buffer_in_use_is_not_filled_again(tmp_path: Path) -> None:
     store = wide_store(tmp_path / "s", shard_rows=23)
     want = all_rows(store)
     held = []
@@ -298,7 +309,9 @@ def test_a_buffer_in_use_is_not_filled_again(tmp_path):
         assert [block.start for block in keep] == [0, 1, 2, 3]
 
 
-def test_a_file_of_someone_else_is_not_taken_for_cached(tmp_path, monkeypatch):
+def test_a_file_of_someone_else_is_not_taken_for_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a file that it may not write, a process is told that every page is in memory."""
     store = wide_store(tmp_path / "s")
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
@@ -309,19 +322,20 @@ def test_a_file_of_someone_else_is_not_taken_for_cached(tmp_path, monkeypatch):
             block.release()
 
 
-def test_cached_blocks_are_used_in_place(tmp_path):
+def test_cached_blocks_are_used_in_place(tmp_path: Path) -> None:
     with writer_of(tmp_path / "s") as writer:
         append(writer, list(range(8)))
     store = Store.open(tmp_path / "s")
     _ = all_rows(store)
-    with BlockReader(store, 3, allocate=pytest.fail) as blocks:
+    allocate: Any = pytest.fail  # never called
+    with BlockReader(store, 3, allocate=allocate) as blocks:
         for block in blocks:
             assert np.shares_memory(block.rows, store.shards[block.shard].rows)
             block.release()
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_more_shards_than_a_process_may_open_files(tmp_path, options):
+def test_more_shards_than_a_process_may_open_files(tmp_path: Path, options: Any) -> None:
     store = wide_store(tmp_path / "s", shard_rows=1, dim=8)  # 23 shards
     want = all_rows(store)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -193,7 +193,7 @@ BAD_BATCHES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), BAD_BATCHES)
 def test_a_bad_batch_leaves_nothing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    batch = {"ids": [1, 2], "rows": rows_of([1, 2]), "row_scale": scales_of([1, 2])}
+    batch: dict[str, Any] = {"ids": [1, 2], "rows": rows_of([1, 2]), "row_scale": scales_of([1, 2])}
     with writer_of(tmp_path / "s") as writer:
         with pytest.raises(StoreError, match=message):
             writer.append(**{**batch, **change})
@@ -726,13 +726,14 @@ class TestCurvature:
     def test_refuses_bad_input(self, tmp_path: Path) -> None:
         store = full_store(tmp_path)
         good = {"a": np.ones(2)}
-        for name, tensors, meta, message in (
+        bad: list[tuple[str, Any, Any, str]] = [
             ("../raw", good, None, r"name: expected 1 to 64 letters, digits, '-' or '_', got"),
             ("", good, None, r"name: expected 1 to 64 letters"),
             ("raw", {"a": np.ones(2, int)}, None, "'a': expected float32 or float64, got int64"),
             ("raw", {"a": [1.0]}, None, "tensors: 'a': expected a numpy array, got list"),
             ("raw", good, {"x": np.nan}, "meta: cannot be written as JSON"),
-        ):
+        ]
+        for name, tensors, meta, message in bad:
             with pytest.raises(StoreError, match=message):
                 store.save_curvature(name, tensors, meta)
         with pytest.raises(StoreError, match="the store has no curvature 'kfac'; it has raw"):

@@ -128,7 +128,7 @@ def test_golden_store(tmp_path: Path) -> None:
 def test_safetensors_opens_our_tensors(tmp_path: Path) -> None:
     """The header is written here, not by the library: it must agree, byte for byte in the data."""
     store = full_store(tmp_path)
-    tensors = {"c": np.arange(3.0), "a": np.float32([[1, 2]]), "empty": np.zeros((2, 0))}
+    tensors = {"c": np.arange(3.0), "a": np.array([[1, 2]], np.float32), "empty": np.zeros((2, 0))}
     store.save_curvature("mixed", tensors, None)
     path = find(tmp_path, "curvature/mixed-*.safetensors")
     got = safetensors.numpy.load(path.read_bytes())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ def gradients(count: int, seed: int = 0, modules: Sequence[Module] = tuple(MODUL
     """Rows [count, D] float32 with correlated columns and magnitudes over four decades."""
     generator = torch.Generator().manual_seed(seed)
     dim = sum(module.size for module in modules)
-    mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) / dim**0.5
-    size = 10 ** (4 * torch.rand(count, 1, generator=generator) - 2)
+    mix: Tensor = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) / dim**0.5
+    size = torch.pow(10, 4 * torch.rand(count, 1, generator=generator) - 2)
     return size * torch.randn(count, dim, generator=generator) @ mix
 
 
@@ -33,13 +34,14 @@ def make_store(
     dtype: str = "float16",
     shard_rows: int = 1000,
     modules: Sequence[Module] = tuple(MODULES),
-    ids: Sequence[object] | None = None,
+    ids: Sequence[str | int] | None = None,
     resume: bool = False,
+    **options: Any,
 ) -> Store:
     """A store of rows [N, D]; float16 rows are packed with the exponents of their own sizes."""
-    names = [f"row-{i}" for i in range(len(rows))] if ids is None else list(ids)
+    names = [f"row-{i}" for i in range(len(rows))] if ids is None else ids
     with StoreWriter.create(
-        path, modules=modules, dtype=dtype, shard_rows=shard_rows, resume=resume
+        path, modules=modules, dtype=dtype, shard_rows=shard_rows, resume=resume, **options
     ) as writer:
         if dtype == "float32":
             writer.append(names, rows.numpy())
@@ -49,7 +51,9 @@ def make_store(
                 parts = rows.split(sizes, dim=1)
                 largest = [float(part.abs().max()) if len(part) else 0.0 for part in parts]
                 writer.set_module_exponents([int(np.frexp(v)[1]) if v else 0 for v in largest])
-            packed, scale = ops.pack_rows(rows, sizes, writer.module_exponents)
+            exponents = writer.module_exponents
+            assert exponents is not None
+            packed, scale = ops.pack_rows(rows, sizes, exponents)
             writer.append(names, packed.numpy(), scale.numpy())
     return Store.open(path)
 
@@ -86,10 +90,11 @@ class Dense:
 
     @property
     def theta(self) -> Tensor:
-        return self._times_inverse(self.rows).norm(dim=1)  # [N]
+        norm: Tensor = self._times_inverse(self.rows).norm(dim=1)
+        return norm  # [N]
 
     def scores(self, mode: str) -> Tensor:
-        return {
+        modes: dict[str, Callable[[], Tensor]] = {
             "dot": lambda: self.dot,
             "l-relatif": lambda: self.dot / self.sigma.sqrt(),
             "l2": lambda: self.dot - self.sigma / 2,
@@ -97,7 +102,8 @@ class Dense:
             "whitened-cosine": lambda: (
                 self.dot / self.sigma.sqrt() / self.query_sigma.sqrt()[:, None]
             ),
-        }[mode]()
+        }
+        return modes[mode]()
 
     def allowance(self, mode: str) -> Tensor:
         """What 1e-5 is relative to: |u||g| over the mode's normaliser, [Q, N].
@@ -106,13 +112,14 @@ class Dense:
         row's bias in "l2" adds its own.
         """
         size = self.preconditioned.norm(dim=1)[:, None] * self.rows.norm(dim=1)
-        return {
+        modes: dict[str, Callable[[], Tensor]] = {
             "dot": lambda: size,
             "l-relatif": lambda: size / self.sigma.sqrt(),
             "l2": lambda: size + self.sigma / 2,
             "theta-relatif": lambda: size / self.theta,
             "whitened-cosine": lambda: size / self.sigma.sqrt() / self.query_sigma.sqrt()[:, None],
-        }[mode]()
+        }
+        return modes[mode]()
 
     def group(self, members: Sequence[int]) -> Dense:
         """The same with the other modules' gradients set to zero."""

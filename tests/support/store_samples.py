@@ -16,19 +16,22 @@ EXPONENTS = [-3, 5]
 
 def rows_of(ids: list[int], dtype: str = "float16") -> np.ndarray:
     """[n, D]: integers that float16 holds exactly, different in each row and column."""
-    grid = np.add.outer(31 * np.asarray(ids, np.int64), 7 * np.arange(DIM)) % 2039 - 1019
-    return grid.astype(dtype)
+    grid: np.ndarray = np.add.outer(31 * np.asarray(ids, np.int64), 7 * np.arange(DIM))
+    return (grid % 2039 - 1019).astype(dtype)
 
 
 def scales_of(ids: list[int]) -> np.ndarray:
     """[n] float32 powers of two."""
-    return np.ldexp(np.float32(1), np.asarray(ids, np.int32) % 7 - 3)
+    scales: np.ndarray = np.ldexp(np.float32(1), np.asarray(ids, np.int32) % 7 - 3)
+    return scales
 
 
 def unpacked(ids: list[int]) -> np.ndarray:
     """[n, D] float32: what the packed rows mean, by the formula of FORMAT.md."""
-    factors = np.repeat([2.0**value for value in EXPONENTS], [6, 4])  # [D]
-    wide = rows_of(ids).astype(np.float64) * scales_of(ids).astype(np.float64)[:, None] * factors
+    factors: np.ndarray = np.repeat([2.0**value for value in EXPONENTS], [6, 4])  # [D]
+    wide: np.ndarray = (
+        rows_of(ids).astype(np.float64) * scales_of(ids).astype(np.float64)[:, None] * factors
+    )
     return wide.astype(np.float32)
 
 

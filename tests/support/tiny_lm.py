@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ WORDS += ["log", "tree", "and", "then", "it", "was", "very", "happy", "sad", "bi
 WORDS += ["red", "blue", "saw", "ate", "met", "my", "your", "old", "new"]
 
 
-def make_tokenizer():
+def make_tokenizer() -> Any:
     """Byte-level BPE, one token per byte: every text can be encoded."""
     import tokenizers
     import transformers
@@ -31,7 +32,7 @@ def make_model(folder: Path, *, kind: str = "llama", seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     if kind == "llama":
-        config = transformers.LlamaConfig(
+        config: Any = transformers.LlamaConfig(
             vocab_size=258,
             hidden_size=32,
             intermediate_size=48,
@@ -40,7 +41,7 @@ def make_model(folder: Path, *, kind: str = "llama", seed: int = 0) -> Path:
             num_key_value_heads=2,
             max_position_embeddings=256,
         )
-        model = transformers.LlamaForCausalLM(config)
+        model: Any = transformers.LlamaForCausalLM(config)
     else:
         config = transformers.GPT2Config(
             vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=256
@@ -62,7 +63,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     return texts
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """A JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

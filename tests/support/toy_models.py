@@ -103,7 +103,8 @@ def tiny_gpt2(dtype: torch.dtype = torch.float32) -> nn.Module:
         vocab_size=61, n_positions=32, n_embd=24, n_layer=2, n_head=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).to(dtype)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model.to(dtype)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -114,7 +115,8 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
         vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(dtype)
 
 
 class Mlp(nn.Module):
@@ -128,7 +130,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = nn.functional.relu(self.first(x), inplace=True)
-        return self.head(torch.tanh(self.second(hidden)))
+        logits: Tensor = self.head(torch.tanh(self.second(hidden)))
+        return logits
 
 
 class SmallCnn(nn.Module):
@@ -146,7 +149,8 @@ class SmallCnn(nn.Module):
         x = nn.functional.relu(self.plain(x), inplace=True)
         x = torch.tanh(self.same(x))
         x = torch.tanh(self.circular(x))
-        return self.head(torch.tanh(self.grouped(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.head(torch.tanh(self.grouped(x)).mean(dim=(2, 3)))
+        return logits
 
 
 class Recurrent(nn.Module):

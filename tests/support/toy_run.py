@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,35 +13,40 @@ from torch import Tensor, nn
 from toy_models import Mlp
 
 import logra_kernels as logix
-from logra_kernels import Covariance
+from logra_kernels import Covariance, Run
+from logra_kernels.integrations.logix.run import LogixRun
+
+Data = tuple[Tensor, Tensor]  # inputs, classes
 
 COUNT = 12
 RAW = {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}
 
 
-def refuse(message: str, kind: type[Exception] = ValueError):
+def refuse(
+    message: str, kind: type[Exception] = ValueError
+) -> AbstractContextManager[pytest.ExceptionInfo[Exception]]:
     return pytest.raises(kind, match=re.escape(message))
 
 
 @pytest.fixture
-def data() -> tuple[Tensor, Tensor]:
+def data() -> Data:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(COUNT, 7, generator=generator)
     return x, torch.randint(4, (COUNT,), generator=generator)
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model() -> Mlp:
     torch.manual_seed(0)
     return Mlp()
 
 
-def loss_of(model: nn.Module, data: tuple[Tensor, Tensor], part: slice | list[int]) -> Tensor:
+def loss_of(model: nn.Module, data: Data, part: slice | list[int]) -> Tensor:
     x, y = data
     return nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum")
 
 
-def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options):
+def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options: Any) -> LogixRun:
     run = logix.init("toy", root_dir=str(folder), **options)
     run.watch(model)
     if rank is not None:
@@ -47,7 +54,14 @@ def make_run(folder: Path, model: nn.Module, rank: int | None = 3, **options):
     return run
 
 
-def log_all(run, model, data, size: int = 5, order: list[int] | None = None, **call) -> None:
+def log_all(
+    run: Run,
+    model: nn.Module,
+    data: Data,
+    size: int = 5,
+    order: list[int] | None = None,
+    **call: Any,
+) -> None:
     order = list(range(COUNT)) if order is None else order
     for begin in range(0, COUNT, size):
         part = order[begin : begin + size]
@@ -55,13 +69,13 @@ def log_all(run, model, data, size: int = 5, order: list[int] | None = None, **c
             loss_of(model, data, part).backward()
 
 
-def log_queries(run, model, data, part: slice) -> None:
+def log_queries(run: Run, model: nn.Module, data: Data, part: slice) -> None:
     run.eval()
     with run(data_id=[f"query{n}" for n in range(COUNT)[part]]):
         loss_of(model, data, part).backward()
 
 
-def finished(folder: Path, model: nn.Module, data, **options):
+def finished(folder: Path, model: nn.Module, data: Data, **options: Any) -> LogixRun:
     run = make_run(folder, model, **options)
     run.setup(RAW)
     log_all(run, model, data)

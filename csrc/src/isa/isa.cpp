@@ -37,6 +37,14 @@ bool ask_for_amx() {
 }
 #endif
 
+#if LOGRA_HAVE_AVX512_BF16
+Kernels extended(Kernels table, const Bf16Kernels* bf16, const TileKernels* tiles) {
+  table.bf16 = bf16;
+  table.tiles = tiles;
+  return table;
+}
+#endif
+
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
 std::vector<Entry> available() {
   std::vector<Entry> entries = {{Isa::kBaseline, &kBaselineKernels}};
@@ -52,11 +60,7 @@ std::vector<Entry> available() {
 #endif
 #if LOGRA_HAVE_AVX512_BF16
   if (entries.back().isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
-    static const Kernels kernels = [] {
-      Kernels table = kAvx512Kernels;
-      table.bf16 = &kAvx512Bf16Kernels;
-      return table;
-    }();
+    static const Kernels kernels = extended(kAvx512Kernels, &kAvx512Bf16Kernels, nullptr);
     entries.push_back({Isa::kAvx512Bf16, &kernels});
   }
 #endif
@@ -67,11 +71,7 @@ std::vector<Entry> available() {
   static const bool permitted = ask_for_amx();
 #endif
   if (entries.back().isa == Isa::kAvx512Bf16 && permitted) {
-    static const Kernels kernels = [&] {
-      Kernels table = *entries.back().kernels;
-      table.tiles = &kAmxTiles;
-      return table;
-    }();
+    static const Kernels kernels = extended(kAvx512Kernels, &kAvx512Bf16Kernels, &kAmxTiles);
     entries.push_back({Isa::kAmx, &kernels});
   }
 #endif

@@ -49,8 +49,9 @@ struct Vec {
   static Vec load(const float* p) { return {read<Lanes>(p)}; }
   template <class T>
   static Vec load(const T* p) {
-    const auto at = [p](int i) { return to_float(read<T>(p + i)); };
-    return {Lanes{at(0), at(1), at(2), at(3)}};
+    T x[kLanes];
+    __builtin_memcpy(x, p, sizeof x);
+    return {Lanes{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])}};
   }
   // One number in all lanes.
   static Vec repeat(const float* p) { return broadcast(read<float>(p)); }

@@ -221,20 +221,20 @@ class OuterProducts {
     float* const left_copy = scratch;
     float* const right_copy = left_copy + kOuterBlock * left_.copied_floats();
     float* const result = out_ + (range.example * left_.size() + row) * ki;
-    if (!edge_) return add(tokens, range, row, num_rows, left_copy, right_copy, result);
+    if (!edge_) return add_whole(tokens, range, row, num_rows, left_copy, right_copy, result);
     // Rows that end within a vector go through a copy.
     float* const whole = right_copy + kOuterBlock * right_.copied_floats();
     for (std::size_t r = 0; r < num_rows; ++r) {
       std::copy_n(result + r * ki, ki, whole + r * width);
       std::fill(whole + r * width + ki, whole + (r + 1) * width, 0.0f);
     }
-    add(tokens, range, row, num_rows, left_copy, right_copy, whole);
+    add_whole(tokens, range, row, num_rows, left_copy, right_copy, whole);
     for (std::size_t r = 0; r < num_rows; ++r) std::copy_n(whole + r * width, ki, result + r * ki);
   }
 
   /// The same for rows of whole vectors: c [num_rows, right_.width()].
-  void add(const Kept* tokens, const Range& range, std::size_t row, std::size_t num_rows, float* left_copy,
-           float* right_copy, float* c) const {
+  void add_whole(const Kept* tokens, const Range& range, std::size_t row, std::size_t num_rows,
+                 float* left_copy, float* right_copy, float* c) const {
     for (std::size_t t = range.begin; t < range.end; t += kOuterBlock) {
       const std::size_t count = std::min(kOuterBlock, range.end - t);
       const float *a[kOuterBlock], *b[kOuterBlock];

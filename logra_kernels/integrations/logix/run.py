@@ -57,7 +57,8 @@ class LogixRun(Run):
             weight_gradients: bool = False,
             averaged_loss: str | None = None,
             allow_unused: bool | None = None,
-        ) -> LogixPass: ...
+        ) -> LogixPass:
+            """As `Run.__call__`; the pass has LogIX's methods too."""
     else:
 
         def __getattr__(self, name: str) -> Any:
