@@ -15,7 +15,7 @@ GROUPS = Path("/sys/fs/cgroup")
 def evict(store: Store) -> None:
     """Drop the shards from the page cache. Pages that this process has mapped would stay."""
     for shard in store.shards:
-        shard.__dict__.pop("rows", None)
+        shard.__dict__.pop("_rows", None)
         descriptor = os.open(shard.path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)

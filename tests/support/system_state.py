@@ -10,7 +10,7 @@ from logra_kernels.store.maps import cached_bytes
 def evict(store: Store) -> int:
     """Drop the shards from the page cache; the bytes that stayed (a tmpfs keeps all)."""
     for shard in store.shards:
-        shard.__dict__.pop("rows", None)  # pages that a process has mapped stay
+        shard.__dict__.pop("_rows", None)  # pages that a process has mapped stay
         descriptor = os.open(shard.path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
