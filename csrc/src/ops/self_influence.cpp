@@ -14,7 +14,7 @@ namespace {
 constexpr std::size_t kColumnBlock = 512;
 constexpr std::size_t kGroups = 4;
 
-/// How many of n values are left without the zeros at the end; `known` or more.
+/// The number of values up to the last that is not zero, of n; at least `known`.
 std::size_t without_zeros(const float* values, std::size_t n, std::size_t known) {
   constexpr std::size_t kStep = 64;
   const auto bits = [&](std::size_t i) {
@@ -65,7 +65,7 @@ struct Factor {
 /// The rows of a task, transposed a block of columns at a time.
 class Task {
  public:
-  /// Floats of scratch for so many rows, a multiple of the lanes.
+  /// The scratch that `rows` rows need, in floats; rows is a multiple of the lanes.
   static std::size_t floats(const Factor& factor, std::size_t rows) {
     const std::size_t partial =
         factor.cols <= kColumnBlock ? 0 : checked_product(factor.dims.size() * factor.tile_rows, rows);
@@ -95,7 +95,7 @@ class Task {
  private:
   std::size_t group_rows() const { return kernels_.lanes * kernels_.factor.vecs; }
 
-  /// Rows past the last repeat it: they fill a vector.
+  /// Places past the last row repeat it, so that they fill a vector.
   void transpose(std::size_t offset, std::size_t length) {
     const void* pointers[kMostLanes];
     for (std::size_t group = 0; group < padded_; group += group_rows()) {
@@ -133,7 +133,7 @@ class Task {
   float *squares_, *columns_, *partial_;
 };
 
-/// By products on tiles: a row's in the order of the factor.
+/// The squares of products that were made on tiles; a row's products come in the order of the factor.
 void sum_squares(const Products& products, const Matrix& rows, float* out) {
   const int threads = scan_threads(products, rows);
   scan(products, rows, threads, /*rows_together=*/true, [&](const ScanBlock& block, std::size_t) {
@@ -162,7 +162,7 @@ void self_influence(const Matrix& rows, const Matrix& factor, float* out) {
   const std::size_t vectors = ceil_div(rows.rows, kernels.lanes);
   const int threads = num_threads(vectors, static_cast<double>(rows.rows) * static_cast<double>(rows.cols) *
                                                (1.0 + static_cast<double>(factor.rows) / 8.0));
-  // Equal tasks, as many for each thread as it takes for none to be above kGroups groups.
+  // Tasks of equal size, so many for each thread that none is larger than kGroups groups.
   const std::size_t most = kGroups * kernels.factor.vecs;
   const std::size_t share = ceil_div(vectors, static_cast<std::size_t>(threads));
   const std::size_t task_rows = kernels.lanes * ceil_div(share, ceil_div(share, most));

@@ -45,12 +45,12 @@ class Best {
         places_(places) {}
   static std::size_t floats(const Layout& layout) { return layout.scores + layout.worst; }
 
-  /// What is less than this is not among the best.
+  /// A score below this one is not among the best.
   float floor() const { return floor_; }
   std::size_t size() const { return size_; }
   Entry entry(std::size_t i) const { return {scores_[i], ids_[i]}; }
 
-  /// The entries in order, to `sorted`; `ranks` has room for k.
+  /// Writes the entries to `sorted`, best first; `ranks` has room for k.
   void sort(Entry* sorted, std::uint32_t* ranks) const {
     // Few entries are sorted by counting, for each, those that are better; equal ones have to be told apart.
     constexpr std::size_t kFew = 512;
@@ -136,7 +136,7 @@ class Ends {
         limits_.get()[e * padded_ + q] = limit(e % 2 == 0 ? top : bottom, q, e % 2 == 0 ? 1.0f : -1.0f);
   }
 
-  /// Scores of one row; they are scaled in place.
+  /// Offers the scores of one row, which are scaled in place.
   void offer(std::size_t thread, float* scores, std::size_t first_query, std::size_t count,
              const float* scale, const float* bias, std::int64_t id) {
     float* floors = limits_.get() + 2 * thread * padded_ + first_query;
@@ -179,7 +179,7 @@ class Ends {
   }
 
  private:
-  /// What does not beat the last of a full state need not be kept: most rows of a later block.
+  /// A score that does not beat the last one of a full state is not kept: so are most rows of a later block.
   float limit(const Extremes& state, std::size_t q, float sign) const {
     const std::size_t last = q * layout_.k + layout_.k - 1;
     const bool full = state.ids[last] >= 0 && !std::isnan(state.scores[last]);

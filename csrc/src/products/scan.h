@@ -11,7 +11,7 @@
 
 namespace logra {
 
-/// What a thread sees of the products: c[r * stride + q] for the rows first_row + r and the queries
+/// The products that a thread is given: c[r * stride + q] is that of row first_row + r and query
 /// first_query + q.
 struct ScanBlock {
   float* c;
@@ -37,8 +37,8 @@ inline std::size_t scan_row_block(const Products& products, std::size_t num_rows
   return std::min(kRowBlock, kScanTile * std::max<std::size_t>(1, ceil_div(share, kScanTile)));
 }
 
-/// Tasks in shares of consecutive ones, a thread each, because memory is read fastest in long runs; who has
-/// finished its own takes from the others'.
+/// Each thread gets a share of consecutive tasks, because memory is read fastest in long runs. A thread that
+/// has finished its share takes tasks from the others'.
 class Shares {
  public:
   Shares(std::size_t tasks, int threads) : shares_(static_cast<std::size_t>(threads)) {
@@ -63,8 +63,8 @@ class Shares {
   std::vector<Share> shares_;
 };
 
-/// use(block, thread) for every block of rows and queries; a row's blocks of queries come in order, on one
-/// thread, if rows_together.
+/// Calls use(block, thread) for every block of rows and queries. If rows_together, one thread gets all blocks
+/// of a row, in the order of their queries.
 template <class Use>
 void scan(const Products& products, const Matrix& rows, int threads, bool rows_together, const Use& use) {
   const std::size_t query_blocks = products.query_blocks();
