@@ -43,6 +43,7 @@ def test_peak_memory_sees_what_was_freed() -> None:
     program = """
 import time
 import numpy as np
+from bench.harness.memory import PeakMemory
 memory = PeakMemory()
 held = np.ones(64 << 20, np.uint8)
 time.sleep(0.2)  # some samples
