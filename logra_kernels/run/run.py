@@ -197,8 +197,9 @@ class Run:
                 without them an optimizer's step changes nothing, of which a warning tells.
             averaged_loss, allow_unused: the configuration's, unless given here.
 
-        Raises: ValueError for ids or a mask that do not fit, before any computation; RuntimeError
-            on entering it inside a pass that is open on the same model.
+        Raises:
+            ValueError: ids or a mask that do not fit, before any computation.
+            RuntimeError: entered inside a pass that is open on the same model.
         """
         model = self._layers("run(data_id=...)").model
         if not self._warned_of_batch_norm and _mixes_examples(model):
