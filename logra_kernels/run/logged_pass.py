@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from logra_kernels.capture import Capture
+from logra_kernels.capture.layers import row_layout
 from logra_kernels.run.statistic import Setup
-from logra_kernels.store import Module, RowLayout
+from logra_kernels.store import RowLayout
 
 Pass = TypeVar("Pass", bound="LoggedPass")
 
@@ -43,7 +44,7 @@ class LoggedPass:
     @property
     def layout(self) -> RowLayout:
         """The columns of a row."""
-        return RowLayout.of(Module(one.name, one.ko, one.ki) for one in self.capture.layers)
+        return row_layout(self.capture.layers)
 
     def gradients(self) -> dict[str, Tensor]:
         """{module name: G [N, Ko, Ki]}, float32 (float64 for a float64 model).

@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from logra_kernels.capture.layers import Layer, layer_kind, make_layer, plain_name, unwrapped
+from logra_kernels.capture.layers import (
+    Layer,
+    layer_kind,
+    make_layer,
+    plain_name,
+    row_layout,
+    unwrapped,
+)
 from logra_kernels.projection import (
     ModuleProjection,
     ProjectionSpec,
@@ -16,7 +23,7 @@ from logra_kernels.projection import (
     described_widths,
     stored_projections,
 )
-from logra_kernels.store import Module, RowLayout, Store
+from logra_kernels.store import RowLayout, Store
 from logra_kernels.store.manifest import first_difference
 
 
@@ -96,7 +103,7 @@ class WatchedLayers:
     @property
     def layout(self) -> RowLayout:
         """The columns of a row."""
-        return RowLayout.of(Module(layer.name, layer.ko, layer.ki) for layer in self.layers)
+        return row_layout(self.layers)
 
     @property
     def projections(self) -> dict[str, ModuleProjection]:
