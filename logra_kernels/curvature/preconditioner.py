@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels._checks import dtype_name
+from logra_kernels.curvature.whitening import Dense, Plain, Whitening
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.store import Module, RowLayout
 
@@ -90,14 +91,17 @@ class Preconditioner(ABC):
         means = self.mean_eigenvalues
         return [round(power * math.log2(mean)) if mean else 0 for mean in means]
 
-    def scaled_factors(self, norm: str) -> list[Tensor] | None:
-        """Per module W [K, K] float32, such that |2**unit · W g| is the norm; None: W = I.
+    def whitenings(self, norm: str) -> list[Whitening]:
+        """Per module W in units of 2**units(norm)[i], such that |2**unit · W g| is the norm.
 
         norm "sigma": |W g|² = gᵀ(H + λI)⁻¹g; norm "theta": |W g| = |(H + λI)⁻¹g|.
         """
-        work = self._root if norm == "sigma" else self._inverse
         units = self.units(norm)
-        return each_module(len(self.layout), lambda i: (work(i) * 2.0 ** -units[i]).float())
+        return each_module(len(self.layout), lambda i: self._whitening(i, norm, units[i]))
+
+    def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
+        work = self._root if norm == "sigma" else self._inverse
+        return Dense((work(i) * 2.0**-unit).float())
 
     @abstractmethod
     def _solve(self, i: int, columns: Tensor) -> Tensor:
@@ -119,9 +123,8 @@ class IdentityPreconditioner(Preconditioner):
         layout = RowLayout.of(modules)
         super().__init__("none", _key("none", layout.signature), layout, [1.0] * len(layout))
 
-    def scaled_factors(self, norm: str) -> list[Tensor] | None:
-        """None: the norm is |g| itself."""
-        return None
+    def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
+        return Plain()
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         return columns
