@@ -28,6 +28,7 @@ from logra_kernels.capture.gradient_queue import GradientQueue
 from logra_kernels.capture.layers import Call, Layer
 from logra_kernels.capture.loss_reduction import AVERAGED_LOSS, check_summed
 from logra_kernels.capture.token_scores import TokenScores
+from logra_kernels.capture.tokens import Tokens
 
 
 class Capture:
@@ -48,6 +49,7 @@ class Capture:
             being an error.
         averaged_loss: "raise", "warn" or "allow": what a loss that was averaged leads to.
         token_queries: [Q, D], preconditioned queries; asks for `token_scores`.
+        keep_tokens: keep what the rows are made of, for Kronecker factors; asks for `tokens`.
 
     Raises: ValueError for a mask, an input shape, an averaged loss or a number of backward passes
         that does not fit; the message names the module.
@@ -64,6 +66,7 @@ class Capture:
         allow_unused: bool = False,
         averaged_loss: str = "raise",
         token_queries: Tensor | None = None,
+        keep_tokens: bool = False,
     ) -> None:
         if averaged_loss not in AVERAGED_LOSS:
             raise ValueError(
@@ -75,6 +78,7 @@ class Capture:
         self._weight_gradients = weight_gradients
         self._allow_unused = allow_unused
         self._token_scores = None if token_queries is None else TokenScores(token_queries, layers)
+        self.tokens = Tokens() if keep_tokens else None
         self._gradients: dict[str, Tensor] = {}
         self._queue = GradientQueue(self._add_gradients)
         self._called_without_grad: set[str] = set()
@@ -258,6 +262,8 @@ class Capture:
                 self._add_gradients(layer.name, layer.gradients(call, dy))
             if self._token_scores is not None:
                 self._token_scores.add(layer, call, dy)
+            if self.tokens is not None:
+                self.tokens.add(layer, call, dy)
         # The user's loss keeps the graph alive, and with it this hook and the call.
         call.release()
 

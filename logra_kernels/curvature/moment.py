@@ -1,8 +1,9 @@
-"""The sum Σ v vᵀ of vectors that arrive in calls of any size."""
+"""Sums over vectors that arrive in calls of any size, with bits that do not depend on the calls."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -19,39 +20,20 @@ FLOAT64_LARGEST_K = 1024
 HEADROOM_EXPONENT = 8
 
 
-class Moment:
-    """Σ v vᵀ [K, K] over vectors v [K], and their count.
-
-    The vectors are folded in blocks counted from the first one, so that the bits do not depend on
-    how they were split into calls. Only the sum's lower triangle is kept.
+class Folded(ABC):
+    """A sum over vectors v [K]; they are folded into it in blocks counted from the first one.
 
     Args:
         size: K.
-        dtype: of the sum; float64 up to K = 1024 and float32 above, if it is None.
         fold_rows: vectors of a block.
     """
 
-    def __init__(
-        self, size: int, dtype: torch.dtype | None = None, fold_rows: int = FOLD_ROWS
-    ) -> None:
+    def __init__(self, size: int, fold_rows: int = FOLD_ROWS) -> None:
         self.size = size
-        small = size <= FLOAT64_LARGEST_K
-        self.dtype = dtype or (torch.float64 if small else torch.float32)
-        # Allocated by the first block that is not zero: a module without gradients takes no memory.
-        self._sums: Tensor | None = None
-        self._exponent = 0  # the sums are in units of 4**exponent
-        self._folded = 0
         self._fold_rows = fold_rows
+        self._folded = 0
         self._buffer: Tensor | None = None  # [fold_rows, K] float32
         self._buffered = 0
-
-    @classmethod
-    def of(cls, sums: Tensor, exponent: int, count: int, fold_rows: int = FOLD_ROWS) -> Moment:
-        """The moment whose `snapshot` and count these are."""
-        moment = cls(len(sums), sums.dtype, fold_rows)
-        moment._sums = sums if bool(sums.any()) else None
-        moment._exponent, moment._folded = exponent, count
-        return moment
 
     @property
     def count(self) -> int:
@@ -77,6 +59,73 @@ class Moment:
                 self._fold(self._buffer)
                 self._folded += end
                 self._buffered = 0
+
+    @abstractmethod
+    def _fold(self, block: Tensor) -> None:
+        """Add a block [n, K] to the sum."""
+
+
+class Squares(Folded):
+    """Σ v² [K] float64 over vectors v [K], and their count."""
+
+    def __init__(self, size: int, fold_rows: int = FOLD_ROWS) -> None:
+        super().__init__(size, fold_rows)
+        self._sums = torch.zeros(size, dtype=torch.float64)
+
+    def total(self) -> Tensor:
+        """Σ v², [K] float64; the sum itself stays as it is, as in `Moment.snapshot`."""
+        if self._buffer is None or not self._buffered:
+            return self._sums
+        return self._sums + _sum_rows(self._buffer[: self._buffered].double().square())
+
+    def _fold(self, block: Tensor) -> None:
+        self._sums = self._sums + _sum_rows(block.double().square())
+
+
+class Moment(Folded):
+    """Σ v vᵀ [K, K] over vectors v [K], and their count. Only the lower triangle is kept.
+
+    Args:
+        size: K.
+        dtype: of the sum; float64 up to K = 1024 and float32 above, if it is None.
+        fold_rows: vectors of a block.
+    """
+
+    def __init__(
+        self, size: int, dtype: torch.dtype | None = None, fold_rows: int = FOLD_ROWS
+    ) -> None:
+        super().__init__(size, fold_rows)
+        small = size <= FLOAT64_LARGEST_K
+        self.dtype = dtype or (torch.float64 if small else torch.float32)
+        # Allocated by the first block that is not zero: a module without gradients takes no memory.
+        self._sums: Tensor | None = None
+        self._exponent = 0  # the sums are in units of 4**exponent
+
+    @classmethod
+    def of(
+        cls,
+        sums: Tensor,
+        exponent: int,
+        count: int,
+        waiting: Tensor | None = None,
+        fold_rows: int = FOLD_ROWS,
+    ) -> Moment:
+        """The moment of these folded sums; `waiting` [n, K] are vectors that follow them."""
+        moment = cls(len(sums), sums.dtype, fold_rows)
+        moment._sums = sums if bool(sums.any()) else None
+        moment._exponent, moment._folded = exponent, count
+        if waiting is not None:
+            moment.update(waiting)
+        return moment
+
+    @property
+    def folded(self) -> tuple[Tensor, int, int, Tensor]:
+        """What `of` takes: the sums without the vectors that wait, e of their unit, their count."""
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(self.size, self.size, dtype=self.dtype)
+        waiting = torch.empty(0, self.size) if self._buffer is None else self._buffer
+        return sums, self._exponent, self._folded, waiting[: self._buffered].clone()
 
     def merge(self, other: Moment) -> None:
         """Add another moment's sum and count."""
@@ -130,6 +179,16 @@ class Moment:
             self._sums *= 4.0 ** (self._exponent - exponent)
             self._exponent = exponent
         return self._sums
+
+
+def _sum_rows(values: Tensor) -> Tensor:
+    """[n, K] -> [K], halves added to halves."""
+    while len(values) > 1:
+        half = (len(values) + 1) // 2
+        upper = values[half:]
+        values = values[:half].clone()
+        values[: len(upper)] += upper
+    return values[0]
 
 
 def _exponent(block: Tensor) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels._checks import dtype_name
-from logra_kernels.curvature.whitening import Dense, Plain, Whitening
+from logra_kernels.curvature.whitening import Dense, Plain, Rotated, Whitening
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.store import Module, RowLayout
 
@@ -205,11 +205,7 @@ class CholeskyPreconditioner(_OfMatrices):
         if int(info) or smallest <= rounding * float(matrix.diagonal().max()):
             values = torch.linalg.eigvalsh(matrix)
             rank = int((values > rounding * float(values.max())).sum())
-            raise ValueError(
-                f"module '{name}': H + {damping:g} I has rank {rank} of {len(matrix)} and cannot "
-                f"be inverted; give a larger damping (damping_scale={DAMPING_SCALE} is usual), or "
-                "solver='eigh', which takes the pseudo-inverse"
-            )
+            raise ValueError(_singular(name, damping, rank, len(matrix)))
         return factor
 
     def _check(self, i: int) -> None:
@@ -266,6 +262,77 @@ class EigenPreconditioner(_OfMatrices):
 
     def _inverse(self, i: int) -> Tensor:
         return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
+
+
+class KroneckerPreconditioner(Preconditioner):
+    """H = (Q_B ⊗ Q_F) diag(Λ) (Q_B ⊗ Q_F)ᵀ; zero where Λ + λ is rounding.
+
+    Args:
+        kind, checksum: of the curvature.
+        modules: the row's layout.
+        eigenvalues: Λ [Ko, Ki] of each module, float64.
+        bases: (Q_F [Ki, Ki], Q_B [Ko, Ko]) of each module, float64.
+        precisions: relative rounding error of Λ per module.
+        dampings: λ of each module.
+        solver: "cholesky" refuses a singular H + λI, "eigh" takes its pseudo-inverse.
+
+    Raises:
+        ValueError: H + λI of a module is singular, or not finite.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        checksum: str,
+        modules: Sequence[Module],
+        eigenvalues: Sequence[Tensor],
+        bases: Sequence[tuple[Tensor, Tensor]],
+        precisions: Sequence[float],
+        dampings: Sequence[float],
+        solver: str,
+    ) -> None:
+        key = _key(checksum, solver, [damping.hex() for damping in dampings])
+        pairs = list(zip(eigenvalues, dampings, strict=True))
+        means = [float(values.mean()) + damping for values, damping in pairs]
+        super().__init__(kind, key, modules, means, dampings)
+        self._bases = list(bases)
+        self._inverses = []  # 1 / (Λ + λ), [Ko, Ki] each
+        for i, (values, damping) in enumerate(pairs):
+            name, damped = self.layout.names[i], values.clamp(min=0) + damping
+            if not damped.isfinite().all():
+                raise ValueError(f"module '{name}': H is not finite; log the rows again")
+            precision = torch.finfo(torch.float64).eps if damping else precisions[i]
+            kept = damped > self.layout.sizes[i] * precision * damped.max()
+            if solver == "cholesky" and means[i] and not kept.all():
+                raise ValueError(_singular(name, damping, int(kept.sum()), kept.numel()))
+            self._inverses.append(torch.where(kept, 1 / damped, 0.0))
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        into, out = self._bases[i]
+        gradients = columns.T.reshape(-1, len(out), len(into))
+        rotated = out.T @ gradients @ into * self._inverses[i]
+        return (out @ rotated @ into.T).flatten(1).T
+
+    def _root(self, i: int) -> Tensor:
+        into, out = self._bases[i]
+        return self._inverses[i].flatten().sqrt()[:, None] * torch.kron(out.T, into.T)
+
+    def _inverse(self, i: int) -> Tensor:
+        root = self._root(i)
+        return root.T @ root
+
+    def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
+        into, out = self._bases[i]
+        scale = self._inverses[i].sqrt() if norm == "sigma" else self._inverses[i]
+        return Rotated(into.float(), out.float(), (scale * 2.0**-unit).float())
+
+
+def _singular(name: str, damping: float, rank: int, size: int) -> str:
+    return (
+        f"module '{name}': H + {damping:g} I has rank {rank} of {size} and cannot "
+        f"be inverted; give a larger damping (damping_scale={DAMPING_SCALE} is usual), or "
+        "solver='eigh', which takes the pseudo-inverse"
+    )
 
 
 def each_module(count: int, work: Callable[[int], T], flops: float = math.inf) -> list[T]:

@@ -156,7 +156,9 @@ class RawCurvature(Curvature):
                     f"{store.path}: curvature 'raw' of module '{module.name}': "
                     f"expected [{size}, {size}], got {list(sums.shape)}"
                 )
-            curvature._moments[i] = Moment.of(sums, exponents[i], count, curvature.fold_rows)
+            curvature._moments[i] = Moment.of(
+                sums, exponents[i], count, fold_rows=curvature.fold_rows
+            )
         if curvature.checksum != checksum:
             raise ValueError(
                 f"{store.path}: curvature 'raw' does not match its checksum; {rebuild}"

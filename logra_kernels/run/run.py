@@ -74,7 +74,7 @@ class Run:
         self._store: Store | None = None
         self._curvature: Curvature | None = None
         self._attributor: tuple[Any, Attributor] | None = None  # the last one, with its damping
-        self._ids_to_resume: frozenset[str] | None = None
+        self._ids_to_resume: dict[str | None, frozenset[str]] = {}  # by a curvature with tokens
 
     # What to log.
 
@@ -212,16 +212,18 @@ class Run:
         ids = check_ids(data_id)
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
+        setup = self._setup if save is None else replace(self._setup, save=save)
+        kind = setup.curvature
         capture = self._capture(
             len(ids),
             mask,
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
+            keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
-        setup = self._setup if save is None else replace(self._setup, save=save)
         return self.pass_type(capture, ids, metadata, setup, self._enter, self._leave)
 
     def start(
@@ -341,7 +343,8 @@ class Run:
         if self._curvature is None:
             store = self.store
             saved = {kind: held["rows"] for kind, held in store.curvatures.items()}
-            whole = [k for k in kinds() if k in saved and store.num_rows in (0, saved[k])]
+            names = (CURVATURE, *kinds())
+            whole = [k for k in names if k in saved and store.num_rows in (0, saved[k])]
             if whole:
                 self._curvature = curvature_kind(whole[0]).load(store)
             else:
@@ -454,7 +457,9 @@ class Run:
         self._inside.remove(left)
         if not succeeded:
             return
-        logged = LoggedRows(left.ids, left.capture.rows().detach(), left.metadata)
+        capture, places = left.capture, range(len(left.ids))
+        rows = capture.rows().detach()
+        logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
         if left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
@@ -484,12 +489,18 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        if self._ids_to_resume is None:
+        kind = self._setup.curvature
+        if kind is not None and curvature_kind(kind).tokens is None:
+            kind = None
+        if kind not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():
                 store = Store.open(self.path)
-            self._ids_to_resume = frozenset(store.ids.to_pylist() if store is not None else ())
-        return self._ids_to_resume
+            ids = [] if store is None else store.ids.to_pylist()
+            if store is not None and kind is not None:  # the others must be passed again
+                ids = ids[: store.curvatures[kind]["rows"] if kind in store.curvatures else 0]
+            self._ids_to_resume[kind] = frozenset(ids)
+        return self._ids_to_resume[kind]
 
     def _use(self, store: Store, curvature: Curvature | None = None) -> None:
         self._store, self._curvature, self._attributor = store, curvature, None

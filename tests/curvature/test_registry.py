@@ -105,7 +105,7 @@ def test_a_second_kind_works_from_the_store_to_the_scores(
     """Found by name, by what the store holds, as an object, and as a preconditioner."""
     curvature = diagonal.rebuild(store)
     curvature.save(store)
-    assert kinds() == ("raw", "diagonal")
+    assert {"raw", "diagonal"} < set(kinds())
     truth = dot_under_the_diagonal(store)
     for given in (None, "diagonal", curvature, curvature.damped()):
         attributor = Attributor(store, given)
@@ -146,5 +146,5 @@ def test_names_are_taken_once(diagonal: type[Diagonal]) -> None:
         with pytest.raises(ValueError, match=f"kind: the name '{taken}' is taken"):
             register_curvature(type("Other", (Diagonal,), {"kind": taken}))
     assert curvature_kind("raw") is RawCurvature
-    with pytest.raises(ValueError, match="curvature: expected one of raw, diagonal, got 'kfac'"):
-        curvature_kind("kfac")
+    with pytest.raises(ValueError, match="raw, diagonal, got 'newton'"):
+        curvature_kind("newton")
