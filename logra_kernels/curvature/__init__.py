@@ -9,6 +9,7 @@ from logra_kernels.curvature.base import (
     register_curvature,
 )
 from logra_kernels.curvature.damping import check_damping
+from logra_kernels.curvature.diagonal import DiagonalCurvature
 from logra_kernels.curvature.kronecker import (
     EcShampooCurvature,
     EkfacCurvature,
@@ -22,6 +23,7 @@ from logra_kernels.curvature.raw import RawCurvature
 
 __all__ = [
     "Curvature",
+    "DiagonalCurvature",
     "EcShampooCurvature",
     "EkfacCurvature",
     "EkfacReduceCurvature",

@@ -236,16 +236,11 @@ class KroneckerCurvature(Curvature):
     def _preconditioner(
         self, means: Sequence[float], dampings: Sequence[float], solver: str
     ) -> Preconditioner:
-        precisions = [torch.finfo(pair[0].dtype).eps for pair in self._moments]
+        precision = max(torch.finfo(pair[0].dtype).eps for pair in self._moments)
+        values = list(self.eigenvalues.values())
         return KroneckerPreconditioner(
-            self.kind,
-            self.checksum,
-            self.layout,
-            list(self.eigenvalues.values()),
             [(into, out) for _, into, _, out in self._eigenbases()],
-            precisions,
-            dampings,
-            solver,
+            *(self.kind, self.checksum, self.layout, values, dampings, solver, precision),
         )
 
     def _eigenbases(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

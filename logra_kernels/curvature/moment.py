@@ -72,6 +72,18 @@ class Squares(Folded):
         super().__init__(size, fold_rows)
         self._sums = torch.zeros(size, dtype=torch.float64)
 
+    @classmethod
+    def of(cls, sums: Tensor, count: int) -> Squares:
+        """The squares whose `total` and count these are."""
+        squares = cls(len(sums))
+        squares._sums, squares._folded = sums.double(), count
+        return squares
+
+    def merge(self, other: Squares) -> None:
+        """Add another's sum and count."""
+        self._sums = self._sums + other.total()
+        self._folded += other.count
+
     def total(self) -> Tensor:
         """Σ v², [K] float64; the sum itself stays as it is, as in `Moment.snapshot`."""
         if self._buffer is None or not self._buffered:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels._checks import dtype_name
-from logra_kernels.curvature.whitening import Dense, Plain, Rotated, Whitening
+from logra_kernels.curvature.whitening import Dense, Plain, Rotated, Scaled, Whitening
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.store import Module, RowLayout
 
@@ -264,17 +264,16 @@ class EigenPreconditioner(_OfMatrices):
         return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
 
 
-class KroneckerPreconditioner(Preconditioner):
-    """H = (Q_B ⊗ Q_F) diag(Λ) (Q_B ⊗ Q_F)ᵀ; zero where Λ + λ is rounding.
+class DiagonalPreconditioner(Preconditioner):
+    """H = diag(Λ), so that W = diag((Λ + λ)^(-1/2)); zero where Λ + λ is rounding.
 
     Args:
         kind, checksum: of the curvature.
         modules: the row's layout.
-        eigenvalues: Λ [Ko, Ki] of each module, float64.
-        bases: (Q_F [Ki, Ki], Q_B [Ko, Ko]) of each module, float64.
-        precisions: relative rounding error of Λ per module.
+        eigenvalues: Λ of each module, float64, of the shape of its gradient or flat.
         dampings: λ of each module.
         solver: "cholesky" refuses a singular H + λI, "eigh" takes its pseudo-inverse.
+        precision: relative rounding error of Λ.
 
     Raises:
         ValueError: H + λI of a module is singular, or not finite.
@@ -286,26 +285,54 @@ class KroneckerPreconditioner(Preconditioner):
         checksum: str,
         modules: Sequence[Module],
         eigenvalues: Sequence[Tensor],
-        bases: Sequence[tuple[Tensor, Tensor]],
-        precisions: Sequence[float],
         dampings: Sequence[float],
         solver: str,
+        precision: float = torch.finfo(torch.float64).eps,
     ) -> None:
         key = _key(checksum, solver, [damping.hex() for damping in dampings])
         pairs = list(zip(eigenvalues, dampings, strict=True))
         means = [float(values.mean()) + damping for values, damping in pairs]
         super().__init__(kind, key, modules, means, dampings)
-        self._bases = list(bases)
-        self._inverses = []  # 1 / (Λ + λ), [Ko, Ki] each
+        self._inverses = []  # 1 / (Λ + λ), float64
         for i, (values, damping) in enumerate(pairs):
             name, damped = self.layout.names[i], values.clamp(min=0) + damping
             if not damped.isfinite().all():
                 raise ValueError(f"module '{name}': H is not finite; log the rows again")
-            precision = torch.finfo(torch.float64).eps if damping else precisions[i]
-            kept = damped > self.layout.sizes[i] * precision * damped.max()
+            rounding = torch.finfo(torch.float64).eps if damping else precision
+            kept = damped > self.layout.sizes[i] * rounding * damped.max()
             if solver == "cholesky" and means[i] and not kept.all():
                 raise ValueError(_singular(name, damping, int(kept.sum()), kept.numel()))
             self._inverses.append(torch.where(kept, 1 / damped, 0.0))
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        return self._inverses[i].flatten()[:, None] * columns
+
+    def _root(self, i: int) -> Tensor:
+        return self._inverses[i].flatten().sqrt().diag()
+
+    def _inverse(self, i: int) -> Tensor:
+        return self._inverses[i].flatten().diag()
+
+    def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
+        return Scaled(self._scale(i, norm, unit).flatten())
+
+    def _scale(self, i: int, norm: str, unit: int) -> Tensor:
+        """W in the eigenbasis, in units of 2**unit, float32."""
+        scale = self._inverses[i].sqrt() if norm == "sigma" else self._inverses[i]
+        return (scale * 2.0**-unit).float()
+
+
+class KroneckerPreconditioner(DiagonalPreconditioner):
+    """H = (Q_B ⊗ Q_F) diag(Λ) (Q_B ⊗ Q_F)ᵀ.
+
+    Args:
+        bases: (Q_F [Ki, Ki], Q_B [Ko, Ko]) of each module, float64.
+        others: as `DiagonalPreconditioner` takes them, with Λ [Ko, Ki].
+    """
+
+    def __init__(self, bases: Sequence[tuple[Tensor, Tensor]], *others: Any) -> None:
+        super().__init__(*others)
+        self._bases = list(bases)
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         into, out = self._bases[i]
@@ -315,7 +342,7 @@ class KroneckerPreconditioner(Preconditioner):
 
     def _root(self, i: int) -> Tensor:
         into, out = self._bases[i]
-        return self._inverses[i].flatten().sqrt()[:, None] * torch.kron(out.T, into.T)
+        return super()._root(i).diagonal()[:, None] * torch.kron(out.T, into.T)
 
     def _inverse(self, i: int) -> Tensor:
         root = self._root(i)
@@ -323,8 +350,7 @@ class KroneckerPreconditioner(Preconditioner):
 
     def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
         into, out = self._bases[i]
-        scale = self._inverses[i].sqrt() if norm == "sigma" else self._inverses[i]
-        return Rotated(into.float(), out.float(), (scale * 2.0**-unit).float())
+        return Rotated(into.float(), out.float(), self._scale(i, norm, unit))
 
 
 def _singular(name: str, damping: float, rank: int, size: int) -> str:

@@ -38,6 +38,26 @@ class Plain(Whitening):
         return _sum_columns(columns.float().square())
 
 
+class Scaled(Whitening):
+    """W = diag(scale), scale [K] float32."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self._scale = scale
+
+    def squares(self, columns: Tensor) -> Tensor:
+        """|scale ∘ g|², [R] float32."""
+        return _sum_columns((columns.float() * self._scale).square())
+
+    def to(self, device: torch.device) -> Scaled:
+        """The same on a device."""
+        return Scaled(self._scale.to(device))
+
+    @property
+    def silent(self) -> bool:
+        """Whether the scale is zero."""
+        return not bool(self._scale.any())
+
+
 class Dense(Whitening):
     """Any W [K, K] float32."""
 
