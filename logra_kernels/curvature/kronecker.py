@@ -119,6 +119,11 @@ class KroneckerCurvature(Curvature):
         return {name: (_mean(f), _mean(b)) for name, (f, b) in each}
 
     @property
+    def bases(self) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """{module name: (Λ_F [Ki], Q_F [Ki, Ki], Λ_B [Ko], Q_B [Ko, Ko])}, float64, ascending."""
+        return dict(zip(self.layout.names, self._eigenbases(), strict=True))
+
+    @property
     def eigenvalues(self) -> dict[str, Tensor]:
         """{module name: Λ [Ko, Ki]}, float64, in the eigenbases of ascending eigenvalues.
 

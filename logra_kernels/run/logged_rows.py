@@ -37,7 +37,7 @@ class LoggedRows:
             self.rows[list(places)],
             None if self.metadata is None else [self.metadata[place] for place in places],
             self.tokens,
-            [self.places[place] for place in places] if self.tokens else (),
+            [self.places[place] for place in places] if self.places else (),
         )
 
 

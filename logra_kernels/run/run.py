@@ -13,7 +13,7 @@ run.finalize()
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.run.config import Config
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
+from logra_kernels.run.pilot import Pilot
 from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup
 from logra_kernels.run.untrained_steps import UntrainedSteps
@@ -66,6 +67,7 @@ class Run:
         self._setup = Setup()
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
+        self._pilot: Pilot | None = None  # while its passes run
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
         self._untrained_steps = UntrainedSteps()
@@ -149,6 +151,52 @@ class Run:
         self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
         self._layers("add_lora").project(self.config.projection)
 
+    def pilot(
+        self,
+        init: str = "eigen",
+        *,
+        coordinates: int | None = None,
+        rank: int | tuple[int, int] | None = None,
+    ) -> Iterator[int]:
+        """Make the projection from the model's own activations: one pass or two over some examples.
+
+            for _ in run.pilot("eigen", coordinates=32768):
+                for batch in pilot_batches:                # 5 to 10 % of the data
+                    with run(data_id=..., mask=...):
+                        loss_of(model, batch).backward()
+
+        Nothing is stored meanwhile. After the loop the watched layers have the projection, in
+        place of what add_lora would give them.
+
+        Args:
+            init: "eigen": the eigenbasis of the activations' and output gradients' moments, of
+                which a row holds the D most telling coordinates; two passes. "pca": the first K
+                eigenvectors of each side (§3.2); one pass.
+            coordinates: of "eigen": D, over all modules.
+            rank: of "pca": K, or (rank_out, rank_in).
+
+        Raises:
+            ValueError: another init, an option that is missing or not its own.
+            RuntimeError: no model is watched, rows are being logged, a store was opened, or no
+                example was passed.
+        """
+        self._refuse_while_logging("pilot")
+        if self._store is not None:
+            raise RuntimeError("pilot: the projection is the store's, which was opened already")
+        watched = self._layers("pilot")
+        pilot = self._pilot = Pilot(watched, init, rank, coordinates)
+        done = False
+        try:
+            for number in range(pilot.passes):
+                yield number
+                pilot.end_pass()
+            done = True
+        finally:
+            self._pilot = None
+            if not done:
+                pilot.give_up()
+        watched.project(pilot.projection())
+
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
 
@@ -213,6 +261,8 @@ class Run:
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
         setup = self._setup if save is None else replace(self._setup, save=save)
+        if self._pilot is not None:
+            setup = Setup()
         kind = setup.curvature
         capture = self._capture(
             len(ids),
@@ -221,6 +271,7 @@ class Run:
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
             keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
+            tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -458,6 +509,9 @@ class Run:
         if not succeeded:
             return
         capture, places = left.capture, range(len(left.ids))
+        if self._pilot is not None:
+            self._pilot.add(capture, left.ids, self._finite)
+            return
         rows = capture.rows().detach()
         logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
