@@ -77,16 +77,20 @@ def pca(bases: Mapping[str, Basis], rank: Rank, examples: int) -> PilotProjectio
     return PilotProjection(corners, described)
 
 
-def block_sides(widths: tuple[int, int], coordinates: int, modules: int) -> tuple[int, int]:
-    """(rank_out, rank_in) of the block in which a module's coordinates are chosen.
+def corner_sides(widths: Widths, coordinates: int) -> dict[str, tuple[int, int]]:
+    """{module name: (rank_out, rank_in)} of the corners in which the coordinates are chosen.
 
     Args:
-        widths: (I, O) of the module.
+        widths: {module name: (I, O)}.
         coordinates: D, over all modules.
-        modules: their number.
     """
-    side = max(SMALLEST_BLOCK, BLOCK_SIDES * math.ceil(math.sqrt(coordinates / modules)))
-    return min(side, widths[1]), min(side, widths[0])
+    side = max(SMALLEST_BLOCK, BLOCK_SIDES * math.ceil(math.sqrt(coordinates / len(widths))))
+    while True:
+        sides = {name: (min(side, o), min(side, i)) for name, (i, o) in widths.items()}
+        held = sum(rank_out * rank_in for rank_out, rank_in in sides.values())
+        if held >= coordinates or side >= max(max(pair) for pair in widths.values()):
+            return sides
+        side *= 2
 
 
 def staircase(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from logra_kernels.capture import Capture
 from logra_kernels.curvature import KfacCurvature
 from logra_kernels.curvature.moment import Squares
 from logra_kernels.projection import PILOTED, ModuleProjection, PilotProjection
-from logra_kernels.projection.pilot import Basis, block_sides, pca, staircase
+from logra_kernels.projection.pilot import Basis, corner_sides, pca, staircase
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout
@@ -53,7 +55,7 @@ class Pilot:
         watched.give({name: ModuleProjection(*widths) for name, widths in whole.items()})
         self._widths = whole
         self._moments = KfacCurvature([Module(name, o, i) for name, (i, o) in whole.items()])
-        self._energy = dict.fromkeys(whole, 0.0)  # Σ ‖dL/dW‖² of each module
+        self._energies: dict[str, list[float]] = {name: [] for name in whole}  # ‖dL/dW‖² [N]
         self._bases: dict[str, Basis] = {}
         self._squares: Squares | None = None
         self._corners: dict[str, ModuleProjection] = {}
@@ -85,7 +87,7 @@ class Pilot:
         kept = finite.check(LoggedRows(ids, squares, places=range(len(ids))), single)
         for i, name in enumerate(self._widths):
             self._moments.update_tokens(i, *tokens.of(name, "expand", kept.places))
-            self._energy[name] += float(kept.rows[:, i].sum())
+            self._energies[name] += kept.rows[:, i].tolist()
         self._moments.update(kept.rows)
 
     def end_pass(self) -> None:
@@ -100,9 +102,7 @@ class Pilot:
                 self._bases[name] = Basis(into.flip(1), out.flip(1))
         if self.number == 0 and self.passes == 2:
             assert self._coordinates is not None
-            count = len(self._widths)
-            for name, widths in self._widths.items():
-                sides = block_sides(widths, self._coordinates, count)
+            for name, sides in corner_sides(self._widths, self._coordinates).items():
                 self._corners[name] = self._bases[name].corner(*sides)
             self._watched.give(self._corners)
             self._squares = Squares(self._watched.layout.dim)
@@ -118,7 +118,7 @@ class Pilot:
         layout = RowLayout.of(Module(n, c.ko, c.ki) for n, c in self._corners.items())
         parts = layout.split(self._squares.total()[None] / self._squares.count)
         values = {m.name: p.view(m.ko, m.ki) for m, p in zip(layout, parts, strict=True)}
-        energies = {name: energy / count for name, energy in self._energy.items()}
+        energies = {name: math.fsum(each) / count for name, each in self._energies.items()}
         return staircase(self._bases, values, energies, self._coordinates, count)
 
     def give_up(self) -> None:

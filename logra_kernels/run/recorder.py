@@ -56,6 +56,7 @@ class Recorder:
         resume: bool = False,
     ) -> None:
         self._layout = watched.layout
+        self._chosen = any(p.coordinates is not None for p in watched.projections.values())
         self._writer = StoreWriter.create(
             path,
             modules=self._layout,
@@ -177,6 +178,11 @@ class Recorder:
 
     def _curvature_so_far(self, kind: str) -> Curvature:
         found = curvature_kind(kind)
+        if found.tokens is not None and self._chosen:
+            raise ValueError(
+                f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
+                "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
+            )
         if self._resumed:
             store = Store.open(self._writer.path)
             if found.tokens is None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from dense_influence import Dense, unpacked
+from summed_losses import COUNT, SAMPLES, gpt, log, watch
 from torch import Tensor, nn
-from toy_models import Mlp, SmallCnn, causal_loss, ragged_batch, tiny_gpt2
 
 import logra_kernels as logra
 from logra_kernels import Run
@@ -20,65 +19,9 @@ from logra_kernels.curvature import KroneckerCurvature, curvature_kind, kinds
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.store import Store
 
-COUNT = 9
 KINDS = [kind for kind in kinds() if issubclass(curvature_kind(kind), KroneckerCurvature)]
 
-Losses = Callable[[nn.Module, Sequence[int]], Tensor]  # the summed loss of some examples
 Tokens = dict[str, list[tuple[Tensor, Tensor]]]  # {module: (P_i x [T, Ki], P_o dy [T, Ko])}
-
-
-def mlp() -> tuple[nn.Module, Losses, Tensor | None]:
-    torch.manual_seed(0)
-    x, y = torch.randn(COUNT, 7), torch.randint(4, (COUNT,))
-
-    def loss(model: nn.Module, part: Sequence[int]) -> Tensor:
-        dtype = next(model.parameters()).dtype
-        logits = model(x[list(part)].to(dtype))
-        return nn.functional.cross_entropy(logits, y[list(part)], reduction="sum")
-
-    return Mlp(), loss, None
-
-
-def cnn() -> tuple[nn.Module, Losses, Tensor | None]:
-    torch.manual_seed(0)
-    x, y = torch.randn(COUNT, 2, 9, 9), torch.randint(3, (COUNT,))
-
-    def loss(model: nn.Module, part: Sequence[int]) -> Tensor:
-        dtype = next(model.parameters()).dtype
-        logits = model(x[list(part)].to(dtype))
-        return nn.functional.cross_entropy(logits, y[list(part)], reduction="sum")
-
-    model = SmallCnn()
-    model.grouped = nn.Conv2d(8, 12, 3)  # a grouped convolution has factors for each group
-    return model, loss, None
-
-
-def gpt() -> tuple[nn.Module, Losses, Tensor | None]:
-    ids, mask = ragged_batch(61, [5, 9, 2, 7, 9, 3, 8, 6, 4], "right")
-
-    def loss(model: nn.Module, part: Sequence[int]) -> Tensor:
-        return causal_loss(model, ids[list(part)], mask[list(part)])
-
-    return tiny_gpt2(), loss, mask
-
-
-MODELS = [mlp, cnn, gpt]
-PARTS = {"mlp": None, "cnn": ["plain", "same", "grouped", "head"], "gpt": ["mlp"]}
-
-
-def watch(run: Run, model: nn.Module, name: str, rank: int | None, bias: bool) -> None:
-    run.watch(model, name_filter=PARTS[name], bias=bias)
-    if rank is not None:
-        run.add_lora(rank=rank)
-
-
-def log(
-    run: Run, model: nn.Module, loss: Losses, mask: Tensor | None, batch: int, begin: int = 0
-) -> None:
-    for start in range(begin, COUNT, batch):
-        part = range(start, min(start + batch, COUNT))
-        with run([f"row{n}" for n in part], None if mask is None else mask[list(part)]):
-            loss(model, part).backward()
 
 
 def logged(
@@ -90,7 +33,7 @@ def logged(
     bias: bool = True,
     dtype: str = "float32",
 ) -> Run:
-    model, loss, mask = globals()[name]()
+    model, loss, mask = SAMPLES[name]()
     run = Run("toy", logra.Config(root_dir=str(folder), dtype=dtype))
     watch(run, model, name, rank, bias)
     run.setup({"save": "grad", "statistic": kind})
@@ -101,7 +44,7 @@ def logged(
 
 def tokens_of(run: Run, name: str) -> list[Tokens]:
     """What each example's tokens that count are, in float64, by hooks of the test's own."""
-    _, loss, mask = globals()[name]()
+    _, loss, mask = SAMPLES[name]()
     watched = run._watched
     assert watched is not None
     model = watched.model.double()

@@ -146,5 +146,5 @@ def test_names_are_taken_once(diagonal: type[Diagonal]) -> None:
         with pytest.raises(ValueError, match=f"kind: the name '{taken}' is taken"):
             register_curvature(type("Other", (Diagonal,), {"kind": taken}))
     assert curvature_kind("raw") is RawCurvature
-    with pytest.raises(ValueError, match="raw, .*toy, got 'newton'"):
+    with pytest.raises(ValueError, match=r"raw, .*toy, got 'newton'"):
         curvature_kind("newton")
