@@ -36,6 +36,7 @@ TIERS = {
     "attribution": 4,
     "run": 5,
     "lm": 6,
+    "evaluation": 6,
     "report": 6,
     "integrations": 6,
     "demo": 7,
