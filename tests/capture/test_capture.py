@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from refusals import refuse
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import (
@@ -24,6 +24,7 @@ from toy_models import (
     Mlp,
     Recurrent,
     SmallCnn,
+    capture_rows,
     causal_loss,
     make_layers,
     ragged_batch,
@@ -32,7 +33,6 @@ from toy_models import (
 )
 
 from logra_kernels.capture import Capture
-from logra_kernels.capture.layers import Layer
 
 
 def mlp_batch(count: int = 4) -> tuple[Mlp, Tensor]:
@@ -43,19 +43,6 @@ def mlp_batch(count: int = 4) -> tuple[Mlp, Tensor]:
 def square_sum(model: nn.Module, x: Tensor) -> Tensor:
     out: Tensor = model(x)
     return out.square().sum()
-
-
-def capture_rows(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    count: int,
-    loss: Callable[[], Tensor],
-    mask: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    with Capture(model, layers, count, mask, **options) as capture:
-        loss().backward()
-    return capture.rows()
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
@@ -381,12 +368,6 @@ def test_captures_of_two_threads() -> None:
 
 
 # what it refuses
-
-
-def refuse(
-    message: str, kind: type[Exception] = ValueError
-) -> AbstractContextManager[pytest.ExceptionInfo[Exception]]:
-    return pytest.raises(kind, match=re.escape(message))
 
 
 def test_no_backward() -> None:

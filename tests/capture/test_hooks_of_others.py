@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
-from toy_models import autograd_rows, make_layers
+from toy_models import autograd_rows, capture_rows, make_layers
 
 from logra_kernels.capture import Capture
 
@@ -54,11 +54,9 @@ class Plain(nn.Module):
 
 def assert_autograds_rows(model: nn.Module, x: Tensor) -> None:
     layers = make_layers(model, rank=3)
-    with Capture(model, layers, len(x)) as capture:
-        model(x).square().sum().backward()
-    alone = [lambda one=one: model(one[None]).square().sum() for one in x]
-    want = autograd_rows(model, layers, alone)
-    torch.testing.assert_close(capture.rows(), want, rtol=1e-11, atol=1e-12)
+    got = capture_rows(model, layers, len(x), lambda: model(x).square().sum())
+    want = autograd_rows(model, layers, [partial(loss_of_one, model, one) for one in x])
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

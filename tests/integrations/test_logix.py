@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refuse
 from torch import Tensor, nn
 from toy_models import autograd_rows, make_layers
-from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run
 
 import logra_kernels as logix
 from logra_kernels import Store

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refuse
 from torch import nn
 from toy_models import Mlp, causal_loss, ragged_batch, tiny_gpt2
-from toy_run import RAW, Data, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import RAW, Data, log_all, log_queries, loss_of, make_run
 
 import logra_kernels as logix
 from logra_kernels import Store

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,6 @@ Data = tuple[Tensor, Tensor]  # inputs, classes
 
 COUNT = 12
 RAW = {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}
-
-
-def refuse(
-    message: str, kind: type[Exception] = ValueError
-) -> AbstractContextManager[pytest.ExceptionInfo[Exception]]:
-    return pytest.raises(kind, match=re.escape(message))
 
 
 @pytest.fixture
