@@ -28,6 +28,7 @@ from toy_models import (
     causal_loss,
     make_layers,
     ragged_batch,
+    square_sum,
     tiny_gpt2,
     tiny_llama,
 )
@@ -38,11 +39,6 @@ from logra_kernels.capture import Capture
 def mlp_batch(count: int = 4) -> tuple[Mlp, Tensor]:
     torch.manual_seed(0)
     return Mlp(), torch.randn(count, 7)
-
-
-def square_sum(model: nn.Module, x: Tensor) -> Tensor:
-    out: Tensor = model(x)
-    return out.square().sum()
 
 
 def traces(model: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from toy_models import (
     causal_loss,
     make_layers,
     ragged_batch,
+    square_sum,
     tiny_gpt2,
     tiny_llama,
 )
@@ -57,8 +58,8 @@ def assert_squares(
     model: nn.Module, layers: Sequence[Layer], x: Tensor, mask: Tensor | None = None
 ) -> None:
     """The rows of a float64 model whose loss is the sum of its squared outputs."""
-    got = capture_rows(model, layers, len(x), lambda: model(x).square().sum(), mask)
-    singles = [lambda one=one: model(one[None]).square().sum() for one in x]
+    got = capture_rows(model, layers, len(x), partial(square_sum, model, x), mask)
+    singles = [partial(square_sum, model, one[None]) for one in x]
     assert_rows(model, layers, got, singles, torch.float64)
 
 
@@ -177,8 +178,7 @@ def test_tokens_flattened_before_the_layer() -> None:
     x, mask = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([[1, 1, 1], [1, 0, 0]])
     rows = []
     for tokens in (x, x.flatten(0, 1)):
-        loss = lambda tokens=tokens: model(tokens).square().sum()  # noqa: E731
-        rows.append(capture_rows(model, layers, 2, loss, mask))
+        rows.append(capture_rows(model, layers, 2, partial(square_sum, model, tokens), mask))
     assert torch.equal(rows[0], rows[1])
 
 

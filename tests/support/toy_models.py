@@ -85,6 +85,11 @@ def capture_rows(
     return capture.rows()
 
 
+def square_sum(model: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = model(x)
+    return out.square().sum()
+
+
 def causal_loss(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Summed next-token cross entropy of an HF causal LM; padding is neither seen nor predicted."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -67,9 +67,9 @@ def log_queries(run: Run, model: nn.Module, data: Data, part: slice) -> None:
         loss_of(model, data, part).backward()
 
 
-def finished(folder: Path, model: nn.Module, data: Data, **options: Any) -> LogixRun:
+def finished(folder: Path, model: nn.Module, data: Data, size: int = 5, **options: Any) -> LogixRun:
     run = make_run(folder, model, **options)
     run.setup(RAW)
-    log_all(run, model, data)
+    log_all(run, model, data, size)
     run.finalize()
     return run
