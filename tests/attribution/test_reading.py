@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from dense_influence import DIM, gradients, make_store
 from system_state import evict, left_behind
 from test_attribution import assert_same
 from test_pipeline import LateLanes
+from tree import environment, output
 
 from logra_kernels.attribution import Attributor, memory
 from logra_kernels.attribution import attributor as attributor_module
@@ -270,14 +270,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     """
     make_wide(tmp_path / "small", 2000)
     make_wide(tmp_path / "large", 20000)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment,
-    ).stdout
+    env = {**environment(), "OMP_NUM_THREADS": "1"}
+    out = output(sys.executable, "-c", MEASURE, tmp_path, env=env)
     (small, _), (large, left), (mapped, kept) = (
         tuple(int(number) for number in line.split()) for line in out.splitlines()
     )

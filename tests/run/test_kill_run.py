@@ -6,11 +6,11 @@ process imports torch once and forks each run that is to be killed.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tree import output
 
 KILLS = 30
 
@@ -106,10 +106,7 @@ print(json.dumps({
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs to be killed are forked")
 def test_killed_runs_end_as_the_run_that_was_never_killed(in_memory: Path) -> None:
-    command = [sys.executable, "-c", SERVER, str(in_memory), str(KILLS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(output(sys.executable, "-c", SERVER, in_memory, KILLS).splitlines()[-1])
     assert len(result["survived"]) == KILLS
     assert 0 < result["survived"][-1] < 240, "the kills were to fall inside the logging"
     assert result["problems"] == []

@@ -25,7 +25,7 @@ from store_samples import (
     unpacked,
     writer_of,
 )
-from tree import environment
+from tree import environment, output
 
 from logra_kernels.store import (
     DuplicateIdError,
@@ -571,16 +571,10 @@ class TestEndings:
             "import sys; from store_samples import append, writer_of; from pathlib import Path\n"
             "append(writer_of(Path(sys.argv[1])), list(range(5)))\n"
         )
-        run_python(code, tmp_path / "s")
+        output(sys.executable, "-c", code, tmp_path / "s")
         store = Store.open(tmp_path / "s")
         assert (store.num_rows, store.finalized) == (5, False)
         assert store.verify() == []
-
-
-def run_python(code: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process that finds the package and the samples."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, check=True, text=True, env=environment(), **options)
 
 
 class TestLock:

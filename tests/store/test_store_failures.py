@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from store_samples import append, full_store, rows_of, writer_of
-from tree import environment
+from tree import environment, output
 
 from logra_kernels.store import Store, StoreError, StoreWriteError, StoreWriter
-
-ENVIRONMENT = environment()
 
 
 class Refusal:
@@ -233,15 +231,8 @@ print(store.num_rows)
 def test_a_real_file_size_limit(tmp_path: Path) -> None:
     """setrlimit stands for a quota: the kernel, not a mock, cuts the write short."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))"
-    command = [sys.executable, "-c", FILL_UNTIL_REFUSED.format(limit=limit)]
-    result = subprocess.run(
-        [*command, str(tmp_path / "s"), "50000"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=True,
-    )
-    sentence, rows = result.stdout.splitlines()
+    code = FILL_UNTIL_REFUSED.format(limit=limit)
+    sentence, rows = output(sys.executable, "-c", code, tmp_path / "s", 50000).splitlines()
     assert sentence.endswith("the file would be larger than the system allows (ulimit -f)")
     assert rows == "0"
 
@@ -258,7 +249,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
             [*command, sys.executable, "-c", code, str(disk / "s"), "1000"],
             capture_output=True,
             text=True,
-            env=ENVIRONMENT,
+            env=environment(),
             check=False,
         )
     except FileNotFoundError:
