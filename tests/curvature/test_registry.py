@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dense_influence import MODULES, Dense, dense, gradients, make_store, unpacked
+from refusals import refused
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor
@@ -146,5 +147,4 @@ def test_names_are_taken_once(diagonal: type[Diagonal]) -> None:
         with pytest.raises(ValueError, match=f"kind: the name '{taken}' is taken"):
             register_curvature(type("Other", (Diagonal,), {"kind": taken}))
     assert curvature_kind("raw") is RawCurvature
-    with pytest.raises(ValueError, match="curvature: expected one of raw, diagonal, got 'kfac'"):
-        curvature_kind("kfac")
+    refused("curvature: expected one of raw, diagonal, got 'kfac'", curvature_kind, "kfac")

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from refusals import refuse
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from toy_models import Mlp, autograd_rows, causal_loss, make_layers, ragged_batch, tiny_llama
-from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run
+from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
 
 import logra_kernels as logix
 from logra_kernels import Covariance, RawCurvature, Store

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusals import refuse
 from torch import Tensor, nn
-from toy_run import COUNT, RAW, Data, log_all, loss_of
+from toy_run import COUNT, RAW, Data, log_all, loss_of, refuse
 
 from logra_kernels import Config, Covariance, Run, Store, curvature
 from logra_kernels.curvature import RawCurvature, register_curvature

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refuse
 from torch import nn
 from toy_models import Mlp, ragged_batch, tiny_gpt2
-from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run
+from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
 
 import logra_kernels as logix
 from logra_kernels import Store

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from dense_influence import gradients, make_store
-from store_samples import MODULES, append, edit_manifest, full_store, writer_of
+from store_samples import MODULES, append, edit_manifest, full_store, refused, writer_of
 from tree import output
 
 from logra_kernels import Attributor
@@ -127,8 +127,7 @@ class TestNoRegularFile:
         with soon():
             assert [str(path) in problem for problem in verify_store(tmp_path)] == [True]
             if "self_influence" not in pattern:
-                with pytest.raises(StoreFormatError, match=f"{path}: cannot be read"):
-                    Store.open(tmp_path)
+                refused(f"{path}: cannot be read", Store.open, tmp_path, error=StoreFormatError)
             elif path.name == "key.json":
                 with pytest.raises(StoreFormatError, match=r"key\.json: cannot be read"):
                     store.self_influence_cache("raw-01", {"damping_scale": 0.1})
@@ -327,8 +326,7 @@ class TestJson:
         finally:
             sys.setrecursionlimit(limit)
         path.write_bytes(sealed + f',\n "crc32": "{zlib.crc32(sealed):08x}"\n}}\n'.encode())
-        with pytest.raises(StoreFormatError, match=r"manifest\.json: is not JSON"):
-            Store.open(tmp_path)
+        refused("manifest.json: is not JSON", Store.open, tmp_path, error=StoreFormatError)
         assert len(verify_store(tmp_path)) == 1
 
     def test_as_deep_as_it_may_be_written_it_is_read(self, tmp_path: Path) -> None:

@@ -1,17 +1,22 @@
 """Small stores whose content follows from the ids, for the store's tests."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import refusals
 
-from logra_kernels.store import Module, Store, StoreWriter
+from logra_kernels.store import Module, Store, StoreError, StoreFormatError, StoreWriter
 from logra_kernels.store.manifest import seal
 
 MODULES = [Module("layers.0.mlp", 2, 3), Module("layers.1.mlp", 1, 4)]
 DIM = 10
 EXPONENTS = [-3, 5]
+
+refused = partial(refusals.refused, error=StoreError)
+unreadable = partial(refusals.refused, error=StoreFormatError)
 
 
 def rows_of(ids: list[int], dtype: str = "float16") -> np.ndarray:

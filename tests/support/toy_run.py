@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refuse as refuse
+from refusals import refused as refused
 from torch import Tensor, nn
 from toy_models import Mlp
 
