@@ -323,9 +323,7 @@ def test_an_ids_file_that_is_not_arrow(tmp_path: Path) -> None:
         {"descr": "<f2", "shape": (3, 10), "order": True},
     ],
 )
-def test_another_array_of_the_same_size_is_unreadable(
-    tmp_path: Path, header: dict[str, Any]
-) -> None:
+def test_another_array_of_the_same_size_is_refused(tmp_path: Path, header: dict[str, Any]) -> None:
     full_store(tmp_path)
     path = tmp_path / "shard-00000.npy"
     text = (
@@ -340,7 +338,7 @@ def test_another_array_of_the_same_size_is_unreadable(
 
 
 def test_folders_that_are_no_store(tmp_path: Path) -> None:
-    refused("nowhere: there is no such folder", Store.open, tmp_path / "nowhere")
+    unreadable("nowhere: there is no such folder", Store.open, tmp_path / "nowhere")
     unreadable("is no store: there is no manifest.json in it", Store.open, tmp_path)
     manifest = tmp_path / "manifest.json"
     for content, message in (
