@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_samples import rows_of, scales_of
+from store_samples import listed_files, rows_of, scales_of, stored_rows
 from tree import environment
 
 from logra_kernels.store import Store
@@ -102,17 +102,11 @@ def finish_and_check(path: Path, rows: int) -> None:
     assert store.verify() == []
     ids = list(range(rows))
     assert store.ids.to_pylist() == [str(value) for value in ids]
-    stored = np.concatenate([shard.rows for shard in store.shards])
     scales = np.concatenate([shard.row_scale for shard in store.shards])
-    assert stored.tobytes() == rows_of(ids).tobytes()
+    assert stored_rows(store).tobytes() == rows_of(ids).tobytes()
     assert scales.tobytes() == scales_of(ids).tobytes()
     assert store.metadata(ids) == [{"row": row} for row in ids]
-    listed = {
-        entry["file"]
-        for shard in store.manifest["shards"]
-        for entry in (shard["data"], shard["scale"], shard["ids"])
-    }
-    assert set(os.listdir(path)) == {"lock", "manifest.json", "projection", *listed}
+    assert set(os.listdir(path)) == {"lock", "manifest.json", "projection", *listed_files(store)}
     assert len(os.listdir(path / "projection")) == 1
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from store_samples import (
     edit_manifest,
     full_store,
     refused,
+    resumed,
     rows_of,
     scales_of,
+    stored,
+    stored_rows,
     unpacked,
     writer_of,
 )
@@ -41,10 +45,6 @@ from logra_kernels.store import (
 )
 from logra_kernels.store.codecs import Float16, base
 from logra_kernels.store.writer import append_finite
-
-
-def stored_rows(store: Store) -> np.ndarray:
-    return np.concatenate([shard.rows for shard in store.shards])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -337,8 +337,7 @@ class TestDuplicates:
         np.testing.assert_array_equal(stored_rows(store), rows_of([1, 2, 7, 8]))
 
     def test_are_found_across_a_resume(self, tmp_path: Path) -> None:
-        with writer_of(tmp_path / "s") as writer:
-            append(writer, [1, 2])
+        stored(tmp_path / "s", [1, 2])
         with (
             writer_of(tmp_path / "s", resume=True) as writer,
             pytest.raises(DuplicateIdError, match=r"got 1 in the store already \('2'\)"),
@@ -346,10 +345,12 @@ class TestDuplicates:
             append(writer, [3, 2])
 
 
+ZEROS = np.zeros((2, 2), np.float32)
+
+
 class TestResume:
     def test_goes_on_after_the_short_shard(self, tmp_path: Path) -> None:
-        with writer_of(tmp_path / "s") as writer:
-            append(writer, [0, 1, 2, 3])
+        stored(tmp_path / "s", [0, 1, 2, 3])
         with writer_of(tmp_path / "s", resume=True, shard_rows=2) as writer:
             assert writer.committed_rows == 4
             assert writer.committed_ids == ["0", "1", "2", "3"]
@@ -368,14 +369,9 @@ class TestResume:
         assert Store.open(tmp_path / "deep" / "s").num_rows == 1
 
     def test_keeps_curvature_and_unknown_keys(self, tmp_path: Path) -> None:
-        store = full_store(tmp_path)
+        full_store(tmp_path)
         edit_manifest(tmp_path, lambda manifest: manifest.update(future={"a": 1}))
-        options = {
-            "projection": store.projection,
-            "projection_tensors": store.load_tensors(),
-            "fingerprints": store.fingerprints,
-        }
-        with writer_of(tmp_path, resume=True, **options) as writer:
+        with resumed(tmp_path) as writer:
             append(writer, [8])
         store = Store.open(tmp_path)
         assert store.num_rows == 9
@@ -398,64 +394,45 @@ class TestResume:
         for name in (*rubbish, *kept):
             (tmp_path / name).write_bytes(b"x")
         assert Store.open(tmp_path).verify() == []
-        stored = Store.open(tmp_path)
-        with writer_of(
-            tmp_path,
-            resume=True,
-            projection=stored.projection,
-            projection_tensors=stored.load_tensors(),
-            fingerprints=stored.fingerprints,
-        ):
+        with resumed(tmp_path):
             assert not any((tmp_path / name).exists() for name in rubbish)
         assert all((tmp_path / name).exists() for name in kept)
         assert Store.open(tmp_path).verify() == []
 
-    DIFFERENT: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"dtype": "float32"}, 'dtype: the store has "float16", this run has "float32"'),
-        (
-            {"modules": [MODULES[0], Module("layers.1.mlp", 2, 4)]},
-            "modules[1].ko: the store has 1, this run has 2",
-        ),
-        ({"modules": MODULES[:1]}, "modules: the store has 2 entries, this run has 1"),
-        (
-            {"modules": MODULES[::-1]},
-            'modules[0].name: the store has "layers.0.mlp", this run has "layers.1.mlp"',
-        ),
-        ({"projection": {"seed": 1}}, "projection.seed: the store has 0, this run has 1"),
-        ({"projection": None}, 'projection: the store has {"seed": 0}, this run has null'),
-        (
-            {"projection": {"seed": 0, "kind": "pca"}},
-            'projection.kind: the store has nothing, this run has "pca"',
-        ),
-        (
-            {"fingerprints": {"model": {}}},
-            'fingerprints.model.sha256: the store has "ab", this run has nothing',
-        ),
-        (
-            {"projection_tensors": {"p": np.ones((2, 2), np.float32)}},
-            'projection_tensors.p.sha256: the store has "',
-        ),
-        (
-            {"projection_tensors": {"p": np.zeros((1, 2, 2), np.float32)}},
-            "projection_tensors.p.shape: the store has 2 entries, this run has 3",
-        ),
-    )
+    DIFFERENT: Mapping[str, dict[str, Any]] = {
+        'dtype: the store has "float16", this run has "float32"': {"dtype": "float32"},
+        "modules[1].ko: the store has 1, this run has 2": {
+            "modules": [MODULES[0], Module("layers.1.mlp", 2, 4)]
+        },
+        "modules: the store has 2 entries, this run has 1": {"modules": MODULES[:1]},
+        'modules[0].name: the store has "layers.0.mlp", this run has "layers.1.mlp"': {
+            "modules": MODULES[::-1]
+        },
+        "projection.seed: the store has 0, this run has 1": {"projection": {"seed": 1}},
+        'projection: the store has {"seed": 0}, this run has null': {"projection": None},
+        'projection.kind: the store has nothing, this run has "pca"': {
+            "projection": {"seed": 0, "kind": "pca"}
+        },
+        'fingerprints.model.sha256: the store has "ab", this run has nothing': {
+            "fingerprints": {"model": {}}
+        },
+        'projection_tensors.p.sha256: the store has "': {"projection_tensors": {"p": ZEROS + 1}},
+        "projection_tensors.p.shape: the store has 2 entries, this run has 3": {
+            "projection_tensors": {"p": ZEROS[None]}
+        },
+    }
 
-    @pytest.mark.parametrize(("change", "message"), DIFFERENT)
-    def test_names_the_first_difference(
-        self, tmp_path: Path, change: dict[str, Any], message: str
-    ) -> None:
+    @pytest.mark.parametrize("message", DIFFERENT)
+    def test_names_the_first_difference(self, tmp_path: Path, message: str) -> None:
         options: dict[str, Any] = {
             "projection": {"seed": 0},
-            "projection_tensors": {"p": np.zeros((2, 2), np.float32)},
+            "projection_tensors": {"p": ZEROS},
             "fingerprints": {"model": {"sha256": "ab"}},
         }
-        with writer_of(tmp_path / "s", **options) as writer:
-            append(writer, [0])
+        changed = {"modules": MODULES, **options, **self.DIFFERENT[message]}
+        stored(tmp_path / "s", [0], **options)
         with pytest.raises(StoreMismatchError) as caught:
-            StoreWriter.create(
-                tmp_path / "s", resume=True, **{"modules": MODULES, **options, **change}
-            )
+            StoreWriter.create(tmp_path / "s", resume=True, **changed)
         assert str(caught.value).startswith(f"{tmp_path / 's'}: cannot resume: {message}")
         with writer_of(tmp_path / "s", resume=True, **options):
             pass  # the refusal has let go of the lock
@@ -549,8 +526,7 @@ class TestEndings:
             assert writer.committed_rows == 2
 
     def test_a_finalized_store_that_grows_is_open_again(self, tmp_path: Path) -> None:
-        with writer_of(tmp_path / "s") as writer:
-            append(writer, [0])
+        stored(tmp_path / "s", [0])
         writer = writer_of(tmp_path / "s", resume=True)
         assert Store.open(tmp_path / "s").finalized
         append(writer, [1])

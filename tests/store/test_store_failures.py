@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_samples import append, full_store, rows_of, writer_of
+from store_samples import append, full_store, listed_files, rows_of, stored_rows, writer_of
 from tree import environment, output
 
 from logra_kernels.store import Store, StoreError, StoreWriteError, StoreWriter
@@ -68,20 +68,14 @@ def test_a_full_disk_at_any_call(
     )
     assert store.verify() == []
     assert not store.finalized
-    listed = {entry["file"] for shard in store.manifest["shards"] for entry in files(shard)}
-    assert set(os.listdir(tmp_path / "s")) == {"lock", "manifest.json", *listed}
+    assert set(os.listdir(tmp_path / "s")) == {"lock", "manifest.json", *listed_files(store)}
 
     with writer_of(tmp_path / "s", resume=True, duplicates="skip") as writer:
         fill(writer)
     store = Store.open(tmp_path / "s")
     assert store.verify() == []
     assert store.ids.to_pylist() == [str(value) for value in range(15)]
-    rows = np.concatenate([shard.rows for shard in store.shards])
-    np.testing.assert_array_equal(rows, rows_of(list(range(15))))
-
-
-def files(shard: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard["data"], shard["scale"], shard["ids"]]
+    np.testing.assert_array_equal(stored_rows(store), rows_of(list(range(15))))
 
 
 @pytest.mark.parametrize(

@@ -16,29 +16,24 @@ import numpy as np
 import pytest
 import torch
 from dense_influence import gradients, make_store
-from store_samples import MODULES, append, edit_manifest, full_store, refused, writer_of
+from store_samples import (
+    CACHED,
+    LISTED,
+    MODULES,
+    append,
+    edit_manifest,
+    find,
+    full_store,
+    refused,
+    resumed,
+    writer_of,
+)
 from tree import output
 
 from logra_kernels import Attributor
 from logra_kernels.cli import main
-from logra_kernels.store import Store, StoreError, StoreFormatError, StoreWriter, verify_store
+from logra_kernels.store import Store, StoreError, StoreFormatError, verify_store
 from logra_kernels.store.ids import parse_metadata, read_ids
-
-FILES = [
-    "manifest.json",
-    "shard-00000.npy",
-    "shard-00001.scale.npy",
-    "shard-00002.ids.arrow",
-    "projection/projection-*.safetensors",
-    "curvature/raw-*.safetensors",
-    "self_influence/raw-01/key.json",
-    "self_influence/raw-01/shard-00001-*.npy",
-]
-
-
-def find(folder: Path, pattern: str) -> Path:
-    (path,) = folder.glob(pattern)
-    return path
 
 
 @contextlib.contextmanager
@@ -55,17 +50,6 @@ def soon() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-def resumed(path: Path) -> StoreWriter:
-    stored = Store.open(path)
-    return writer_of(
-        path,
-        resume=True,
-        projection=stored.projection,
-        projection_tensors=stored.load_tensors(),
-        fingerprints=stored.fingerprints,
-    )
 
 
 class TestArrow:
@@ -112,7 +96,7 @@ class TestArrow:
 
 
 class TestNoRegularFile:
-    @pytest.mark.parametrize("pattern", FILES)
+    @pytest.mark.parametrize("pattern", [*LISTED, *CACHED])
     @pytest.mark.parametrize("what", ["fifo", "device", "folder"])
     def test_is_named_at_once(self, tmp_path: Path, pattern: str, what: str) -> None:
         store = full_store(tmp_path)
