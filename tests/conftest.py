@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_influence import gradients, make_store
 
 from logra_kernels import ops
+from logra_kernels.store import Store
 
 
 @pytest.fixture(params=ops.available_isas() or ["reference"])
@@ -57,3 +59,9 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         yield Path(name)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """150 rows of correlated gradients in float16, in four shards."""
+    return make_store(tmp_path / "store", gradients(150), shard_rows=40)
