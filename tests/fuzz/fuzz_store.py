@@ -23,13 +23,14 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from dense_influence import MODULES, gradients, make_store
+from store_samples import places
 
 from logra_kernels import Attributor, RawCurvature, Store
 from logra_kernels.cli import main
@@ -104,15 +105,6 @@ def unless_refused(use: Callable[[Path], Any], path: Path) -> Any:
 
 def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file() and file.name != "lock")
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every key and index of a JSON value."""
-    items: Any = value.items() if isinstance(value, dict) else ()
-    items = enumerate(value) if isinstance(value, list) else items
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
 
 
 def sealed_flip(path: Path, pick: random.Random) -> None:
