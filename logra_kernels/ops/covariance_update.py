@@ -5,7 +5,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
 from logra_kernels.ops._direct import dense, direct, kernels
 from logra_kernels.ops._library import register
@@ -85,16 +84,10 @@ def _kernel(c: ModuleType, cov: Tensor, rows: Tensor) -> None:
     c.covariance_update(view(cov), view(rows))
 
 
-def _reference(cov: Tensor, rows: Tensor) -> None:
-    reference.covariance_update_(cov, rows)
-
-
 _call = register(
     "covariance_update_(Tensor(a!) cov, Tensor rows) -> ()",
-    module="covariance_update",
     check=_check,
     check_values=_check_values,
-    reference=_reference,
     fake=_fake,
     native=_kernel,
     first_input=1,  # the kernels accumulate into a float64 cov

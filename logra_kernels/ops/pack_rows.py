@@ -6,7 +6,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import (
     FLOATS,
     expect_dtype,
@@ -133,18 +132,14 @@ def _native_unpack(
 
 _pack = register(
     "pack_rows(Tensor rows, int[] module_sizes, int[] module_exponents) -> (Tensor, Tensor)",
-    module="pack_rows",
     check=_check_pack,
-    reference=reference.pack_rows,
     fake=_fake_pack,
     native=_native_pack,
 )
 _unpack = register(
     "unpack_rows(Tensor packed, Tensor row_scale, int[] module_sizes, int[] module_exponents) "
     "-> Tensor",
-    module="pack_rows",
     check=_check_unpack,
-    reference=reference.unpack_rows,
     fake=_fake_unpack,
     native=_native_unpack,
 )

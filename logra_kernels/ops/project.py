@@ -5,7 +5,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
 from logra_kernels.ops._direct import NARROW, dense, direct, kernels
 from logra_kernels.ops._library import register
@@ -76,9 +75,7 @@ def _kernel(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor:
 
 _call = register(
     "project(Tensor x, Tensor proj) -> Tensor",
-    module="project",
     check=_check,
-    reference=reference.project,
     fake=_fake,
     native=_kernel,
 )

@@ -5,7 +5,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
@@ -76,9 +75,7 @@ def _native(
 
 _call = register(
     "scores(Tensor queries, Tensor rows, Tensor? row_scale=None, Tensor? row_bias=None) -> Tensor",
-    module="scores",
     check=check_scan,
-    reference=reference.scores,
     fake=_fake,
     native=_native,
 )

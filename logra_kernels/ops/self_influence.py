@@ -5,7 +5,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import view
@@ -58,9 +57,7 @@ def _native(c: ModuleType, rows: Tensor, factor: Tensor) -> Tensor:
 
 _call = register(
     "self_influence(Tensor rows, Tensor factor) -> Tensor",
-    module="self_influence",
     check=_check,
-    reference=reference.self_influence,
     fake=_fake,
     native=_native,
 )

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import expect_dtype, expect_same_device, expect_shape
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
@@ -148,9 +147,7 @@ _call = register(
     "topk_scores(Tensor queries, Tensor rows, int k, Tensor? row_scale=None, "
     "Tensor? row_bias=None, Tensor[]? state=None, int row_offset=0) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    module="topk_scores",
     check=_check,
-    reference=reference.topk_scores,
     fake=_fake,
     native=_native,
 )

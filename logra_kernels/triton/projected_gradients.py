@@ -513,7 +513,7 @@ def _addresses(x: Side, dy: Side) -> Tensor:
     sides = x.tokens, dy.tokens, x.projs, dy.projs
     rows = [[t.data_ptr() for t in side] or [0] * len(x.tokens) for side in sides]
     device = x.tokens[0].device
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)
 
 
