@@ -12,6 +12,7 @@ from logra_kernels._checks import (
     expect_dtype,
     expect_same_device,
     expect_shape,
+    operand,
     plain,
 )
 from logra_kernels.ops._direct import dense, direct, kernels
@@ -56,17 +57,16 @@ def check_tokens(
     leading = dict(zip("NT" if x.dim() == 3 else "T", x.shape[:-1], strict=True))
     expect_shape("dy", dy, **leading, O=None)
     if mask is not None:
-        expect_mask_dtype(mask)
+        if mask.dtype.is_complex:
+            raise TypeError(f"mask: expected bool, integer or float, got {dtype_name(mask.dtype)}")
         expect_shape("mask", mask, **leading)
 
     x, dy = plain(x), plain(dy)
     if segment_ids is not None:
-        expect_dtype("segment_ids", segment_ids, *INTEGERS)
-        expect_shape("segment_ids", segment_ids, **leading)
+        segment_ids = operand("segment_ids", segment_ids, INTEGERS, **leading)
         return pack_segments(x, dy, mask, segment_ids, num_segments)
     if cu_seqlens is not None:
-        expect_dtype("cu_seqlens", cu_seqlens, *INTEGERS)
-        expect_shape("cu_seqlens", cu_seqlens, **{"S+1": None})
+        cu_seqlens = operand("cu_seqlens", cu_seqlens, INTEGERS, **{"S+1": None})
         if cu_seqlens.shape[0] == 0:
             raise ValueError("cu_seqlens: expected at least one entry, got none")
     elif x.dim() == 2:  # one token an example
@@ -103,11 +103,6 @@ def direct_gradients(
     rows = (out.data_ptr(), 0, (num, ko, ki), (ko * ki, ki, 1))
     kernels().projected_gradients(view(x), view(dy), in_view, out_view, kept, 0, rows)
     return out
-
-
-def expect_mask_dtype(mask: Tensor) -> None:
-    if mask.dtype.is_complex:
-        raise TypeError(f"mask: expected bool, integer or float, got {dtype_name(mask.dtype)}")
 
 
 def pack_segments(

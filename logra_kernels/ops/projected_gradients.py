@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels._checks import FLOATS, expect_same_device, expect_shape, operand
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.ops._tokens import check_token_values, check_tokens, direct_gradients
@@ -82,13 +82,9 @@ def check_gradients(
         expect_shape("x", x, N=None, T=None, I=None)
     x, dy, mask, cu_seqlens = check_tokens(x, dy, mask, cu_seqlens, None, None, out_dtype)
     if proj_in is not None:
-        expect_dtype("proj_in", proj_in, *FLOATS)
-        expect_shape("proj_in", proj_in, Ki=None, I=x.shape[-1])
-        proj_in = plain(proj_in)
+        proj_in = operand("proj_in", proj_in, FLOATS, Ki=None, I=x.shape[-1])
     if proj_out is not None:
-        expect_dtype("proj_out", proj_out, *FLOATS)
-        expect_shape("proj_out", proj_out, Ko=None, O=dy.shape[-1])
-        proj_out = plain(proj_out)
+        proj_out = operand("proj_out", proj_out, FLOATS, Ko=None, O=dy.shape[-1])
     expect_same_device(x=x, proj_in=proj_in, proj_out=proj_out)
     return x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype
 

@@ -96,22 +96,9 @@ def _check(
     return queries, rows, k, row_scale, row_bias, state, row_offset
 
 
-def _fake(
-    queries: Tensor,
-    rows: Tensor,
-    k: int,
-    row_scale: Tensor | None,
-    row_bias: Tensor | None,
-    state: list[Tensor] | None,
-    row_offset: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, dtype = (queries.shape[0], k), accumulator(queries, rows)
-    return (
-        queries.new_empty(shape, dtype=dtype),
-        queries.new_empty(shape, dtype=torch.int64),
-        queries.new_empty(shape, dtype=dtype),
-        queries.new_empty(shape, dtype=torch.int64),
-    )
+def _fake(queries: Tensor, rows: Tensor, k: int, *rest: object) -> tuple[Tensor, ...]:
+    dtypes = (accumulator(queries, rows), torch.int64) * 2
+    return tuple(queries.new_empty(queries.shape[0], k, dtype=dtype) for dtype in dtypes)
 
 
 def _native(
