@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Compile every kernel for a GPU that need not be present, as its launcher would launch it.
 
     python -m tools.compile_ahead sm_90          # or sm_80, sm_100, gfx942, …
@@ -20,8 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from logra_kernels.triton import (
     covariance_update_,
@@ -46,9 +43,9 @@ def controls(architecture: str) -> Iterator[dict[str, Any]]:
         entries = recorded(name, architecture, known[name])
         return next(one for one in entries if one.kernel_name in PRODUCTS)
 
-    def changed(entry: Entry, kernel: Any = None, **arguments: Any) -> Entry:
-        launch = replace(entry.launch, arguments=entry.launch.arguments | arguments)
-        return replace(entry, launch=replace(launch, kernel=kernel or launch.kernel))
+    def changed(entry: Entry, **arguments: Any) -> Entry:
+        arguments = entry.launch.arguments | arguments
+        return replace(entry, launch=replace(entry.launch, arguments=arguments))
 
     def control(what: str, entry: Entry, compiled: Any) -> dict[str, Any]:
         return about(replace(entry, name=f"control: {what}"), compiled)
@@ -60,33 +57,12 @@ def controls(architecture: str) -> Iterator[dict[str, Any]]:
     large = changed(project_entry, TOKENS=128, WIDTH=32, RANK=256)
     warps = 1 if architecture.startswith("gfx") else 4
     yield control("oversized tile", large, large.compile(num_warps=warps))
-    without_product = changed(project_entry, _sum_kernel).compile(num_warps=4)
-    yield control("a sum for a product", project_entry, without_product)
+    (adding,) = recorded("", architecture, known["pack_rows"])
+    yield control("no product", project_entry, adding.compile())
     # Tensor cores round float32 to tf32.
     exact = of("project, float32")
     rounded = changed(exact, PRECISION="tf32").compile()
     yield control("tf32", exact, rounded)
-
-
-@triton.jit
-def _sum_kernel(
-    x, proj, out, tokens, inner, width, rank, x_outer: tl.int64, x_inner: tl.int64,
-    proj_stride: tl.int64, PRECISION: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-):  # fmt: skip
-    """The same projection without tl.dot."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, RANK)
-    acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
-    for i in range(width):
-        left = tl.load(x + token * x_inner + i, mask=token < tokens, other=0.0)
-        right = tl.load(proj + k * proj_stride + i, mask=k < rank, other=0.0)
-        acc += left.to(tl.float32)[:, None] * right.to(tl.float32)[None, :]
-    tl.store(
-        out + token[:, None] * rank + k[None, :],
-        acc,
-        mask=(token < tokens)[:, None] & (k < rank)[None, :],
-    )
 
 
 def sizes_of_one() -> Calls:

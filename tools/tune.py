@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,11 +202,8 @@ def candidates(problem: Problem) -> Iterator[Config]:
         yield config | {"num_warps": warps, "num_stages": depth}
 
 
-class Measure(Protocol):
-    """Times one problem under one configuration."""
-
-    def __call__(self, problem: Problem, config: Config) -> float | str:
-        """Milliseconds, or why the configuration is not to be used."""
+# Milliseconds of a problem under a configuration, or why that is not to be used.
+Measure = Callable[[Problem, Config], float | str]
 
 
 class OnGpu:
