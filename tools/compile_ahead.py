@@ -15,23 +15,11 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from logra_kernels.triton import (
-    covariance_update_,
-    pack_rows,
-    per_sample_gradients,
-    project,
-    projected_gradients,
-    scores,
-    self_influence,
-    topk_scores,
-    unpack_rows,
-)
-from logra_kernels.triton.catalogue import Calls, Entry, calls, defaults, make, recorded
+from logra_kernels.triton.catalogue import Calls, Entry, call, calls, defaults, make, recorded
 from tools.assembly import PRODUCTS, about
 
 
@@ -71,27 +59,27 @@ def sizes_of_one() -> Calls:
     one, single, scale = make(1, 1), make(1, 1, dtype=full), make(1, dtype=full)
     mask, bounds = make(1, 1, dtype=torch.bool), make(2, dtype=torch.int64)
     long, x = make(300, 1), one[None]
-    yield "project", partial(project, x, one)
-    yield "projected_gradients", partial(projected_gradients, x, x, one, one, mask)
+    yield call("project", "", x, one)
+    yield call("projected_gradients", "", x, x, one, one, mask)
     both = long[None], long[None], one, one
-    yield "projected_gradients, chunks", partial(projected_gradients, *both)
+    yield call("projected_gradients", ", chunks", *both)
     packed = one, one, one, None, None, bounds
-    yield "projected_gradients, packed", partial(projected_gradients, *packed)
+    yield call("projected_gradients", ", packed", *packed)
     chunks = long, long, one, one, None, bounds
-    yield "projected_gradients, packed chunks", partial(projected_gradients, *chunks)
-    yield "per_sample_gradients", partial(per_sample_gradients, x, x)
-    yield "covariance_update_", partial(covariance_update_, single, one)
-    yield "covariance_update_, spans", partial(covariance_update_, single, make(5000, 1))
-    yield "scores", partial(scores, single, one, scale, scale)
-    yield "topk_scores", partial(topk_scores, single, one, 1, scale, scale)
-    yield "topk_scores, no rows", partial(topk_scores, single, one[:0], 1)
+    yield call("projected_gradients", ", packed chunks", *chunks)
+    yield call("per_sample_gradients", "", x, x)
+    yield call("covariance_update_", "", single, one)
+    yield call("covariance_update_", ", spans", single, make(5000, 1))
+    yield call("scores", "", single, one, scale, scale)
+    yield call("topk_scores", "", single, one, 1, scale, scale)
+    yield call("topk_scores", ", no rows", single, one[:0], 1)
     for k, offset in ((1, 1), (3, 2**33)):
         state = [make(1, k, dtype=t) for t in (full, torch.int64) * 2]
         arguments = single, long, k, None, None, state, offset
-        yield f"topk_scores, state of {k}", partial(topk_scores, *arguments)
-    yield "self_influence", partial(self_influence, one, single)
-    yield "pack_rows", partial(pack_rows, one, [1], [0])
-    yield "unpack_rows", partial(unpack_rows, one, scale, [1], [0])
+        yield call("topk_scores", f", state of {k}", *arguments)
+    yield call("self_influence", "", one, single)
+    yield call("pack_rows", "", one, [1], [0])
+    yield call("unpack_rows", "", one, scale, [1], [0])
 
 
 def main(architecture: str, which: str = "defaults") -> None:
@@ -101,8 +89,8 @@ def main(architecture: str, which: str = "defaults") -> None:
         print(json.dumps(found), flush=True)
 
     if which == "ones":
-        for case, call in sizes_of_one():
-            for entry in recorded(case, architecture, call):
+        for case, launching in sizes_of_one():
+            for entry in recorded(case, architecture, launching):
                 entry.compile()
                 put({"case": case, "kernel": entry.kernel_name})
         return

@@ -78,3 +78,10 @@ def test_empty(shape: tuple[int, int, int, int]) -> None:
     n, t, i, o = shape
     xs, dys = modules(2, n, t, i), modules(2, n, t, o)
     check(xs, dys, [], [])
+
+
+def test_torchs_default_device_is_not_asked() -> None:
+    xs, dys = modules(2, 1, 9, 18), modules(2, 1, 9, 20)
+    with torch.device("meta"):
+        got = projected_gradients_grouped(xs, dys, [], [])
+    assert torch.equal(got, projected_gradients_grouped(xs, dys, [], []))

@@ -85,3 +85,11 @@ def test_empty(shape: tuple[int, int]) -> None:
 def test_exponent_out_of_range() -> None:
     with pytest.raises(ValueError, match="module_exponents: expected -126 to 127, got 200"):
         pack_rows(torch.ones(1, 1), [1], [200])
+
+
+def test_torchs_default_device_is_not_asked() -> None:
+    rows = torch.randn(3, 5)
+    with torch.device("meta"):
+        packed, scale = pack_rows(rows, [2, 3], [1, -1])
+        back = unpack_rows(packed, scale, [2, 3], [1, -1])
+    assert equal_bits(back, unpack_rows(*pack_rows(rows, [2, 3], [1, -1]), [2, 3], [1, -1]))
