@@ -207,13 +207,10 @@ class LogixRun(Run):
                 query_ids=query_ids, row_ids=row_ids,
             )  # fmt: skip
         attributor = self.attributor(precondition, damping=damping, damping_scale=damping_scale)
+        options: Any = {"groups": influence_groups, "query_ids": query_ids, "progress": progress}
         if top_k is None:
-            return attributor.scores(
-                queries, mode, groups=influence_groups, query_ids=query_ids, progress=progress
-            )
-        return attributor.top_k(
-            queries, top_k, mode, groups=influence_groups, query_ids=query_ids, progress=progress
-        )
+            return attributor.scores(queries, mode, **options)
+        return attributor.top_k(queries, top_k, mode, **options)
 
     def compute_influence(
         self,
