@@ -19,6 +19,7 @@ from torch import Tensor
 from logra_kernels import ops
 from logra_kernels.attribution.reading import Block, ShardRows
 from logra_kernels.curvature import Preconditioner
+from logra_kernels.rows import powers_of_two
 from logra_kernels.store import SelfInfluenceCache, Store, StoreError
 
 # What a mode divides a row's score by.
@@ -245,12 +246,3 @@ def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
     for factor in powers_of_two(exponent):
         values = values * factor
     return values
-
-
-def powers_of_two(exponent: Tensor) -> list[Tensor]:
-    """Two factors, each of which float32 can hold, whose product is 2**exponent."""
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    return [
-        torch.ldexp(torch.ones_like(step, dtype=torch.float32), step)
-        for step in (half, exponent - half)
-    ]

@@ -9,6 +9,10 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
+SAMPLES = 8
+
 
 @dataclass(frozen=True)
 class Module:
@@ -68,6 +72,14 @@ class RowLayout(Sequence[Module]):
     def columns(self) -> list[slice]:
         """The columns of each module."""
         return [slice(*ends) for ends in zip(self.offsets, self.offsets[1:], strict=False)]
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """[M · SAMPLES] columns: of each module `SAMPLES`, evenly spaced; some twice if small."""
+        starts = np.array(self.offsets[:-1])[:, None]  # [M, 1]
+        steps = np.array(self.sizes)[:, None] * np.arange(SAMPLES) // SAMPLES  # [M, SAMPLES]
+        columns: np.ndarray = (starts + steps).reshape(-1)
+        return columns
 
     @property
     def signature(self) -> list[tuple[str, int]]:
