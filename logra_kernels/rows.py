@@ -12,7 +12,11 @@ from torch import Tensor
 from logra_kernels import ops
 from logra_kernels.store import RowCodec, RowLayout, Store
 from logra_kernels.store.codecs.base import EXPONENT_DTYPE
-from logra_kernels.store.codecs.float16 import LARGEST_ELEMENT_EXPONENT, SMALLEST_NORMAL
+from logra_kernels.store.codecs.float16 import LARGEST_ELEMENT_EXPONENT
+from logra_kernels.store.layout import SAMPLES
+
+# The bits of float16's smallest normal value, 2**-14, and of infinity, which has its exponent full.
+SMALLEST_NORMAL_BITS, INFINITE_BITS = 0x0400, 0x7C00
 
 # Stored rows [R, W], row_scale [R] float32, and on the host row_exponents [R, M] int16.
 Encoded = tuple[Tensor, Tensor | None, np.ndarray | None]
@@ -122,7 +126,7 @@ class _Writable:
 def _encode_float16(rows: Tensor, layout: RowLayout, exponents: Sequence[int]) -> Encoded:
     """`ops.pack_rows`, and what float16 would lose anew, with exponents of its own."""
     packed, row_scale = ops.pack_rows(rows, layout.sizes, exponents)
-    lost = _lost_modules(rows, packed, row_scale, layout)
+    lost = _lost_modules(rows, packed, row_scale, layout, exponents)
     if not lost:
         return packed, row_scale, None
     own = np.zeros((len(rows), len(layout)), EXPONENT_DTYPE)
@@ -139,26 +143,34 @@ def _encode_float16(rows: Tensor, layout: RowLayout, exponents: Sequence[int]) -
 
 
 def _lost_modules(
-    rows: Tensor, packed: Tensor, row_scale: Tensor, layout: RowLayout
+    rows: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    layout: RowLayout,
+    exponents: Sequence[int],
 ) -> dict[int, Tensor]:
     """Module -> the rows in which float16 holds it with less than 11 bits, or not at all.
 
-    As `Float16.encode` decides it. A few large elements show of nearly every module that it is well
-    kept; only the others are looked at in full.
+    As `Float16.encode` decides it. A few elements show of nearly every module that it is well kept;
+    only the others are looked at in full.
     """
-    columns = share(layout.samples).to(rows.device)
-    seen = packed.index_select(1, columns).abs_() >= SMALLEST_NORMAL  # [R, M * SAMPLES]
-    kept = seen.view(len(rows), len(layout), -1).any(dim=2)
-    kept &= (row_scale < 2.0**127)[:, None]  # a larger scale was asked for: modules may overflow
+    bits = packed.view(torch.int16)  # ordered as the magnitudes, without the sign
+    some = bits.index_select(1, share(layout.samples).to(rows.device)) & INFINITE_BITS
+    kept = some.view(len(rows), len(layout), SAMPLES).amax(dim=2) > 0  # [R, M]: one is normal
+    if min(exponents) < -LARGEST_ELEMENT_EXPONENT:
+        kept &= (row_scale < 2.0**127)[:, None]  # which may be less than the row needs
     if kept.all():
         return {}
     lost = {}
     for module in (~kept).any(dim=0).nonzero()[:, 0].tolist():
         here = layout.columns[module]
-        stored = packed[:, here].abs().amax(dim=1)
-        odd = ((stored < SMALLEST_NORMAL) | stored.isinf()).nonzero()[:, 0]
-        part = rows[odd, here].abs().amax(dim=1)
-        odd = odd[(part > 0) & rows[odd].isfinite().all(dim=1)]
+        largest = (bits[:, here] & 0x7FFF).amax(dim=1)
+        odd = ((largest < SMALLEST_NORMAL_BITS) | (largest >= INFINITE_BITS)).nonzero()[:, 0]
+        odd = odd[(rows[odd, here] != 0).any(dim=1)]
+        finite = row_scale[odd] != 1  # rows that are not finite have the scale 1
+        if not finite.all():
+            finite |= rows[odd].isfinite().all(dim=1)
+        odd = odd[finite]
         if len(odd):
             lost[module] = odd
     return lost

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-SAMPLES = 8
+SAMPLES = 4  # columns of a module in `RowLayout.samples`
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, lie apart, and share no column of G
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ class RowLayout(Sequence[Module]):
 
     @cached_property
     def samples(self) -> np.ndarray:
-        """[M · SAMPLES] columns: of each module `SAMPLES`, evenly spaced; some twice if small."""
-        starts = np.array(self.offsets[:-1])[:, None]  # [M, 1]
-        steps = np.array(self.sizes)[:, None] * np.arange(SAMPLES) // SAMPLES  # [M, SAMPLES]
-        columns: np.ndarray = (starts + steps).reshape(-1)
+        """[M · SAMPLES] columns: a few of each module, apart; small modules have some twice."""
+        starts, sizes = np.array(self.offsets[:-1]), np.array(self.sizes)
+        steps = sizes[:, None] * (GOLDEN * np.arange(1, SAMPLES + 1) % 1)  # [M, SAMPLES]
+        columns: np.ndarray = (starts[:, None] + steps.astype(np.int64)).reshape(-1)
         return columns
 
     @property
