@@ -163,8 +163,13 @@ class ShardNorms:
         return self.load()
 
     def unit(self, members: Sequence[int]) -> int:
-        """The power of two in which `terms` gives a group's factors."""
-        return max(self.units[i] for i in members)
+        """The power of two in which `terms` gives a group's factors.
+
+        In the middle, for a row may have its norm from any of the modules: float32 holds the factor
+        of each as long as their units differ by less than some 250.
+        """
+        units = [self.units[i] for i in members]
+        return (min(units) + max(units)) // 2
 
     def terms(self, members: Sequence[int], here: slice, *, bias: bool) -> RowTerms:
         """What the norms of some modules do to the scores of the shard's rows `here`.
