@@ -93,6 +93,23 @@ def test_gradients_of_any_size_after_any_other(
     kept(store, torch.cat(rows))
 
 
+def test_the_size_of_the_loss_is_in_the_row_scales_alone(tmp_path: Path) -> None:
+    model = TwoInputs()
+    x = torch.randn(9, 7, generator=torch.Generator().manual_seed(1))
+    stores = []
+    for power in (0, 50, -60):
+        run = open_run(tmp_path / str(power), model)
+        with run(data_id=range(9)):
+            (model(x) * 2.0**power).backward()
+        run.finalize()
+        stores.append(Store.open(tmp_path / str(power) / "toy"))
+        assert stores[-1].module_exponents == stores[0].module_exponents
+        assert max(stores[-1].module_exponents) == 0
+        assert stores[-1].shards[0].rows.tobytes() == stores[0].shards[0].rows.tobytes()
+        scales = stores[-1].shards[0].row_scale, stores[0].shards[0].row_scale
+        assert (scales[0] == scales[1] * 2.0**power).all()
+
+
 @pytest.mark.parametrize("power", [40, -40])
 def test_a_first_row_that_is_not_like_the_others(tmp_path: Path, power: int) -> None:
     """In it one module is 2**40 times larger, or smaller, beside the other than it is later."""
