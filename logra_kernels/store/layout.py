@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-SAMPLES = 4  # columns of a module in `RowLayout.samples`
-GOLDEN = 0.6180339887498949  # its multiples, modulo 1, lie apart, and share no column of G
+SAMPLES = 2  # columns of a module in `RowLayout.samples`
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, lie apart
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class RowLayout(Sequence[Module]):
 
     @cached_property
     def samples(self) -> np.ndarray:
-        """[M · SAMPLES] columns: a few of each module, apart; small modules have some twice."""
+        """[M · SAMPLES] columns: a few of each module; a small one may have one of them twice."""
         starts, sizes = np.array(self.offsets[:-1]), np.array(self.sizes)
         steps = sizes[:, None] * (GOLDEN * np.arange(1, SAMPLES + 1) % 1)  # [M, SAMPLES]
         columns: np.ndarray = (starts[:, None] + steps.astype(np.int64)).reshape(-1)
