@@ -19,6 +19,7 @@ from torch import Tensor
 from logra_kernels.attribution.reading import Block, ShardRows
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.curvature.whitening import Whitening
+from logra_kernels.rows import powers_of_two
 from logra_kernels.store import SelfInfluenceCache, Store, StoreError
 
 # What a mode divides a row's score by.
@@ -162,8 +163,13 @@ class ShardNorms:
         return self.load()
 
     def unit(self, members: Sequence[int]) -> int:
-        """The power of two in which `terms` gives a group's factors."""
-        return max(self.units[i] for i in members)
+        """The power of two in which `terms` gives a group's factors.
+
+        In the middle, for a row may have its norm from any of the modules: float32 holds the factor
+        of each as long as their units differ by less than some 250.
+        """
+        units = [self.units[i] for i in members]
+        return (min(units) + max(units)) // 2
 
     def terms(self, members: Sequence[int], here: slice, *, bias: bool) -> RowTerms:
         """What the norms of some modules do to the scores of the shard's rows `here`.
@@ -229,12 +235,3 @@ def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
     for factor in powers_of_two(exponent):
         values = values * factor
     return values
-
-
-def powers_of_two(exponent: Tensor) -> list[Tensor]:
-    """Two factors, each of which float32 can hold, whose product is 2**exponent."""
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    return [
-        torch.ldexp(torch.ones_like(step, dtype=torch.float32), step)
-        for step in (half, exponent - half)
-    ]

@@ -100,13 +100,14 @@ def test_numpy_opens_the_shards(tmp_path: Path) -> None:
 def test_blocks_are_views_of_the_mapped_files(tmp_path: Path) -> None:
     store = full_store(tmp_path)
     blocks = list(store.blocks(2))
-    assert [first for first, _, _ in blocks] == [0, 2, 3, 5, 6]
-    for first, rows, row_scale in blocks:
+    assert [first for first, *_ in blocks] == [0, 2, 3, 5, 6]
+    for first, rows, row_scale, row_exponents in blocks:
         ids = list(range(first, first + len(rows)))
         assert not rows.flags.writeable
         assert any(np.shares_memory(rows, shard.rows) for shard in store.shards)
         np.testing.assert_array_equal(rows, rows_of(ids))
         np.testing.assert_array_equal(row_scale, scales_of(ids))
+        assert row_exponents is None
     refused("block_rows: expected at least 1, got 0", next, store.blocks(0))
 
 

@@ -345,9 +345,9 @@ def test_a_newer_version_is_refused_before_anything_else(tmp_path: Path) -> None
     full_store(tmp_path)
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**manifest, "version": 2, "shards": "elsewhere"}))
+    path.write_text(json.dumps({**manifest, "version": 3, "shards": "elsewhere"}))
     message = (
-        f"{path}: this store has format version 2, and this logra_kernels reads versions up to 1; "
+        f"{path}: this store has format version 3, and this logra_kernels reads versions up to 2; "
         "install a newer logra_kernels"
     )
     with pytest.raises(StoreFormatError) as caught:

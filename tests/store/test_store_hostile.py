@@ -265,7 +265,7 @@ from logra_kernels.store import Store, StoreError
 store = Store.open(sys.argv[1])
 uses = {
     "take": lambda: store.take([7]),
-    "blocks": lambda: [rows.sum() for _, rows, _ in store.blocks(1)],
+    "blocks": lambda: [rows.sum() for _, rows, *_ in store.blocks(1)],
     "metadata": lambda: store.metadata([7]),
     "id_of": lambda: store.id_of(7),
 }
