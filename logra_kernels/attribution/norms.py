@@ -79,7 +79,13 @@ class Norms:
                 "dampings": preconditioner.dampings,
             }
             self._cache = store.self_influence_cache(f"{norm}-{preconditioner.key}", meta)
-            self._missing.update(self._cache.missing())
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Find out which norms lie beside the store, if files came or went since the last time."""
+        if self._cache is not None and self._cache.changed():
+            self._missing = set(self._cache.missing())
+            self._remembered.clear()
 
     def known(self, index: int) -> bool:
         """Whether an earlier scan left the norms of the store's shard `index`."""
@@ -135,7 +141,7 @@ class Norms:
         if not self._memory:  # after one refusal no other shard is tried
             try:
                 self._cache.write(index, norms.values)
-                self._missing.remove(index)
+                self._missing.discard(index)
                 return
             except (OSError, StoreError) as error:
                 warnings.warn(f"self-influence is not kept beside the store: {error}", stacklevel=2)

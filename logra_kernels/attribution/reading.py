@@ -168,7 +168,7 @@ class Reading:
             block_rows,
             shards=away,
             keep=self.way == "mapped",
-            in_place=allocate is None,
+            in_place=allocate is None and self.way == "mapped",
             allocate=allocate,
         ) as blocks:
             num_bytes = block_rows * self._row_bytes

@@ -30,6 +30,12 @@ def scores(
     Returns:
         ``[Q, R]`` float32, accumulated in float32 (float64 if queries or rows are float64).
 
+        On the CPU a query may be as large as float32 goes: one with elements of 2**64 or more is
+        divided by a power of two for the sums, which changes no bit. No sum is then infinite, or
+        infinity less infinity, on the way to a score that float32 holds, while D times the largest
+        ``|rows|`` is below 2**63: so for all float16 rows. Scaled queries of an `Attributor` keep
+        to the same on every device.
+
     Raises:
         TypeError: another dtype.
         ValueError: shapes or devices that disagree.

@@ -54,7 +54,8 @@ def topk_scores(
         row_offset: the id of the first row, at least 0; the last row's is at most 2**63 - 2.
 
     Returns:
-        `TopK`; scores are float32 (float64 if queries or rows are), ids int64.
+        `TopK`; scores are float32 (float64 if queries or rows are), ids int64. Large queries and
+        rows do not overflow on the way, as `scores` says.
 
     Raises:
         TypeError: another dtype.

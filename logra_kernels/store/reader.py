@@ -20,6 +20,7 @@ from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
     Lock,
     check_mapped,
+    identity,
     read_array,
     remove,
     sync_folder,
@@ -29,6 +30,7 @@ from logra_kernels.store.ids import parse_metadata, read_ids
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import (
     LOCK,
+    MANIFEST,
     check_files,
     layout_of,
     plain_json,
@@ -128,9 +130,13 @@ class Store:
                 format, a newer version, or a file that is missing, cut, or another array.
         """
         folder = Path(path)
+        # Looked at first: a manifest that comes between the two counts as changed.
+        seen = identity(folder / MANIFEST)
         manifest = read_manifest(folder)
         check_files(folder, manifest)
-        return cls(folder, manifest)
+        store = cls(folder, manifest)
+        store._seen = seen
+        return store
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -149,6 +155,32 @@ class Store:
         exponents = manifest["module_exponents"]
         self.module_exponents: list[int] = exponents or [0] * len(self.modules)
         self.shards = [Shard(path, entry, self.codec, self.layout) for entry in manifest["shards"]]
+        self._seen: tuple[int, ...] | None = None  # the identity of the manifest that was read
+
+    def check_unchanged(self) -> None:
+        """See that the folder still holds the rows that were there when the store was opened.
+
+        It costs one look at the manifest's size and time; the manifest is read again only if these
+        are others. Rows that a writer added since, and other curvatures, are no change.
+
+        Raises:
+            StoreError: another store lies in the folder, or none.
+        """
+        seen = identity(self.path / MANIFEST)
+        if seen is not None and seen == self._seen:
+            return
+        try:
+            now = read_manifest(self.path)
+        except StoreFormatError as error:
+            raise StoreError(f"{self.path}: changed since it was opened: {error}") from None
+        for key in ("modules", "dtype", "module_exponents", "shards"):
+            there = now[key][: len(self.shards)] if key == "shards" else now[key]
+            if there != self.manifest[key]:
+                raise StoreError(
+                    f"{self.path}: the store was replaced since it was opened; open it again "
+                    f"(its {key} differ)"
+                )
+        self._seen = seen
 
     def __len__(self) -> int:
         return self.num_rows

@@ -102,7 +102,7 @@ def test_l_relatif_does_not_change_when_a_training_row_is_scaled(tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("size", [1e-20, 1e20])
-@pytest.mark.parametrize("mode", NORMALISED)
+@pytest.mark.parametrize("mode", [*NORMALISED, "l2"])
 def test_tiny_and_huge_gradients(tmp_path: Path, dtype: str, size: float, mode: str) -> None:
     """A store whose gradients are all tiny or huge gives the normalised scores of usual ones."""
     store = make_store(tmp_path / "s", gradients(60) * size, dtype, shard_rows=25)
@@ -110,6 +110,26 @@ def test_tiny_and_huge_gradients(tmp_path: Path, dtype: str, size: float, mode: 
     result = open_attributor(store).scores(QUERIES * size, mode)
     assert_influence(result.scores, truth, mode)
     assert result.zero_rows == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("mode", SCAN_MODES)
+def test_queries_of_all_sizes_over_tiny_rows(tmp_path: Path, dtype: str, mode: str) -> None:
+    """(H + λI)⁻¹g of rows near 1e-20 is some 1e40 times the query, which float32 cannot hold."""
+    store = make_store(tmp_path / "s", gradients(60) * 1e-20, dtype, shard_rows=25)
+    queries = gradients(5, seed=7) * torch.tensor([1e-10, 1e-20, 1.0, 1e-20, 1e-3])[:, None]
+    truth = dense(queries, unpacked(store))
+    want = truth.scores(mode)
+    attributor = open_attributor(store, block_rows=16)
+    got = attributor.scores(queries, mode).scores
+    assert ((got - want).abs() <= 1e-5 * truth.allowance(mode)).all()
+    for q in range(len(queries)):
+        assert_same(attributor.scores(queries[q : q + 1], mode).scores, got[q : q + 1])
+    top = attributor.top_k(queries, 60, mode)
+    best = got.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(top.top_rows, best.indices)
+    assert torch.equal(top.top_scores, best.values)
+    assert torch.equal(top.bottom_scores, got.sort(dim=1, stable=True).values)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

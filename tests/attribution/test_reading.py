@@ -213,6 +213,67 @@ def test_a_file_cut_short_is_an_error_that_names_it(store: Store, reading: str) 
         attributor.scores(QUERIES, "l-relatif")
 
 
+CUT = """
+import itertools, os, shutil, sys
+from pathlib import Path
+import torch
+from logra_kernels import Attributor, StoreError, ops
+from dense_influence import gradients
+
+torch.set_num_threads(1)  # so that no thread of OpenMP is lost in a fork
+intact, scores = Path(sys.argv[1]), ops.scores
+
+def ask(path, reading, when, norms):
+    if norms == "found":
+        Attributor(path, reading=reading).self_influence()
+    done = []
+
+    def cut(*_):
+        done.append(1)
+        if len(done) == 2:
+            for file in path.rglob("*.npy"):
+                os.truncate(file, 4096)
+
+    def cut_then_score(*arguments):
+        cut()
+        return scores(*arguments)
+
+    if when == "under a block":
+        ops.scores = cut_then_score
+    progress = cut if when == "between blocks" else None
+    try:
+        attributor = Attributor(path, reading=reading, block_rows=16)
+        attributor.scores(gradients(3), "l-relatif", progress=progress)
+    except StoreError as error:
+        return str(error)
+
+cases = itertools.product(
+    ("mapped", "streamed", "resident"), ("between blocks", "under a block"), ("found", "computed")
+)
+for number, case in enumerate(cases):
+    if case[:2] == ("mapped", "under a block"):
+        continue
+    path = shutil.copytree(intact, intact.with_name(f"cut-{number}"))
+    child = os.fork()
+    if not child:
+        print(*case, ask(path, *case), sep=": ", flush=True)
+        os._exit(0)
+    if status := os.waitpid(child, 0)[1]:
+        print(*case, f"ended with {status}", sep=": ", flush=True)
+"""
+
+
+def test_a_file_cut_short_between_blocks_or_under_one_ends_no_process(store: Store) -> None:
+    """Of a mapped store alone a block in use would end it; rows and norms are in the page cache."""
+    RawCurvature.rebuild(store).save(store)
+    command = [sys.executable, "-c", CUT, str(store.path)]
+    told = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    lines = told.stdout.splitlines()
+    assert len(lines) == 10
+    for line in lines:
+        assert re.search(r"/shard-0000\d[^/]*\.npy: expected \d+ (bytes|values), got \d+", line)
+
+
 MEASURE = """
 import os, sys
 import torch

@@ -74,6 +74,46 @@ def test_large_queries_do_not_overflow() -> None:
     assert out.item() == pytest.approx(64e10, rel=gamma(66))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_queries", [1, 5, 70])
+def test_sums_of_large_queries_that_cancel_are_exact(
+    isa: str, dtype: torch.dtype, num_queries: int
+) -> None:
+    """The sums pass through what float32 cannot hold, to scores that it can."""
+    large = 1.5 * 2.0**127  # of few digits, so that multiples of it are exact; 3e38 is not
+    query = torch.tensor([large] * 20 + [-large] * 20 + [2.0**120])
+    queries = randn(num_queries, 41, seed=1)
+    queries[num_queries // 2] = query
+    rows = torch.tensor([[1.0] * 41, [2.0**15] * 40 + [128.0], [0.0] * 41], dtype=dtype)
+    out = scores(queries, rows)
+    assert out[num_queries // 2].tolist() == [2.0**120, 2.0**127, 0.0]
+    others = torch.arange(num_queries) != num_queries // 2
+    assert_same(out[others], scores(queries[others], rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_query_has_the_bits_of_a_small_one(isa: str, dtype: torch.dtype) -> None:
+    """Times a power of two; a row's scale is applied before what would be infinite without it."""
+    queries, rows = randn(6, 300), randn(50, 300, dtype=dtype, seed=1)
+    scale, bias = torch.rand(50) * 2.0**-20, randn(50, seed=2)
+    want = scores(queries, rows, scale, bias)
+    powers = torch.tensor([0, 60, 62, 64, 100, 124])
+    large = queries * torch.ldexp(torch.ones(6), powers)[:, None]
+    for q, power in enumerate(powers.tolist()):
+        factor = 2.0**power
+        out = scores(large, rows, scale, bias * factor)
+        assert torch.equal(out[q], want[q] * factor)
+        assert torch.equal(scores(large, rows)[q], scores(queries, rows)[q] * factor)
+
+
+def test_queries_that_are_not_finite_stay_alone(isa: str) -> None:
+    queries, rows = randn(4, 50), randn(9, 50, seed=1).half()
+    queries[1, 3], queries[2, 7], queries[3] = torch.nan, torch.inf, 3e38
+    out = scores(queries, rows)
+    assert not out[1:3].isfinite().any()
+    assert_same(out[:1], scores(queries[:1], rows))
+
+
 def test_float64_is_computed_in_float64() -> None:
     queries, rows = randn(3, 9).double(), randn(4, 9, seed=1)
     assert torch.equal(scores(queries, rows), queries @ rows.double().T)

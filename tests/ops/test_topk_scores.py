@@ -82,6 +82,22 @@ def test_nan_is_never_selected_and_infinity_is(isa: str) -> None:
     assert again.top_ids.tolist() == [[7, -1, -1, -1, -1]]
 
 
+def test_large_queries_are_ranked_by_their_scores(isa: str) -> None:
+    """As if they were small, with each query's own bias, also where sums pass float32's range."""
+    queries, rows = randn(70, 40), randn(300, 40, seed=1).half()
+    queries[3::7] *= 2.0**120
+    queries[5] = 1.5 * 2.0**127 * torch.tensor([1.0, -1.0]).repeat_interleave(20)
+    rows[7], rows[9] = 1, 2.0**15
+    scale, bias = torch.rand(300) * 2.0**-20, randn(300, seed=2)
+    for row_scale, row_bias in ((None, None), (scale, None), (scale, bias), (None, bias)):
+        values = scores(queries, rows, row_scale, row_bias)
+        got = topk_scores(queries, rows, 300, row_scale, row_bias)
+        assert same_bits(got, sorted_scores(values, 300))
+        if row_bias is None:
+            assert values[5, [7, 9]].tolist() == [0.0, 0.0]
+            assert (got.top_ids >= 0).all()
+
+
 def test_empty(isa: str) -> None:
     none = topk_scores(randn(2, 5), randn(0, 5), 3)
     assert (none.top_ids == -1).all()

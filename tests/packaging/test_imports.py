@@ -30,6 +30,7 @@ TIERS = {
     "progress": 0,
     "reference": 0,
     "store": 0,
+    "threads": 0,
     "triton": 0,
     "ops": 1,
     "rows": 2,
@@ -46,7 +47,7 @@ TIERS = {
     "cli": 7,
 }
 # The modules of the package root; whatever else is there is a room, a folder.
-ROOT_MODULES = {"__init__", "_native", "_checks", "defaults", "rows", "progress"}
+ROOT_MODULES = {"__init__", "_native", "_checks", "defaults", "rows", "progress", "threads"}
 # Rooms that import nothing of the package but themselves, and of the world only this.
 CLOSED = {
     "reference": {"torch"},
@@ -270,6 +271,40 @@ def test_reading_a_store_needs_no_torch(code: str) -> None:
     forbidden = ("torch", "transformers", "triton")
     check = f"{code}\nimport sys\nassert not set({forbidden}) & set(sys.modules)"
     output(sys.executable, "-c", check)
+
+
+WITHOUT_TORCH = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name="torch")
+
+sys.meta_path.insert(0, NoTorch())
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from logra_kernels import Attributor",
+        "import logra_kernels; logra_kernels.init",
+        "import logra_kernels; logra_kernels.ops",
+        "from logra_kernels.cli import main\n"
+        "sys.exit(main(['log', '--model', 'm', '--data', 'd', '--out', 'o']))",
+        "from logra_kernels.cli import main\n"
+        "sys.exit(main(['query', '--model', 'm', '--store', 's', '--prompt', 'p']))",
+    ],
+)
+def test_a_missing_torch_is_said_with_the_build_to_take(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH + code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode in (1, 2)
+    last = done.stderr.splitlines()[-1]
+    assert "torch is not installed; without it logra_kernels only reads" in last
+    assert "pip install torch --index-url" in last
 
 
 def test_every_public_name_is_there() -> None:
