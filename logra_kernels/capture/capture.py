@@ -26,7 +26,11 @@ from logra_kernels.capture.backward_passes import BackwardPasses
 from logra_kernels.capture.batch import Batch
 from logra_kernels.capture.gradient_queue import GradientQueue
 from logra_kernels.capture.layers import Call, Layer
-from logra_kernels.capture.loss_reduction import AVERAGED_LOSS, check_summed
+from logra_kernels.capture.loss_reduction import (
+    AVERAGED_LOSS,
+    check_loss_scale,
+    check_summed,
+)
 from logra_kernels.capture.token_scores import TokenScores
 
 
@@ -47,6 +51,8 @@ class Capture:
         allow_unused: a module that takes no part in the pass has a zero gradient, instead of
             being an error.
         averaged_loss: "raise", "warn" or "allow": what a loss that was averaged leads to.
+        loss_scale: what the summed loss was multiplied by, a number or a tensor of one element
+            above 0; rows are divided by it. None: the loss is checked, as averaged_loss says.
         token_queries: [Q, D], preconditioned queries; asks for `token_scores`.
 
     Raises: ValueError for a mask, an input shape, an averaged loss or a number of backward passes
@@ -63,6 +69,7 @@ class Capture:
         weight_gradients: bool = False,
         allow_unused: bool = False,
         averaged_loss: str = "raise",
+        loss_scale: float | Tensor | None = None,
         token_queries: Tensor | None = None,
     ) -> None:
         if averaged_loss not in AVERAGED_LOSS:
@@ -78,7 +85,10 @@ class Capture:
         self._gradients: dict[str, Tensor] = {}
         self._queue = GradientQueue(self._add_gradients)
         self._called_without_grad: set[str] = set()
-        self._passes = BackwardPasses(partial(check_summed, averaged_loss))
+        self._loss_scale = 1.0
+        if loss_scale is not None:
+            self._loss_scale, averaged_loss = check_loss_scale(loss_scale), "allow"
+        self._passes = BackwardPasses(partial(check_summed, averaged_loss, num_examples))
         self._undo: list[Callable[[], object]] = []
         self._hooks: dict[str, int] = {}  # {module name: the number of its forward hook}
         self._watched = {layer.module for layer in self._layers}
@@ -112,7 +122,7 @@ class Capture:
         """
         if self._token_scores is None or self._token_scores.total is None:
             raise RuntimeError("token scores: give token_queries, and run a pass, to have them")
-        return self._token_scores.total
+        return self._token_scores.total / self._loss_scale
 
     def check_complete(self) -> None:
         """Raise if the backward pass, or a module's part in it, is missing; done on leaving."""
@@ -263,6 +273,8 @@ class Capture:
 
     def _add_gradients(self, name: str, gradients: Tensor) -> None:
         """Add the gradients [N, Ko, Ki] of one call of a module."""
+        if self._loss_scale != 1:
+            gradients = gradients / self._loss_scale
         if name in self._gradients:
             gradients = self._gradients[name] + gradients
         self._gradients[name] = gradients

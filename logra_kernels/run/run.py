@@ -179,12 +179,13 @@ class Run:
         weight_gradients: bool = False,
         averaged_loss: str | None = None,
         allow_unused: bool | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> LoggedPass:
         """A context for one forward and one backward pass of the user's code.
 
-        The loss must be summed over examples and tokens. An average is an error where it can be
-        seen (a mean, reduction="mean"); a sum divided by a count of tokens cannot be, nor can a
-        loss multiplied by a gradient scaler, which scales the rows.
+        The loss must be summed over examples and tokens, or `loss_scale` say what the sum was
+        multiplied by. A mean, a sum divided by a count and a scaled sum are errors where the end of
+        the loss's graph shows them; what each term was divided by before the sum cannot be seen.
 
         Args:
             data_id: N ids, strings or integers: a list, or a tensor [N]. Every example of the
@@ -196,9 +197,12 @@ class Run:
             weight_gradients: compute the parameters' gradients too, for logging while training;
                 without them an optimizer's step changes nothing, of which a warning tells.
             averaged_loss, allow_unused: the configuration's, unless given here.
+            loss_scale: a number or a tensor of one element above 0, which rows are divided by:
+                1 / num_items_in_batch in HF's Trainer, scaler.get_scale() with a GradScaler, 1 / n
+                for a mean over n terms, 1 for a sum that nothing shows to be one.
 
         Raises:
-            ValueError: ids or a mask that do not fit, before any computation.
+            ValueError: ids, a loss_scale or a mask that do not fit, before any computation.
             RuntimeError: entered inside a pass that is open on the same model.
         """
         model = self._layers("run(data_id=...)").model
@@ -218,6 +222,7 @@ class Run:
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
+            loss_scale=loss_scale,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -234,6 +239,7 @@ class Run:
         weight_gradients: bool = False,
         averaged_loss: str | None = None,
         allow_unused: bool | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> None:
         """Enter `with run(data_id, mask)` where a `with` does not fit; end() leaves it.
 
@@ -250,6 +256,7 @@ class Run:
             weight_gradients=weight_gradients,
             averaged_loss=averaged_loss,
             allow_unused=allow_unused,
+            loss_scale=loss_scale,
         )
         self._started = started.__enter__()
 

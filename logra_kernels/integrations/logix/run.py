@@ -57,6 +57,7 @@ class LogixRun(Run):
             weight_gradients: bool = False,
             averaged_loss: str | None = None,
             allow_unused: bool | None = None,
+            loss_scale: float | Tensor | None = None,
         ) -> LogixPass:
             """As `Run.__call__`; the pass has LogIX's methods too."""
     else:
