@@ -63,6 +63,7 @@ class Run:
         self._resume = resume
         self._watched: WatchedLayers | None = None
         self._filters: tuple[Any, Any] = (None, None)  # watch's type_filter and name_filter
+        self._batch_dim: int | Mapping[str, int] | None = None  # as watch was told
         self._setup = Setup()
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
@@ -85,6 +86,7 @@ class Run:
         name_filter: Sequence[str] | None = None,
         *,
         bias: bool = False,
+        batch_dim: int | Mapping[str, int] | None = None,
     ) -> None:
         """Choose the layers whose gradients are logged, in the order of named_modules.
 
@@ -95,17 +97,21 @@ class Run:
                 watched only where it is named here: an embedding of positions gets no batch.
             name_filter: a module is watched if its name holds one of these; None: every one.
             bias: log the bias's gradient too, as one more column of the weight's.
+            batch_dim: the axis of the layers' inputs that is the batch: 0, or 1 for [T, N, I]; or
+                {part of a module's name: axis}, where the part that names most of it counts. None:
+                the first; a pass is refused where a module may take [T, N, I] or be an expert.
 
         Raises:
             ValueError: nothing is left to watch, or it differs from the store's modules.
             RuntimeError: rows are being logged.
         """
         self._refuse_while_logging("watch")
-        watched = WatchedLayers.matching(model, type_filter, name_filter, bias)
+        watched = WatchedLayers.matching(model, type_filter, name_filter, bias, batch_dim)
         if self._store is not None:
             self._project_like(self._store, watched)
         self._watched = watched
         self._filters = (type_filter, name_filter)
+        self._batch_dim = batch_dim
 
     def add_lora(
         self,
@@ -144,7 +150,8 @@ class Run:
             types, names = self._filters
             types = types if type_filter is None else type_filter
             names = names if name_filter is None else name_filter
-            self.watch(model, types, names, bias=watched is not None and watched.bias)
+            bias = watched is not None and watched.bias
+            self.watch(model, types, names, bias=bias, batch_dim=self._batch_dim)
         told: dict[str, Any] = {"rank": rank, "init": init, "seed": seed}
         self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
         self._layers("add_lora").project(self.config.projection)
@@ -172,8 +179,10 @@ class Run:
     def __call__(
         self,
         data_id: Any,
-        mask: Tensor | None = None,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
         *,
+        cu_seqlens: Any = None,
+        position_ids: Any = None,
         save: bool | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         weight_gradients: bool = False,
@@ -191,7 +200,13 @@ class Run:
             data_id: N ids, strings or integers: a list, or a tensor [N]. Every example of the
                 batch has one, in the batch's order; the batch is the first axis of every input.
             mask: [N, T] of 0 and 1, such as HF's attention_mask, padded on either side; masked
-                tokens count for nothing. It does not apply to layers with 2-D input.
+                tokens count for nothing. It does not apply to layers with 2-D input. For an encoder
+                and a decoder: {"encoder": mask, "decoder": mask}; a key is a part of modules'
+                names, the one that names most of a module's counts, and None counts every token.
+            cu_seqlens: [N+1] integers, where the examples of a packed sequence begin, and its end:
+                inputs are [T, I] or [1, T, I]. That they do not attend to each other is the
+                model's business.
+            position_ids: [T] or [1, T], the same told by positions that begin at 0 in each example.
             save: write this batch or not, whatever setup says.
             metadata: N dictionaries to be kept beside the ids.
             weight_gradients: compute the parameters' gradients too, for logging while training;
@@ -202,7 +217,8 @@ class Run:
                 for a mean over n terms, 1 for a sum that nothing shows to be one.
 
         Raises:
-            ValueError: ids, a loss_scale or a mask that do not fit, before any computation.
+            ValueError: ids, a loss_scale, a mask or boundaries that do not fit, before any
+                computation.
             RuntimeError: entered inside a pass that is open on the same model.
         """
         model = self._layers("run(data_id=...)").model
@@ -219,6 +235,8 @@ class Run:
         capture = self._capture(
             len(ids),
             mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
@@ -232,8 +250,10 @@ class Run:
     def start(
         self,
         data_id: Any,
-        mask: Tensor | None = None,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
         *,
+        cu_seqlens: Any = None,
+        position_ids: Any = None,
         save: bool | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         weight_gradients: bool = False,
@@ -251,6 +271,8 @@ class Run:
         started = self(
             data_id,
             mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
             save=save,
             metadata=metadata,
             weight_gradients=weight_gradients,
@@ -405,7 +427,10 @@ class Run:
         return self._attributor[1]
 
     def token_scores(
-        self, queries: Tensor, num_examples: int, mask: Tensor | None = None
+        self,
+        queries: Tensor,
+        num_examples: int,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
     ) -> Capture:
         """A context for one pass, after which .token_scores() gives [Q, N, T]: each token's part.
 
@@ -414,7 +439,7 @@ class Run:
         Args:
             queries: [Q, D], preconditioned (Attributor.precondition).
             num_examples: N.
-            mask: [N, T] of 0 and 1.
+            mask: [N, T] of 0 and 1, or {part of a module's name: mask}.
 
         Raises: RuntimeError if no model is watched; ValueError for shapes that do not fit.
         """
@@ -425,7 +450,7 @@ class Run:
     def _capture(
         self,
         num_examples: int,
-        mask: Tensor | None,
+        mask: Tensor | Mapping[str, Tensor | None] | None,
         *,
         allow_unused: bool | None = None,
         averaged_loss: str | None = None,
