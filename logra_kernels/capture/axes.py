@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.capture.batch import BatchAxis
+from logra_kernels.capture.batch import Batch, BatchAxis
 from logra_kernels.capture.layers import Layer, plain_name
 from logra_kernels.capture.masks import most_specific
 
@@ -45,12 +45,13 @@ def set_batch_axes(
         layer.axis = BatchAxis(dim, sequence_first, "expert" in layer.name.lower())
 
 
-def refuse_picked(module: str, x: Tensor, num_examples: int) -> None:
+def refuse_picked(module: str, x: Tensor, batch: Batch) -> None:
     """ValueError if an input [N, I] is N tokens that an index picked, not one of each example.
 
-    It is read off the autograd graph, where the tensor that was indexed is [N, T, ...] or [N·T, I].
-    An expert of a mixture, or a head on masked tokens, may receive N tokens by chance.
+    It is read off the autograd graph, where the tensor that was indexed is [N, T, ...], [N·T, I] or
+    packed. An expert of a mixture, or a head on masked tokens, may receive N tokens by chance.
     """
+    num_examples = batch.num_examples
     if x.ndim != 2 or len(x) != num_examples or num_examples < 2:
         return
     node: Any = x.grad_fn
@@ -67,9 +68,12 @@ def refuse_picked(module: str, x: Tensor, num_examples: int) -> None:
     if any(size != 1 for size in sizes[:axis]):
         return  # the same tokens of every example
     index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.flatten() % sizes[axis]
-    per_example = max(sizes[axis] // num_examples, 1)
+    if batch.cu_seqlens is None:
+        examples = index // max(sizes[axis] // num_examples, 1)
+    else:
+        examples = torch.bucketize(index, batch.cu_seqlens[1:].to(index.device), right=True)
     wanted = torch.arange(num_examples, device=index.device)
-    if len(index) == num_examples and not torch.equal(index // per_example, wanted):
+    if len(index) == num_examples and not torch.equal(examples, wanted):
         raise ValueError(
             f"module {module}: its input {list(x.shape)} is not one token of each of the "
             f"{num_examples} examples, but tokens that an index picked (as for an expert); leave "

@@ -86,9 +86,10 @@ class Batch:
             return self._num_packed, True
         if len(lead) == 1:
             if lead[0] == count:
-                if axis.routed and axis.dim is None and count > 1:
+                one_token = mask is not None and mask.shape[1] == 1
+                if axis.routed and axis.dim is None and count > 1 and not one_token:
                     raise _doubt(module, shape, f"{module} is an expert", "N tokens of its own")
-                return 1, mask is not None and mask.shape[1] == 1
+                return 1, one_token
             if mask is not None and lead[0] == mask.numel():
                 if mask.shape[1] > 1:
                     _refuse_doubt(module, count, shape, axis)

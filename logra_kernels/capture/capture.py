@@ -281,8 +281,8 @@ class Capture:
 
     def _batch_of(self, layer: Layer, x: Tensor) -> Batch:
         batch = self._batch if self._part_masks is None else self._part_masks.of(layer, x)
-        if layer.axis.dim is None and batch.cu_seqlens is None:
-            refuse_picked(layer.name, x, batch.num_examples)
+        if layer.axis.dim is None:
+            refuse_picked(layer.name, x, batch)
         return batch
 
     def _at_output_gradient(

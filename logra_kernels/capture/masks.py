@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from logra_kernels.capture.batch import Batch
 from logra_kernels.capture.layers import Layer, plain_name
 
+# Words in the names of parts that see different tokens.
+_SIDES = (
+    (("encoder",), ("decoder",)),
+    (("text", "language"), ("vision", "visual", "image", "audio")),
+    (("question",), ("ctx", "context", "passage")),
+)
+
 
 def most_specific(name: str, keys: Iterable[str]) -> str | None:
     """The key that names the most of a module's name, or None if none of them fits.
@@ -24,27 +31,27 @@ def most_specific(name: str, keys: Iterable[str]) -> str | None:
 
 
 def refuse_one_mask(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """ValueError if one mask cannot be for all layers: a decoder's are among them.
+    """ValueError if one mask cannot be for all layers, which see the tokens of two parts.
 
-    A model has an encoder and a decoder where two parts side by side have these words in their
-    names. A decoder's modules see its own tokens or, in cross-attention, the encoder's.
+    Two parts side by side see different tokens where their names say so: encoder and decoder, text
+    and vision. Modules of a decoder alone do, too: cross-attention sees the encoder's.
     """
     names = [layer.name for layer in layers]
     for path, module in model.named_modules():
         prefix = plain_name(path)
         children = [name for name, _ in module.named_children()]
-        sides = [[n for n in children if word in n.lower()] for word in ("encoder", "decoder")]
-        if not all(sides):
-            continue
-        decoders = [f"{prefix}.{name}." if prefix else f"{name}." for name in sides[1]]
-        inside = next((name for name in names if name.startswith(tuple(decoders))), None)
-        if inside is not None:
-            encoder, decoder = sides[0][0], sides[1][0]
-            raise ValueError(
-                f"mask: expected one for each part of a model with an encoder and a decoder, as "
-                f"{{{encoder!r}: [N, T] or None, {decoder!r}: [N, T] or None}}, got one for all; "
-                f"module {inside} has the decoder's tokens, or the encoder's"
-            )
+        for words in _SIDES:
+            # The first part of each side, and the first watched module in one of the side's parts.
+            sides = [[n for n in children if any(w in n.lower() for w in side)] for side in words]
+            within = [tuple(f"{prefix}.{n}.".lstrip(".") for n in side) for side in sides]
+            inside = [next((n for n in names if n.startswith(parts)), "") for parts in within]
+            if all(sides) and inside[1] and (inside[0] or words == _SIDES[0]):
+                one, other = sides[0][0], sides[1][0]
+                raise ValueError(
+                    f"mask: expected one for each part of a model with {one} and {other}, as "
+                    f"{{{one!r}: [N, T] or None, {other!r}: [N, T] or None}}, got one for all; "
+                    f"module {inside[1]} is in {other}"
+                )
 
 
 @dataclass(frozen=True)

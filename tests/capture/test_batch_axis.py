@@ -276,6 +276,21 @@ def test_picked_tokens_are_told_by_the_graph_whatever_the_name(way: str) -> None
     assert_rows(model, layers, capture.rows(), losses)
 
 
+def test_an_expert_sees_every_example_where_examples_have_one_token() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"shared_expert": nn.Linear(4, 3)}).double()
+    layers = watched(model)
+    x = torch.randn(5, 1, 4, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        out: Tensor = model["shared_expert"](x.flatten(0, 1)).exp().sum()
+        return out
+
+    with Capture(model, layers, 5, torch.ones(5, 1)) as capture:
+        loss(x).backward()
+    assert_rows(model, layers, capture.rows(), [partial(loss, x[n : n + 1]) for n in range(5)])
+
+
 def test_experts_that_see_every_example_are_told_so() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])}).double()

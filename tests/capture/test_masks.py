@@ -123,16 +123,35 @@ def test_one_mask_for_an_encoder_and_a_decoder_is_refused(name: str, inside: str
     model, mask, _ = batch_of(name)
     layers = [layer for layer in make_layers(model) if ".q" in layer.name or "_proj" in layer.name]
     with refuse(
-        "mask: expected one for each part of a model with an encoder and a decoder, as {'encoder': "
-        f"[N, T] or None, 'decoder': [N, T] or None}}, got one for all; module {inside} has the"
+        "mask: expected one for each part of a model with encoder and decoder, as {'encoder': "
+        f"[N, T] or None, 'decoder': [N, T] or None}}, got one for all; module {inside} is in"
     ):
         Capture(model, layers, 3, mask)
-    with refuse("mask: expected one for each part of a model with an encoder and a decoder"):
+    with refuse("mask: expected one for each part of a model with encoder and decoder"):
         Capture(model, layers, 3, cu_seqlens=[0, 1, 2, 3])
     Capture(model, layers, 3)
     encoder = [layer for layer in layers if "encoder." in layer.name]
     assert encoder
     Capture(model, encoder, 3, mask)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("text_model", "vision_model"), ("question_encoder", "ctx_encoder")]
+)
+def test_one_mask_for_two_towers_is_refused(one: str, other: str) -> None:
+    towers = nn.ModuleDict(
+        {one: nn.Sequential(nn.Linear(4, 4)), other: nn.Sequential(nn.Linear(4, 4))}
+    )
+    model = nn.ModuleDict({"model": towers, "head": nn.Linear(4, 4)})
+    layers = make_layers(model)
+    with refuse(
+        f"{one!r}: [N, T] or None, {other!r}: [N, T] or None}}, got one for all; module "
+        f"model.{other}.0 is in {other}"
+    ):
+        Capture(model, layers, 3, torch.ones(3, 2))
+    Capture(model, layers, 3)
+    Capture(model, layers[:1], 3, torch.ones(3, 2))
+    Capture(model, layers[1:], 3, torch.ones(3, 2))
 
 
 def test_cross_attention_of_a_decoder_that_alone_is_watched() -> None:

@@ -147,6 +147,25 @@ def test_boundaries_that_do_not_fit(said: dict[str, Any], message: str) -> None:
         Batch(4, **said)
 
 
+def test_packed_tokens_that_an_expert_picked_are_refused() -> None:
+    model, layers, ids = toy()
+    inner = [layer for layer in layers if layer.name in ("embed", "head")]
+
+    def loss(places: list[int]) -> Tensor:
+        hidden = model.get_submodule("embed")(ids)
+        out: Tensor = model.get_submodule("head")(hidden[torch.tensor(places)]).exp().sum()
+        return out
+
+    with (
+        refuse("module head: its input [4, 6] is not one token of each of the 4 examples"),
+        Capture(model, inner, 4, cu_seqlens=BOUNDS),
+    ):
+        loss([0, 1, 7, 14])
+    with Capture(model, inner, 4, cu_seqlens=BOUNDS) as capture:
+        loss([0, 5, 7, 14]).backward()
+    assert capture.rows().shape[0] == 4
+
+
 @pytest.mark.parametrize("shape", [(15,), (2, 8), (4, 4), (16, 2)])
 def test_inputs_of_another_total(shape: tuple[int, ...]) -> None:
     model, layers, _ = toy()
