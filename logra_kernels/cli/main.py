@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from logra_kernels.cli.parser import build_parser
+from logra_kernels.report.console import warn
 
 # What a wrong argument, file, model or store leads to; anything else is a defect and keeps its
 # traceback.
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f"logra_kernels.cli.{arguments.command}")
             return int(command.run(arguments))
         except KeyboardInterrupt:
-            print(f"logra {arguments.command}: interrupted", file=sys.stderr)
+            warn(f"logra {arguments.command}: interrupted")
             return 130
         except BrokenPipeError:
             # `logra info STORE | head`: nobody reads on; keep Python from flushing at exit.
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         except EXPECTED_ERRORS as error:
             if arguments.traceback or os.environ.get("LOGRA_DEBUG") == "1":
-                traceback.print_exc()
-            print(f"logra {arguments.command}: {error}", file=sys.stderr)
+                warn(traceback.format_exc())
+            warn(f"logra {arguments.command}: {error}")
             return 2
 
 
@@ -52,4 +53,4 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """A warning as a sentence, without the source line that raised it."""
-    print(f"logra: warning: {message}", file=file or sys.stderr)
+    warn(f"logra: warning: {message}")

@@ -96,7 +96,7 @@ class CausalLM:
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Right-padded input_ids, attention_mask and labels, all [N, T] int64, on the device.
 
-        A label is -100 where no loss is borne: padding, and tokens before `loss_start`.
+        A label is -100 where no loss is borne: padding, tokens before `loss_start`, `no_loss`.
         """
         longest = max(len(example.tokens) for example in examples)
         shape = (len(examples), longest)
@@ -109,6 +109,8 @@ class CausalLM:
             input_ids[row, :length] = torch.tensor(example.tokens)
             mask[row, :length] = 1
             labels[row, example.loss_start : length] = input_ids[row, example.loss_start : length]
+            for start, end in example.no_loss:
+                labels[row, start:end] = -100
         batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         return {name: value.to(self.device) for name, value in batch.items()}
 
