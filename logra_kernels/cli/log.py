@@ -75,7 +75,9 @@ def _corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
 
 def _gradients(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
     """The layers of --modules, projected; says on stderr which they are."""
-    names = lm.linear_modules(arguments.modules or ["mlp"], arguments.last_blocks)
+    names = lm.linear_modules(
+        arguments.modules, arguments.last_blocks, note=lambda sentence: warn(f"note: {sentence}")
+    )
     projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
     gradients = LMGradients(lm, names, projection)
     row_bytes = row_codec(arguments.store_dtype).row_bytes(gradients.watched.layout)

@@ -297,7 +297,8 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
         "--modules",
         action="append",
         metavar="TEXT",
-        help="watch linear layers whose name contains TEXT; may be repeated; default: mlp",
+        help="log linear layers whose name contains TEXT; may be repeated; default: those of the"
+        " blocks outside attention",
     )
     _count(group, "--last-blocks", "of these, the last N blocks only")
     _count(group, "--rank", f"of the projection; default: {RANK}", RANK, "K")
