@@ -280,8 +280,8 @@ def _log_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--messages-field", metavar="NAME", help="conversations; default: messages, conversations"
     )
-    _choice(group, "--chat-loss", "assistant|all", "which tokens of a conversation bear the loss")
-    _choice(group, "--documents", "file|blank-lines", "what a document of a .txt file is")
+    _choice(group, "--chat-loss", "assistant|all", "whose tokens bear the loss; default: assistant")
+    _choice(group, "--documents", "file|blank-lines", "one .txt document is; default: file")
     group.add_argument("--title-field", metavar="NAME", help="shown in reports")
     group.add_argument("--id-field", metavar="NAME", help="default: the record's number")
     _count(group, "--max-tokens", "of an example; default: 512", 512)
@@ -367,14 +367,19 @@ def _query(parser: argparse.ArgumentParser) -> None:
 
     out = parser.add_argument_group("output")
     out.add_argument("--least", action="store_true", help="print the least influential too")
-    _outputs(out, json="the results as JSON", html="the results as a page", scores="a table")
-    _choice(out, "--scores-of", "all|ranked", "every row, or the K most and least influential")
+    _outputs(out, json="the results as JSON, to stdout if -", html="a page", scores="a table")
+    out.add_argument(
+        "--scores-of",
+        type=_one_of("all", "ranked"),
+        metavar="all|ranked",
+        help="every row, or the K most and least influential; default: all",
+    )
     out.add_argument("--device", default="cpu", help="of the model; default: cpu")
 
 
 def _info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="folder of the store")
-    _outputs(parser, json="the same as JSON")
+    _outputs(parser, json="the same as JSON, to stdout if -")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -382,7 +387,7 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="sizes and headers only, not every byte"
     )
-    _outputs(parser, json="what was found as JSON")
+    _outputs(parser, json="what was found as JSON, to stdout if -")
 
 
 def _report(parser: argparse.ArgumentParser) -> None:

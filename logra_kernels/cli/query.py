@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     records = _records(arguments)
     check_outputs(arguments)
+    if arguments.scores_of is not None and not arguments.scores:
+        raise ValueError("--scores-of goes with --scores")
     store = Store.open(arguments.store)
     dtype = lm_fingerprints(store)["model"]["dtype"]
     _check_rows(store, arguments)
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _every_score(arguments: argparse.Namespace) -> Iterator[Callable[["Scores"], None] | None]:
     """What writes the scores of all rows, if that is asked for."""
-    if not arguments.scores or arguments.scores_of != "all":
+    if not arguments.scores or arguments.scores_of == "ranked":
         yield None
         return
     with score_table(arguments.scores) as add, tqdm(desc="scores", unit="row", delay=1) as bar:

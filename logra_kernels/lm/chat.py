@@ -84,8 +84,7 @@ def _answers(text: str, messages: Sequence[Message], tokenizer: Any, place: str)
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = messages[:number]
-        head = _render(before, tokenizer, place, add_generation_prompt=True) if before else ""
+        head = _head(text, messages[:number], message, tokenizer, place)
         found = text.find(end, len(head)) if end else -1
         last = number == len(messages) - 1
         if not text.startswith(head) or (found < 0 and not last):
@@ -96,6 +95,16 @@ def _answers(text: str, messages: Sequence[Message], tokenizer: Any, place: str)
             )
         spans.append((len(head), len(text) if found < 0 else found + len(end)))
     return tuple(spans)
+
+
+def _head(
+    text: str, before: Sequence[Message], message: Message, tokenizer: Any, place: str
+) -> str:
+    """What the template writes before an answer; nothing can be rendered before the first."""
+    if before:
+        return _render(before, tokenizer, place, add_generation_prompt=True)
+    content = message["content"]
+    return text[: max(0, text.find(content.strip()))] if isinstance(content, str) else ""
 
 
 def ask(question: str, tokenizer: Any, place: str) -> str:

@@ -172,7 +172,8 @@ class Corpus:
             raise ValueError(
                 "tokenizer: expected a fast tokenizer (tokenizer.json), got a slow one"
             )
-        self._check_texts(bool(prompt_field or title_field or id_field))
+        named = (text_field, prompt_field, messages_field, title_field, id_field)
+        self._check_texts(any(name is not None for name in named))
         if messages_field is not None and (text_field or prompt_field):
             raise ValueError(
                 "messages_field: a conversation has no text_field or prompt_field; its roles say"
@@ -181,6 +182,8 @@ class Corpus:
         self._held: tuple[Iterator[Row], Row | None] | None = None  # of standard input, when begun
         if messages_field is None and text_field is None:
             text_field, messages_field = self._by_first_record(prompt_field)
+        if messages_field is None and chat_loss != chat.CHAT_LOSSES[0]:
+            raise ValueError(f"chat_loss: {chat_loss} is for conversations, but there are none")
         self.messages_field = messages_field
         # {role: field or None}; the store keeps them
         self.fields = {
@@ -232,7 +235,10 @@ class Corpus:
         """Refuse options for which there is no file."""
         texts = [source.kind == "txt" for source in self.data.sources]
         if all(texts) and has_fields:
-            raise ValueError("prompt_field, title_field, id_field: a .txt file has no fields")
+            raise ValueError(
+                "text_field, prompt_field, messages_field, title_field, id_field: a .txt file has"
+                " no fields"
+            )
         for name, value, allowed in (
             ("chat_loss", self.chat_loss, chat.CHAT_LOSSES),
             ("documents", self.documents, DOCUMENTS),
@@ -240,7 +246,7 @@ class Corpus:
             if value not in allowed:
                 raise ValueError(f"{name}: expected {' or '.join(allowed)}, got {value!r}")
         if not any(texts) and self.documents != "file":
-            raise ValueError(f"documents: {self.documents} is for .txt files, and there is none")
+            raise ValueError(f"documents: {self.documents} is for .txt files, but there is none")
 
     def _by_first_record(self, prompt_field: str | None) -> tuple[str | None, str | None]:
         """(text_field, messages_field) by the fields of the first record."""

@@ -189,6 +189,7 @@ for kind in ("csv", "parquet"):
         (["--scores", "s.txt"], "scores: expected a file ending in .parquet or .csv, got s.txt"),
         (["--scores", "no/such/s.csv"], "scores: no folder"),
         (["--json", "."], "json: expected a file, got the folder ."),
+        (["--scores-of", "ranked"], "--scores-of goes with --scores"),
     ],
 )
 def test_bad_outputs_are_refused_first(
@@ -305,10 +306,16 @@ def test_standard_input(files: Path, tmp_path: Path) -> None:
 
 
 def test_conversations_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tokenizers
+
     make_model(tmp_path / "model")
     tokenizer = make_tokenizer()
+    # The tokenizer puts <s> before a text, and the template writes it: one is to be there.
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tokenizer.save_pretrained(tmp_path / "model")
@@ -323,10 +330,14 @@ def test_conversations_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "conversations in messages, by the model's chat template" in capsys.readouterr().err
     asked = rows[7]["messages"]
     words = ["query", "--store", str(tmp_path / "s"), "--model", str(tmp_path / "model"), "--chat"]
-    words += ["--prompt", asked[0]["content"], "--completion", asked[1]["content"]]
+    words += ["--prompt", asked[0]["content"], "--completion", asked[1]["content"] + "</s>"]
     assert main([*words, "--mode", "whitened-cosine", "--json", str(tmp_path / "r.json")]) == 0
     results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert results["queries"][0]["modes"][0]["top"][0]["id"] == "7"
+    best = results["queries"][0]["modes"][0]["top"][0]
+    assert best["id"] == "7"
+    # The question has the row's own tokens and loss, so their gradients are the same, but for the
+    # row's float16, 2^-11 of an element.
+    assert best["score"] == pytest.approx(1, abs=1e-3)
     # Another loss is another corpus.
     again = ["log", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "chat.jsonl")]
     again += ["--rank", "4", "--out", str(tmp_path / "s"), "--resume", "--chat-loss", "all"]

@@ -94,6 +94,13 @@ def test_the_loss_is_on_what_the_assistant_wrote(
     assert Example.from_metadata(example.id, example.metadata()) == example
 
 
+def test_an_assistant_that_speaks_first(tmp_path: Path) -> None:
+    tokenizer = with_template(CHATML)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TALK[1:]}])
+    (example,) = read(path, tokenizer)
+    assert answers(example, tokenizer) == ["hello<|im_end|>", "see you<|im_end|>"]
+
+
 def test_all_tokens_by_choice(tmp_path: Path) -> None:
     tokenizer = with_template(CHATML)
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TALK}])
@@ -225,5 +232,7 @@ def test_conversations_have_no_text_field(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TALK, "q": "x"}])
     with pytest.raises(ValueError, match="messages_field: a conversation has no text_field"):
         read(path, with_template(CHATML), messages_field="messages", prompt_field="q")
+    with pytest.raises(ValueError, match="chat_loss: all is for conversations, but there are none"):
+        read(write_jsonl(path, [{"text": "ab"}]), with_template(CHATML), chat_loss="all")
     with pytest.raises(ValueError, match="no field 'messages' "):
         read(write_jsonl(path, [{"a": "b"}]), with_template(CHATML), messages_field="messages")

@@ -203,6 +203,8 @@ def test_bad_folders_and_options(tmp_path: Path, tokenizer: Any) -> None:
     refused("documents: blank-lines is for .txt files", table, documents="blank-lines")
     refused("documents: expected file or blank-lines, got 'x'", tmp_path, documents="x")
     refused(r"expected a file ending in .*, got 'a\.parquet\.gz'", tmp_path / "a.parquet.gz")
+    write(tmp_path / "a.txt", "ab")
+    refused("text_field, .*: a .txt file has no fields", tmp_path / "a.txt", text_field="text")
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(FileNotFoundError, match=r"no file .*pipe\.txt; a pipe is given as -"):
         Corpus(tmp_path / "pipe.txt", tokenizer, TokenSettings())
