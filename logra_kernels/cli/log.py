@@ -69,7 +69,7 @@ def open_corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
     if corpus.messages_field is not None:
         how = "by the model's chat template" if has_template(lm.tokenizer) else 'as "User: …"'
         who = "the assistant's" if arguments.chat_loss == "assistant" else "all"
-        warn(f"conversations in {corpus.messages_field}, {how}; the loss is on {who} tokens")
+        warn(f"conversations of {corpus.messages_field!r}, {how}; the loss is on {who} tokens")
     return corpus
 
 

@@ -49,6 +49,12 @@ def _message(entry: Any, place: str) -> Message:
     return {**more, "role": ROLES.get(role, role), "content": content}
 
 
+def topic(messages: Sequence[Message]) -> str:
+    """What the user says first, on one line of at most 80 characters; "" if nobody asks."""
+    said = (m["content"] for m in messages if m["role"] == "user" and isinstance(m["content"], str))
+    return " ".join(next(said, "").split())[:80].rstrip()
+
+
 def has_template(tokenizer: Any) -> bool:
     """Whether the tokenizer brings a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))

@@ -284,7 +284,8 @@ class Corpus:
         place = f"data: {row.place}"
         texts = dict(self.fields) if row.source.kind != "txt" else {"text": "text"}
         values = {role: _text(row, role, name) for role, name in texts.items() if name is not None}
-        text, loss, templated = values.get("text", ""), None, False
+        text, title = values.get("text", ""), values.get("title", "")
+        loss, templated = None, False
         used = {name for name in texts.values() if name is not None}
         if self.messages_field is not None and row.source.kind != "txt":
             used.add(self.messages_field)
@@ -292,12 +293,13 @@ class Corpus:
             messages = chat.conversation(_value(row, self.messages_field), where)
             text, loss = chat.write(messages, self.tokenizer, self.chat_loss, where)
             templated = chat.has_template(self.tokenizer)
-        _check_unicode("".join((text, *values.values())), place)
+            title = title or chat.topic(messages)
+        _check_unicode("".join((text, title, *values.values())), place)
         return Record(
             id=values.get("id", self._id(row.source, row.number)),
             text=text,
             prompt=values.get("prompt", ""),
-            title=values.get("title", ""),
+            title=title,
             loss=loss,
             templated=templated,
             kept=self._kept(row, used),

@@ -327,7 +327,7 @@ def test_conversations_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     words = ["log", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "chat.jsonl")]
     words += ["--rank", "4", "--out", str(tmp_path / "s")]
     assert main(words) == 0
-    assert "conversations in messages, by the model's chat template" in capsys.readouterr().err
+    assert "conversations of 'messages', by the model's chat template" in capsys.readouterr().err
     asked = rows[7]["messages"]
     words = ["query", "--store", str(tmp_path / "s"), "--model", str(tmp_path / "model"), "--chat"]
     words += ["--prompt", asked[0]["content"], "--completion", asked[1]["content"] + "</s>"]

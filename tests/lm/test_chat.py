@@ -94,6 +94,16 @@ def test_the_loss_is_on_what_the_assistant_wrote(
     assert Example.from_metadata(example.id, example.metadata()) == example
 
 
+def test_the_first_question_is_the_title(tmp_path: Path) -> None:
+    long = {"role": "user", "content": "What\n is  this? " + "x" * 80}
+    rows = [{"messages": TALK}, {"messages": [long, TALK[1]]}, {"messages": TALK[1:2]}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{**row, "name": "own"} for row in rows])
+    tokenizer = with_template(CHATML)
+    titles = [example.title for example in read(path, tokenizer)]
+    assert titles == ["hi", "What is this? " + "x" * 66, ""]
+    assert {example.title for example in read(path, tokenizer, title_field="name")} == {"own"}
+
+
 def test_an_assistant_that_speaks_first(tmp_path: Path) -> None:
     tokenizer = with_template(CHATML)
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TALK[1:]}])
