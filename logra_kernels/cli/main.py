@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
+from logra_kernels import _naming_torch
 from logra_kernels.cli.parser import build_parser
 from logra_kernels.report.console import warn
 
@@ -23,13 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done; 1: `verify` found problems; 2: an error, said in one sentence; 130: interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser().parse_args(given)
+    with _naming_torch():
+        arguments = build_parser().parse_args(given)
     arguments.command_line = given
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             command = importlib.import_module(f"logra_kernels.cli.{arguments.command}")
-            return int(command.run(arguments))
+            with _naming_torch():
+                return int(command.run(arguments))
         except KeyboardInterrupt:
             warn(f"logra {arguments.command}: interrupted")
             return 130
