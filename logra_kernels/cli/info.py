@@ -5,6 +5,7 @@ import contextlib
 from typing import Any
 
 from logra_kernels.report.render import format_bytes, plural
+from logra_kernels.run.coverage import lines_of
 from logra_kernels.store import Store
 
 
@@ -30,6 +31,7 @@ def facts(store: Store) -> list[tuple[str, str]]:
         ("curvature", _curvatures(store)),
     ]
     lines += _fingerprints(store.fingerprints)
+    lines += _coverage(store.coverage)
     lines.append(("modules", f"{len(store.modules)}"))
     lines += [("", f"{m.name}  [{m.ko}, {m.ki}]") for m in store.modules]
     return lines
@@ -51,6 +53,15 @@ def _curvatures(store: Store) -> str:
         stale = "" if entry["rows"] == store.num_rows else " (rows were added since)"
         found.append(f"{name}, of {entry['rows']:,} rows{stale}")
     return "; ".join(found) or "none"
+
+
+def _coverage(found: Any) -> list[tuple[str, str]]:
+    lines: list[str] = []
+    if isinstance(found, dict):
+        # A store may come from anywhere.
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            lines = lines_of(found)
+    return [("coverage" if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
 def _fingerprints(found: Any) -> list[tuple[str, str]]:

@@ -70,6 +70,7 @@ def _gradients(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
         f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row",
         file=sys.stderr,
     )
+    print(gradients.watched.coverage, file=sys.stderr)
     return gradients
 
 

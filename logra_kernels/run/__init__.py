@@ -1,6 +1,7 @@
 """Logging: the gradients of a user's own training code, example by example, into a store."""
 
 from logra_kernels.run.config import Config
+from logra_kernels.run.coverage import Coverage, LeftOut, WatchedModule
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder
@@ -11,12 +12,15 @@ from logra_kernels.run.watched import WatchedLayers
 __all__ = [
     "Config",
     "Covariance",
+    "Coverage",
     "FinitePolicy",
+    "LeftOut",
     "LoggedPass",
     "LoggedRows",
     "Recorder",
     "Run",
     "Setup",
     "WatchedLayers",
+    "WatchedModule",
     "check_ids",
 ]

@@ -32,6 +32,7 @@ from logra_kernels.curvature import (
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.run.config import Config
+from logra_kernels.run.coverage import Coverage
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder, model_fingerprint
@@ -85,7 +86,7 @@ class Run:
         name_filter: Sequence[str] | None = None,
         *,
         bias: bool = False,
-    ) -> None:
+    ) -> Coverage:
         """Choose the layers whose gradients are logged, in the order of named_modules.
 
         Args:
@@ -95,6 +96,10 @@ class Run:
                 watched only where it is named here: an embedding of positions gets no batch.
             name_filter: a module is watched if its name holds one of these; None: every one.
             bias: log the bias's gradient too, as one more column of the weight's.
+
+        Returns:
+            what is covered: the modules, their share of the model's parameters, and what is left
+            out, with the reasons. `print(run.watch(model))` shows it.
 
         Raises:
             ValueError: nothing is left to watch, or it differs from the store's modules.
@@ -106,6 +111,7 @@ class Run:
             self._project_like(self._store, watched)
         self._watched = watched
         self._filters = (type_filter, name_filter)
+        return watched.coverage
 
     def add_lora(
         self,
