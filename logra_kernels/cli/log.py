@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
     _refuse_existing_store(arguments)
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    corpus = _corpus(arguments, lm)
-    gradients = _gradients(arguments, lm)
+    corpus = open_corpus(arguments, lm)
+    gradients = project_layers(arguments, lm)
     started = time.monotonic()
     with _signals() as received:
         finished = _log(arguments, gradients, corpus, lambda: bool(received))
@@ -45,7 +45,7 @@ def _refuse_existing_store(arguments: argparse.Namespace) -> None:
         )
 
 
-def _corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
+def open_corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
     """The examples of --data, as the model's tokenizer and the options cut them."""
     return Corpus(
         arguments.data,
@@ -59,7 +59,7 @@ def _corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
     )
 
 
-def _gradients(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
+def project_layers(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
     """The layers of --modules, projected; says on stderr which they are."""
     names = lm.linear_modules(arguments.modules or ["mlp"], arguments.last_blocks)
     projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)

@@ -2,6 +2,8 @@
 
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage, LeftOut, WatchedModule
+from logra_kernels.run.diagnosis import Diagnosis, Finding, finding
+from logra_kernels.run.doctor import UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder
@@ -13,6 +15,8 @@ __all__ = [
     "Config",
     "Covariance",
     "Coverage",
+    "Diagnosis",
+    "Finding",
     "FinitePolicy",
     "LeftOut",
     "LoggedPass",
@@ -20,7 +24,10 @@ __all__ = [
     "Recorder",
     "Run",
     "Setup",
+    "UsersLoop",
     "WatchedLayers",
     "WatchedModule",
     "check_ids",
+    "examine",
+    "finding",
 ]

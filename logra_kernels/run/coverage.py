@@ -25,13 +25,15 @@ OTHERS = "parameters of modules that have no layer kind"
 class WatchedModule:
     """A watched module: its class, its weight's shape (O, I), and how many parameters are logged.
 
-    I counts the bias's column where the bias is logged.
+    I counts the bias's column where the bias is logged. `shared_with` are the other modules that
+    have the same weight.
     """
 
     name: str
     kind: str
     shape: tuple[int, int]
     parameters: int
+    shared_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,25 +149,28 @@ def coverage_of(model: nn.Module, layers: Sequence[Layer]) -> Coverage:
         return tuple(dict.fromkeys(map(_starred, joined)))
 
     parts = [LeftOut(reason, count(of), names(of)) for reason, of in left.items()]
+    found = tuple(_described(layer, owners) for layer in layers)
     return Coverage(
-        tuple(_described(layer) for layer in layers),
+        found,
         tuple(sorted(parts, key=lambda part: -part.parameters)),
         parameters=count(owners),
         trainable=count(trained),
         watched_parameters=count(logged),
         watched_trainable=count(logged & trained),
-        notes=(
-            *_shared_weights(layers, owners),
-            *_hooked_weights(layers),
-            *_zero_partners(model, layers),
-        ),
+        notes=(*_shared_weights(found), *_hooked_weights(layers), *_zero_partners(model, layers)),
     )
 
 
-def _described(layer: Layer) -> WatchedModule:
-    shape = (layer.out_features, layer.in_features)
-    parameters = sum(_size(parameter, layer.module) for parameter in _logged_by(layer))
-    return WatchedModule(layer.name, type(layer.module).__name__, shape, parameters)
+def _described(layer: Layer, owners: Mapping[Tensor, list[tuple[str, nn.Module]]]) -> WatchedModule:
+    weight = layer.module._parameters.get("weight")
+    places = [] if weight is None else owners[weight]
+    return WatchedModule(
+        layer.name,
+        type(layer.module).__name__,
+        (layer.out_features, layer.in_features),
+        sum(_size(parameter, layer.module) for parameter in _logged_by(layer)),
+        tuple(name.rpartition(".")[0] for name, module in places if module is not layer.module),
+    )
 
 
 def _logged_by(layer: Layer) -> list[Tensor]:
@@ -213,21 +218,13 @@ def _of(part: int, whole: int) -> str:
 # Notes on watched modules.
 
 
-def _shared_weights(
-    layers: Sequence[Layer], owners: Mapping[Tensor, list[tuple[str, nn.Module]]]
-) -> list[str]:
-    """Weights that other modules have too."""
-    notes = []
-    for layer in layers:
-        weight = layer.module._parameters.get("weight")
-        places = [] if weight is None else owners[weight]
-        others = [name.rpartition(".")[0] for name, module in places if module is not layer.module]
-        if others:
-            notes.append(
-                f"module {layer.name}: its weight is also that of {', '.join(others)}; a row "
-                f"holds only the part of the weight's gradient that passes through {layer.name}"
-            )
-    return notes
+def _shared_weights(watched: Sequence[WatchedModule]) -> list[str]:
+    return [
+        f"module {module.name}: its weight is also that of {', '.join(module.shared_with)}; a row "
+        f"holds only the part of the weight's gradient that passes through {module.name}"
+        for module in watched
+        if module.shared_with
+    ]
 
 
 def _hooked_weights(layers: Sequence[Layer]) -> list[str]:

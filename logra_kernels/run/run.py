@@ -13,8 +13,9 @@ run.finalize()
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ from logra_kernels.curvature import (
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage
+from logra_kernels.run.diagnosis import Diagnosis
+from logra_kernels.run.doctor import UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup
 from logra_kernels.run.untrained_steps import UntrainedSteps
+from logra_kernels.run.user_batches import example_alone
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout, Store
 
@@ -267,6 +271,69 @@ class Run:
         if save is not None:
             started.setup = replace(started.setup, save=save)
         started.__exit__(None, None, None)
+
+    def doctor(
+        self,
+        loss_of: Callable[[Any], Tensor],
+        batches: Iterable[Any],
+        *,
+        mask: str | Callable[[Any], Tensor | None] | None = None,
+        one: Callable[[Any, int], Any] | None = None,
+        num_rows: int | None = None,
+        bos_token_id: int | None = None,
+        examples: int = 8,
+        read: int = 1000,
+    ) -> Diagnosis:
+        """Run a few examples through your loop, and say what would ruin attribution.
+
+        It looks for rows that depend on the batch, on chance or on padding, averaged losses, zero
+        rows, tokens that do not count, gradients beyond a dtype's range, copies of examples, tied
+        weights, few watched parameters, and more columns than examples. The model, its gradients,
+        all random number generators and the store are left as they are.
+
+        Args:
+            loss_of: batch -> its summed loss, as in your loop, before backward().
+            batches: your DataLoader, or a list of batches: tensors [N, ...], in dictionaries or
+                tuples if you like.
+            mask: what the passes are logged with: the batch's key, or batch -> [N, T].
+            one: (batch, n) -> its n-th example as a batch of one. Without it every tensor [N, ...]
+                is cut, and padding is removed where the batch has an "attention_mask" [N, T].
+            num_rows: how many examples will be logged; the loader's dataset says it if it can.
+            bos_token_id: of your tokenizer; the model's configuration says it if it can.
+            examples: how many are run, in their batches and alone.
+            read: how many are read, without the model, to look for copies and masked tokens.
+
+        Returns:
+            findings with what to do about each, none for a healthy loop; print it.
+
+        Raises:
+            ValueError: batches that cannot be read, a loss of more than one number, and whatever a
+                pass of such a batch raises.
+            RuntimeError: no model is watched, a pass is open, or no gradient reaches a module.
+        """
+        watched = self._layers("doctor")
+        if self._inside:
+            raise RuntimeError("doctor: a pass is open; leave it first")
+        config = getattr(watched.model, "config", None)
+        if num_rows is None:
+            dataset = getattr(batches, "dataset", None)
+            num_rows = len(dataset) if isinstance(dataset, Sized) else None
+        if bos_token_id is None:
+            bos_token_id = getattr(config, "bos_token_id", None)
+        trim = not getattr(config, "is_encoder_decoder", False)
+        mask_of = (lambda batch: batch[mask]) if isinstance(mask, str) else mask
+        loop = UsersLoop(
+            loss_of,
+            batches,
+            mask_of or (lambda batch: None),
+            one or partial(example_alone, trim=trim),
+            num_rows=num_rows,
+            bos_token_id=bos_token_id,
+            averaged_loss=self.config.averaged_loss,
+            store_dtype=self.config.dtype,
+            damped=0 not in (self.config.damping, self.config.damping_scale),
+        )
+        return examine(watched, loop, examples=examples, read=read)
 
     def finalize(self) -> None:
         """Finish the store: the last rows, then the curvature. Queries may follow."""
