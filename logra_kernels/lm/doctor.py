@@ -10,7 +10,7 @@ from logra_kernels.defaults import CURVATURE, NO_CURVATURE, STORE_DTYPE
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gradients import LMGradients
 from logra_kernels.lm.query import chat_prompt
-from logra_kernels.run import Diagnosis, UsersLoop, examine, finding
+from logra_kernels.run import NO_BOS, Diagnosis, UsersLoop, examine, finding
 
 BATCH_EXAMPLES = 4  # as they stand in the corpus: of different lengths, so that some are padded
 
@@ -41,7 +41,7 @@ def diagnose(
         lm.summed_loss,
         batches,
         _attention_mask,
-        bos_token_id=-1 if bos is None else bos,  # -1: no text begins with it
+        bos_token_id=NO_BOS if bos is None else bos,
         store_dtype=store_dtype,
         curvature=curvature != NO_CURVATURE,
         called=lambda number: repr(batches.ids[number]),

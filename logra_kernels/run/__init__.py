@@ -3,7 +3,7 @@
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage, LeftOut, WatchedModule
 from logra_kernels.run.diagnosis import Diagnosis, Finding, finding
-from logra_kernels.run.doctor import UsersLoop, examine
+from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder
@@ -12,6 +12,7 @@ from logra_kernels.run.statistic import Covariance, Setup
 from logra_kernels.run.watched import WatchedLayers
 
 __all__ = [
+    "NO_BOS",
     "Config",
     "Covariance",
     "Coverage",

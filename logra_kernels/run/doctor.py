@@ -33,6 +33,7 @@ from logra_kernels.store import StoreError, row_codec
 
 LEAST_SHARE = 0.1  # of the trained parameters, that are watched
 LEAST_COUNTED = 0.05  # of the tokens, that count
+NO_BOS = -1  # no text begins with this token
 LOUDER = 2.0**8  # rows of a loss so much larger differ by this power of two exactly
 
 
@@ -46,7 +47,8 @@ class UsersLoop:
         mask_of: batch -> the mask [N, T] that the passes are logged with, or None.
         alone: (batch, n) -> the n-th example as a batch of one.
         num_rows: how many examples will be logged; None if that is not known.
-        bos_token_id: the token that begins a text; None if there is none.
+        bos_token_id: the token that begins a text; NO_BOS if there is none, None if that is not
+            known.
         averaged_loss, store_dtype: as in the run's configuration.
         curvature: whether there will be one; `damped` if its damping is not 0.
         called: what the report calls the example of a number, counted from 0.
@@ -477,7 +479,7 @@ class _Examination:
             [torch.maximum(a.double().norm(dim=1), b.double().norm(dim=1)) for a, b in parts], 1
         )
         if by_module:
-            each = torch.where(sizes > 0, apart / sizes, 0.0).nan_to_num(math.inf)
+            each = torch.where(sizes > 0, apart / sizes, 0.0).nan_to_num(1.0)
             differences = each.amax(1)
         else:
             each, whole = apart, sizes.norm(dim=1)

@@ -35,13 +35,13 @@ from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage
 from logra_kernels.run.diagnosis import Diagnosis
-from logra_kernels.run.doctor import UsersLoop, examine
+from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup
 from logra_kernels.run.untrained_steps import UntrainedSteps
-from logra_kernels.run.user_batches import example_alone
+from logra_kernels.run.user_batches import example_alone, mask_reader
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout, Store
 
@@ -318,14 +318,13 @@ class Run:
         if num_rows is None:
             dataset = getattr(batches, "dataset", None)
             num_rows = len(dataset) if isinstance(dataset, Sized) else None
-        if bos_token_id is None:
-            bos_token_id = getattr(config, "bos_token_id", None)
+        if bos_token_id is None and hasattr(config, "bos_token_id"):
+            bos_token_id = NO_BOS if config.bos_token_id is None else config.bos_token_id
         trim = not getattr(config, "is_encoder_decoder", False)
-        mask_of = (lambda batch: batch[mask]) if isinstance(mask, str) else mask
         loop = UsersLoop(
             loss_of,
             batches,
-            mask_of or (lambda batch: None),
+            mask_reader(mask),
             one or partial(example_alone, trim=trim),
             num_rows=num_rows,
             bos_token_id=bos_token_id,

@@ -39,6 +39,8 @@ def example_alone(batch: Any, place: int, *, trim: bool = True) -> Any:
     """
     count, mask = num_examples(batch), padding_mask(batch)
     kept = None if mask is None or not trim else mask[place] != 0  # [T]
+    if kept is not None and not kept.any():
+        kept = None  # a text of no token is none that a model takes
 
     def part(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -52,6 +54,29 @@ def example_alone(batch: Any, place: int, *, trim: bool = True) -> Any:
         return leaf[place : place + 1] if is_list else leaf
 
     return _map(batch, part)
+
+
+def mask_reader(
+    mask: str | Callable[[Any], Tensor | None] | None,
+) -> Callable[[Any], Tensor | None]:
+    """A function from a batch to its mask [N, T]: by the batch's key, as it is given, or None."""
+
+    def of_key(batch: Any) -> Tensor:
+        try:
+            found: Tensor = batch[mask]
+        except (KeyError, TypeError, IndexError):
+            raise ValueError(
+                f"mask: the batch, a {type(batch).__name__}, has no {mask!r}"
+            ) from None
+        return found
+
+    if mask is None:
+        return lambda batch: None
+    if isinstance(mask, str):
+        return of_key
+    if callable(mask):
+        return mask
+    raise ValueError(f"mask: expected the batch's key, or a function of a batch, got {mask!r:.60}")
 
 
 def padding_mask(batch: Any) -> Tensor | None:

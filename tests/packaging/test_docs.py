@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("getting-started", "your-own-model", "store")  # the last opens what the one before wrote
+# "store" opens what "your-own-model" wrote
+PAGES = ("getting-started", "your-own-model", "store", "doctor")
 
 
 def program_of(page: str) -> str:

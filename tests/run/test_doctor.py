@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +19,7 @@ from toy_run import COUNT, RAW, Data, log_all, loss_of, make_run, refuse
 
 import logra_kernels as logra
 from logra_kernels.run import Diagnosis
+from logra_kernels.run.user_batches import example_alone
 
 Batch = Any
 
@@ -454,6 +456,27 @@ def test_texts_and_a_function_that_takes_one(model: nn.Module, data: Data) -> No
     assert set(taken) == {0, 1, 2}
 
 
+def test_an_example_alone_is_without_its_padding() -> None:
+    batch = token_batch((3, 5))
+    inner = {"wide": torch.arange(20).reshape(2, 5, 2), "other": torch.ones(2, 4)}
+    alone = example_alone({**batch, "inner": inner, "all": torch.ones(3)}, 0)
+    assert alone["input_ids"].tolist() == [batch["input_ids"][0, :3].tolist()]
+    assert alone["inner"]["wide"].tolist() == [[[0, 1], [2, 3], [4, 5]]]
+    assert (alone["inner"]["other"].shape, alone["all"].shape) == ((1, 4), (3,))
+    assert example_alone(batch, 0, trim=False)["input_ids"].shape == (1, 5)
+    batch["attention_mask"][0] = 0
+    assert example_alone(batch, 0)["input_ids"].shape == (1, 5)
+    encoding = transformers.BatchEncoding(batch)
+    assert type(example_alone(encoding, 1)) is type(encoding)
+    pair = Pair(torch.arange(2), ["a", "b"])
+    assert example_alone(pair, 1) == Pair(torch.tensor([1]), ["b"])
+
+
+class Pair(NamedTuple):
+    number: Tensor
+    text: list[str]
+
+
 def test_what_is_refused(model: nn.Module, data: Data) -> None:
     run = logra.init("toy")
     with refuse("doctor: no model is watched; call watch(model, ...) first", RuntimeError):
@@ -465,6 +488,10 @@ def test_what_is_refused(model: nn.Module, data: Data) -> None:
         run.doctor(summed(model), [])
     with refuse("batches: expected tensors whose first axis is the examples, or lists of them, g"):
         run.doctor(summed(model), [5])
+    with refuse("mask: the batch, a tuple, has no 'attention_mask'"):
+        run.doctor(summed(model), batches_of(data), mask="attention_mask")
+    with refuse("mask: expected the batch's key, or a function of a batch, got tensor"):
+        run.doctor(summed(model), batches_of(data), mask=torch.ones(4, 1))  # type: ignore[arg-type]
     with refuse("loss_of: expected a loss of one number, got [4, 4]"):
         run.doctor(lambda batch: model(batch[0]), batches_of(data))
     with refuse("examples: expected a whole number of at least 1, got 0"):
