@@ -314,7 +314,7 @@ class Run:
         watched = self._layers("doctor")
         if self._inside:
             raise RuntimeError("doctor: a pass is open; leave it first")
-        config = getattr(watched.model, "config", None)
+        config: Any = getattr(watched.model, "config", None)
         if num_rows is None:
             dataset = getattr(batches, "dataset", None)
             num_rows = len(dataset) if isinstance(dataset, Sized) else None
