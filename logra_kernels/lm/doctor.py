@@ -1,16 +1,14 @@
 """What ruins attribution with a language model and a corpus, before anything is logged."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE, STORE_DTYPE
-from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
+from logra_kernels.lm.corpus import Example
 from logra_kernels.lm.gradients import LMGradients
-from logra_kernels.lm.query import chat_prompt
-from logra_kernels.run import NO_BOS, Diagnosis, UsersLoop, examine, finding
+from logra_kernels.run import NO_BOS, Diagnosis, UsersLoop, examine
 
 BATCH_EXAMPLES = 4  # as they stand in the corpus: of different lengths, so that some are padded
 
@@ -46,11 +44,7 @@ def diagnose(
         curvature=curvature != NO_CURVATURE,
         called=lambda number: repr(batches.ids[number]),
     )
-    found = examine(gradients.watched, loop, examples=examples, read=1 << 62)
-    if _chat_doubles_bos(gradients, bos) and all(f.name != "doubled-bos" for f in found.findings):
-        what = "a prompt of `logra query --chat` begins with two BOS tokens"
-        found = replace(found, findings=(*found.findings, finding("doubled-bos", what)))
-    return found
+    return examine(gradients.watched, loop, examples=examples, read=1 << 62)
 
 
 class _Batches:
@@ -76,13 +70,3 @@ class _Batches:
 def _attention_mask(batch: Any) -> Tensor:
     mask: Tensor = batch["attention_mask"]
     return mask
-
-
-def _chat_doubles_bos(gradients: LMGradients, bos: int | None) -> bool:
-    """Whether a prompt in the chat template gets a second BOS token from the tokenizer."""
-    lm = gradients.lm
-    if bos is None or not getattr(lm.tokenizer, "chat_template", None):
-        return False
-    record = Record("chat", "a", chat_prompt(lm, "a"))
-    (example,), _ = encode(record, lm.tokenizer, TokenSettings(max_tokens=1 << 30))
-    return example.tokens[:2] == (bos, bos)

@@ -2,7 +2,7 @@
 
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage, LeftOut, WatchedModule
-from logra_kernels.run.diagnosis import Diagnosis, Finding, finding
+from logra_kernels.run.diagnosis import Diagnosis, Finding
 from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
@@ -30,5 +30,4 @@ __all__ = [
     "WatchedModule",
     "check_ids",
     "examine",
-    "finding",
 ]

@@ -33,7 +33,7 @@ def words(folder: Path, data: Path | None = None, model: str = "model") -> list[
     return [*start, "--id-field", "uid", "--rank", "4"]
 
 
-def add_bos(folder: Path, chat_template: str | None = None) -> None:
+def add_bos(folder: Path) -> None:
     """Give the model's folder a tokenizer that puts <s> before every text."""
     from tokenizers.processors import TemplateProcessing
 
@@ -41,7 +41,6 @@ def add_bos(folder: Path, chat_template: str | None = None) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
 
 
@@ -98,16 +97,6 @@ def test_two_bos_tokens_in_the_data(folder: Path, tmp_path: Path) -> None:
     assert list(found) == ["doubled-bos"]
     assert found["doubled-bos"]["numbers"] == {"examples": 40}
     assert main(words(folder, data)) == 0  # that tokenizer puts none before
-
-
-def test_two_bos_tokens_of_the_chat_template(folder: Path, tmp_path: Path) -> None:
-    make_model(tmp_path / "chat")
-    template = "{{ messages[0]['content'] }}: "
-    add_bos(tmp_path / "chat", template)
-    assert main(words(tmp_path, folder / "data.jsonl", "chat")) == 0
-    add_bos(tmp_path / "chat", "<s>" + template)
-    found = findings(tmp_path, words(tmp_path, folder / "data.jsonl", "chat"))
-    assert found["doubled-bos"]["seen"].startswith("a prompt of `logra query --chat` begins with")
 
 
 def test_prompts_that_leave_few_tokens(folder: Path, tmp_path: Path) -> None:
