@@ -33,8 +33,8 @@ ADVICE = {
     ),
     "doubled-bos": (
         "warning",
-        "the model never saw that in training: tokenise text that a chat template made with "
-        "add_special_tokens=False",
+        "the model never saw that in training: take the token out of the text, or tokenise what a "
+        "chat template made with add_special_tokens=False",
     ),
     "dropout": ("error", "call model.eval() before logging, so that rows do not depend on chance"),
     "duplicates": (
