@@ -115,7 +115,8 @@ class _Examination:
         self._findings: list[Finding] = []
         self._unchecked: dict[str, str] = {}
         self._run = 0  # how many examples were run alone
-        self._rows = torch.empty(0, self._layout.dim)  # [n, D], of the examples that were run
+        self._rows = torch.empty(0, self._layout.dim)  # [n, D], of the batches that were run
+        self._first_rows = self._rows  # of the first of them
 
     def diagnosis(self) -> Diagnosis:
         """Every check, in the order in which one may spoil the next."""
@@ -315,10 +316,10 @@ class _Examination:
             if count == 1 or not repeatable:
                 continue
             for place in range(min(count, self._most - len(alone))):
-                alone.append(self._pass(self._loop.alone(batch, place))[0][0])
+                alone.append(self._row_alone(batch, place))
                 together.append(in_batch[place])
                 padded.append(padding is not None and not bool(padding[place].all()))
-        self._rows = torch.cat(rows)
+        self._first_rows, self._rows = rows[0], torch.cat(rows)
         self._run = len(alone)
         mean = next(filter(None, means), None)
         if alone:
@@ -331,6 +332,12 @@ class _Examination:
         if mean and self._loop.averaged_loss != "allow":
             del self._unchecked["averaged-loss"]
             self._find("averaged-loss", f"the loss is a mean ({mean})")
+
+    def _row_alone(self, batch: Any, place: int) -> Tensor:
+        one = self._loop.alone(batch, place)
+        if num_examples(one) != 1:
+            raise ValueError(f"one: expected a batch of one example, got {num_examples(one)}")
+        return self._pass(one)[0][0]
 
     def _compare(self, alone: Tensor, together: Tensor, padded: Tensor, mean: str | None) -> None:
         """Findings of examples' rows [n, D] alone and in their batch; NaN rows are left out."""
@@ -408,8 +415,7 @@ class _Examination:
             why = "rows depend on chance, or are not finite"
             self._unchecked.update(dict.fromkeys(("underflow", "overflow"), why))
             return
-        batch = self._seen.first[0]
-        rows, louder = self._pass(batch)[0], self._pass(batch, LOUDER)[0]
+        louder = self._pass(self._seen.first[0], LOUDER)[0]
         if not louder.isfinite().all():
             self._find(
                 "overflow",
@@ -418,7 +424,7 @@ class _Examination:
                 louder=LOUDER,
             )
             return
-        differences, module = self._differences(rows, louder / LOUDER, by_module=True)
+        differences, module = self._differences(self._first_rows, louder / LOUDER, by_module=True)
         if _largest(differences) > self._tolerance:
             self._find(
                 "underflow",
