@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels import ops
 from logra_kernels.attribution.reading import Block, ShardRows
 from logra_kernels.curvature import Preconditioner
+from logra_kernels.curvature.whitening import Whitening
 from logra_kernels.store import SelfInfluenceCache, Store, StoreError
 
 # What a mode divides a row's score by.
@@ -62,7 +62,7 @@ class Norms:
         self._device = device
         self._store = store
         self._remember = remember
-        self._factors: list[Tensor] | None = None
+        self._whitenings: list[Whitening] | None = None
         # W is divided by 2**unit; the module's exponent in the file is multiplied in afterwards.
         factor_units = preconditioner.units(norm)
         self._units = [e + u for e, u in zip(module_exponents, factor_units, strict=True)]
@@ -107,13 +107,13 @@ class Norms:
         """
         if not norms.fresh:
             return
-        if self._factors is None:
-            factors = self._preconditioner.scaled_factors(self._norm)
-            self._factors = [factor.to(self._device) for factor in factors or []]
+        if self._whitenings is None:
+            whitenings = self._preconditioner.whitenings(self._norm)
+            self._whitenings = [whitening.to(self._device) for whitening in whitenings]
         layout, rows = self._preconditioner.layout, block.rows
         found = torch.empty(rows.shape[0], len(layout), device=rows.device)
         for i, columns in enumerate(layout.split(rows)):
-            found[:, i] = _norm(columns, self._factors[i] if self._factors else None)
+            found[:, i] = _norm(columns, self._whitenings[i])
         values = found.cpu().numpy()
         finite = np.isfinite(values)
         if self._store is not None and not finite.all():
@@ -207,11 +207,11 @@ class ShardNorms:
         return np.asarray(np.sqrt(wide.sum(axis=1)))
 
 
-def _norm(columns: Tensor, factor: Tensor | None) -> Tensor:
+def _norm(columns: Tensor, whitening: Whitening) -> Tensor:
     """|W g| of g = columns [R, K], [R] float32; exact to rounding whatever the size of g."""
-    if factor is not None and not factor.any():
+    if whitening.silent:
         return torch.zeros(columns.shape[0], device=columns.device)
-    square = _squares(columns, factor)
+    square = whitening.squares(columns)
     norm = square.sqrt()
     odd = (~((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE))).nonzero()[:, 0]
     if odd.numel():
@@ -220,24 +220,8 @@ def _norm(columns: Tensor, factor: Tensor | None) -> Tensor:
         part, odd, largest = part[largest > 0], odd[largest > 0], largest[largest > 0]
         unit = torch.frexp(largest).exponent
         part = _scale_exponent(part, -unit[:, None])
-        norm[odd] = _scale_exponent(_squares(part, factor).sqrt(), unit)
+        norm[odd] = _scale_exponent(whitening.squares(part).sqrt(), unit)
     return norm
-
-
-def _squares(columns: Tensor, factor: Tensor | None) -> Tensor:
-    if factor is not None:
-        return ops.self_influence(columns, factor)
-    return _sum_columns(columns.float() * columns.float())
-
-
-def _sum_columns(values: Tensor) -> Tensor:
-    """[R, n] -> [R], halves added to halves: a row's additions are the same in any block."""
-    while values.shape[1] > 1:
-        half = (values.shape[1] + 1) // 2
-        upper = values[:, half:]
-        values = values[:, :half].clone()
-        values[:, : upper.shape[1]] += upper
-    return values[:, 0]
 
 
 def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:

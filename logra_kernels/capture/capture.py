@@ -28,6 +28,7 @@ from logra_kernels.capture.gradient_queue import GradientQueue
 from logra_kernels.capture.layers import Call, Layer
 from logra_kernels.capture.loss_reduction import AVERAGED_LOSS, check_summed
 from logra_kernels.capture.token_scores import TokenScores
+from logra_kernels.capture.tokens import Tokens
 
 
 class Capture:
@@ -48,6 +49,8 @@ class Capture:
             being an error.
         averaged_loss: "raise", "warn" or "allow": what a loss that was averaged leads to.
         token_queries: [Q, D], preconditioned queries; asks for `token_scores`.
+        keep_tokens: keep what the rows are made of, for Kronecker factors; asks for `tokens`.
+        tokens_alone: keep the tokens, and compute no gradients.
 
     Raises: ValueError for a mask, an input shape, an averaged loss or a number of backward passes
         that does not fit; the message names the module.
@@ -64,6 +67,8 @@ class Capture:
         allow_unused: bool = False,
         averaged_loss: str = "raise",
         token_queries: Tensor | None = None,
+        keep_tokens: bool = False,
+        tokens_alone: bool = False,
     ) -> None:
         if averaged_loss not in AVERAGED_LOSS:
             raise ValueError(
@@ -71,10 +76,13 @@ class Capture:
             )
         self._model = model
         self._layers = list(layers)
+        self._layer_of = {layer.name: layer for layer in self._layers}
         self._batch = Batch(num_examples, mask)
         self._weight_gradients = weight_gradients
         self._allow_unused = allow_unused
         self._token_scores = None if token_queries is None else TokenScores(token_queries, layers)
+        self.tokens = Tokens() if keep_tokens or tokens_alone else None
+        self._tokens_alone = tokens_alone
         self._gradients: dict[str, Tensor] = {}
         self._queue = GradientQueue(self._add_gradients)
         self._called_without_grad: set[str] = set()
@@ -252,17 +260,22 @@ class Capture:
         self._passes.reached(layer.name)
         with plain_arithmetic(dy):
             dy = dy.detach()
-            if self._queue.takes(layer, dy):
+            if self._tokens_alone:
+                self._gradients[layer.name] = dy.new_empty(0)  # the module was reached
+            elif self._queue.takes(layer, dy):
                 self._queue.add(layer, call, dy)
             else:
                 self._add_gradients(layer.name, layer.gradients(call, dy))
             if self._token_scores is not None:
                 self._token_scores.add(layer, call, dy)
+            if self.tokens is not None:
+                self.tokens.add(layer, call, dy)
         # The user's loss keeps the graph alive, and with it this hook and the call.
         call.release()
 
     def _add_gradients(self, name: str, gradients: Tensor) -> None:
-        """Add the gradients [N, Ko, Ki] of one call of a module."""
+        """Add the gradients [N, Ko, Ki] of one call of a module, as far as a row holds them."""
+        gradients = self._layer_of[name].chosen(gradients)
         if name in self._gradients:
             gradients = self._gradients[name] + gradients
         self._gradients[name] = gradients

@@ -122,7 +122,7 @@ class Conv2dLayer(Layer):
         outputs = dy.reshape(count * groups, self.out_features // groups, -1).transpose(1, 2)
         mask = None if call.mask is None else call.mask.repeat_interleave(groups, dim=0)
         full = ops.per_sample_gradients(inputs, outputs.contiguous(), mask)
-        full = full.reshape(count, self.out_features, self.ki)  # [N, O, Ki]
+        full = full.reshape(count, self.out_features, inputs.shape[-1])  # [N, O, Ki]
         proj_out = self._proj_out(dy)
         if proj_out is None:
             return full

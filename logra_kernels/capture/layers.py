@@ -90,13 +90,21 @@ class Layer(ABC):
 
     @property
     def ki(self) -> int:
-        """Ki, the number of columns of G."""
-        return self._projection.ki
+        """Ki, the number of columns of the module's part of a row."""
+        return self._projection.row_shape[1]
 
     @property
     def ko(self) -> int:
-        """Ko, the number of rows of G."""
-        return self._projection.ko
+        """Ko, the number of rows of the module's part of a row."""
+        return self._projection.row_shape[0]
+
+    def chosen(self, gradients: Tensor) -> Tensor:
+        """G [N, Ko, Ki] of the projected block -> the part that a row holds."""
+        coordinates = self._projection.coordinates
+        if coordinates is None:
+            return gradients
+        flat = gradients.reshape(len(gradients), -1)
+        return flat[:, coordinates.to(flat.device)][:, None]  # [N, 1, n]
 
     # What a kind defines.
 
@@ -176,10 +184,19 @@ class Layer(ABC):
         if proj_out is not None:
             outputs = ops.project(outputs, proj_out)  # [N, T, Ko]
         dtype = torch.promote_types(inputs.dtype, torch.float32)
-        queries, inputs = queries.to(inputs.device, dtype), inputs.to(dtype)
+        queries, inputs = self._block(queries).to(inputs.device, dtype), inputs.to(dtype)
         outputs = outputs.to(dtype)
         scores = torch.stack([((outputs @ query) * inputs).sum(-1) for query in queries])
         return scores if mask is None else torch.where(mask, scores, 0)
+
+    def _block(self, queries: Tensor) -> Tensor:
+        """The module's part of queries -> U [Q, Ko, Ki] of the projected block, zero elsewhere."""
+        projection = self._projection
+        if projection.coordinates is None:
+            return queries
+        block = queries.new_zeros(len(queries), projection.ko * projection.ki)
+        block[:, projection.coordinates] = queries.flatten(1)
+        return block.view(-1, projection.ko, projection.ki)
 
     # P on the device and in the precision where it is needed.
 

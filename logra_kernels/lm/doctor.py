@@ -41,7 +41,7 @@ def diagnose(
         _attention_mask,
         bos_token_id=NO_BOS if bos is None else bos,
         store_dtype=store_dtype,
-        curvature=curvature != NO_CURVATURE,
+        curvature=None if curvature == NO_CURVATURE else curvature,
         called=lambda number: repr(batches.ids[number]),
     )
     return examine(gradients.watched, loop, examples=examples, read=1 << 62)

@@ -8,12 +8,13 @@ from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder
 from logra_kernels.run.run import Run
-from logra_kernels.run.statistic import Covariance, Setup
+from logra_kernels.run.statistic import CorrectedEigval, Covariance, Setup
 from logra_kernels.run.watched import WatchedLayers
 
 __all__ = [
     "NO_BOS",
     "Config",
+    "CorrectedEigval",
     "Covariance",
     "Coverage",
     "Diagnosis",

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from logra_kernels.capture import Capture
 from logra_kernels.capture.loss_reduction import averaged_by
+from logra_kernels.curvature import curvature_kind
+from logra_kernels.defaults import CURVATURE
 from logra_kernels.run.diagnosis import Diagnosis, Finding, GradientRange, finding
 from logra_kernels.run.logged_rows import LoggedRows
 from logra_kernels.run.recorder import Recorder
@@ -50,7 +52,7 @@ class UsersLoop:
         bos_token_id: the token that begins a text; NO_BOS if there is none, None if that is not
             known.
         averaged_loss, store_dtype: as in the run's configuration.
-        curvature: whether there will be one; `damped` if its damping is not 0.
+        curvature: its kind, None if there will be none; `damped` if its damping is not 0.
         called: what the report calls the example of a number, counted from 0.
     """
 
@@ -62,7 +64,7 @@ class UsersLoop:
     bos_token_id: int | None = None
     averaged_loss: str = "raise"
     store_dtype: str = "float16"
-    curvature: bool = True
+    curvature: str | None = CURVATURE
     damped: bool = True
     called: Callable[[int], str] = "example {}".format
 
@@ -270,7 +272,7 @@ class _Examination:
             rows = self._seen.count
         if rows is None:
             self._unchecked["more-columns-than-rows"] = "give num_rows="
-        elif self._loop.curvature:
+        elif self._loop.curvature and curvature_kind(self._loop.curvature).rank_by_rows:
             wide = [module for module in self._layout if module.size > rows]
             if wide:
                 self._find(

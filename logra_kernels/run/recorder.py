@@ -27,6 +27,10 @@ SAMPLED_VALUES = 256
 class Recorder:
     """Packs rows, writes them, and adds them to the curvature as the store holds them.
 
+    A curvature with `tokens` is saved by `suspend` and `finish` only. After a kill the examples
+    that it has not seen count as not logged: they are passed again, and their rows, which are in
+    the store, are not written anew.
+
     Args:
         path: the store's folder.
         watched: the layers, whose layout and projection the store keeps.
@@ -52,6 +56,7 @@ class Recorder:
         resume: bool = False,
     ) -> None:
         self._layout = watched.layout
+        self._chosen = any(p.coordinates is not None for p in watched.projections.values())
         self._writer = StoreWriter.create(
             path,
             modules=self._layout,
@@ -65,12 +70,17 @@ class Recorder:
         )
         self._codec = self._writer.codec
         self._exponents: list[int] = self._writer.module_exponents or []
-        self._resumed = frozenset(self._writer.committed_ids)
-        self.ids = set(self._resumed)  # of the rows in the store and on their way there
+        committed = self._writer.committed_ids
+        self._resumed = frozenset(committed)
+        self.ids = set(committed)  # of the rows in the store and on their way there
+        self._lacking: set[str] = set()  # those whose tokens the curvature has not seen
         self.curvature: Curvature | None = None
         try:
             if setup.curvature is not None:
                 self.curvature = self._curvature_so_far(setup.curvature)
+                if self.curvature.tokens:
+                    self._lacking.update(committed[self.curvature.count :])
+                    self.ids -= self._lacking
         except BaseException:
             self._writer.abort()
             raise
@@ -84,6 +94,12 @@ class Recorder:
         if setup.curvature is not None and self._lacks(setup.curvature) and self.ids:
             raise RuntimeError(
                 "statistic: rows were saved before it was asked for; setup comes first"
+            )
+        kind = setup.curvature
+        if kind is not None and curvature_kind(kind).corrected and not setup.save:
+            raise RuntimeError(
+                f"statistic: '{kind}' corrects its eigenvalues by the rows in the "
+                'store; setup({"save": "grad", ...}) comes with it'
             )
         if setup.save:
             twice = [name for name in ids if name in self.ids and name not in self._resumed]
@@ -99,6 +115,7 @@ class Recorder:
         """
         self.check(logged.ids, setup)
         if setup.save:
+            self._add_lacking(logged)
             new = [n for n, name in enumerate(logged.ids) if name not in self._resumed]
             logged = logged.take(new)
         if not logged.ids:
@@ -117,26 +134,63 @@ class Recorder:
                 self.curvature = curvature_kind(setup.curvature)(self._layout)
             rows = decode(self._codec, stored, row_scale, self._layout, self._exponents)
             self.curvature.update_finite(rows)
+            self._add_tokens(self.curvature, logged)
 
     def finish(self) -> Store:
         """Close the store, put the curvature into it, and open it for reading."""
         self._writer.close()
         store = Store.open(self._writer.path)
         if self.curvature is not None:
+            self.curvature.complete(store)
             self.curvature.save(store)
         return store
 
     def suspend(self) -> None:
-        """Commit the rows added so far and let go of the store, which resume goes on with."""
+        """Commit the rows added so far and let go of the store, which resume goes on with.
+
+        A curvature that rows alone do not make is kept with them.
+        """
         self._writer.close(finalize=False)
+        curvature = self.curvature
+        # The first rows of the store must be those that the saved curvature has seen.
+        if curvature is not None and curvature.tokens and not self._lacking:
+            curvature.save(Store.open(self._writer.path))
+
+    def _add_lacking(self, logged: LoggedRows) -> None:
+        """Add the tokens of examples whose rows a killed run saved without them."""
+        again = logged.take([n for n, name in enumerate(logged.ids) if name in self._lacking])
+        if self.curvature is not None and again.ids:
+            self.curvature.update(again.rows)
+            self._add_tokens(self.curvature, again)
+            self._lacking.difference_update(again.ids)
+            self.ids.update(again.ids)
+
+    def _add_tokens(self, curvature: Curvature, logged: LoggedRows) -> None:
+        if curvature.tokens is None:
+            return
+        if logged.tokens is None:
+            raise RuntimeError(f"statistic: '{curvature.kind}' was asked for inside the pass")
+        for i, name in enumerate(self._layout.names):
+            found = logged.tokens.of(name, curvature.tokens, logged.places)
+            curvature.update_tokens(i, *found)
 
     def _lacks(self, kind: str) -> bool:
         return self.curvature is None or self.curvature.kind != kind
 
     def _curvature_so_far(self, kind: str) -> Curvature:
-        if not self._resumed:
-            return curvature_kind(kind)(self._layout)
-        return curvature_kind(kind).rebuild(Store.open(self._writer.path))
+        found = curvature_kind(kind)
+        if found.tokens is not None and self._chosen:
+            raise ValueError(
+                f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
+                "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
+            )
+        if self._resumed:
+            store = Store.open(self._writer.path)
+            if found.tokens is None:
+                return found.rebuild(store)
+            if kind in store.curvatures:
+                return found.load(store)
+        return found(self._layout)
 
     def _fix_exponents(self, row: Tensor, setup: Setup) -> None:
         """Take the modules' exponents from the run's first row, and give them to the store.

@@ -13,7 +13,7 @@ run.finalize()
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from logra_kernels.run.diagnosis import Diagnosis
 from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
+from logra_kernels.run.pilot import Pilot
 from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup
 from logra_kernels.run.untrained_steps import UntrainedSteps
@@ -71,6 +72,7 @@ class Run:
         self._setup = Setup()
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
+        self._pilot: Pilot | None = None  # while its passes run
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
         self._untrained_steps = UntrainedSteps()
@@ -79,7 +81,7 @@ class Run:
         self._store: Store | None = None
         self._curvature: Curvature | None = None
         self._attributor: tuple[Any, Attributor] | None = None  # the last one, with its damping
-        self._ids_to_resume: frozenset[str] | None = None
+        self._ids_to_resume: dict[str | None, frozenset[str]] = {}  # by a curvature with tokens
 
     # What to log.
 
@@ -159,6 +161,52 @@ class Run:
         self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
         self._layers("add_lora").project(self.config.projection)
 
+    def pilot(
+        self,
+        init: str = "eigen",
+        *,
+        coordinates: int | None = None,
+        rank: int | tuple[int, int] | None = None,
+    ) -> Iterator[int]:
+        """Make the projection from the model's own activations: one pass or two over some examples.
+
+            for _ in run.pilot("eigen", coordinates=32768):
+                for batch in pilot_batches:                # 5 to 10 % of the data
+                    with run(data_id=..., mask=...):
+                        loss_of(model, batch).backward()
+
+        Nothing is stored meanwhile. After the loop the watched layers have the projection, in
+        place of what add_lora would give them.
+
+        Args:
+            init: "eigen": the eigenbasis of the activations' and output gradients' moments, of
+                which a row holds the D most telling coordinates; two passes. "pca": the first K
+                eigenvectors of each side (§3.2); one pass.
+            coordinates: of "eigen": D, over all modules.
+            rank: of "pca": K, or (rank_out, rank_in).
+
+        Raises:
+            ValueError: another init, an option that is missing or not its own.
+            RuntimeError: no model is watched, rows are being logged, a store was opened, or no
+                example was passed.
+        """
+        self._refuse_while_logging("pilot")
+        if self._store is not None:
+            raise RuntimeError("pilot: the projection is the store's, which was opened already")
+        watched = self._layers("pilot")
+        pilot = self._pilot = Pilot(watched, init, rank, coordinates)
+        done = False
+        try:
+            for number in range(pilot.passes):
+                yield number
+                pilot.end_pass()
+            done = True
+        finally:
+            self._pilot = None
+            if not done:
+                pilot.give_up()
+        watched.project(pilot.projection())
+
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
 
@@ -222,16 +270,21 @@ class Run:
         ids = check_ids(data_id)
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
+        setup = self._setup if save is None else replace(self._setup, save=save)
+        if self._pilot is not None:
+            setup = Setup()
+        kind = setup.curvature
         capture = self._capture(
             len(ids),
             mask,
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
+            keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
+            tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
-        setup = self._setup if save is None else replace(self._setup, save=save)
         return self.pass_type(capture, ids, metadata, setup, self._enter, self._leave)
 
     def start(
@@ -312,8 +365,8 @@ class Run:
             RuntimeError: no model is watched, a pass is open, or no gradient reaches a module.
         """
         watched = self._layers("doctor")
-        if self._inside:
-            raise RuntimeError("doctor: a pass is open; leave it first")
+        if self._inside or self._pilot is not None:
+            raise RuntimeError("doctor: a pass is open, or a pilot; leave it first")
         config: Any = getattr(watched.model, "config", None)
         if num_rows is None:
             dataset = getattr(batches, "dataset", None)
@@ -330,6 +383,7 @@ class Run:
             bos_token_id=bos_token_id,
             averaged_loss=self.config.averaged_loss,
             store_dtype=self.config.dtype,
+            curvature=self._setup.curvature or CURVATURE,
             damped=0 not in (self.config.damping, self.config.damping_scale),
         )
         return examine(watched, loop, examples=examples, read=read)
@@ -413,7 +467,8 @@ class Run:
         if self._curvature is None:
             store = self.store
             saved = {kind: held["rows"] for kind, held in store.curvatures.items()}
-            whole = [k for k in kinds() if k in saved and store.num_rows in (0, saved[k])]
+            names = (CURVATURE, *kinds())
+            whole = [k for k in names if k in saved and store.num_rows in (0, saved[k])]
             if whole:
                 self._curvature = curvature_kind(whole[0]).load(store)
             else:
@@ -526,7 +581,12 @@ class Run:
         self._inside.remove(left)
         if not succeeded:
             return
-        logged = LoggedRows(left.ids, left.capture.rows().detach(), left.metadata)
+        capture, places = left.capture, range(len(left.ids))
+        if self._pilot is not None:
+            self._pilot.add(capture, left.ids, self._finite)
+            return
+        rows = capture.rows().detach()
+        logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
         if left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
@@ -556,12 +616,18 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        if self._ids_to_resume is None:
+        kind = self._setup.curvature
+        if kind is not None and curvature_kind(kind).tokens is None:
+            kind = None
+        if kind not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():
                 store = Store.open(self.path)
-            self._ids_to_resume = frozenset(store.ids.to_pylist() if store is not None else ())
-        return self._ids_to_resume
+            ids = [] if store is None else store.ids.to_pylist()
+            if store is not None and kind is not None:  # the others must be passed again
+                ids = ids[: store.curvatures[kind]["rows"] if kind in store.curvatures else 0]
+            self._ids_to_resume[kind] = frozenset(ids)
+        return self._ids_to_resume[kind]
 
     def _use(self, store: Store, curvature: Curvature | None = None) -> None:
         self._store, self._curvature, self._attributor = store, curvature, None

@@ -18,6 +18,7 @@ from logra_kernels.capture.layers import (
 )
 from logra_kernels.projection import (
     ModuleProjection,
+    PilotProjection,
     ProjectionSpec,
     describe_projection,
     described_widths,
@@ -113,7 +114,7 @@ class WatchedLayers:
         """{module name: its P_i and P_o}, in the row's order."""
         return {layer.name: layer.projection for layer in self.layers}
 
-    def project(self, projection: ProjectionSpec | Store) -> None:
+    def project(self, projection: ProjectionSpec | PilotProjection | Store) -> None:
         """Give every layer a new projection, or the one that a store's rows were made with.
 
         Raises: ValueError if the store's modules are others, or an earlier `project` chose a
@@ -122,15 +123,16 @@ class WatchedLayers:
         if isinstance(projection, Store):
             self._check_same_modules(projection)
             self._check_same_projection(projection)
-            self._set(stored_projections(projection))
+            self.give(stored_projections(projection))
             self.description = projection.projection
         else:
             widths = {name: (p.in_features, p.out_features) for name, p in self.projections.items()}
-            self._set(projection.build(widths))
+            self.give(projection.build(widths))
             self.description = describe_projection(self.projections, self.bias, projection)
             self._chose_projection = True
 
-    def _set(self, projections: Mapping[str, ModuleProjection]) -> None:
+    def give(self, projections: Mapping[str, ModuleProjection]) -> None:
+        """Give every layer a projection for now; `description` stays as it is."""
         for layer in self.layers:
             layer.projection = projections[layer.name]
 

@@ -56,7 +56,7 @@ def test_covariance_is_the_sum_of_outer_products(dtype: torch.dtype, tolerance: 
 def test_accumulator_is_float64_up_to_1024_columns_and_float32_above() -> None:
     curvature = RawCurvature([Module("small", 32, 32), Module("large", 25, 41)])
     curvature.update(torch.ones(1, 1024 + 1025))
-    sums = [curvature._snapshot(i)[0] for i in range(2)]
+    sums = [curvature._moments[i].snapshot()[0] for i in range(2)]
     assert [total.dtype for total in sums if total is not None] == [torch.float64, torch.float32]
 
 

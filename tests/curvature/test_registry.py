@@ -34,7 +34,7 @@ QUERIES = gradients(4, seed=7)
 class Diagonal(Curvature):
     """Σ g² alone: H is diagonal."""
 
-    kind = "diagonal"
+    kind = "toy"
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)
@@ -105,11 +105,11 @@ def test_a_second_kind_works_from_the_store_to_the_scores(
     """Found by name, by what the store holds, as an object, and as a preconditioner."""
     curvature = diagonal.rebuild(store)
     curvature.save(store)
-    assert kinds() == ("raw", "diagonal")
+    assert {"raw", "toy"} < set(kinds())
     truth = dot_under_the_diagonal(store)
-    for given in (None, "diagonal", curvature, curvature.damped()):
+    for given in (None, "toy", curvature, curvature.damped()):
         attributor = Attributor(store, given)
-        assert attributor.preconditioner.kind == "diagonal"
+        assert attributor.preconditioner.kind == "toy"
         for mode in ("dot", "l-relatif"):
             got = attributor.scores(QUERIES, mode).scores
             assert ((got - truth.scores(mode)).abs() <= 1e-5 * truth.allowance(mode)).all()
@@ -122,10 +122,10 @@ def test_the_kind_that_was_registered_first_comes_first(
     store: Store, diagonal: type[Diagonal]
 ) -> None:
     diagonal.rebuild(store).save(store)
-    assert load_curvature(store).kind == "diagonal"
+    assert load_curvature(store).kind == "toy"
     RawCurvature.rebuild(store).save(store)
     assert load_curvature(store).kind == "raw"
-    assert Attributor(store, "diagonal").preconditioner.kind == "diagonal"
+    assert Attributor(store, "toy").preconditioner.kind == "toy"
 
 
 def test_shards_of_a_second_kind_merge(store: Store, diagonal: type[Diagonal]) -> None:
@@ -146,5 +146,5 @@ def test_names_are_taken_once(diagonal: type[Diagonal]) -> None:
         with pytest.raises(ValueError, match=f"kind: the name '{taken}' is taken"):
             register_curvature(type("Other", (Diagonal,), {"kind": taken}))
     assert curvature_kind("raw") is RawCurvature
-    with pytest.raises(ValueError, match="curvature: expected one of raw, diagonal, got 'kfac'"):
-        curvature_kind("kfac")
+    with pytest.raises(ValueError, match=r"raw, .*toy, got 'newton'"):
+        curvature_kind("newton")

@@ -297,6 +297,8 @@ def test_more_columns_than_rows(model: nn.Module, data: Data) -> None:
     run.add_lora(rank=4)
     (found,) = run.doctor(summed(model), batches_of(data)).findings
     assert found.severity == "error"
+    run.setup({"statistic": "diagonal"})
+    assert names(run.doctor(summed(model), batches_of(data))) == []
 
 
 def token_batch(lengths: tuple[int, ...]) -> dict[str, Tensor]:
@@ -505,3 +507,8 @@ def test_what_is_refused(model: nn.Module, data: Data) -> None:
         loss_of(model, data, slice(1)).backward()
         with refuse("doctor: a pass is open", RuntimeError):
             run.doctor(summed(model), batches_of(data))
+    for _ in run.pilot("pca", rank=2):
+        with refuse("doctor: a pass is open, or a pilot", RuntimeError):
+            run.doctor(summed(model), batches_of(data))
+        with run(data_id=[0]):
+            loss_of(model, data, slice(1)).backward()

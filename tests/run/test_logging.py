@@ -22,9 +22,9 @@ from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, m
 from tree import SUPPORT
 
 import logra_kernels as logix
-from logra_kernels import Covariance, RawCurvature, Store
+from logra_kernels import Attributor, Covariance, RawCurvature, Store
 from logra_kernels.integrations.logix.run import LogixRun
-from logra_kernels.run import Config, Run, check_ids
+from logra_kernels.run import Config, CorrectedEigval, Run, check_ids
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -163,15 +163,13 @@ def test_setup_forms(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stat": "kfac", "save": "grad"}, "stat: 'kfac' (Kronecker-factored curvature) is not "
-         "available in this version; available: Covariance of 'grad' (also called 'raw'"),
-        ({"statistic": "ekfac"}, "statistic: 'ekfac' (eigenvalue-corrected"),
-        ({"grad": ["log", "corrected_eigval"]}, "grad: 'corrected_eigval'"),
-        ({"statistic": {"forward": Covariance}}, "statistic: 'forward' is not available"),
+        ({"statistic": {"forward": Covariance}}, "expected forward and backward, got forward"),
+        ({"statistic": {"forward": "kfac"}}, "statistic: forward: expected Covariance, got 'kfac'"),
+        ({"statistic": ["raw", "ekfac"]}, "setup: expected one curvature, got ekfac and raw"),
         ({"statistic": {"grad": "median"}}, "statistic: no statistic 'median'; available"),
         ({"statistic": {"grad": ["variance"]}}, "statistic: 'variance' (the variance of"),
         ({"log": "backward"}, "log: 'backward' is not available, only 'grad'"),
-        ({"forward": ["log"]}, "setup: 'forward' is not available, only 'grad'"),
+        ({"forward": ["log"]}, "forward: forward: expected Covariance, got 'log'"),
         ({"save": "gradient"}, "save: expected 'grad', got 'gradient'"),
         ({"keep": "grad"}, "setup: no key 'keep'; there are log, save, statistic (stat), grad"),
         ({}, "setup: expected a dictionary such as"),
@@ -609,3 +607,27 @@ def test_token_scores(tmp_path: Path) -> None:
     want = run.compute_influence(run.get_log(), run.get_log())["influence"]
     assert scores.shape == (3, 3, 9)
     assert torch.allclose(scores.sum(2), want, rtol=1e-4, atol=1e-4 * want.abs().max())
+
+
+BOTH_SIDES = {"forward": [Covariance], "backward": [Covariance]}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"save": "grad", "stat": "kfac"}, "kfac"),
+        ({"save": "grad", "statistic": BOTH_SIDES}, "kfac"),
+        ({"save": "grad", "statistic": {**BOTH_SIDES, "grad": CorrectedEigval}}, "ekfac"),
+        ({"save": "grad", "statistic": {"grad": ["corrected_eigval"]}}, "ekfac"),
+        ({"save": "grad", "statistic": "ec-shampoo"}, "ec-shampoo"),
+    ],
+)
+def test_a_statistic_names_a_kind_of_curvature(
+    tmp_path: Path, model: nn.Module, data: Data, options: Any, kind: str
+) -> None:
+    run = make_run(tmp_path, model)
+    run.setup(options)
+    log_all(run, model, data)
+    run.finalize()
+    assert run.curvature.kind == kind
+    assert Attributor(tmp_path / "toy").preconditioner.kind == kind
