@@ -59,7 +59,7 @@ def _coverage(found: Any) -> list[tuple[str, str]]:
     lines: list[str] = []
     if isinstance(found, dict):
         # A store may come from anywhere.
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             lines = lines_of(found)
     return [("coverage" if number == 0 else "", line) for number, line in enumerate(lines)]
 

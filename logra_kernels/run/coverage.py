@@ -107,7 +107,7 @@ class Coverage:
 def lines_of(described: Mapping[str, Any]) -> list[str]:
     """`Coverage.as_dict()` in lines: the share, what is left out, and the notes.
 
-    Raises: KeyError, TypeError or ValueError for a dictionary of another form.
+    Raises: KeyError, TypeError, ValueError or OverflowError for a dictionary of another form.
     """
     share = _of(described["watched_parameters"], described["parameters"])
     line = f"watched parameters: {share}"
@@ -245,7 +245,9 @@ def _zero_partners(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
             parts = [other if part == own else part for part in layer.name.split(".")]
             partner = modules.get(".".join(parts))
             weight = None if partner is None else partner._parameters.get("weight")
-            if own in layer.name.split(".") and weight is not None and not weight.any():
+            if own not in layer.name.split(".") or weight is None or weight.is_meta:
+                continue
+            if not weight.any():
                 found.append(layer.name)
         if found:
             more = f" and {len(found) - 1} more" if found[1:] else ""

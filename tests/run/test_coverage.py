@@ -161,7 +161,23 @@ def test_the_store_keeps_it_and_info_shows_it(
     shown = capsys.readouterr().out
     assert "coverage     watched parameters: 212 of 227 (93.4%)\n" in shown
     assert "             left out: 15 biases of watched layers" in shown
-    edit_manifest(tmp_path / "toy", lambda manifest: manifest.update(coverage={"parameters": "x"}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters": "x"},
+        {"parameters": 10**400, "watched_parameters": 10**800},
+        {"left_out": [{"reason": "r", "parameters": 1, "names": [3]}]},
+        {"left_out": 5},
+        {"notes": None},
+    ],
+)
+def test_what_a_stranger_wrote_there_is_passed_over(
+    tmp_path: Path, model: nn.Module, data: Data, capsys: Any, change: dict[str, Any]
+) -> None:
+    finished(tmp_path, model, data)
+    edit_manifest(tmp_path / "toy", lambda manifest: manifest["coverage"].update(change))
     assert main(["info", str(tmp_path / "toy")]) == 0
     assert "coverage" not in capsys.readouterr().out
 
