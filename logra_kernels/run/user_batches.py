@@ -146,7 +146,8 @@ def read_examples(
             break
         if seen.count < first:
             seen.first.append(batch)
-        counted = counted_tokens(batch, mask_of(batch))
+        mask = mask_of(batch)
+        counted = counted_tokens(batch, mask if isinstance(mask, Tensor) else None)
         if counted is not None:
             seen.tokens += list(zip(*(part.tolist() for part in counted), strict=True))
         for place in range(num_examples(batch)):
