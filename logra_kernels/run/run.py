@@ -13,8 +13,9 @@ run.finalize()
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,16 @@ from logra_kernels.curvature import (
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.run.config import Config
+from logra_kernels.run.coverage import Coverage
+from logra_kernels.run.diagnosis import Diagnosis
+from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.pilot import Pilot
 from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup
 from logra_kernels.run.untrained_steps import UntrainedSteps
+from logra_kernels.run.user_batches import example_alone, mask_reader
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout, Store
 
@@ -89,7 +94,7 @@ class Run:
         *,
         bias: bool = False,
         batch_dim: int | Mapping[str, int] | None = None,
-    ) -> None:
+    ) -> Coverage:
         """Choose the layers whose gradients are logged, in the order of named_modules.
 
         Args:
@@ -103,6 +108,10 @@ class Run:
                 {part of a module's name: axis}, where the part that names most of it counts. None:
                 the first; a pass is refused where a module may take [T, N, I] or be an expert.
 
+        Returns:
+            what is covered: the modules, their share of the model's parameters, and what is left
+            out, with the reasons. `print(run.watch(model))` shows it.
+
         Raises:
             ValueError: nothing is left to watch, or it differs from the store's modules.
             RuntimeError: rows are being logged.
@@ -114,6 +123,7 @@ class Run:
         self._watched = watched
         self._filters = (type_filter, name_filter)
         self._batch_dim = batch_dim
+        return watched.coverage
 
     def add_lora(
         self,
@@ -343,6 +353,69 @@ class Run:
         if save is not None:
             started.setup = replace(started.setup, save=save)
         started.__exit__(None, None, None)
+
+    def doctor(
+        self,
+        loss_of: Callable[[Any], Tensor],
+        batches: Iterable[Any],
+        *,
+        mask: str | Callable[[Any], Tensor | None] | None = None,
+        one: Callable[[Any, int], Any] | None = None,
+        num_rows: int | None = None,
+        bos_token_id: int | None = None,
+        examples: int = 8,
+        read: int = 1000,
+    ) -> Diagnosis:
+        """Run a few examples through your loop, and say what would ruin attribution.
+
+        It looks for rows that depend on the batch, on chance or on padding, averaged losses, zero
+        rows, tokens that do not count, gradients beyond a dtype's range, copies of examples, tied
+        weights, few watched parameters, and more columns than examples. The model, its gradients,
+        all random number generators and the store are left as they are.
+
+        Args:
+            loss_of: batch -> its summed loss, as in your loop, before backward().
+            batches: your DataLoader, or a list of batches: tensors [N, ...], in dictionaries or
+                tuples if you like.
+            mask: what the passes are logged with: the batch's key, or batch -> [N, T].
+            one: (batch, n) -> its n-th example as a batch of one. Without it every tensor [N, ...]
+                is cut, and padding is removed where the batch has an "attention_mask" [N, T].
+            num_rows: how many examples will be logged; the loader's dataset says it if it can.
+            bos_token_id: of your tokenizer; the model's configuration says it if it can.
+            examples: how many are run, in their batches and alone.
+            read: how many are read, without the model, to look for copies and masked tokens.
+
+        Returns:
+            findings with what to do about each, none for a healthy loop; print it.
+
+        Raises:
+            ValueError: batches that cannot be read, a loss of more than one number, and whatever a
+                pass of such a batch raises.
+            RuntimeError: no model is watched, a pass is open, or no gradient reaches a module.
+        """
+        watched = self._layers("doctor")
+        if self._inside or self._pilot is not None:
+            raise RuntimeError("doctor: a pass is open, or a pilot; leave it first")
+        config: Any = getattr(watched.model, "config", None)
+        if num_rows is None:
+            dataset = getattr(batches, "dataset", None)
+            num_rows = len(dataset) if isinstance(dataset, Sized) else None
+        if bos_token_id is None and hasattr(config, "bos_token_id"):
+            bos_token_id = NO_BOS if config.bos_token_id is None else config.bos_token_id
+        trim = not getattr(config, "is_encoder_decoder", False)
+        loop = UsersLoop(
+            loss_of,
+            batches,
+            mask_reader(mask),
+            one or partial(example_alone, trim=trim),
+            num_rows=num_rows,
+            bos_token_id=bos_token_id,
+            averaged_loss=self.config.averaged_loss,
+            store_dtype=self.config.dtype,
+            curvature=self._setup.curvature or CURVATURE,
+            damped=0 not in (self.config.damping, self.config.damping_scale),
+        )
+        return examine(watched, loop, examples=examples, read=read)
 
     def finalize(self) -> None:
         """Finish the store: the last rows, then the curvature. Queries may follow."""

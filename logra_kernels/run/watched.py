@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from logra_kernels.capture.axes import set_batch_axes
 from logra_kernels.capture.layers import (
@@ -26,6 +26,7 @@ from logra_kernels.projection import (
     stored_projections,
 )
 from logra_kernels.run.bypassed import is_bypassed
+from logra_kernels.run.coverage import coverage_of
 from logra_kernels.store import RowLayout, Store
 from logra_kernels.store.manifest import first_difference
 
@@ -34,7 +35,7 @@ class WatchedLayers:
     """Some layers of a model, in the row's order, with their projections.
 
     Without `project` the whole gradients are logged. `description` is what a store keeps of the
-    projection.
+    projection, `coverage` which part of the model's parameters the layers are.
 
     Args:
         model: the model that holds the layers.
@@ -57,8 +58,10 @@ class WatchedLayers:
         self.bias = bias
         set_batch_axes(model, self.layers, batch_dim)
         self.description: dict[str, Any] = describe_projection(self.projections, bias)
+        self.coverage = coverage_of(model, self.layers)
         self._chose_projection = False
-        self._warn_of_parts()
+        for note in self.coverage.notes:
+            warnings.warn(note, stacklevel=4)
 
     @classmethod
     def matching(
@@ -151,30 +154,6 @@ class WatchedLayers:
             self.give(projection.build(widths))
             self.description = describe_projection(self.projections, self.bias, projection)
             self._chose_projection = True
-
-    def _warn_of_parts(self) -> None:
-        """Warn of weights whose whole gradient is not what their module's rows hold."""
-        owners: dict[Tensor | None, list[tuple[str, nn.Module]]] = {}  # {weight: its modules}
-        for path, module in self.model.named_modules():
-            for parameter in module._parameters.values():
-                owners.setdefault(parameter, []).append((plain_name(path), module))
-        for layer in self.layers:
-            weight = layer.module._parameters.get("weight")
-            if weight is None:
-                continue
-            others = [name for name, module in owners[weight] if module is not layer.module]
-            if others:
-                warnings.warn(
-                    f"module {layer.name}: its weight is also that of {', '.join(others)}; a row "
-                    f"holds only the part of the weight's gradient that passes through "
-                    f"{layer.name}",
-                    stacklevel=5,
-                )
-            if weight._backward_hooks:
-                warnings.warn(
-                    f"module {layer.name}: its weight has a gradient hook, which changes no row",
-                    stacklevel=5,
-                )
 
     def give(self, projections: Mapping[str, ModuleProjection]) -> None:
         """Give every layer a projection for now; `description` stays as it is."""
