@@ -65,8 +65,10 @@ def refuse_picked(module: str, x: Tensor, batch: Batch) -> None:
     else:
         indices = [(node._saved_dim, node._saved_index)]
     axis, index = next((axis, index) for axis, index in indices if index is not None)
-    if any(size != 1 for size in sizes[:axis]):
-        return  # the same tokens of every example
+    axis = axis - (1 << 64) if axis >= 1 << 63 else axis  # saved as an unsigned number
+    table = node.next_functions[0][0].name()
+    if any(size != 1 for size in sizes[:axis]) or table.endswith("AccumulateGrad"):
+        return  # the same tokens of every example, or rows of a parameter
     index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.flatten() % sizes[axis]
     if batch.cu_seqlens is None:
         examples = index // max(sizes[axis] // num_examples, 1)

@@ -124,7 +124,7 @@ def averaged_by(loss: Tensor, gradient: Tensor | None, num_examples: int) -> str
         value = _uniform(gradient)
         begin = begin._replace(shared=1.0 if value is None else abs(value), computed=True)
     if loss.grad_fn is None or loss.numel() != 1:
-        return None if loss.grad_fn is None else _verdict(begin)
+        return None if loss.grad_fn is None else _verdict(begin, num_examples)
     waiting, seen = [begin], set[_Path]()
     while waiting:
         path = waiting.pop()
@@ -138,7 +138,7 @@ def averaged_by(loss: Tensor, gradient: Tensor | None, num_examples: int) -> str
             return f"a function of the sum that is not linear ({name})"
         past = _past_factor(path, name)
         if past is None:
-            found = _verdict(_past_mean(path, name))
+            found = _verdict(_past_mean(path, name), num_examples)
             if found is not None:
                 return found
             continue
@@ -187,11 +187,11 @@ def _past_mean(path: _Path, name: str) -> _Path:
     return path.divide(count, f"a mean ({name} with reduction='mean')")
 
 
-def _verdict(path: _Path) -> str | None:
+def _verdict(path: _Path, num_examples: int) -> str | None:
     """What the factors on a path make of the sum at its end, or None if it is kept.
 
     A constant that was written as a number is the user's wish, the same in all batches, unless it
-    is one over a count of tokens.
+    is one over what may be a count of examples or tokens.
     """
     scales = [path.divided * path.shared, path.divided * path.shared * path.own]
     if any(math.isclose(scale, 1, rel_tol=_ROUNDING) for scale in scales):
@@ -199,8 +199,11 @@ def _verdict(path: _Path) -> str | None:
     if path.by and not math.isclose(path.divided, 1, rel_tol=_ROUNDING):
         return f"{path.by}, which scales every row by the size of the batch"
     count = 1 / path.shared if path.shared else math.inf
-    is_whole = 1 < count < _MOST_TOKENS and math.isclose(count, round(count), rel_tol=_ROUNDING)
-    if not path.computed and not is_whole:
+    least = max(num_examples, 3)  # 0.5 is that of half a square
+    may_be_count = least - 0.5 < count < _MOST_TOKENS and math.isclose(
+        count, round(count), rel_tol=_ROUNDING
+    )
+    if not path.computed and not may_be_count:
         return None
     return f"a sum times {path.shared:.6g}"
 

@@ -226,13 +226,15 @@ def picked(hidden: Tensor, wanted: Tensor, way: str) -> Tensor:
         return flat.index_select(0, places)
     if way == "bool":
         return hidden[wanted]
+    if way == "select from behind":
+        return flat.index_select(-2, places)
     return flat[wanted.flatten()] if way == "flat bool" else hidden[wanted.nonzero(as_tuple=True)]
 
 
 ROUTE = torch.tensor([[0, 0, 1], [1, 1, 0]])  # three tokens for each expert, two examples
 ROUTE_OF_TWO = torch.tensor([[0, 0, 1], [1, 1, 1]])  # expert 0 has the first example's alone
 ONE_EACH = torch.tensor([[0, 1, 1], [1, 1, 0]])  # expert 0 has one token of each example
-WAYS = ["index", "hugging face", "select", "bool", "flat bool", "axes"]
+WAYS = ["index", "hugging face", "select", "select from behind", "bool", "flat bool", "axes"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -330,3 +332,20 @@ def test_pooled_heads_are_no_experts(pool: str) -> None:
         loss(x, last).backward()
     losses = [partial(loss, x[n : n + 1], last[n : n + 1]) for n in range(3)]
     assert_rows(model, layers, capture.rows(), losses)
+
+
+def test_rows_of_a_table_are_no_tokens() -> None:
+    """A table that is indexed by hand, and requires a gradient while training."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"head": nn.Linear(4, 3)}).double()
+    model.register_parameter("table", nn.Parameter(torch.randn(6, 4).double()))
+    layers = watched(model)
+
+    def loss(ids: Tensor) -> Tensor:
+        out: Tensor = model["head"](model.get_parameter("table")[ids]).exp().sum()
+        return out
+
+    ids = torch.tensor([5, 0, 3])
+    with Capture(model, layers, 3, weight_gradients=True) as capture:
+        loss(ids).backward()
+    assert_rows(model, layers, capture.rows(), [partial(loss, ids[n : n + 1]) for n in range(3)])

@@ -159,6 +159,12 @@ RIGHT: dict[str, tuple[PairLoss, PairLoss]] = {  # {name: (the batch's loss, a s
     "numbers": (
         lambda out, y: -0.3 * sum_of(out, y) * 2.0, lambda out, y: -0.6 * sum_of(out, y)
     ),
+    "half a square": (
+        lambda out, y: 0.5 * squares(out, y), lambda out, y: squares(out, y) / 2
+    ),
+    "a third of more than three": (
+        lambda out, y: (1 / 3) * squares(out, y), lambda out, y: squares(out, y) / 3
+    ),
     "a small term": (
         lambda out, y: sum_of(out, y) + 0.01 * squares(out, y),
         lambda out, y: sum_of(out, y) + 0.01 * squares(out, y),
