@@ -171,8 +171,8 @@ def test_sequences_put_first_by_hand_are_refused(names: list[str], permute: bool
     set_batch_axes(model, layers, None)
     with (
         refuse(
-            f"module {names[-1]}: the first two axes of a tensor before or after it are swapped, so "
-            "that its input [5, 5, "
+            f"module {names[-1]}: the first two axes of a tensor before or after it are swapped, "
+            "so that its input [5, 5, "
         ),
         Capture(model, layers, N),
     ):
