@@ -138,19 +138,32 @@ def averaged_by(loss: Tensor, gradient: Tensor | None, num_examples: int) -> str
             return f"a function of the sum that is not linear ({name})"
         past = _past_factor(path, name)
         if past is None:
-            found = _verdict(_past_mean(path, name), num_examples)
-            if found is not None:
-                return found
-            continue
+            past = _past_mean(path, name)
+            node = _stack_below(node, num_examples)
+            if node is None:
+                found = _verdict(past, num_examples)
+                if found is not None:
+                    return found
+                continue
         children = [child for child, _ in node.next_functions if child is not None]
         whole = past.whole and len(children) == 1
         waiting += [past._replace(node=child, whole=whole) for child in reversed(children)]
     return None
 
 
+def _stack_below(node: Any, num_examples: int) -> Any:
+    """The stack of scalars that a sum or mean is over, if it is not one scalar for each example."""
+    sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
+    stack = node.next_functions[0][0] if len(sizes) == 1 and sizes[0] != num_examples else None
+    if stack is None or not stack.name().startswith(("StackBackward", "CatBackward")):
+        return None
+    return stack if len(stack.next_functions) == sizes[0] else None
+
+
 def _past_factor(path: _Path, name: str) -> _Path | None:
     """The path past a node that hands its scalars on, with its factor; None at another node."""
-    if name.startswith(_SCALARS_PASS):
+    one = math.prod(getattr(path.node, "_saved_self_sym_sizes", (0,))) == 1
+    if name.startswith(_SCALARS_PASS) or (one and name.startswith(("SumBackward", "MeanBackward"))):
         return path
     if not name.startswith(("MulBackward", "DivBackward")):
         return None
