@@ -8,6 +8,7 @@ from logra_kernels.cli.outputs import check_outputs
 from logra_kernels.report.console import say
 from logra_kernels.report.render import format_bytes, plural
 from logra_kernels.report.results import STANDARD_OUTPUT, write_json
+from logra_kernels.run.coverage import lines_of
 from logra_kernels.store import Store
 
 
@@ -38,6 +39,7 @@ def facts(store: Store) -> list[tuple[str, str]]:
         ("curvature", _curvatures(store)),
     ]
     lines += _fingerprints(store.fingerprints)
+    lines += _coverage(store.coverage)
     lines.append(("modules", f"{len(store.modules)}"))
     lines += [("", f"{m.name}  [{m.ko}, {m.ki}]") for m in store.modules]
     return lines
@@ -56,6 +58,7 @@ def described(store: Store) -> dict[str, Any]:
         "projection": store.projection,
         "curvatures": {name: {"rows": entry["rows"]} for name, entry in store.curvatures.items()},
         "fingerprints": store.fingerprints,
+        "coverage": store.coverage,
         "modules": [{"name": m.name, "ko": m.ko, "ki": m.ki} for m in store.modules],
     }
 
@@ -67,11 +70,13 @@ def _size_bytes(store: Store) -> int:
 def _projection(projection: Any) -> str:
     if not isinstance(projection, dict) or "kind" not in projection:
         return "not described"
-    rank = projection.get("rank")
-    if not isinstance(rank, list):
-        return str(projection["kind"])
-    seed = projection.get("seed")
-    return f"{projection['kind']}, rank {' × '.join(map(str, rank))}, seed {seed}"
+    said = [str(projection["kind"])]
+    if isinstance(projection.get("rank"), list):
+        said.append(f"rank {' × '.join(map(str, projection['rank']))}")
+    for name in ("coordinates", "seed", "pilot_examples"):
+        if name in projection:
+            said.append(f"{name.replace('_', ' ')} {projection[name]}")
+    return ", ".join(said)
 
 
 def _curvatures(store: Store) -> str:
@@ -80,6 +85,15 @@ def _curvatures(store: Store) -> str:
         stale = "" if entry["rows"] == store.num_rows else " (rows were added since)"
         found.append(f"{name}, of {entry['rows']:,} rows{stale}")
     return "; ".join(found) or "none"
+
+
+def _coverage(found: Any) -> list[tuple[str, str]]:
+    lines: list[str] = []
+    if isinstance(found, dict):
+        # A store may come from anywhere.
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            lines = lines_of(found)
+    return [("coverage" if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
 def _fingerprints(found: Any) -> list[tuple[str, str]]:

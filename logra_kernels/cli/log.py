@@ -90,6 +90,8 @@ def project_layers(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
         f"{lm.name}: {len(names)} layers, {names[0]} … {names[-1]};"
         f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row"
     )
+    for line in str(gradients.watched.coverage).splitlines():
+        say(line, sys.stderr)
     return gradients
 
 

@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0: done; 1: `verify` found problems; 2: an error, said in one sentence; 130: interrupted.
+        0: done; 1: `verify` or `doctor` found something; 2: an error, said in one sentence;
+        130: interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     with _naming_torch():

@@ -68,6 +68,20 @@ Example: conversations that come from another program.
 How large is the store? modules × rank² × 2 bytes a row: 24 × 64² × 2 = 197 kB.
 """
 
+DOCTOR = """
+Look for what silently ruins attribution, before hours are spent on logging: rows that depend on
+the batch, on padding or on chance, averaged losses, two BOS tokens, tokens that do not count, zero
+rows, gradients beyond the store's range, copies in the corpus, tied weights, few watched
+parameters, more columns than examples. A few examples are run, the corpus is read, and nothing is
+written. Exit code 0 if nothing is found, 1 if something is, with what to do about it.
+"""
+DOCTOR_EXAMPLE = """
+Example: with the options of the `logra log` that is to follow.
+
+  logra doctor --model ./model --data train.jsonl --rank 64 && \\
+      logra log --model ./model --data train.jsonl --rank 64 --out ./store
+"""
+
 QUERY = """
 Rank a store's examples by their influence on a text or an answer: the score of an example says
 how much a little more training on it would raise the probability of the query.
@@ -155,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary, description, example, add in (
         ("log", "store the gradients of a corpus", LOG, LOG_EXAMPLE, _log),
+        ("doctor", "find what would ruin attribution", DOCTOR, DOCTOR_EXAMPLE, _doctor),
         ("query", "rank the stored examples for an answer", QUERY, QUERY_EXAMPLE, _query),
         ("info", "say what a store holds", INFO, INFO_EXAMPLE, _info),
         ("verify", "check every byte of a store", VERIFY, VERIFY_EXAMPLE, _verify),
@@ -261,8 +276,24 @@ def _log(parser: argparse.ArgumentParser) -> None:
     need.add_argument("--data", required=True, metavar="PATH", help="a file, a folder, or -")
     need.add_argument("--out", required=True, metavar="STORE", help="folder of the store")
     _log_data(parser.add_argument_group("data"))
+    rows = parser.add_argument_group("rows")
+    _log_rows(rows)
+    _count(rows, "--shard-rows", "default: 256 MB of rows")
+    running = parser.add_argument_group("running")
+    _log_model(running)
+    _log_running(running)
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    need = parser.add_argument_group("required")
+    need.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
+    need.add_argument("--data", required=True, metavar="FILE", help=".txt, .jsonl or .parquet")
+    _log_data(parser.add_argument_group("data"))
     _log_rows(parser.add_argument_group("rows"))
-    _log_running(parser.add_argument_group("running"))
+    running = parser.add_argument_group("running")
+    _log_model(running)
+    _count(running, "--examples", "run in their batches and alone; default: 8", 8)
+    running.add_argument("--json", metavar="FILE", help="write the findings as JSON")
 
 
 def _log_data(group: argparse._ArgumentGroup) -> None:
@@ -312,7 +343,6 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, default=SEED, help=f"of the projection; default: {SEED}")
     scaled = f"default: {STORE_DTYPE}, with a scale per row"
     _choice(group, "--store-dtype", f"{STORE_DTYPE}|float32", scaled)
-    _count(group, "--shard-rows", "default: 256 MB of rows")
     group.add_argument(
         "--curvature",
         type=_curvature_kind,
@@ -322,10 +352,14 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _log_running(group: argparse._ArgumentGroup) -> None:
-    """Add the options that bound time and memory, and say what happens when something fails."""
+def _log_model(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say how the model is loaded."""
     _choice(group, "--dtype", "float32|bfloat16", "of the model; default: float32")
     group.add_argument("--device", default="cpu", help="as torch names it; default: cpu")
+
+
+def _log_running(group: argparse._ArgumentGroup) -> None:
+    """Add the options that bound time and memory, and say what happens when something fails."""
     _count(group, "--batch-tokens", "tokens of a batch, padding included; default: 1024", 1024)
     _count(group, "--batch-size", "examples, at most")
     group.add_argument("--resume", action="store_true", help="go on with the store in --out")

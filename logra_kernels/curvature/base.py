@@ -42,6 +42,7 @@ class Curvature(ABC):
     """What `update_tokens` must be given beside the rows: "expand", a vector for each token;
     "reduce", for each example the mean of its inputs and the sum of its output gradients; None,
     nothing."""
+    rank_by_rows: ClassVar[bool] = False  # whether a module's H has at most the rank of its rows
     corrected: ClassVar[bool] = False  # whether `complete` reads the rows of the finished store
     fold_rows = 256  # rows that `rebuild` gives to `update` at a time
 

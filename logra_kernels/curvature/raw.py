@@ -36,6 +36,7 @@ class RawCurvature(Curvature):
     """
 
     kind = "raw"
+    rank_by_rows = True
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)

@@ -65,6 +65,7 @@ class Recorder:
             projection=watched.description,
             projection_tensors=projection_tensors(watched.projections) or None,
             fingerprints=fingerprints,
+            coverage=watched.coverage.as_dict(),
             shard_rows=shard_rows,
             resume=resume,
         )

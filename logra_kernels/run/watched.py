@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from logra_kernels.capture.axes import set_batch_axes
 from logra_kernels.capture.layers import (
     Layer,
     layer_kind,
@@ -25,6 +26,7 @@ from logra_kernels.projection import (
     stored_projections,
 )
 from logra_kernels.run.bypassed import is_bypassed
+from logra_kernels.run.coverage import coverage_of
 from logra_kernels.store import RowLayout, Store
 from logra_kernels.store.manifest import first_difference
 
@@ -33,21 +35,33 @@ class WatchedLayers:
     """Some layers of a model, in the row's order, with their projections.
 
     Without `project` the whole gradients are logged. `description` is what a store keeps of the
-    projection.
+    projection, `coverage` which part of the model's parameters the layers are.
 
     Args:
         model: the model that holds the layers.
         layers: at least one, each with a name of its own.
         bias: whether the layers log their bias's gradient as one more column of the weight's.
+        batch_dim: the axis of the layers' inputs that is the batch, as `Run.watch` says.
+
+    Raises: ValueError for a batch_dim that is none.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], bias: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        bias: bool = False,
+        batch_dim: int | Mapping[str, int] | None = None,
+    ) -> None:
         self.model = model
         self.layers = list(layers)
         self.bias = bias
+        set_batch_axes(model, self.layers, batch_dim)
         self.description: dict[str, Any] = describe_projection(self.projections, bias)
+        self.coverage = coverage_of(model, self.layers)
         self._chose_projection = False
-        self._warn_of_parts()
+        for note in self.coverage.notes:
+            warnings.warn(note, stacklevel=4)
 
     @classmethod
     def matching(
@@ -56,11 +70,12 @@ class WatchedLayers:
         type_filter: Collection[type[nn.Module]] | None = None,
         name_filter: Collection[str] | None = None,
         bias: bool = False,
+        batch_dim: int | Mapping[str, int] | None = None,
     ) -> WatchedLayers:
         """The layers of these types whose names hold one of these parts, as `Run.watch` says.
 
-        Raises: ValueError for a model or filter of a wrong type, if no layer matches, or for a
-            module that computes something else than the class its kind is for.
+        Raises: ValueError for a model, filter or batch_dim of a wrong type, if no layer matches, or
+            for a module that computes something else than the class its kind is for.
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected an nn.Module, got {model!r:.80}")
@@ -95,7 +110,7 @@ class WatchedLayers:
             )
         if not found:
             raise ValueError(_nothing_to_watch(model, type_filter, name_filter, other_types))
-        return cls(model, found, bias)
+        return cls(model, found, bias, batch_dim)
 
     @classmethod
     def named(cls, model: nn.Module, names: Sequence[str]) -> WatchedLayers:
@@ -139,30 +154,6 @@ class WatchedLayers:
             self.give(projection.build(widths))
             self.description = describe_projection(self.projections, self.bias, projection)
             self._chose_projection = True
-
-    def _warn_of_parts(self) -> None:
-        """Warn of weights whose whole gradient is not what their module's rows hold."""
-        owners: dict[Tensor | None, list[tuple[str, nn.Module]]] = {}  # {weight: its modules}
-        for path, module in self.model.named_modules():
-            for parameter in module._parameters.values():
-                owners.setdefault(parameter, []).append((plain_name(path), module))
-        for layer in self.layers:
-            weight = layer.module._parameters.get("weight")
-            if weight is None:
-                continue
-            others = [name for name, module in owners[weight] if module is not layer.module]
-            if others:
-                warnings.warn(
-                    f"module {layer.name}: its weight is also that of {', '.join(others)}; a row "
-                    f"holds only the part of the weight's gradient that passes through "
-                    f"{layer.name}",
-                    stacklevel=5,
-                )
-            if weight._backward_hooks:
-                warnings.warn(
-                    f"module {layer.name}: its weight has a gradient hook, which changes no row",
-                    stacklevel=5,
-                )
 
     def give(self, projections: Mapping[str, ModuleProjection]) -> None:
         """Give every layer a projection for now; `description` stays as it is."""

@@ -160,13 +160,14 @@ def first_difference(stored: Any, given: Any, name: str) -> str | None:
 
 
 def new_manifest(
-    layout: RowLayout, codec: RowCodec, projection: Any, fingerprints: Any
+    layout: RowLayout, codec: RowCodec, projection: Any, fingerprints: Any, coverage: Any = None
 ) -> dict[str, Any]:
     """The manifest of a store without rows and matrices.
 
     Raises:
-        StoreError: projection or fingerprints cannot be written as JSON.
+        StoreError: projection, fingerprints or coverage cannot be written as JSON.
     """
+    described = {} if coverage is None else {"coverage": plain_json(coverage, "coverage")}
     entries = [
         {"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset}
         for module, offset in zip(layout, layout.offsets, strict=False)
@@ -182,6 +183,7 @@ def new_manifest(
         "projection": plain_json(projection, "projection"),
         "projection_tensors": None,
         "fingerprints": plain_json(fingerprints, "fingerprints"),
+        **described,
         "rows": 0,
         "shards": [],
         "curvature": {},

@@ -151,6 +151,7 @@ class Store:
         self.finalized: bool = manifest["state"] == "finalized"
         self.projection: Any = manifest["projection"]
         self.fingerprints: Any = manifest["fingerprints"]
+        self.coverage: Any = manifest.get("coverage")
         # A store without rows may have no exponents yet, and some codecs need none.
         exponents = manifest["module_exponents"]
         self.module_exponents: list[int] = exponents or [0] * len(self.modules)

@@ -48,6 +48,7 @@ class StoreWriter:
         projection: Any = None,
         projection_tensors: Mapping[str, np.ndarray] | None = None,
         fingerprints: Any = None,
+        coverage: Any = None,
         shard_rows: int | None = None,
         duplicates: str = "error",
         resume: bool = False,
@@ -62,6 +63,8 @@ class StoreWriter:
             projection: JSON that says how the rows were projected (kind, seed, scaling).
             projection_tensors: the projection's matrices, {name: array}, to keep in the store.
             fingerprints: JSON that tells this model and data from others.
+            coverage: JSON that says which part of the model the modules are; a store that is
+                resumed keeps its own.
             shard_rows: rows of a full shard; by default 256 MiB of them, at most 2**20.
             duplicates: an id that is in the store already is an "error", or "skip" leaves it out.
             resume: continue the store if there is one.
@@ -74,7 +77,7 @@ class StoreWriter:
             StoreFormatError: the store to resume is damaged.
         """
         folder, layout, codec = Path(path), RowLayout.of(check_modules(modules)), row_codec(dtype)
-        fresh = new_manifest(layout, codec, projection, fingerprints)
+        fresh = new_manifest(layout, codec, projection, fingerprints, coverage)
         tensors = None
         if projection_tensors is not None:
             tensors = check_tensors(projection_tensors, "projection_tensors")

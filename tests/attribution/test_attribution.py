@@ -15,6 +15,7 @@ from dense_influence import (
     MODULES,
     SIZES,
     assert_influence,
+    assert_same,
     dense,
     gradients,
     make_store,

@@ -266,9 +266,7 @@ for number, case in enumerate(cases):
 def test_a_file_cut_short_between_blocks_or_under_one_ends_no_process(store: Store) -> None:
     """Of a mapped store alone a block in use would end it; rows and norms are in the page cache."""
     RawCurvature.rebuild(store).save(store)
-    command = [sys.executable, "-c", CUT, str(store.path)]
-    told = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    lines = told.stdout.splitlines()
+    lines = output(sys.executable, "-c", CUT, store.path).splitlines()
     assert len(lines) == 10
     for line in lines:
         assert re.search(r"/shard-0000\d[^/]*\.npy: expected \d+ (bytes|values), got \d+", line)

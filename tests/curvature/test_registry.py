@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from dense_influence import MODULES, Dense, assert_influence, dense, gradients, unpacked
-from refusals import refused
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor

@@ -2,7 +2,15 @@ from functools import partial
 
 import pytest
 import torch
-from op_cases import DTYPES, TAILS, assert_threads_do_not_matter, assert_within, gamma, randn
+from op_cases import (
+    DTYPES,
+    TAILS,
+    assert_same,
+    assert_threads_do_not_matter,
+    assert_within,
+    gamma,
+    randn,
+)
 from torch import Tensor
 
 from logra_kernels.ops import scores

@@ -13,7 +13,8 @@ from tree import ROOT, output
 
 from logra_kernels import Store
 
-PAGES = ("getting-started", "your-own-model", "store")  # the last opens what the one before wrote
+# "store" opens what "your-own-model" wrote
+PAGES = ("getting-started", "your-own-model", "store", "doctor")
 
 
 def program_of(page: Path) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logra_kernels import ops
 from logra_kernels.rows import encode
 from logra_kernels.store import Module, Store, StoreWriter
 

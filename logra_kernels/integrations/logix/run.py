@@ -48,13 +48,16 @@ class LogixRun(Run):
         def __call__(
             self,
             data_id: Any,
-            mask: Tensor | None = None,
+            mask: Tensor | Mapping[str, Tensor | None] | None = None,
             *,
+            cu_seqlens: Any = None,
+            position_ids: Any = None,
             save: bool | None = None,
             metadata: Sequence[Mapping[str, Any] | None] | None = None,
             weight_gradients: bool = False,
             averaged_loss: str | None = None,
             allow_unused: bool | None = None,
+            loss_scale: float | Tensor | None = None,
         ) -> LogixPass:
             """As `Run.__call__`; the pass has LogIX's methods too."""
     else:
