@@ -4,6 +4,8 @@ A name is loaded when it is first used, so that reading a store does not wait fo
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 # {the module that a name is loaded from: names}; "ops" itself is a module.
@@ -32,6 +34,25 @@ _HOMES = {
 }
 __all__ = sorted(name for names in _PUBLIC.values() for name in names)
 
+_NO_TORCH = (
+    "torch is not installed; without it logra_kernels only reads, writes and verifies stores. "
+    "Install torch 2.6 or newer. Without a GPU no CUDA build is needed, which takes 5 GB more: "
+    "pip install torch --index-url followed by the index of CPU builds that torch's own page "
+    "of installation names"
+)
+
+
+@contextmanager
+def _naming_torch() -> Iterator[None]:
+    """Let a ModuleNotFoundError for torch say which build to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(_NO_TORCH, name="torch") from error
+
+
 # The same names for type checkers, to which a module's __getattr__ would allow every name.
 if TYPE_CHECKING:
     from logra_kernels import ops as ops
@@ -59,7 +80,8 @@ else:
         if name not in _HOMES:
             told = importlib.import_module(f"{__name__}.integrations.logix.names").refused(name)
             raise AttributeError(told or f"module {__name__!r} has no attribute {name!r}")
-        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        with _naming_torch():
+            home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
         globals()[name] = home if name == _HOMES[name] else getattr(home, name)
         return globals()[name]
 

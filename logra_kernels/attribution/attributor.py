@@ -6,6 +6,7 @@ one dot product; a normaliser such as l-RelatIF's 1 / sqrt(sigma) is one factor 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from os import PathLike
@@ -27,7 +28,14 @@ from logra_kernels.attribution.plan import (
     plan_scan,
 )
 from logra_kernels.attribution.reading import BLOCK_BYTES, Block, Reading, ShardRows, block_rows_of
-from logra_kernels.attribution.sinks import FullMatrix, GroupScores, SelfInfluence, Sink, TopK
+from logra_kernels.attribution.sinks import (
+    FullMatrix,
+    GroupScores,
+    SelfInfluence,
+    Sink,
+    TopK,
+    Upload,
+)
 from logra_kernels.curvature import Curvature, Preconditioner, preconditioner_of
 from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
 from logra_kernels.progress import Progress, track
@@ -36,6 +44,10 @@ from logra_kernels.store import Module, Store
 
 class Attributor:
     """Influence of every row of a store on queries.
+
+    Threads may share an Attributor: it scans for one call at a time, each on all of the caller's
+    threads, and the others wait. Every call looks first whether the store is still the one that was
+    opened.
 
     Args:
         store: a Store, or the path of one.
@@ -92,6 +104,9 @@ class Attributor:
         self._exponents = self.store.module_exponents
         self.reading, self.block_rows = self._reading.way, self._reading.block_rows
         self._norms: dict[str, Norms] = {}
+        # One scan at a time: two would share the norms, the resident rows and the memory's
+        # bandwidth. Held again by the same thread, whose progress callback may ask something.
+        self._scanning = threading.RLock()
 
     def precondition(self, queries: Tensor) -> Tensor:
         """(H + λI)⁻¹ g for queries [Q, D] float32 or float64; [Q, D] of the same dtype."""
@@ -132,6 +147,7 @@ class Attributor:
             TypeError: queries that are no float32 or float64 tensor.
             ValueError: an unknown mode, a group without modules, a query that is not finite or
                 has another D than the store, queries prepared for another curvature or damping.
+            StoreError: the store was replaced or deleted since it was opened, or cannot be read.
         """
         return self._influence(queries, None, mode, groups, query_ids, progress)
 
@@ -174,7 +190,16 @@ class Attributor:
         """sigma = gᵀ(H + λI)⁻¹g of every row, [N] float64; with groups {name: [N]}.
 
         float64 holds the square of what float32 gradients can be; the accuracy is float32's.
+
+        Raises:
+            ValueError: a group without modules, a norm that is not finite.
+            StoreError: as in `scores`.
         """
+        with self._scanning:
+            return self._self_influence(groups, progress)
+
+    def _self_influence(self, groups: Groups, progress: Progress) -> Tensor | dict[str, Tensor]:
+        self.store.check_unchanged()
         sink = SelfInfluence(chosen_modules(groups, self.modules), self.store.num_rows)
         norms = self._norms_of("sigma")
         done = track(progress, self.store.num_rows, "scan")
@@ -187,7 +212,7 @@ class Attributor:
             else:
                 missing.append(index)
         with closing(lanes_of(self.device)) as lanes:
-            scan = _Scan(self._reading, norms, [sink], done)
+            scan = _Scan(self._reading, norms, [sink], done, lanes.upload)
             self._reading.feed(scan.take, lanes, missing, self.block_rows)
         return sink.values if groups else sink.values[TOTAL]
 
@@ -204,7 +229,8 @@ class Attributor:
         prepared = self._prepared(queries, query_ids)
         plans = plan_scan(prepared, mode, groups, self.store.layout, self._exponents, self.device)
         block_rows = self._reading.block_rows_for(len(prepared.names))
-        with closing(lanes_of(self.device)) as lanes:
+        with self._scanning, closing(lanes_of(self.device)) as lanes:
+            self.store.check_unchanged()
             sinks: list[GroupScores] = [
                 FullMatrix(plan, lanes.upload, self.store.num_rows)
                 if k is None
@@ -213,7 +239,8 @@ class Attributor:
             ]
             norm = NORM_OF_MODE[mode]
             norms = None if norm is None else self._norms_of(norm)
-            scan = _Scan(self._reading, norms, sinks, track(progress, self.store.num_rows, "scan"))
+            done = track(progress, self.store.num_rows, "scan")
+            scan = _Scan(self._reading, norms, sinks, done, lanes.upload)
             self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
             return _result(sinks, prepared.names, StoredIds(self.store), self.dampings)
 
@@ -234,6 +261,8 @@ class Attributor:
             self._norms[norm] = Norms(
                 self.preconditioner, norm, self._exponents, self.device, self.store, remember
             )
+        else:
+            self._norms[norm].look_again()
         return self._norms[norm]
 
 
@@ -246,7 +275,9 @@ class _Scan:
         norms: Norms | None,
         sinks: Sequence[Sink],
         done: Callable[[int], None],
+        upload: Upload,
     ) -> None:
+        self._upload = upload
         self._reading = reading
         self._norms = norms
         self._sinks = sinks
@@ -259,7 +290,7 @@ class _Scan:
         if start == 0:
             self._shard = self._reading.open_shard(index)
             self._found = None if self._norms is None else self._norms.of_shard(self._shard)
-        block = self._shard.block(start, rows)
+        block = self._shard.block(start, rows, self._upload)
         _use(block, self._norms, self._found, self._sinks)
         self._done(rows.shape[0])
         if block.last:

@@ -132,8 +132,10 @@ class StoredIds(Sequence[str]):
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
+            self._store.check_unchanged()
             return [str(name) for name in self._store.ids[index].to_pylist()]
         count = self._store.num_rows
         if not -count <= index < count:
             raise IndexError(f"row {index} of {count}")
+        self._store.check_unchanged()
         return self._store.id_of(index % count)

@@ -19,6 +19,7 @@ from torch import Tensor
 from logra_kernels.attribution.reading import Block, ShardRows
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.curvature.whitening import Whitening
+from logra_kernels.rows import powers_of_two
 from logra_kernels.store import SelfInfluenceCache, Store, StoreError
 
 # What a mode divides a row's score by.
@@ -78,7 +79,13 @@ class Norms:
                 "dampings": preconditioner.dampings,
             }
             self._cache = store.self_influence_cache(f"{norm}-{preconditioner.key}", meta)
-            self._missing.update(self._cache.missing())
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Find out which norms lie beside the store, if files came or went since the last time."""
+        if self._cache is not None and self._cache.changed():
+            self._missing = set(self._cache.missing())
+            self._remembered.clear()
 
     def known(self, index: int) -> bool:
         """Whether an earlier scan left the norms of the store's shard `index`."""
@@ -134,7 +141,7 @@ class Norms:
         if not self._memory:  # after one refusal no other shard is tried
             try:
                 self._cache.write(index, norms.values)
-                self._missing.remove(index)
+                self._missing.discard(index)
                 return
             except (OSError, StoreError) as error:
                 warnings.warn(f"self-influence is not kept beside the store: {error}", stacklevel=2)
@@ -162,8 +169,13 @@ class ShardNorms:
         return self.load()
 
     def unit(self, members: Sequence[int]) -> int:
-        """The power of two in which `terms` gives a group's factors."""
-        return max(self.units[i] for i in members)
+        """The power of two in which `terms` gives a group's factors.
+
+        In the middle, for a row may have its norm from any of the modules: float32 holds the factor
+        of each as long as their units differ by less than some 250.
+        """
+        units = [self.units[i] for i in members]
+        return (min(units) + max(units)) // 2
 
     def terms(self, members: Sequence[int], here: slice, *, bias: bool) -> RowTerms:
         """What the norms of some modules do to the scores of the shard's rows `here`.
@@ -229,12 +241,3 @@ def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
     for factor in powers_of_two(exponent):
         values = values * factor
     return values
-
-
-def powers_of_two(exponent: Tensor) -> list[Tensor]:
-    """Two factors, each of which float32 can hold, whose product is 2**exponent."""
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    return [
-        torch.ldexp(torch.ones_like(step, dtype=torch.float32), step)
-        for step in (half, exponent - half)
-    ]

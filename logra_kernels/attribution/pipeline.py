@@ -20,6 +20,7 @@ from torch import Tensor
 
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
+from logra_kernels.threads import set_own_threads
 
 DEVICE_BUFFERS = 2  # work reads one while the next block is copied into the other
 
@@ -109,7 +110,7 @@ class _Threads:
 
     def _use(self, threads: int) -> None:
         if threads != self._now:
-            torch.set_num_threads(threads)
+            set_own_threads(threads)
             self._now = threads
             self._waited_s = self._worked_s = 0.0
 

@@ -17,6 +17,8 @@ from logra_kernels.curvature import Preconditioner
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.store import Module, RowLayout
 
+L2_EXPONENTS = 64  # queries of that many powers of two share a bias that float32 can hold
+
 Groups = Mapping[str, str | Sequence[str]] | Sequence[str] | None
 
 
@@ -60,8 +62,21 @@ class Plan:
     columns: slice  # from the group's first to its last column
     queries: Tensor  # [Q, columns] float32; zero in modules between that are not members
     # The true query is 2**exponents[q] times queries[q], whose largest element lies in [0.5, 1).
-    # In mode "l2" the exponents are 0: its bias is one for all queries.
+    # In mode "l2", whose bias is one for all queries, the exponents are multiples of L2_EXPONENTS,
+    # 0 for most queries, and the largest element is smaller than 2**L2_EXPONENTS.
     exponents: Tensor  # [Q] int32
+
+    def bands(self) -> list[tuple[Any, int]]:
+        """Which queries one call of an op may score: an index into them, and their exponent.
+
+        All may without a bias; with it those of one exponent.
+        """
+        found = self.exponents.unique().tolist() if self.mode == "l2" else []
+        if len(found) < 2:
+            return [(slice(None), *(found or [0]))]
+        return [
+            ((self.exponents == exponent).nonzero()[:, 0].cpu(), exponent) for exponent in found
+        ]
 
 
 def plan_scan(
@@ -96,11 +111,11 @@ def plan_scan(
             sigma += (prepared.gradients[:, module] * solved).sum(dim=1)
         if mode == "whitened-cosine":
             folded *= torch.where(sigma > 0, sigma.clamp(min=0).rsqrt(), 0.0)[:, None]
-        exponents = torch.zeros(count, dtype=torch.int32)
-        if mode != "l2":
-            exponents = torch.frexp(folded.abs().amax(dim=1)).exponent
-            folded = torch.ldexp(folded, -exponents[:, None])
-        queries = folded.float().to(device)
+        exponents = torch.frexp(folded.abs().amax(dim=1)).exponent
+        if mode == "l2":
+            exponents = exponents.div(L2_EXPONENTS, rounding_mode="floor").clamp(min=0)
+            exponents *= L2_EXPONENTS
+        queries = torch.ldexp(folded, -exponents[:, None]).float().to(device)
         plans.append(Plan(name, mode, members, columns, queries, exponents.to(device)))
     return plans
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from logra_kernels import ops
 from logra_kernels.attribution.influence_result import InfluenceResult
-from logra_kernels.attribution.norms import ShardNorms, powers_of_two
+from logra_kernels.attribution.norms import ShardNorms
 from logra_kernels.attribution.plan import Plan
 from logra_kernels.attribution.reading import Block
-from logra_kernels.rows import share
+from logra_kernels.rows import powers_of_two, share
 
 Terms = tuple[Tensor | None, Tensor | None]  # row_scale and row_bias of the ops, [R] float32 each
 Upload = Callable[[np.ndarray], Tensor]  # brings a small array from the host to the device
@@ -26,6 +26,7 @@ class GroupScores(ABC):
 
     def __init__(self, plan: Plan, upload: Upload) -> None:
         self.plan = plan
+        self._bands = plan.bands()
         self._upload = upload
         self._zero_rows: int | None = None
         self._unit = 0  # row scales are 2**unit too large
@@ -33,11 +34,13 @@ class GroupScores(ABC):
 
     def add(self, block: Block, norms: ShardNorms | None) -> None:
         """Score a block's rows; `norms` are its shard's, None for a mode without."""
-        terms = self._terms(block, norms)
+        scale, bias = self._terms(block, norms)
         rows = block.rows
         if self.plan.columns != slice(0, rows.shape[1]):
             rows = rows[:, self.plan.columns]
-        self._take(rows, terms, block.first_row)
+        for band, (_, exponent) in enumerate(self._bands):
+            scaled = bias * 2.0**-exponent if bias is not None and exponent else bias
+            self._take(band, rows, (scale, scaled), block.first_row)
 
     def result(
         self, query_ids: list[str], row_ids: Sequence[str], dampings: dict[str, float]
@@ -48,7 +51,8 @@ class GroupScores(ABC):
         return result
 
     @abstractmethod
-    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None: ...
+    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+        """Score rows for the queries of a band."""
 
     @abstractmethod
     def _put(self, result: InfluenceResult) -> None: ...
@@ -82,11 +86,12 @@ class FullMatrix(GroupScores):
         super().__init__(plan, upload)
         self._scores = torch.empty(plan.queries.shape[0], num_rows)
 
-    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None:
-        values = ops.scores(self.plan.queries, rows, *terms)  # [Q, R]
+    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+        members, _ = self._bands[band]
+        values = ops.scores(self.plan.queries[members], rows, *terms)  # [members, R]
         for factor in self._true_scale():
-            values *= factor
-        self._scores[:, first_row : first_row + rows.shape[0]] = values
+            values *= factor[members]
+        self._scores[members, first_row : first_row + rows.shape[0]] = values.cpu()
 
     def _put(self, result: InfluenceResult) -> None:
         result.scores = self._scores
@@ -98,18 +103,27 @@ class TopK(GroupScores):
     def __init__(self, plan: Plan, upload: Upload, k: int) -> None:
         super().__init__(plan, upload)
         self._k = k
-        self._state: Any = None
+        self._states: list[Any] = [None] * len(self._bands)
 
-    def _take(self, rows: Tensor, terms: Terms, first_row: int) -> None:
-        queries = self.plan.queries
-        self._state = ops.topk_scores(queries, rows, self._k, *terms, self._state, first_row)
+    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+        queries, state = self.plan.queries[self._bands[band][0]], self._states[band]
+        self._states[band] = ops.topk_scores(queries, rows, self._k, *terms, state, first_row)
 
     def _put(self, result: InfluenceResult) -> None:
-        top, top_rows, bottom, bottom_rows = self._state
+        top, top_rows, bottom, bottom_rows = (
+            self._of_all(parts) for parts in zip(*self._states, strict=True)
+        )
         for factor in self._true_scale():
             top, bottom = top * factor, bottom * factor
         result.top_scores, result.top_rows = top.cpu(), top_rows.cpu()
         result.bottom_scores, result.bottom_rows = bottom.cpu(), bottom_rows.cpu()
+
+    def _of_all(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """[Q, k] from the bands' [members, k]."""
+        whole = parts[0].new_empty(self.plan.queries.shape[0], self._k)
+        for (members, _), part in zip(self._bands, parts, strict=True):
+            whole[members] = part
+        return whole
 
 
 class SelfInfluence:

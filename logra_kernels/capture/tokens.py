@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import ops
-from logra_kernels.capture.layers import Call, Layer
+from logra_kernels.capture.layers import Call, Layer, Operands
 
 
 @dataclass
@@ -20,7 +20,8 @@ class Tokens:
     activations themselves.
     """
 
-    _calls: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = field(default_factory=dict)
+    loss_scale: float = 1.0  # what the loss, and so every dy, was multiplied by
+    _calls: dict[str, list[Operands]] = field(default_factory=dict)
 
     def add(self, layer: Layer, call: Call, dy: Tensor) -> None:
         """Keep one call of a module.
@@ -32,10 +33,11 @@ class Tokens:
                 f"module {layer.name}: its kind {type(layer).__name__} has gradients of its own, "
                 "which have no Kronecker factors; leave it out by name_filter or type_filter"
             )
-        inputs, outputs, proj_out, mask = layer.operands(call, dy)
-        if proj_out is not None:
-            outputs = ops.project(outputs, proj_out)
-        self._calls.setdefault(layer.name, []).append((inputs, outputs, mask))
+        operands = layer.operands(call, dy)
+        outputs = operands.outputs
+        if operands.proj_out is not None:
+            outputs = ops.project(outputs, operands.proj_out)
+        self._calls.setdefault(layer.name, []).append(operands._replace(outputs=outputs))
 
     def of(self, name: str, form: str, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A module's vectors of the examples `places`, one example after the other.
@@ -51,16 +53,11 @@ class Tokens:
         """
         found_in, found_out = [], []
         for place in places:
-            kept = [
-                (
-                    x[place] if mask is None else x[place][mask[place]],
-                    dy[place] if mask is None else dy[place][mask[place]],
-                )
-                for x, dy, mask in self._calls.get(name, ())
-            ]
+            kept = [_of_example(call, place) for call in self._calls.get(name, ())]
             if not kept:
                 continue
             x, dy = (torch.cat(side).float() for side in zip(*kept, strict=True))
+            dy = dy / self.loss_scale
             if form == "reduce":
                 x, dy = x.mean(0, keepdim=True) if len(x) else x, dy.sum(0, keepdim=True)
                 dy = dy[: len(x)]
@@ -69,3 +66,13 @@ class Tokens:
         if not found_in:
             return torch.empty(0, 0), torch.empty(0, 0)
         return torch.cat(found_in), torch.cat(found_out)
+
+
+def _of_example(call: Operands, place: int) -> tuple[Tensor, Tensor]:
+    """The tokens of one example that count: P_i x [t, Ki] and P_o dy [t, Ko]."""
+    x, dy, mask, ends = call.inputs, call.outputs, call.mask, call.cu_seqlens
+    if ends is not None:
+        part = slice(int(ends[place]), int(ends[place + 1]))
+        return x[part], dy[part]
+    x, dy = x[place], dy[place]
+    return (x, dy) if mask is None else (x[mask[place]], dy[mask[place]])

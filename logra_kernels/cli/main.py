@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
+from logra_kernels import _naming_torch
 from logra_kernels.cli.parser import build_parser
 
 # What a wrong argument, file, model or store leads to; anything else is a defect and keeps its
@@ -23,13 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         130: interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser().parse_args(given)
+    with _naming_torch():
+        arguments = build_parser().parse_args(given)
     arguments.command_line = given
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             command = importlib.import_module(f"logra_kernels.cli.{arguments.command}")
-            return int(command.run(arguments))
+            with _naming_torch():
+                return int(command.run(arguments))
         except KeyboardInterrupt:
             print(f"logra {arguments.command}: interrupted", file=sys.stderr)
             return 130

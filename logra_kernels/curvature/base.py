@@ -108,8 +108,8 @@ class Curvature(ABC):
         """The curvature of a store's rows, with the bits of one that was kept while logging."""
         curvature = cls(store.layout, dtype)
         done = track(progress, store.num_rows, "curvature")
-        for _, rows, row_scale in store.blocks(curvature.fold_rows):
-            curvature.update(stored_rows(store, rows, row_scale))
+        for _, rows, row_scale, row_exponents in store.blocks(curvature.fold_rows):
+            curvature.update(stored_rows(store, rows, row_scale, row_exponents))
             done(rows.shape[0])
         curvature.complete(store)
         return curvature

@@ -102,8 +102,8 @@ class KroneckerCurvature(Curvature):
         bases = [(f.float(), b.float()) for _, f, _, b in self._eigenbases()]
         squares = [Squares(size) for size in self.layout.sizes]
         done = track(progress, store.num_rows, self.kind)
-        for _, rows, row_scale in store.blocks(self.fold_rows):
-            parts = self.layout.split(stored_rows(store, rows, row_scale))
+        for _, rows, row_scale, row_exponents in store.blocks(self.fold_rows):
+            parts = self.layout.split(stored_rows(store, rows, row_scale, row_exponents))
             for part, basis, sums in zip(parts, bases, squares, strict=True):
                 sums.update(rotate(part, *basis).flatten(1))
             done(rows.shape[0])

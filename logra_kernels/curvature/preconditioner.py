@@ -17,6 +17,7 @@ from logra_kernels._checks import dtype_name
 from logra_kernels.curvature.whitening import Dense, Plain, Rotated, Scaled, Whitening
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.store import Module, RowLayout
+from logra_kernels.threads import set_own_threads
 
 # Cholesky factors that take more memory than this are not kept but computed for each use.
 KEPT_FACTOR_BYTES = 2 << 30
@@ -367,16 +368,16 @@ def each_module(count: int, work: Callable[[int], T], flops: float = math.inf) -
     LAPACK's bits depend on how many threads share a matrix, so none is shared.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    set_own_threads(1)
     try:
         if min(threads, count) == 1 or flops < POOL_FLOPS:
             return [work(i) for i in range(count)]
         with ThreadPoolExecutor(
-            min(threads, count, MAX_WORKERS), initializer=torch.set_num_threads, initargs=(1,)
+            min(threads, count, MAX_WORKERS), initializer=set_own_threads, initargs=(1,)
         ) as pool:
             return list(pool.map(work, range(count)))
     finally:
-        torch.set_num_threads(threads)
+        set_own_threads(threads)
 
 
 def _triangular(factor: Tensor, columns: Tensor, *, upper: bool) -> Tensor:

@@ -22,6 +22,7 @@ from logra_kernels.store import DuplicateIdError, Store, StoreWriter
 from logra_kernels.store.writer import append_finite
 
 SAMPLED_VALUES = 256
+SMALLEST_FIRST_EXPONENT = -14  # of a module, whatever the first row says
 
 
 class Recorder:
@@ -123,16 +124,16 @@ class Recorder:
         rows = logged.rows.float()
         if self._codec.scaled:
             self._fix_exponents(rows[0], setup)
-        stored, row_scale = encode(self._codec, rows, self._layout, self._exponents)
+        stored, row_scale, own = encode(self._codec, rows, self._layout, self._exponents)
         stored, row_scale = stored.cpu(), None if row_scale is None else row_scale.cpu()
         if setup.save:
             scale = None if row_scale is None else row_scale.numpy()
-            append_finite(self._writer, logged.ids, stored.numpy(), scale, logged.metadata)
+            append_finite(self._writer, logged.ids, stored.numpy(), scale, logged.metadata, own)
             self.ids.update(logged.ids)
         if setup.curvature is not None:
             if self.curvature is None or self._lacks(setup.curvature):
                 self.curvature = curvature_kind(setup.curvature)(self._layout)
-            rows = decode(self._codec, stored, row_scale, self._layout, self._exponents)
+            rows = decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
             self.curvature.update_finite(rows)
             self._add_tokens(self.curvature, logged)
 
@@ -196,14 +197,18 @@ class Recorder:
         """Take the modules' exponents from the run's first row, and give them to the store.
 
         The first row is the same however the data is split into batches, and so are the exponents.
-        A module that is zero there gets the others' median: far from theirs, its exponent would
-        push its later values, or all others, out of float16's range.
+        They say how much smaller than the largest module a module is, the row scale says the rest.
+        A row that the exponents do not suit has some of its own, which a scan must multiply out: so
+        a first row that is not like the others shall spoil little. It may shift a module by 2**14,
+        half of the range in which float16 has all its bits; a module that is zero there gets the
+        others' median.
         """
         if not self._exponents:
             found = [_exponent(part) for part in self._layout.split(row[None])]
             known = [exponent for exponent in found if exponent is not None]
-            usual = statistics.median_low(known) if known else 0
-            self._exponents = [usual if exponent is None else exponent for exponent in found]
+            usual, largest = (statistics.median_low(known), max(known)) if known else (0, 0)
+            filled = [usual if exponent is None else exponent for exponent in found]
+            self._exponents = [max(e - largest, SMALLEST_FIRST_EXPONENT) for e in filled]
         if setup.save and self._writer.module_exponents is None:
             self._writer.set_module_exponents(self._exponents)
 
@@ -222,4 +227,4 @@ def model_fingerprint(model: nn.Module) -> str:
 def _exponent(part: Tensor) -> int | None:
     """floor(log2 max|.|); None for a module that is all zero."""
     largest = float(part.abs().max())
-    return max(-126, min(127, math.frexp(largest)[1] - 1)) if largest > 0 else None
+    return math.frexp(largest)[1] - 1 if largest > 0 else None

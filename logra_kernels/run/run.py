@@ -69,6 +69,7 @@ class Run:
         self._resume = resume
         self._watched: WatchedLayers | None = None
         self._filters: tuple[Any, Any] = (None, None)  # watch's type_filter and name_filter
+        self._batch_dim: int | Mapping[str, int] | None = None  # as watch was told
         self._setup = Setup()
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
@@ -92,6 +93,7 @@ class Run:
         name_filter: Sequence[str] | None = None,
         *,
         bias: bool = False,
+        batch_dim: int | Mapping[str, int] | None = None,
     ) -> Coverage:
         """Choose the layers whose gradients are logged, in the order of named_modules.
 
@@ -102,6 +104,9 @@ class Run:
                 watched only where it is named here: an embedding of positions gets no batch.
             name_filter: a module is watched if its name holds one of these; None: every one.
             bias: log the bias's gradient too, as one more column of the weight's.
+            batch_dim: the axis of the layers' inputs that is the batch: 0, or 1 for [T, N, I]; or
+                {part of a module's name: axis}, where the part that names most of it counts. None:
+                the first; a pass is refused where a module may take [T, N, I] or be an expert.
 
         Returns:
             what is covered: the modules, their share of the model's parameters, and what is left
@@ -112,11 +117,12 @@ class Run:
             RuntimeError: rows are being logged.
         """
         self._refuse_while_logging("watch")
-        watched = WatchedLayers.matching(model, type_filter, name_filter, bias)
+        watched = WatchedLayers.matching(model, type_filter, name_filter, bias, batch_dim)
         if self._store is not None:
             self._project_like(self._store, watched)
         self._watched = watched
         self._filters = (type_filter, name_filter)
+        self._batch_dim = batch_dim
         return watched.coverage
 
     def add_lora(
@@ -156,7 +162,8 @@ class Run:
             types, names = self._filters
             types = types if type_filter is None else type_filter
             names = names if name_filter is None else name_filter
-            self.watch(model, types, names, bias=watched is not None and watched.bias)
+            bias = watched is not None and watched.bias
+            self.watch(model, types, names, bias=bias, batch_dim=self._batch_dim)
         told: dict[str, Any] = {"rank": rank, "init": init, "seed": seed}
         self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
         self._layers("add_lora").project(self.config.projection)
@@ -230,33 +237,46 @@ class Run:
     def __call__(
         self,
         data_id: Any,
-        mask: Tensor | None = None,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
         *,
+        cu_seqlens: Any = None,
+        position_ids: Any = None,
         save: bool | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         weight_gradients: bool = False,
         averaged_loss: str | None = None,
         allow_unused: bool | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> LoggedPass:
         """A context for one forward and one backward pass of the user's code.
 
-        The loss must be summed over examples and tokens. An average is an error where it can be
-        seen (a mean, reduction="mean"); a sum divided by a count of tokens cannot be, nor can a
-        loss multiplied by a gradient scaler, which scales the rows.
+        The loss must be summed over examples and tokens, or `loss_scale` say what the sum was
+        multiplied by. A mean, a sum divided by a count and a scaled sum are errors where the end of
+        the loss's graph shows them; what each term was divided by before the sum cannot be seen.
 
         Args:
             data_id: N ids, strings or integers: a list, or a tensor [N]. Every example of the
                 batch has one, in the batch's order; the batch is the first axis of every input.
             mask: [N, T] of 0 and 1, such as HF's attention_mask, padded on either side; masked
-                tokens count for nothing. It does not apply to layers with 2-D input.
+                tokens count for nothing. It does not apply to layers with 2-D input. For an encoder
+                and a decoder: {"encoder": mask, "decoder": mask}; a key is a part of modules'
+                names, the one that names most of a module's counts, and None counts every token.
+            cu_seqlens: [N+1] integers, where the examples of a packed sequence begin, and its end:
+                inputs are [T, I] or [1, T, I]. That they do not attend to each other is the
+                model's business.
+            position_ids: [T] or [1, T], the same told by positions that begin at 0 in each example.
             save: write this batch or not, whatever setup says.
             metadata: N dictionaries to be kept beside the ids.
             weight_gradients: compute the parameters' gradients too, for logging while training;
                 without them an optimizer's step changes nothing, of which a warning tells.
             averaged_loss, allow_unused: the configuration's, unless given here.
+            loss_scale: a number or a tensor of one element above 0, which rows are divided by:
+                1 / num_items_in_batch in HF's Trainer, scaler.get_scale() with a GradScaler, 1 / n
+                for a mean over n terms, 1 for a sum that nothing shows to be one.
 
         Raises:
-            ValueError: ids or a mask that do not fit, before any computation.
+            ValueError: ids, a loss_scale, a mask or boundaries that do not fit, before any
+                computation.
             RuntimeError: entered inside a pass that is open on the same model.
         """
         model = self._layers("run(data_id=...)").model
@@ -277,11 +297,14 @@ class Run:
         capture = self._capture(
             len(ids),
             mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
             keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
             tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
+            loss_scale=loss_scale,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -290,13 +313,16 @@ class Run:
     def start(
         self,
         data_id: Any,
-        mask: Tensor | None = None,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
         *,
+        cu_seqlens: Any = None,
+        position_ids: Any = None,
         save: bool | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         weight_gradients: bool = False,
         averaged_loss: str | None = None,
         allow_unused: bool | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> None:
         """Enter `with run(data_id, mask)` where a `with` does not fit; end() leaves it.
 
@@ -308,11 +334,14 @@ class Run:
         started = self(
             data_id,
             mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
             save=save,
             metadata=metadata,
             weight_gradients=weight_gradients,
             averaged_loss=averaged_loss,
             allow_unused=allow_unused,
+            loss_scale=loss_scale,
         )
         self._started = started.__enter__()
 
@@ -330,7 +359,7 @@ class Run:
         loss_of: Callable[[Any], Tensor],
         batches: Iterable[Any],
         *,
-        mask: str | Callable[[Any], Tensor | None] | None = None,
+        mask: str | Callable[[Any], Any] | None = None,
         one: Callable[[Any, int], Any] | None = None,
         num_rows: int | None = None,
         bos_token_id: int | None = None,
@@ -348,7 +377,7 @@ class Run:
             loss_of: batch -> its summed loss, as in your loop, before backward().
             batches: your DataLoader, or a list of batches: tensors [N, ...], in dictionaries or
                 tuples if you like.
-            mask: what the passes are logged with: the batch's key, or batch -> [N, T].
+            mask: what the passes are logged with: the batch's key, or batch -> the mask.
             one: (batch, n) -> its n-th example as a batch of one. Without it every tensor [N, ...]
                 is cut, and padding is removed where the batch has an "attention_mask" [N, T].
             num_rows: how many examples will be logged; the loader's dataset says it if it can.
@@ -525,7 +554,10 @@ class Run:
         return self._attributor[1]
 
     def token_scores(
-        self, queries: Tensor, num_examples: int, mask: Tensor | None = None
+        self,
+        queries: Tensor,
+        num_examples: int,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
     ) -> Capture:
         """A context for one pass, after which .token_scores() gives [Q, N, T]: each token's part.
 
@@ -534,7 +566,7 @@ class Run:
         Args:
             queries: [Q, D], preconditioned (Attributor.precondition).
             num_examples: N.
-            mask: [N, T] of 0 and 1.
+            mask: [N, T] of 0 and 1, or {part of a module's name: mask}.
 
         Raises: RuntimeError if no model is watched; ValueError for shapes that do not fit.
         """
@@ -545,7 +577,7 @@ class Run:
     def _capture(
         self,
         num_examples: int,
-        mask: Tensor | None,
+        mask: Tensor | Mapping[str, Tensor | None] | None,
         *,
         allow_unused: bool | None = None,
         averaged_loss: str | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from logra_kernels.capture.axes import set_batch_axes
 from logra_kernels.capture.layers import (
     Layer,
     layer_kind,
@@ -39,12 +40,22 @@ class WatchedLayers:
         model: the model that holds the layers.
         layers: at least one, each with a name of its own.
         bias: whether the layers log their bias's gradient as one more column of the weight's.
+        batch_dim: the axis of the layers' inputs that is the batch, as `Run.watch` says.
+
+    Raises: ValueError for a batch_dim that is none.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], bias: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        bias: bool = False,
+        batch_dim: int | Mapping[str, int] | None = None,
+    ) -> None:
         self.model = model
         self.layers = list(layers)
         self.bias = bias
+        set_batch_axes(model, self.layers, batch_dim)
         self.description: dict[str, Any] = describe_projection(self.projections, bias)
         self.coverage = coverage_of(model, self.layers)
         self._chose_projection = False
@@ -58,11 +69,12 @@ class WatchedLayers:
         type_filter: Collection[type[nn.Module]] | None = None,
         name_filter: Collection[str] | None = None,
         bias: bool = False,
+        batch_dim: int | Mapping[str, int] | None = None,
     ) -> WatchedLayers:
         """The layers of these types whose names hold one of these parts, as `Run.watch` says.
 
-        Raises: ValueError for a model or filter of a wrong type, if no layer matches, or for a
-            module that computes something else than the class its kind is for.
+        Raises: ValueError for a model, filter or batch_dim of a wrong type, if no layer matches, or
+            for a module that computes something else than the class its kind is for.
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected an nn.Module, got {model!r:.80}")
@@ -86,7 +98,7 @@ class WatchedLayers:
                 found.append(layer)
         if not found:
             raise ValueError(_nothing_to_watch(model, type_filter, name_filter, other_types))
-        return cls(model, found, bias)
+        return cls(model, found, bias, batch_dim)
 
     @classmethod
     def named(cls, model: nn.Module, names: Sequence[str]) -> WatchedLayers:

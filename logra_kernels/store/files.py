@@ -120,15 +120,16 @@ def sha256_of_file(path: Path, progress: Callable[[int], None] | None = None) ->
     return digest.hexdigest()
 
 
-def read_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """[count], the data of an .npy file, read into memory.
+def read_array(path: Path, dtype: np.dtype, count: int, skip: int = 0) -> np.ndarray:
+    """[count], the elements of an .npy file behind the first `skip`, read into memory.
 
     Raises:
         StoreFormatError: the file is shorter, or cannot be read.
     """
     try:
         with open_to_read(path) as file:
-            values = np.fromfile(file, dtype, count, offset=DATA_OFFSET_BYTES)
+            offset = DATA_OFFSET_BYTES + skip * dtype.itemsize
+            values = np.fromfile(file, dtype, count, offset=offset)
     except OSError as error:
         raise StoreFormatError(f"{path}: cannot be read: {error.strerror}") from None
     if len(values) != count:
@@ -153,6 +154,15 @@ def check_mapped(path: Path, want_bytes: int, descriptor: int | None = None) -> 
             f"{path}: expected {want_bytes} bytes, got {got}: the file was cut short while it was "
             "read"
         )
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced, or a folder's entries are; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def write_all(descriptor: int, data: Any) -> None:

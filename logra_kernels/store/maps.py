@@ -16,7 +16,6 @@ HUGE_PAGE_BYTES = 2 << 20
 SAMPLED_PAGES = 8  # pages of a range that are asked about to tell whether it is cached
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python knows no name for it
-_MADV_DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _EINVAL = 22
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -114,12 +113,6 @@ def populate(rows: np.ndarray, first: int, last: int) -> int:
     """
     code = _advise(rows, first, last, _MADV_POPULATE_READ)
     return 0 if code == _EINVAL else code
-
-
-def forget(rows: np.ndarray, first: int, last: int) -> None:
-    """Unmap the bytes [first, last) of a map until they are used; the page cache keeps them."""
-    if _MADV_DONTNEED is not None:
-        _advise(rows, first, last, _MADV_DONTNEED)
 
 
 def cached_bytes(path: Path) -> int:

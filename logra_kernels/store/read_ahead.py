@@ -1,9 +1,10 @@
 """A store's rows in order, block by block, read before they are asked for.
 
-A block that lies in the page cache is handed out mapped, without a copy. Another is read by
-threads while the caller works on those before it: either around the page cache (O_DIRECT) into a
-ring of buffers, so that neither this process nor the page cache grows with the store; or, for a
-store that is to stay in memory, into the page cache, and then handed out mapped.
+Threads read a block while the caller works on those before it. A store that is to stay in memory
+is read into the page cache, and its blocks are handed out mapped, without a copy. Blocks of another
+come into a ring of buffers, around the page cache (O_DIRECT) unless they lie there already, so that
+neither this process nor the page cache grows with the store. No map is read for them: a file that
+is cut short meanwhile is an error, where a map would end the process.
 
 Large requests are what makes a disk fast, and a request is as large as the memory behind it is
 contiguous: the buffers lie in huge pages where the system has them (bench/NOTES.md).
@@ -22,7 +23,7 @@ import numpy as np
 
 from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import DATA_OFFSET_BYTES, check_mapped, open_regular
-from logra_kernels.store.maps import HUGE_PAGE_BYTES, forget, huge_buffer, is_cached, populate
+from logra_kernels.store.maps import HUGE_PAGE_BYTES, huge_buffer, is_cached, populate
 from logra_kernels.store.reader import Shard, Store
 
 READ_BYTES = 4 << 20  # one request of one thread
@@ -62,8 +63,8 @@ class BlockReader:
         keep: the store fits into memory: what is read stays in the page cache. Otherwise the
             pages that were not there before do not stay, and memory is bounded by the ring:
             `BLOCKS_AHEAD` times a block.
-        in_place: hand out mapped memory where the page cache has a block. If not, every block
-            comes in a buffer from `allocate`.
+        in_place: with `keep`, hand out mapped memory. If not, every block comes in a buffer from
+            `allocate`.
         allocate: memory for the ring, [n] uint8 aligned to 4,096 bytes; huge pages by default.
 
     At most `BLOCKS_AHEAD - 1` blocks may be held unreleased when the next one is asked for.
@@ -90,7 +91,7 @@ class BlockReader:
         self._shards = range(len(store.shards)) if shards is None else shards
         self._row_bytes = store.row_bytes
         self._keep = keep
-        self._in_place = in_place
+        self._in_place = in_place and keep
         self._allocate = allocate or huge_buffer
         self._free: list[np.ndarray] = []
         self._num_buffers = 0
@@ -142,18 +143,10 @@ class BlockReader:
         file.check_size()
         whole = shard.rows
         cached = file.tells_cached and is_cached(whole, first_byte, last_byte)
-        if self._in_place and (cached or self._keep):
-            rows = whole[start:end]
-            reads = []
-            if not cached:
-                for part in _parts(first_byte, last_byte):
-                    reads.append(self._submit(_populate, file, whole, *part))
-
-            def leave() -> None:
-                if not self._keep:
-                    forget(whole, first_byte, last_byte)
-
-            return RowBlock(index, start, rows, leave), reads
+        if self._in_place:
+            parts = () if cached else _parts(first_byte, last_byte)
+            reads = [self._submit(_populate, file, whole, *part) for part in parts]
+            return RowBlock(index, start, whole[start:end], lambda: None), reads
         buffer = self._buffer()
         # The file's offset and the buffer's are equal modulo a page: what O_DIRECT asks for.
         first_byte, last_byte = first_byte + DATA_OFFSET_BYTES, last_byte + DATA_OFFSET_BYTES

@@ -16,9 +16,11 @@ from logra_kernels.store.files import (
     check_file,
     crc32_of_file,
     crc32_text,
+    identity,
     npy_bytes,
     npy_header,
     own_folder,
+    read_array,
     remove,
     replace_file,
     sync_folder,
@@ -32,7 +34,6 @@ from logra_kernels.store.manifest import (
     read_json,
     seal,
 )
-from logra_kernels.store.maps import map_array
 
 KEY_FILE = "key.json"
 _DTYPE = "<f4"  # of the values, whatever the store's rows are
@@ -61,12 +62,18 @@ class SelfInfluenceCache:
         self.key = key
         self.meta = plain_json(meta, "meta")
         self._shapes = [(shard["rows"], modules) for shard in shards]
-        self._rows_crc = [shard["data"]["crc32"] for shard in shards]
+        self._rows_crc = [_rows_crc(shard) for shard in shards]
+        self._seen: tuple[int, ...] | None = ()  # the folder's identity when `changed` last looked
         stored = read_key(self.folder)
         if stored is not None:
             found = first_difference(stored.get("meta"), self.meta, "meta")
             if found:
                 raise StoreMismatchError(f"{self.folder / KEY_FILE}: {found}")
+
+    def changed(self) -> bool:
+        """Whether files came or went, or may have, since the last call; true for the first one."""
+        before, self._seen = self._seen, identity(self.folder)
+        return self._seen != before
 
     def missing(self) -> list[int]:
         """The indices of the shards whose values are missing or damaged."""
@@ -81,7 +88,7 @@ class SelfInfluenceCache:
         ]
 
     def read(self, index: int) -> np.ndarray:
-        """Shard `index`'s values, [r, M] float32, mapped.
+        """Shard `index`'s values, [r, M] float32, read into memory.
 
         Raises:
             StoreFormatError: there are none; `missing` lists such shards.
@@ -91,7 +98,8 @@ class SelfInfluenceCache:
         for name, of, _ in find_files(self.folder).get(index, []):
             if of == self._rows_crc[index]:
                 _check_values_file(self.folder / name, shape)
-                return map_array(self.folder / name, np.dtype(_DTYPE), shape, DATA_OFFSET_BYTES)
+                count = shape[0] * shape[1]
+                return read_array(self.folder / name, np.dtype(_DTYPE), count).reshape(shape)
         raise StoreFormatError(f"{self.folder}: expected the values of shard {index}, got none")
 
     def write(self, index: int, values: np.ndarray) -> None:
@@ -138,7 +146,7 @@ def cache_problems(folder: Path, shards: list[dict[str, Any]], modules: int) -> 
             yield str(error)
         for index, files in sorted(find_files(folder / key).items()):
             for name, of, crc in files:
-                if index < len(shards) and of == shards[index]["data"]["crc32"]:
+                if index < len(shards) and of == _rows_crc(shards[index]):
                     shape = (shards[index]["rows"], modules)
                     if problem := file_problem(folder / key / name, crc, shape):
                         yield problem
@@ -182,6 +190,14 @@ def find_files(folder: Path) -> dict[int, list[tuple[str, str | None, str]]]:
         if match := _FILE.match(name):
             found.setdefault(int(match[1]), []).append((name, match[2], match[3]))
     return found
+
+
+def _rows_crc(shard: dict[str, Any]) -> str:
+    """What tells a shard's rows from others: their CRC-32, with that of their exponents in it."""
+    rows: str = shard["data"]["crc32"]
+    if "exponents" in shard:
+        rows = crc32_text(zlib.crc32((rows + shard["exponents"]["crc32"]).encode()))
+    return rows
 
 
 def _check_values_file(path: Path, shape: tuple[int, int]) -> None:

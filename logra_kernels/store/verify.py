@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 
 from logra_kernels.store.codecs import row_codec
-from logra_kernels.store.codecs.base import SCALE_DTYPE
-from logra_kernels.store.errors import StoreError
+from logra_kernels.store.codecs.base import (
+    EXPONENT_DTYPE,
+    LARGEST_ROW_EXPONENT,
+    SCALE_DTYPE,
+    SMALLEST_ROW_EXPONENT,
+    row_exponents_in_range,
+)
+from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
     check_file,
@@ -21,7 +27,6 @@ from logra_kernels.store.files import (
 )
 from logra_kernels.store.ids import parse_metadata, read_ids
 from logra_kernels.store.manifest import layout_of, listed_files, read_manifest
-from logra_kernels.store.maps import map_array
 from logra_kernels.store.self_influence import cache_problems
 from logra_kernels.store.tensors import read_tensors
 
@@ -102,10 +107,15 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
     for shard in manifest["shards"]:
         path = folder / shard["data"]["file"]
         if shard["data"]["file"] in good:
-            shape = (shard["rows"], codec.columns(layout))
-            rows = map_array(path, codec.dtype, shape, DATA_OFFSET_BYTES)
+            columns = codec.columns(layout)
             for start in range(0, shard["rows"], block):
-                good_rows = codec.finite(rows[start : start + block], layout).all(axis=1)
+                count = min(block, shard["rows"] - start) * columns
+                try:
+                    rows = read_array(path, codec.dtype, count, start * columns)
+                except StoreFormatError as error:
+                    yield str(error)
+                    break
+                good_rows = codec.finite(rows.reshape(-1, columns), layout).all(axis=1)
                 if not good_rows.all():
                     row = shard["first_row"] + start + int(np.flatnonzero(~good_rows)[0])
                     yield f"{path}: expected finite values, got others in row {row}"
@@ -117,6 +127,14 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
             if len(bad):
                 row = shard["first_row"] + int(bad[0])
                 yield f"{path}: expected powers of two, got {scales[bad[0]]} for row {row}"
+        if "exponents" in shard and shard["exponents"]["file"] in good:
+            path = folder / shard["exponents"]["file"]
+            own = read_array(path, EXPONENT_DTYPE, shard["rows"] * len(layout))
+            bad = np.flatnonzero(~row_exponents_in_range(own.reshape(shard["rows"], -1)))
+            if len(bad):
+                row = shard["first_row"] + int(bad[0])
+                wanted = f"{SMALLEST_ROW_EXPONENT} to {LARGEST_ROW_EXPONENT}"
+                yield f"{path}: expected exponents from {wanted}, got others for row {row}"
 
 
 def _id_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:

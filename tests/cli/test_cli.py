@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from tiny_lm import make_model, sentences, write_jsonl
-from tree import environment
+from tree import environment, output
 
 from logra_kernels import attribution
 from logra_kernels.cli import main
@@ -462,7 +462,7 @@ def test_help_does_not_wait_for_torch() -> None:
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), capture_output=True)
+    output(sys.executable, "-c", code)
 
 
 def test_a_defect_keeps_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,13 +322,13 @@ def test_a_file_of_someone_else_is_not_taken_for_cached(
             block.release()
 
 
-def test_cached_blocks_are_used_in_place(tmp_path: Path) -> None:
+def test_blocks_of_a_store_that_is_kept_are_used_in_place(tmp_path: Path) -> None:
     with writer_of(tmp_path / "s") as writer:
         append(writer, list(range(8)))
     store = Store.open(tmp_path / "s")
     _ = all_rows(store)
     allocate: Any = pytest.fail  # never called
-    with BlockReader(store, 3, allocate=allocate) as blocks:
+    with BlockReader(store, 3, keep=True, allocate=allocate) as blocks:
         for block in blocks:
             assert np.shares_memory(block.rows, store.shards[block.shard].rows)
             block.release()

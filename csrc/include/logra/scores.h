@@ -12,7 +12,8 @@ namespace logra {
 /// row_bias   [R] float32, or nullptr for 0
 /// out        [Q, R] float32, contiguous, written in full
 ///
-/// Accumulates in float32. Throws std::invalid_argument for other types or sizes that disagree.
+/// Accumulates in float32. A float32 query may be as large as float32 goes: no partial sum overflows while
+/// D * |rows[r, d]| is below 2^63, as it is for every float16 row. Throws std::invalid_argument for other types or sizes that disagree.
 void scores(const Matrix& queries, const Matrix& rows, const float* row_scale, const float* row_bias,
             float* out);
 

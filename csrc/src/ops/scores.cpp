@@ -1,5 +1,6 @@
 #include "logra/scores.h"
 
+#include "products/bounded.h"
 #include "products/scan.h"
 
 namespace logra {
@@ -14,14 +15,15 @@ void scores(const Matrix& queries, const Matrix& rows, const float* row_scale, c
   expect(queries.cols == rows.cols, "rows: expected as many columns as queries");
   if (queries.rows == 0 || rows.rows == 0) return;
   const Kernels& kernels = active_kernels();
-  const Products products(kernels, queries, rows.dtype, rows.rows);
+  const BoundedQueries bounded(queries);
+  const Products products(kernels, bounded.matrix(), rows.dtype, rows.rows);
   const int threads = scan_threads(products, rows);
   scan(products, rows, threads, false, [&](const ScanBlock& block, std::size_t) {
-    for (std::size_t r = 0; r < block.num_rows && (row_scale != nullptr || row_bias != nullptr); ++r) {
-      float* line = block.c + r * block.stride;
+    for (std::size_t r = 0; r < block.num_rows; ++r) {
       const std::size_t row = block.first_row + r;
-      for (std::size_t q = 0; row_scale != nullptr && q < block.num_queries; ++q) line[q] *= row_scale[row];
-      for (std::size_t q = 0; row_bias != nullptr && q < block.num_queries; ++q) line[q] += row_bias[row];
+      bounded.finish(block.c + r * block.stride, block.first_query, block.num_queries,
+                     row_scale != nullptr ? row_scale + row : nullptr,
+                     row_bias != nullptr ? row_bias + row : nullptr);
     }
     float* to = out + block.first_query * rows.rows + block.first_row;
     std::size_t r = 0;

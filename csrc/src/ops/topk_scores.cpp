@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "products/bounded.h"
 #include "products/scan.h"
 
 namespace logra {
@@ -206,17 +207,23 @@ void topk_scores(const Matrix& queries, const Matrix& rows, const float* row_sca
   expect(k > 0, "k: expected at least 1, got 0");
   if (queries.rows == 0) return;
   const Kernels& kernels = active_kernels();
-  const Products products(kernels, queries, rows.dtype, rows.rows);
+  const BoundedQueries bounded(queries);
+  const Products products(kernels, bounded.matrix(), rows.dtype, rows.rows);
   const int threads = scan_threads(products, rows);
   Ends ends(kernels, static_cast<std::size_t>(threads), queries.rows, k, top, bottom);
   scan(products, rows, threads, false, [&](const ScanBlock& block, std::size_t thread) {
     for (std::size_t r = 0; r < block.num_rows; ++r) {
       const std::size_t row = block.first_row + r;
+      float* line = block.c + r * block.stride;
+      const float* scale = row_scale != nullptr ? row_scale + row : nullptr;
+      const float* bias = row_bias != nullptr ? row_bias + row : nullptr;
+      if (!bounded.all_as_given()) {  // offer() knows of no factors
+        bounded.finish(line, block.first_query, block.num_queries, scale, bias);
+        scale = bias = nullptr;
+      }
       for (std::size_t q = 0; q < block.num_queries; q += kQueryBlock)
-        ends.offer(
-            thread, block.c + r * block.stride + q, block.first_query + q,
-            std::min(kQueryBlock, block.num_queries - q), row_scale != nullptr ? row_scale + row : nullptr,
-            row_bias != nullptr ? row_bias + row : nullptr, row_offset + static_cast<std::int64_t>(row));
+        ends.offer(thread, line + q, block.first_query + q, std::min(kQueryBlock, block.num_queries - q), scale,
+                   bias, row_offset + static_cast<std::int64_t>(row));
     }
   });
   // Merging and sorting takes some 20 ns an entry.

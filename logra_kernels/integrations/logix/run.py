@@ -48,13 +48,16 @@ class LogixRun(Run):
         def __call__(
             self,
             data_id: Any,
-            mask: Tensor | None = None,
+            mask: Tensor | Mapping[str, Tensor | None] | None = None,
             *,
+            cu_seqlens: Any = None,
+            position_ids: Any = None,
             save: bool | None = None,
             metadata: Sequence[Mapping[str, Any] | None] | None = None,
             weight_gradients: bool = False,
             averaged_loss: str | None = None,
             allow_unused: bool | None = None,
+            loss_scale: float | Tensor | None = None,
         ) -> LogixPass:
             """As `Run.__call__`; the pass has LogIX's methods too."""
     else:
@@ -207,13 +210,10 @@ class LogixRun(Run):
                 query_ids=query_ids, row_ids=row_ids,
             )  # fmt: skip
         attributor = self.attributor(precondition, damping=damping, damping_scale=damping_scale)
+        options: Any = {"groups": influence_groups, "query_ids": query_ids, "progress": progress}
         if top_k is None:
-            return attributor.scores(
-                queries, mode, groups=influence_groups, query_ids=query_ids, progress=progress
-            )
-        return attributor.top_k(
-            queries, top_k, mode, groups=influence_groups, query_ids=query_ids, progress=progress
-        )
+            return attributor.scores(queries, mode, **options)
+        return attributor.top_k(queries, top_k, mode, **options)
 
     def compute_influence(
         self,
