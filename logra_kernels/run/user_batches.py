@@ -147,9 +147,8 @@ def read_examples(
         if seen.count < first:
             seen.first.append(batch)
         mask = mask_of(batch)
-        counted = counted_tokens(
-            batch, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        )
+        told = isinstance(mask, Tensor) and mask.ndim == 2  # one mask, not one for each part
+        counted = counted_tokens(batch, mask if told else None)
         if counted is not None:
             seen.tokens += list(zip(*(part.tolist() for part in counted), strict=True))
         for place in range(num_examples(batch)):

@@ -25,6 +25,7 @@ from logra_kernels.projection import (
     described_widths,
     stored_projections,
 )
+from logra_kernels.run.bypassed import is_bypassed
 from logra_kernels.run.coverage import coverage_of
 from logra_kernels.store import RowLayout, Store
 from logra_kernels.store.manifest import first_difference
@@ -83,6 +84,7 @@ class WatchedLayers:
         model = unwrapped(model)
         found: list[Layer] = []
         other_types: set[str] = set()  # of modules that match, but are no layers
+        bypassed: list[str] = []
         for path, module in model.named_modules():
             name = plain_name(path)
             if type_filter is not None and not isinstance(module, tuple(type_filter)):
@@ -91,11 +93,21 @@ class WatchedLayers:
                 continue
             if name_filter is not None and not any(part in name for part in name_filter):
                 continue
+            named = name_filter is not None and name in name_filter
+            if layer_kind(module) is not None and not named and is_bypassed(model, path):
+                bypassed.append(name)
+                continue
             layer = make_layer(name or "model", module, bias)
             if layer is None:
                 other_types.add(type(module).__name__)
             else:
                 found.append(layer)
+        if bypassed:
+            warnings.warn(
+                f"watch: left out {', '.join(bypassed)}: the model multiplies by the weight without"
+                " calling the layer, so that its gradient is not seen",
+                stacklevel=3,
+            )
         if not found:
             raise ValueError(_nothing_to_watch(model, type_filter, name_filter, other_types))
         return cls(model, found, bias, batch_dim)

@@ -442,10 +442,10 @@ def test_report_renders_what_query_wrote(
     words = [*query_words(files), "--text", "the cat sat on the mat"]
     words += ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "a.html")]
     assert main(words) == 0
-    again = ["report", "--results", str(tmp_path / "r.json"), "--out", str(tmp_path / "b.html")]
+    again = ["report", "--results", str(tmp_path / "r.json"), "--html", str(tmp_path / "b.html")]
     assert main(again) == 0
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
-    assert "results: no file" in failure(capsys, ["report", "--results", "no.json", "--out", "x"])
+    assert "results: no file" in failure(capsys, ["report", "--results", "no.json", "--html", "x"])
 
 
 @pytest.mark.parametrize("command", ["log", "query", "info", "verify", "report", "demo"])

@@ -17,8 +17,8 @@ from logra_kernels.lm.corpus import (
     TokenSettings,
     batches,
     encode,
-    json_lines,
 )
+from logra_kernels.lm.sources import json_lines
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -196,7 +196,7 @@ def test_bad_jsonl_names_the_record(
 def test_bad_files(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"data: no file .*none\.txt"):
         read(tmp_path / "none.txt", tokenizer)
-    refused("expected a file ending in .txt, .jsonl, .parquet", read, tmp_path / "a.csv", tokenizer)
+    refused("expected a file ending in .txt, .jsonl, .parquet", read, tmp_path / "a.doc", tokenizer)
     (tmp_path / "a.parquet").write_bytes(b"not parquet at all")
     refused("not a Parquet file", read, tmp_path / "a.parquet", tokenizer)
     write_parquet(tmp_path / "b.parquet", [{"body": "x"}])
@@ -237,7 +237,8 @@ def test_a_line_of_jsonl_ends_where_the_file_says(tmp_path: Path) -> None:
     """U+2028 may stand in a JSON string, and str.splitlines would cut the line there."""
     path = tmp_path / "q.jsonl"
     path.write_text('\n{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
-    assert [(n, row["text"]) for n, _, row in json_lines(path, "data")] == [
-        (2, "a\u2028b"),
-        (3, "c"),
-    ]
+    with path.open("rb") as lines:
+        assert [(n, row["text"]) for n, row in json_lines(lines, "data")] == [
+            (2, "a\u2028b"),
+            (3, "c"),
+        ]
