@@ -89,8 +89,8 @@ $(VENV)/docs-installed: $(VENV)/installed
 # The C++ tests on builds of their own: address and undefined behaviour, then threads. The Python tests of ops and store
 # run over an extension of the first build; in Python itself nothing is freed at the end, so leaks are not looked for there.
 CHECKED := cmake -S . -G Ninja -DLOGRA_TESTS=ON -DLOGRA_EMULATE_AMX=ON -DCMAKE_CXX_FLAGS_RELEASE=-O1
-CHECKED_TESTS := $(foreach name,covariance_update pack_rows per_sample_gradients project projected_gradients scores \
-	self_influence topk_scores store store_format store_failures,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
+CHECKED_TESTS := $(foreach name,covariance_update pack_rows per_sample_gradients project projected_gradients properties \
+	scores self_influence topk_scores store store_format store_failures,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 sanitize: export PATH := $(BIN):$(PATH)
 sanitize: install
 	$(CHECKED) -B build/address -DLOGRA_SANITIZE=address -DLOGRA_PYTHON=ON -DPython_EXECUTABLE=$(BIN)/python \

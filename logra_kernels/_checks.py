@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDE = (torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -31,14 +32,23 @@ def expect_shape(name: str, tensor: Tensor, **axes: int | None) -> None:
     A trailing underscore tells two axes of one name apart: K=k, K_=k.
     """
     expect_tensor(name, tensor)
-    sizes = tuple(tensor.shape)
-    wanted = tuple(axes.values())
-    if len(sizes) != len(wanted) or any(
-        w is not None and w != s for w, s in zip(wanted, sizes, strict=True)
-    ):
-        named = [(axis.rstrip("_"), size) for axis, size in axes.items()]
-        text = ", ".join(axis if size is None else f"{axis}={size}" for axis, size in named)
-        raise ValueError(f"{name}: expected [{text}], got {list(sizes)}")
+    sizes = tensor.shape
+    if len(sizes) == len(axes):
+        for wanted, size in zip(axes.values(), sizes, strict=True):
+            if wanted is not None and wanted != size:
+                break
+        else:
+            return
+    named = [(axis.rstrip("_"), size) for axis, size in axes.items()]
+    text = ", ".join(axis if size is None else f"{axis}={size}" for axis, size in named)
+    raise ValueError(f"{name}: expected [{text}], got {list(sizes)}")
+
+
+def operand(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], **axes: int | None) -> Tensor:
+    """The tensor with a contiguous last axis, once its type and its axes are as expected."""
+    expect_dtype(name, tensor, *dtypes)
+    expect_shape(name, tensor, **axes)
+    return plain(tensor)
 
 
 def expect_same_device(**tensors: Tensor | None) -> None:

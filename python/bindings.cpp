@@ -94,63 +94,54 @@ logra::Examples examples(const View& x, Address mask, Address cu_seqlens, const 
           pointer<const std::int64_t>(cu_seqlens)};
 }
 
-void project(const View& x, const View& proj, Address out) {
-  const logra::Matrix tokens_matrix = matrix(x), proj_matrix = matrix(proj);
+// Calls the core without the GIL. The arguments are made before it is released.
+template <class Function, class... Arguments>
+auto released(const Function& function, const Arguments&... arguments) {
   py::gil_scoped_release release;
-  logra::project(tokens_matrix, proj_matrix, pointer<float>(out));
+  return function(arguments...);
+}
+
+void project(const View& x, const View& proj, Address out) {
+  released(logra::project, matrix(x), matrix(proj), pointer<float>(out));
 }
 
 void projected_gradients(const View& x, const View& dy, const std::optional<View>& proj_in,
                          const std::optional<View>& proj_out, Address mask, Address cu_seqlens,
                          const View& out) {
   const bool packed = cu_seqlens != 0;
-  const logra::Tokens x_tokens = tokens(x, packed), dy_tokens = tokens(dy, packed);
-  const logra::Examples which = examples(x, mask, cu_seqlens, out);
   logra::Matrix in, outer;
   if (proj_in) in = matrix(*proj_in);
   if (proj_out) outer = matrix(*proj_out);
-  py::gil_scoped_release release;
-  logra::projected_gradients(which, x_tokens, dy_tokens, proj_in ? &in : nullptr, proj_out ? &outer : nullptr,
-                             pointer<float>(out.address));
-}
-
-void per_sample_gradients(const View& x, const View& dy, Address mask, Address cu_seqlens, const View& out) {
-  projected_gradients(x, dy, std::nullopt, std::nullopt, mask, cu_seqlens, out);
+  released(logra::projected_gradients, examples(x, mask, cu_seqlens, out), tokens(x, packed),
+           tokens(dy, packed), proj_in ? &in : nullptr, proj_out ? &outer : nullptr,
+           pointer<float>(out.address));
 }
 
 void covariance_update(const View& cov, const View& rows) {
   const logra::Matrix rows_matrix = matrix(rows);
-  const Address address = cov.address;
-  const bool wide = static_cast<logra::Dtype>(cov.dtype) == logra::Dtype::kFloat64;
   py::gil_scoped_release release;
-  if (wide)
-    logra::covariance_update(pointer<double>(address), rows_matrix);
+  if (static_cast<logra::Dtype>(cov.dtype) == logra::Dtype::kFloat64)
+    logra::covariance_update(pointer<double>(cov.address), rows_matrix);
   else
-    logra::covariance_update(pointer<float>(address), rows_matrix);
+    logra::covariance_update(pointer<float>(cov.address), rows_matrix);
 }
 
 void scores(const View& queries, const View& rows, Address row_scale, Address row_bias, Address out) {
-  const logra::Matrix query_matrix = matrix(queries), rows_matrix = matrix(rows);
-  py::gil_scoped_release release;
-  logra::scores(query_matrix, rows_matrix, pointer<const float>(row_scale), pointer<const float>(row_bias),
-                pointer<float>(out));
+  released(logra::scores, matrix(queries), matrix(rows), pointer<const float>(row_scale),
+           pointer<const float>(row_bias), pointer<float>(out));
 }
 
 void topk_scores(const View& queries, const View& rows, std::size_t k, Address row_scale, Address row_bias,
                  std::int64_t row_offset, Address top_scores, Address top_ids, Address bottom_scores,
                  Address bottom_ids) {
-  const logra::Matrix query_matrix = matrix(queries), rows_matrix = matrix(rows);
-  py::gil_scoped_release release;
-  logra::topk_scores(query_matrix, rows_matrix, pointer<const float>(row_scale),
-                     pointer<const float>(row_bias), k, row_offset,
-                     {pointer<float>(top_scores), pointer<std::int64_t>(top_ids)},
-                     {pointer<float>(bottom_scores), pointer<std::int64_t>(bottom_ids)});
+  const logra::Extremes top = {pointer<float>(top_scores), pointer<std::int64_t>(top_ids)};
+  const logra::Extremes bottom = {pointer<float>(bottom_scores), pointer<std::int64_t>(bottom_ids)};
+  released(logra::topk_scores, matrix(queries), matrix(rows), pointer<const float>(row_scale),
+           pointer<const float>(row_bias), k, row_offset, top, bottom);
 }
 
 void self_influence(const View& rows, const View& factor, Address out) {
-  const logra::Matrix rows_matrix = matrix(rows), factor_matrix = matrix(factor);
-  py::gil_scoped_release release;
-  logra::self_influence(rows_matrix, factor_matrix, pointer<float>(out));
+  released(logra::self_influence, matrix(rows), matrix(factor), pointer<float>(out));
 }
 
 logra::ModuleColumns modules(const std::vector<std::int64_t>& sizes,
@@ -162,33 +153,18 @@ logra::ModuleColumns modules(const std::vector<std::int64_t>& sizes,
 
 void pack_rows(const View& rows, const std::vector<std::int64_t>& sizes,
                const std::vector<std::int64_t>& exponents, Address packed, Address row_scale) {
-  const logra::Matrix rows_matrix = matrix(rows);
-  py::gil_scoped_release release;
-  logra::pack_rows(rows_matrix, modules(sizes, exponents), pointer<std::uint16_t>(packed),
-                   pointer<float>(row_scale));
+  released(logra::pack_rows, matrix(rows), modules(sizes, exponents), pointer<std::uint16_t>(packed),
+           pointer<float>(row_scale));
 }
 
 void unpack_rows(const View& packed, Address row_scale, const std::vector<std::int64_t>& sizes,
                  const std::vector<std::int64_t>& exponents, Address rows) {
-  const logra::Matrix packed_matrix = matrix(packed);
-  py::gil_scoped_release release;
-  logra::unpack_rows(packed_matrix, pointer<const float>(row_scale), modules(sizes, exponents),
-                     pointer<float>(rows));
+  released(logra::unpack_rows, matrix(packed), pointer<const float>(row_scale), modules(sizes, exponents),
+           pointer<float>(rows));
 }
 
 float read_all(Address data, std::size_t count) {
-  py::gil_scoped_release release;
-  return logra::read_all(pointer<const float>(data), count);
-}
-
-double multiply(double per_thread) {
-  py::gil_scoped_release release;
-  return logra::multiply(per_thread);
-}
-
-double multiply_tiles(double per_thread) {
-  py::gil_scoped_release release;
-  return logra::multiply_tiles(per_thread);
+  return released(logra::read_all, pointer<const float>(data), count);
 }
 
 std::vector<std::string> available_isas() {
@@ -202,7 +178,6 @@ std::vector<std::string> available_isas() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ kernels of logra_kernels; call them through logra_kernels.ops.";
   m.def("project", &project);
-  m.def("per_sample_gradients", &per_sample_gradients);
   m.def("projected_gradients", &projected_gradients);
   m.def("covariance_update", &covariance_update);
   m.def("scores", &scores);
@@ -211,8 +186,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_rows", &pack_rows);
   m.def("unpack_rows", &unpack_rows);
   m.def("read_all", &read_all);
-  m.def("multiply", &multiply);
-  m.def("multiply_tiles", &multiply_tiles);
+  m.def("multiply", &logra::multiply, py::call_guard<py::gil_scoped_release>());
+  m.def("multiply_tiles", &logra::multiply_tiles, py::call_guard<py::gil_scoped_release>());
 #ifdef __clang__
   m.attr("compiler") = __VERSION__;
 #else

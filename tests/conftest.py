@@ -1,11 +1,16 @@
 """Fixtures for every test: instruction sets, thread counts, poisoned memory."""
 
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from dense_influence import gradients, make_store
 
 from logra_kernels import ops
+from logra_kernels.store import Store
 
 
 @pytest.fixture(params=ops.available_isas() or ["reference"])
@@ -41,3 +46,22 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where that is possible: thousands of fsyncs take a minute on a busy disk.
+
+    A killed process loses nothing that it gave to the kernel; a power cut is not tested.
+    """
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """150 rows of correlated gradients in float16, in four shards."""
+    return make_store(tmp_path / "store", gradients(150), shard_rows=40)

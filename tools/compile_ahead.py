@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Compile every kernel for a GPU that need not be present, as its launcher would launch it.
 
     python -m tools.compile_ahead sm_90          # or sm_80, sm_100, gfx942, …
@@ -16,25 +15,11 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
-from logra_kernels.triton import (
-    covariance_update_,
-    pack_rows,
-    per_sample_gradients,
-    project,
-    projected_gradients,
-    scores,
-    self_influence,
-    topk_scores,
-    unpack_rows,
-)
-from logra_kernels.triton.catalogue import Calls, Entry, calls, defaults, make, recorded
+from logra_kernels.triton.catalogue import Calls, Entry, call, calls, defaults, make, recorded
 from tools.assembly import PRODUCTS, about
 
 
@@ -46,9 +31,9 @@ def controls(architecture: str) -> Iterator[dict[str, Any]]:
         entries = recorded(name, architecture, known[name])
         return next(one for one in entries if one.kernel_name in PRODUCTS)
 
-    def changed(entry: Entry, kernel: Any = None, **arguments: Any) -> Entry:
-        launch = replace(entry.launch, arguments=entry.launch.arguments | arguments)
-        return replace(entry, launch=replace(launch, kernel=kernel or launch.kernel))
+    def changed(entry: Entry, **arguments: Any) -> Entry:
+        arguments = entry.launch.arguments | arguments
+        return replace(entry, launch=replace(entry.launch, arguments=arguments))
 
     def control(what: str, entry: Entry, compiled: Any) -> dict[str, Any]:
         return about(replace(entry, name=f"control: {what}"), compiled)
@@ -60,33 +45,12 @@ def controls(architecture: str) -> Iterator[dict[str, Any]]:
     large = changed(project_entry, TOKENS=128, WIDTH=32, RANK=256)
     warps = 1 if architecture.startswith("gfx") else 4
     yield control("oversized tile", large, large.compile(num_warps=warps))
-    without_product = changed(project_entry, _sum_kernel).compile(num_warps=4)
-    yield control("a sum for a product", project_entry, without_product)
+    (adding,) = recorded("", architecture, known["pack_rows"])
+    yield control("no product", project_entry, adding.compile())
     # Tensor cores round float32 to tf32.
     exact = of("project, float32")
     rounded = changed(exact, PRECISION="tf32").compile()
     yield control("tf32", exact, rounded)
-
-
-@triton.jit
-def _sum_kernel(
-    x, proj, out, tokens, inner, width, rank, x_outer: tl.int64, x_inner: tl.int64,
-    proj_stride: tl.int64, PRECISION: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-):  # fmt: skip
-    """The same projection without tl.dot."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, RANK)
-    acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
-    for i in range(width):
-        left = tl.load(x + token * x_inner + i, mask=token < tokens, other=0.0)
-        right = tl.load(proj + k * proj_stride + i, mask=k < rank, other=0.0)
-        acc += left.to(tl.float32)[:, None] * right.to(tl.float32)[None, :]
-    tl.store(
-        out + token[:, None] * rank + k[None, :],
-        acc,
-        mask=(token < tokens)[:, None] & (k < rank)[None, :],
-    )
 
 
 def sizes_of_one() -> Calls:
@@ -95,27 +59,27 @@ def sizes_of_one() -> Calls:
     one, single, scale = make(1, 1), make(1, 1, dtype=full), make(1, dtype=full)
     mask, bounds = make(1, 1, dtype=torch.bool), make(2, dtype=torch.int64)
     long, x = make(300, 1), one[None]
-    yield "project", partial(project, x, one)
-    yield "projected_gradients", partial(projected_gradients, x, x, one, one, mask)
+    yield call("project", "", x, one)
+    yield call("projected_gradients", "", x, x, one, one, mask)
     both = long[None], long[None], one, one
-    yield "projected_gradients, chunks", partial(projected_gradients, *both)
+    yield call("projected_gradients", ", chunks", *both)
     packed = one, one, one, None, None, bounds
-    yield "projected_gradients, packed", partial(projected_gradients, *packed)
+    yield call("projected_gradients", ", packed", *packed)
     chunks = long, long, one, one, None, bounds
-    yield "projected_gradients, packed chunks", partial(projected_gradients, *chunks)
-    yield "per_sample_gradients", partial(per_sample_gradients, x, x)
-    yield "covariance_update_", partial(covariance_update_, single, one)
-    yield "covariance_update_, spans", partial(covariance_update_, single, make(5000, 1))
-    yield "scores", partial(scores, single, one, scale, scale)
-    yield "topk_scores", partial(topk_scores, single, one, 1, scale, scale)
-    yield "topk_scores, no rows", partial(topk_scores, single, one[:0], 1)
+    yield call("projected_gradients", ", packed chunks", *chunks)
+    yield call("per_sample_gradients", "", x, x)
+    yield call("covariance_update_", "", single, one)
+    yield call("covariance_update_", ", spans", single, make(5000, 1))
+    yield call("scores", "", single, one, scale, scale)
+    yield call("topk_scores", "", single, one, 1, scale, scale)
+    yield call("topk_scores", ", no rows", single, one[:0], 1)
     for k, offset in ((1, 1), (3, 2**33)):
         state = [make(1, k, dtype=t) for t in (full, torch.int64) * 2]
         arguments = single, long, k, None, None, state, offset
-        yield f"topk_scores, state of {k}", partial(topk_scores, *arguments)
-    yield "self_influence", partial(self_influence, one, single)
-    yield "pack_rows", partial(pack_rows, one, [1], [0])
-    yield "unpack_rows", partial(unpack_rows, one, scale, [1], [0])
+        yield call("topk_scores", f", state of {k}", *arguments)
+    yield call("self_influence", "", one, single)
+    yield call("pack_rows", "", one, [1], [0])
+    yield call("unpack_rows", "", one, scale, [1], [0])
 
 
 def main(architecture: str, which: str = "defaults") -> None:
@@ -125,8 +89,8 @@ def main(architecture: str, which: str = "defaults") -> None:
         print(json.dumps(found), flush=True)
 
     if which == "ones":
-        for case, call in sizes_of_one():
-            for entry in recorded(case, architecture, call):
+        for case, launching in sizes_of_one():
+            for entry in recorded(case, architecture, launching):
                 entry.compile()
                 put({"case": case, "kernel": entry.kernel_name})
         return

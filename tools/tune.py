@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +33,22 @@ from tools.assembly import about, problems
 from tools.timing import Timer
 
 Config = dict[str, int]
-How = dict[str, str]  # the launcher's input_precision
 Pair = tuple[Callable[[], Any], Callable[[], Any]]  # a call of our launcher, and of the reference
 PRECISION = {"half": "ieee", "full": "ieee", "tf32": "tf32", "split": "bf16x6"}
+HALF, FULL = torch.float16, torch.float32
+
+
+class Random(NamedTuple):
+    """An argument of normal values, which are drawn when a problem is made."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def on(self, device: str) -> Tensor:
+        """The values; on the meta device, which draws nothing, only the shape."""
+        if device == "meta":
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.randn(self.shape, device=device, dtype=FULL).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,8 @@ class Problem:
 
     op: str  # of the table
     types: str | None  # None: the op has one rule for all
-    make: Callable[[str], Pair]  # of a device
+    launcher: str
+    arguments: tuple[Any, ...]
     up_to: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -53,90 +67,53 @@ class Problem:
         sizes = [f"{size} <= {value}" for size, value in self.up_to.items()]
         return ", ".join([self.op, *filter(None, [self.types]), *sizes])
 
+    def make(self, device: str) -> Pair:
+        """The calls on tensors of a device. What an op in place adds to is zero at each call."""
+        made = [one.on(device) if isinstance(one, Random) else one for one in self.arguments]
+        how = {"input_precision": PRECISION[self.types]} if self.types is not None else {}
 
-def randn(*shape: int, dtype: torch.dtype = torch.float16, device: str) -> Tensor:
-    """Normal values; on the meta device, which draws nothing, only the shape."""
-    if device == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+        def call(function: Callable[..., Any], **options: str) -> Any:
+            if not self.launcher.endswith("_"):
+                return function(*made, **options)
+            sums = torch.zeros_like(made[0])
+            function(sums, *made[1:], **options)
+            return sums
+
+        ours, theirs = getattr(launchers, self.launcher), getattr(reference, self.launcher)
+        return partial(call, ours, **how), partial(call, theirs)
 
 
 def problems_to_measure() -> Iterator[Problem]:
     """One for each op, types and size class: the widths of a 7B model, K = 64, 8,192 tokens."""
+    queries = [Random(FULL, (count, 8192)) for count in (1, 64)]
+    scans: tuple[tuple[str, tuple[int, ...]], ...] = ("scores", ()), ("topk_scores", (20,))
     for types in heuristics.TYPES:
-        dtype = torch.float16 if types == "half" else torch.float32
-        data = dtype, {"input_precision": PRECISION[types]}
-        yield Problem("project", types, partial(_project, *data))
-        yield Problem("projected_gradients", types, partial(_gradients, *data, "both"))
-        yield Problem("one_sided_gradients", types, partial(_gradients, *data, "out"))
-        yield Problem("per_sample_gradients", types, partial(_gradients, *data, "none"))
-        yield Problem("covariance_update_", types, partial(_covariance, *data, 4096, 8192))
-        for op in ("scores", "topk_scores"):
+        dtype = HALF if types == "half" else FULL
+        wide, small = Random(dtype, (16, 512, 4096)), Random(dtype, (16, 512, 64))
+        proj, rows = Random(dtype, (64, 4096)), Random(dtype, (65_536, 8192))
+        one_side, covariance = (small, wide, None, proj), Random(FULL, (4096, 4096))
+        yield Problem("project", types, "project", (wide, proj))
+        yield Problem("projected_gradients", types, "projected_gradients", (wide, wide, proj, proj))
+        yield Problem("one_sided_gradients", types, "projected_gradients", one_side)
+        yield Problem("per_sample_gradients", types, "per_sample_gradients", (small, small))
+        folded = covariance, Random(dtype, (8192, 4096))
+        yield Problem("covariance_update_", types, "covariance_update_", folded)
+        for op, k in scans:
             if types == "half":
-                yield Problem(op, types, partial(_scan, op, 1, *data), {"queries": 16})
-            yield Problem(op, types, partial(_scan, op, 64, *data))
-        yield Problem("self_influence", types, partial(_self_influence, *data))
-    half = torch.float16, {"input_precision": "ieee"}
-    yield Problem("reduce_gradients", None, partial(_gradients, *half, "none"))
-    yield Problem("add_covariances", None, partial(_covariance, *half, 512, 32_768))
-    yield Problem("merge_topk", None, partial(_scan, "topk_scores", 64, *half))
-    yield Problem("state_topk", None, partial(_scan, "topk_scores", 64, *half))
-    yield Problem("pack_rows", None, _pack)
-    yield Problem("unpack_rows", None, _unpack)
-
-
-def _pair(op: str, how: How, *arguments: Any) -> Pair:
-    ours, theirs = getattr(launchers, op), getattr(reference, op)
-    return partial(ours, *arguments, **how), partial(theirs, *arguments)
-
-
-def _project(dtype: torch.dtype, how: How, device: str) -> Pair:
-    x = randn(16, 512, 4096, dtype=dtype, device=device)
-    return _pair("project", how, x, randn(64, 4096, dtype=dtype, device=device))
-
-
-def _gradients(dtype: torch.dtype, how: How, projected: str, device: str) -> Pair:
-    wide, proj = (16, 512, 4096), randn(64, 4096, dtype=dtype, device=device)
-    x = randn(*(wide if projected == "both" else (16, 512, 64)), dtype=dtype, device=device)
-    dy = randn(*(wide if projected != "none" else (16, 512, 64)), dtype=dtype, device=device)
-    if projected == "none":
-        return _pair("per_sample_gradients", how, x, dy)
-    proj_in = proj if projected == "both" else None
-    return _pair("projected_gradients", how, x, dy, proj_in, proj)
-
-
-def _covariance(dtype: torch.dtype, how: How, size: int, count: int, device: str) -> Pair:
-    rows = randn(count, size, dtype=dtype, device=device)
-
-    def result(update: Callable[..., Any], **options: str) -> Tensor:
-        cov = torch.zeros(size, size, device=device)
-        update(cov, rows, **options)
-        return cov
-
-    ours = partial(result, launchers.covariance_update_, **how)
-    return ours, partial(result, reference.covariance_update_)
-
-
-def _scan(op: str, num_queries: int, dtype: torch.dtype, how: How, device: str) -> Pair:
-    rows = randn(65_536, 8192, dtype=dtype, device=device)
-    queries = randn(num_queries, 8192, dtype=torch.float32, device=device)
-    return _pair(op, how, queries, rows, *([20] if op == "topk_scores" else []))
-
-
-def _self_influence(dtype: torch.dtype, how: How, device: str) -> Pair:
-    rows = randn(16_384, 4096, dtype=dtype, device=device)
-    factor = randn(4096, 4096, dtype=torch.float32, device=device)
-    return _pair("self_influence", how, rows, factor)
-
-
-def _pack(device: str) -> Pair:
-    rows = randn(4096, 16_384, dtype=torch.float32, device=device)
-    return _pair("pack_rows", {}, rows, [16_384], [0])
-
-
-def _unpack(device: str) -> Pair:
-    packed, scale = randn(4096, 16_384, device=device), torch.ones(4096, device=device)
-    return _pair("unpack_rows", {}, packed, scale, [16_384], [0])
+                yield Problem(op, types, op, (queries[0], rows, *k), {"queries": 16})
+            yield Problem(op, types, op, (queries[1], rows, *k))
+        scored = Random(dtype, (16_384, 4096)), covariance
+        yield Problem("self_influence", types, "self_influence", scored)
+    small, packed = Random(HALF, (16, 512, 64)), Random(HALF, (4096, 16_384))
+    yield Problem("reduce_gradients", None, "per_sample_gradients", (small, small))
+    folded = Random(FULL, (512, 512)), Random(HALF, (32_768, 512))
+    yield Problem("add_covariances", None, "covariance_update_", folded)
+    for op in ("merge_topk", "state_topk"):
+        scanned = queries[1], Random(HALF, (65_536, 8192)), 20
+        yield Problem(op, None, "topk_scores", scanned)
+    columns = [16_384], [0]
+    yield Problem("pack_rows", None, "pack_rows", (Random(FULL, packed.shape), *columns))
+    yield Problem("unpack_rows", None, "unpack_rows", (packed, Random(FULL, (4096,)), *columns))
 
 
 KERNELS = {
@@ -202,11 +179,8 @@ def candidates(problem: Problem) -> Iterator[Config]:
         yield config | {"num_warps": warps, "num_stages": depth}
 
 
-class Measure(Protocol):
-    """Times one problem under one configuration."""
-
-    def __call__(self, problem: Problem, config: Config) -> float | str:
-        """Milliseconds, or why the configuration is not to be used."""
+# Milliseconds of a problem under a configuration, or why that is not to be used.
+Measure = Callable[[Problem, Config], float | str]
 
 
 class OnGpu:

@@ -50,7 +50,7 @@ def case(attributor: Attributor, num_queries: int) -> Case:
 
     def in_torch(dtype: torch.dtype) -> Tensor:
         best: list[Tensor] = []
-        for first, rows, row_scale in store.blocks(attributor.block_rows):
+        for first, rows, row_scale, _ in store.blocks(attributor.block_rows):
             block, scale = share(rows), share(row_scale) / norms[first : first + len(rows)]
             scores = (ready.to(dtype) @ block.to(dtype).T).float() * scale
             best = [torch.cat([*best, scores.topk(TOP).values], dim=1).topk(TOP).values]

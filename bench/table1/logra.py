@@ -90,9 +90,10 @@ def enlarge(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str
         if store.module_exponents is not None:
             writer.set_module_exponents(store.module_exponents)
         for copy in range(copies):
-            for first_row, rows, row_scale in store.blocks(1024):
+            for first_row, rows, row_scale, own in store.blocks(1024):
                 ids = [f"{copy}:{name}" for name in names[first_row : first_row + len(rows)]]
-                writer.append(ids, rows, None if store.dtype == "float32" else row_scale)
+                scale = None if store.dtype == "float32" else row_scale
+                writer.append(ids, rows, scale, row_exponents=own)
     return {"rows": copies * store.num_rows, "num_bytes": copies * store.num_rows * row_bytes}
 
 

@@ -51,6 +51,16 @@ inline void check_float32(const logra_cuda_matrix* matrix, const char* name) {
          std::string(name) + ".dtype: expected float32, got " + dtype_name(matrix->dtype, name));
 }
 
+/// Refuses a size that is not that of `of`.
+inline void expect_as(std::int64_t got, std::int64_t wanted, const std::string& name, const char* of) {
+  expect(got == wanted,
+         name + ": expected " + std::to_string(wanted) + " as " + of + " has, got " + std::to_string(got));
+}
+inline void expect_dtype_as(logra_cuda_dtype got, logra_cuda_dtype wanted, const char* name, const char* of) {
+  expect(got == wanted, std::string(name) + ".dtype: expected " + dtype_name(wanted, of) + " as " + of +
+                            " has, got " + dtype_name(got, name));
+}
+
 inline bool divides(std::int64_t value) { return value % 16 == 0; }
 inline bool divides(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
 /// Whether the variant for 16-byte copies may be used.
@@ -63,6 +73,9 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1
 /// "name=value" of a variant.
 inline std::string part(const char* name, std::int64_t value) {
   return std::string(name) + "=" + std::to_string(value);
+}
+inline std::string part(const char* name, logra_cuda_dtype dtype) {
+  return std::string(name) + "=" + dtype_name(dtype, name);
 }
 
 /// Takes pieces of the caller's memory, or, without any, adds up what would be taken.

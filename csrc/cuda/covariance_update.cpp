@@ -11,8 +11,7 @@ logra_cuda_status logra_cuda_covariance_update(float* cov, std::int64_t cov_stri
     expect(cov_stride >= rows->cols, "cov_stride: expected at least the columns of rows, " +
                                          std::to_string(rows->cols) + ", got " + std::to_string(cov_stride));
     const bool fast = aligned(*rows) && divides(cov) && divides(cov_stride);
-    const Kernel& chosen = kernel(std::string("covariance.rows=") + dtype_name(rows->dtype, "rows") + "," +
-                                  part("aligned", fast));
+    const Kernel& chosen = kernel("covariance." + part("rows", rows->dtype) + "," + part("aligned", fast));
     const std::int64_t side = ceil_div(rows->cols, constant(chosen, "TILE")), tiles = side * (side + 1) / 2;
     Launch launch(chosen);
     launch.pointer(cov).pointer(rows->data).number("rows.rows", rows->rows).number("rows.cols", rows->cols);

@@ -7,15 +7,12 @@ logra_cuda_status logra_cuda_project(const logra_cuda_matrix* x, const logra_cud
   return guarded([&] {
     check(x, "x");
     check(proj, "proj");
-    expect(x->cols == proj->cols,
-           "proj.cols: expected " + std::to_string(x->cols) + " as x has, got " + std::to_string(proj->cols));
-    expect(x->dtype == proj->dtype, std::string("proj.dtype: expected ") + dtype_name(x->dtype, "x") +
-                                        " as x has, got " + dtype_name(proj->dtype, "proj"));
+    expect_as(proj->cols, x->cols, "proj.cols", "x");
+    expect_dtype_as(proj->dtype, x->dtype, "proj", "x");
     if (x->rows == 0 || proj->rows == 0) return;
     expect(out != nullptr, "out: expected a pointer, got NULL");
     const bool fast = aligned(*x) && aligned(*proj) && divides(proj->rows) && divides(out);
-    const Kernel& chosen =
-        kernel(std::string("project.x=") + dtype_name(x->dtype, "x") + "," + part("aligned", fast));
+    const Kernel& chosen = kernel("project." + part("x", x->dtype) + "," + part("aligned", fast));
     Launch launch(chosen);
     launch.pointer(x->data).pointer(proj->data).pointer(out);
     launch.number("x.rows", x->rows).number("x.rows", x->rows);  // no outer axis: all tokens are one run

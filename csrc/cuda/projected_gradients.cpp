@@ -8,17 +8,14 @@ constexpr std::int64_t kChunk = 128;  // the kernels' CHUNK, which is checked be
 void check_side(const logra_cuda_tokens* tokens, const logra_cuda_matrix* proj, bool packed, const char* name,
                 const char* proj_name) {
   expect(tokens != nullptr, std::string(name) + ": expected tokens, got NULL");
-  const char* dtype = dtype_name(tokens->dtype, name);
+  dtype_name(tokens->dtype, name);
   check_size(tokens->dim, std::string(name) + ".dim");
   expect(tokens->token_stride >= 0 && (packed || tokens->example_stride >= 0),
          std::string(name) + ": expected strides of 0 or more");
   if (proj == nullptr) return;
   check(proj, proj_name);
-  expect(proj->cols == tokens->dim, std::string(proj_name) + ".cols: expected " +
-                                        std::to_string(tokens->dim) + " as " + name + " has, got " +
-                                        std::to_string(proj->cols));
-  expect(proj->dtype == tokens->dtype, std::string(proj_name) + ".dtype: expected " + dtype + " as " + name +
-                                           " has, got " + dtype_name(proj->dtype, proj_name));
+  expect_as(proj->cols, tokens->dim, std::string(proj_name) + ".cols", name);
+  expect_dtype_as(proj->dtype, tokens->dtype, proj_name, name);
 }
 
 bool aligned_side(const logra_cuda_tokens& tokens, const logra_cuda_matrix* proj, bool packed,
@@ -66,10 +63,10 @@ const Kernel& gradients_kernel(const Plan& plan, const float* out, const float* 
   const bool fast = divides(out) && divides(partial) &&
                     aligned_side(x, plan.proj_in, plan.packed, plan.rank_in) &&
                     aligned_side(dy, plan.proj_out, plan.packed, plan.rank_out);
-  const Kernel& chosen = kernel(
-      std::string("gradients.x=") + dtype_name(x.dtype, "x") + ",dy=" + dtype_name(dy.dtype, "dy") + "," +
-      part("project_in", plan.proj_in != nullptr) + "," + part("project_out", plan.proj_out != nullptr) +
-      "," + part("packed", plan.packed) + "," + part("aligned", fast));
+  const Kernel& chosen = kernel("gradients." + part("x", x.dtype) + "," + part("dy", dy.dtype) + "," +
+                                part("project_in", plan.proj_in != nullptr) + "," +
+                                part("project_out", plan.proj_out != nullptr) + "," +
+                                part("packed", plan.packed) + "," + part("aligned", fast));
   expect(constant(chosen, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
   return chosen;
 }

@@ -16,7 +16,7 @@ Pieces::Pieces(const logra_cuda_matrix& queries, logra_cuda_dtype rows, Workspac
 
 void Pieces::make(const logra_cuda_matrix& queries, Stream stream) const {
   if (count == 1) return;
-  Launch launch(kernel(std::string("split_queries.rows=") + dtype_name(dtype_, "rows")));
+  Launch launch(kernel("split_queries." + part("rows", dtype_)));
   launch.pointer(queries.data).pointer(data).pointer(scale);
   launch.number("queries.rows", queries.rows).number("queries.cols", queries.cols);
   launch.wide(queries.row_stride).wide(piece_stride).wide(query_stride);
@@ -26,8 +26,7 @@ void Pieces::make(const logra_cuda_matrix& queries, Stream stream) const {
 void check_scan(const logra_cuda_matrix* queries, const logra_cuda_matrix* rows, const char* queries_name) {
   check_float32(queries, queries_name);
   check(rows, "rows");
-  expect(queries->cols == rows->cols, "rows.cols: expected " + std::to_string(queries->cols) + " as " +
-                                          queries_name + " has, got " + std::to_string(rows->cols));
+  expect_as(rows->cols, queries->cols, "rows.cols", queries_name);
 }
 
 namespace {
@@ -60,9 +59,8 @@ logra_cuda_status logra_cuda_scores(const logra_cuda_matrix* queries, const logr
     expect(out != nullptr, "out: expected a pointer, got NULL");
     memory.expect_room();
     const bool fast = aligned(*rows) && plan.pieces.aligned();
-    const Kernel& chosen =
-        kernel(std::string("scores.rows=") + dtype_name(rows->dtype, "rows") + "," + part("aligned", fast) +
-               "," + part("queries", queries->rows <= 16 ? 16 : 64));
+    const Kernel& chosen = kernel("scores." + part("rows", rows->dtype) + "," + part("aligned", fast) + "," +
+                                  part("queries", queries->rows <= 16 ? 16 : 64));
     plan.pieces.make(*queries, stream);
     plan.epilogue.make(stream);
     Launch launch(chosen);

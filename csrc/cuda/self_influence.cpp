@@ -21,8 +21,8 @@ logra_cuda_status logra_cuda_self_influence(const logra_cuda_matrix* rows, const
     expect(out != nullptr, "out: expected a pointer, got NULL");
     memory.expect_room();
     const bool fast = aligned(*rows) && pieces.aligned();
-    const Kernel& chosen = kernel(std::string("self_influence.rows=") + dtype_name(rows->dtype, "rows") +
-                                  "," + part("aligned", fast));
+    const Kernel& chosen =
+        kernel("self_influence." + part("rows", rows->dtype) + "," + part("aligned", fast));
     pieces.make(*factor, stream);
     Launch launch(chosen);
     pieces.add(launch, rows->data).pointer(out);

@@ -116,9 +116,8 @@ logra_cuda_status logra_cuda_topk_scores(const logra_cuda_matrix* queries, const
     check_state(state);
     memory.expect_room();
     const bool fast = aligned(*rows) && plan.pieces.aligned();
-    const std::string name = std::string("candidates.rows=") + dtype_name(rows->dtype, "rows") + "," +
-                             part("aligned", fast) + "," + part("queries", queries->rows <= 16 ? 16 : 64) +
-                             ",";
+    const std::string name = "candidates." + part("rows", rows->dtype) + "," + part("aligned", fast) + "," +
+                             part("queries", queries->rows <= 16 ? 16 : 64) + ",";
     // Below a tile's rows the kernel selects k of them; from there on another keeps whole tiles.
     const bool select = k < constant(kernel(name + part("select", 1)), "ROWS");
     const Kernel& chosen = kernel(name + part("select", select));

@@ -2,16 +2,11 @@
 // No Python and no test framework: what cross-compiled builds run under an emulator.
 //   cmake -S . -B build/core -DLOGRA_TESTS=ON && cmake --build build/core && ctest --test-dir build/core
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <random>
-#include <vector>
 
+#include "data.h"
 #include "logra/covariance_update.h"
 #include "logra/gradients.h"
-#include "logra/isa.h"
 #include "logra/pack_rows.h"
 #include "logra/project.h"
 #include "logra/scores.h"
@@ -20,47 +15,15 @@
 
 namespace {
 
-using logra::Dtype;
-using logra::Matrix;
-
-int failures = 0;
-
-void expect(bool good, const char* what, std::size_t size) {
-  if (good) return;
-  std::printf("FAILED %s, size %zu, %s\n", what, size, logra::isa_name(logra::active_isa()));
-  ++failures;
+/// Multiples of 2^-6 below 2, which every type holds exactly. Their products are multiples of 2^-12, so that
+/// float32 sums of a thousand of them (24 bits) are exact in any order.
+Data exact(Dtype type, std::size_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  Data data(type);
+  for (std::size_t i = 0; i < count; ++i)
+    data.add(static_cast<float>(static_cast<int>(random() % 255) - 127) / 64.0f);
+  return data;
 }
-
-/// Multiples of 2^-6 below 2, which every type holds exactly: bits in `data`, the same in `values`. Their
-/// products are multiples of 2^-12, so that float32 sums of a thousand of them (24 bits) are exact in any
-/// order.
-struct Data {
-  Dtype dtype;
-  std::vector<double> values;
-  std::vector<unsigned char> data;
-
-  Data(Dtype type, std::size_t count, unsigned seed) : dtype(type) {
-    std::mt19937 random(seed);
-    for (std::size_t i = 0; i < count; ++i) {
-      const float value = static_cast<float>(static_cast<int>(random() % 255) - 127) / 64.0f;
-      values.push_back(value);
-      std::uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      if (type == Dtype::kFloat32) {
-        append(bits, 4);
-      } else if (type == Dtype::kBfloat16) {
-        append(bits >> 16, 2);
-      } else {  // |value| is 0 or in [2^-6, 2): normal in float16
-        const std::uint32_t half = value == 0.0f ? 0 : ((bits & 0x7fffffffu) - 0x38000000u) >> 13;
-        append(half | ((bits >> 16) & 0x8000u), 2);
-      }
-    }
-  }
-  void append(std::uint32_t bits, int bytes) {
-    for (int b = 0; b < bytes; ++b) data.push_back(static_cast<unsigned char>(bits >> (8 * b)));
-  }
-  Matrix matrix(std::size_t rows, std::size_t cols) const { return {data.data(), dtype, rows, cols, cols}; }
-};
 
 double dot(const Data& a, std::size_t i, const Data& b, std::size_t j, std::size_t dim) {
   double sum = 0.0;
@@ -69,7 +32,7 @@ double dot(const Data& a, std::size_t i, const Data& b, std::size_t j, std::size
 }
 
 void test_products(Dtype dtype, std::size_t dim, std::size_t num_rows, std::size_t num_queries) {
-  const Data rows(dtype, num_rows * dim, 1), queries(Dtype::kFloat32, num_queries * dim, 2);
+  const Data rows = exact(dtype, num_rows * dim, 1), queries = exact(Dtype::kFloat32, num_queries * dim, 2);
   const Matrix r = rows.matrix(num_rows, dim), q = queries.matrix(num_queries, dim);
   std::vector<float> out(num_rows * num_queries, NAN), projected(out), sigma(num_rows, NAN);
   logra::scores(q, r, nullptr, nullptr, out.data());
@@ -97,12 +60,12 @@ void test_products(Dtype dtype, std::size_t dim, std::size_t num_rows, std::size
 }
 
 void test_outer(Dtype dtype, std::size_t ki, std::size_t ko, std::size_t tokens) {
-  const Data x(dtype, 2 * tokens * ki, 3), dy(Dtype::kFloat32, 2 * tokens * ko, 4);
+  const Data x = exact(dtype, 2 * tokens * ki, 3), dy = exact(Dtype::kFloat32, 2 * tokens * ko, 4);
   logra::Examples examples;
   examples.num_examples = 2, examples.num_tokens = tokens;
   std::vector<float> out(2 * ko * ki, NAN);
-  logra::per_sample_gradients(examples, {x.data.data(), dtype, ki, tokens * ki, ki},
-                              {dy.data.data(), Dtype::kFloat32, ko, tokens * ko, ko}, out.data());
+  logra::per_sample_gradients(examples, {x.bytes.data(), dtype, ki, tokens * ki, ki},
+                              {dy.bytes.data(), Dtype::kFloat32, ko, tokens * ko, ko}, out.data());
   for (std::size_t n = 0; n < 2; ++n)
     for (std::size_t o = 0; o < ko; ++o)
       for (std::size_t i = 0; i < ki; ++i) {
@@ -126,7 +89,7 @@ void test_outer(Dtype dtype, std::size_t ki, std::size_t ko, std::size_t tokens)
 }
 
 void test_pack(Dtype dtype, std::size_t dim) {
-  const Data rows(dtype, 3 * dim, 5);
+  const Data rows = exact(dtype, 3 * dim, 5);
   const std::int64_t size = static_cast<std::int64_t>(dim), exponent = -3;
   std::vector<std::uint16_t> packed(3 * dim);
   std::vector<float> scale(3, NAN), back(3 * dim, NAN);
@@ -157,7 +120,8 @@ int main() {
       test_products(dtype, 600, 230, 20);
       test_outer(dtype, 70, 66, 130);
     }
-    std::printf("%s: %s\n", logra::isa_name(isa), failures == 0 ? "ok" : "failed");
+    std::printf("%s: ", logra::isa_name(isa));
+    finish();
   }
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  return failures != 0;
 }

@@ -28,7 +28,14 @@ from logra_kernels.attribution.plan import (
     plan_scan,
 )
 from logra_kernels.attribution.reading import BLOCK_BYTES, Block, Reading, ShardRows, block_rows_of
-from logra_kernels.attribution.sinks import FullMatrix, GroupScores, SelfInfluence, Sink, TopK
+from logra_kernels.attribution.sinks import (
+    FullMatrix,
+    GroupScores,
+    SelfInfluence,
+    Sink,
+    TopK,
+    Upload,
+)
 from logra_kernels.curvature import Curvature, Preconditioner, preconditioner_of
 from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
 from logra_kernels.progress import Progress, track
@@ -205,7 +212,7 @@ class Attributor:
             else:
                 missing.append(index)
         with closing(lanes_of(self.device)) as lanes:
-            scan = _Scan(self._reading, norms, [sink], done)
+            scan = _Scan(self._reading, norms, [sink], done, lanes.upload)
             self._reading.feed(scan.take, lanes, missing, self.block_rows)
         return sink.values if groups else sink.values[TOTAL]
 
@@ -232,7 +239,8 @@ class Attributor:
             ]
             norm = NORM_OF_MODE[mode]
             norms = None if norm is None else self._norms_of(norm)
-            scan = _Scan(self._reading, norms, sinks, track(progress, self.store.num_rows, "scan"))
+            done = track(progress, self.store.num_rows, "scan")
+            scan = _Scan(self._reading, norms, sinks, done, lanes.upload)
             self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
             return _result(sinks, prepared.names, StoredIds(self.store), self.dampings)
 
@@ -267,7 +275,9 @@ class _Scan:
         norms: Norms | None,
         sinks: Sequence[Sink],
         done: Callable[[int], None],
+        upload: Upload,
     ) -> None:
+        self._upload = upload
         self._reading = reading
         self._norms = norms
         self._sinks = sinks
@@ -280,7 +290,7 @@ class _Scan:
         if start == 0:
             self._shard = self._reading.open_shard(index)
             self._found = None if self._norms is None else self._norms.of_shard(self._shard)
-        block = self._shard.block(start, rows)
+        block = self._shard.block(start, rows, self._upload)
         _use(block, self._norms, self._found, self._sinks)
         self._done(rows.shape[0])
         if block.last:

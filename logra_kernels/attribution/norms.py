@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels import ops
 from logra_kernels.attribution.reading import Block, ShardRows
 from logra_kernels.curvature import Preconditioner
+from logra_kernels.curvature.whitening import Whitening
+from logra_kernels.rows import powers_of_two
 from logra_kernels.store import SelfInfluenceCache, Store, StoreError
 
 # What a mode divides a row's score by.
@@ -62,7 +63,7 @@ class Norms:
         self._device = device
         self._store = store
         self._remember = remember
-        self._factors: list[Tensor] | None = None
+        self._whitenings: list[Whitening] | None = None
         # W is divided by 2**unit; the module's exponent in the file is multiplied in afterwards.
         factor_units = preconditioner.units(norm)
         self._units = [e + u for e, u in zip(module_exponents, factor_units, strict=True)]
@@ -113,13 +114,13 @@ class Norms:
         """
         if not norms.fresh:
             return
-        if self._factors is None:
-            factors = self._preconditioner.scaled_factors(self._norm)
-            self._factors = [factor.to(self._device) for factor in factors or []]
+        if self._whitenings is None:
+            whitenings = self._preconditioner.whitenings(self._norm)
+            self._whitenings = [whitening.to(self._device) for whitening in whitenings]
         layout, rows = self._preconditioner.layout, block.rows
         found = torch.empty(rows.shape[0], len(layout), device=rows.device)
         for i, columns in enumerate(layout.split(rows)):
-            found[:, i] = _norm(columns, self._factors[i] if self._factors else None)
+            found[:, i] = _norm(columns, self._whitenings[i])
         values = found.cpu().numpy()
         finite = np.isfinite(values)
         if self._store is not None and not finite.all():
@@ -168,8 +169,13 @@ class ShardNorms:
         return self.load()
 
     def unit(self, members: Sequence[int]) -> int:
-        """The power of two in which `terms` gives a group's factors."""
-        return max(self.units[i] for i in members)
+        """The power of two in which `terms` gives a group's factors.
+
+        In the middle, for a row may have its norm from any of the modules: float32 holds the factor
+        of each as long as their units differ by less than some 250.
+        """
+        units = [self.units[i] for i in members]
+        return (min(units) + max(units)) // 2
 
     def terms(self, members: Sequence[int], here: slice, *, bias: bool) -> RowTerms:
         """What the norms of some modules do to the scores of the shard's rows `here`.
@@ -213,11 +219,11 @@ class ShardNorms:
         return np.asarray(np.sqrt(wide.sum(axis=1)))
 
 
-def _norm(columns: Tensor, factor: Tensor | None) -> Tensor:
+def _norm(columns: Tensor, whitening: Whitening) -> Tensor:
     """|W g| of g = columns [R, K], [R] float32; exact to rounding whatever the size of g."""
-    if factor is not None and not factor.any():
+    if whitening.silent:
         return torch.zeros(columns.shape[0], device=columns.device)
-    square = _squares(columns, factor)
+    square = whitening.squares(columns)
     norm = square.sqrt()
     odd = (~((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE))).nonzero()[:, 0]
     if odd.numel():
@@ -226,24 +232,8 @@ def _norm(columns: Tensor, factor: Tensor | None) -> Tensor:
         part, odd, largest = part[largest > 0], odd[largest > 0], largest[largest > 0]
         unit = torch.frexp(largest).exponent
         part = _scale_exponent(part, -unit[:, None])
-        norm[odd] = _scale_exponent(_squares(part, factor).sqrt(), unit)
+        norm[odd] = _scale_exponent(whitening.squares(part).sqrt(), unit)
     return norm
-
-
-def _squares(columns: Tensor, factor: Tensor | None) -> Tensor:
-    if factor is not None:
-        return ops.self_influence(columns, factor)
-    return _sum_columns(columns.float() * columns.float())
-
-
-def _sum_columns(values: Tensor) -> Tensor:
-    """[R, n] -> [R], halves added to halves: a row's additions are the same in any block."""
-    while values.shape[1] > 1:
-        half = (values.shape[1] + 1) // 2
-        upper = values[:, half:]
-        values = values[:, :half].clone()
-        values[:, : upper.shape[1]] += upper
-    return values[:, 0]
 
 
 def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
@@ -251,12 +241,3 @@ def _scale_exponent(values: Tensor, exponent: Tensor) -> Tensor:
     for factor in powers_of_two(exponent):
         values = values * factor
     return values
-
-
-def powers_of_two(exponent: Tensor) -> list[Tensor]:
-    """Two factors, each of which float32 can hold, whose product is 2**exponent."""
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    return [
-        torch.ldexp(torch.ones_like(step, dtype=torch.float32), step)
-        for step in (half, exponent - half)
-    ]

@@ -33,14 +33,23 @@ class ShardRows:
     first_row: int
     num_rows: int
     row_scale: np.ndarray | None = None  # [r] float32 powers of two; None: all are one
-    elements: Callable[[Tensor], Tensor] = lambda stored: stored  # [R, W] -> [R, D], for the scan
+    # Stored rows [R, W] and their exponents -> [R, D], for the scan.
+    elements: Callable[[Tensor, Tensor | None], Tensor] = lambda stored, _: stored
+    row_exponents: np.ndarray | None = None  # [r, M] int16; None: all are zero
     held: Tensor | None = None  # [r, W] on the device, for rows that are to stay there
 
-    def block(self, start: int, rows: Tensor) -> Block:
-        """Stored rows [R, W] from `start` on; kept first, if they are to stay on the device."""
+    def block(
+        self, start: int, rows: Tensor, upload: Callable[[np.ndarray], Tensor] = share
+    ) -> Block:
+        """Stored rows [R, W] from `start` on; kept first, if they are to stay on the device.
+
+        `upload` brings a small array from the host to the device.
+        """
+        here = slice(start, start + rows.shape[0])
         if self.held is not None:
-            rows = self.held[start : start + rows.shape[0]].copy_(rows)
-        return Block(self, start, self.elements(rows))
+            rows = self.held[here].copy_(rows)
+        own = None if self.row_exponents is None else upload(self.row_exponents[here])
+        return Block(self, start, self.elements(rows, own))
 
 
 @dataclass
@@ -49,7 +58,7 @@ class Block:
 
     shard: ShardRows
     start: int
-    rows: Tensor  # [R, D], as in the file
+    rows: Tensor  # [R, D]: the stored elements, times the powers of two of rows that have some
 
     @property
     def here(self) -> slice:
@@ -110,14 +119,15 @@ class Reading:
         return max(self.block_rows, min(self._most_rows, ROWS_PER_QUERY * num_queries))
 
     def shard(self, index: int) -> ShardRows:
-        """A shard's place in the store, and its scales."""
+        """A shard's place in the store, its scales and exponents."""
         shard = self._store.shards[index]
         codec, layout = self._store.codec, self._store.layout
         rows = ShardRows(index, shard.first_row, shard.num_rows)
-        rows.elements = lambda stored: scanned(codec, stored, layout)
+        rows.elements = lambda stored, own: scanned(codec, stored, layout, own)
         if self._store.codec.scaled:
             streamed = self.way == "streamed"
             rows.row_scale = shard.read_row_scale() if streamed else shard.row_scale
+            rows.row_exponents = shard.read_row_exponents() if streamed else shard.row_exponents
         return rows
 
     def open_shard(self, index: int) -> ShardRows:

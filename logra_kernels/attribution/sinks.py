@@ -12,10 +12,10 @@ from torch import Tensor
 
 from logra_kernels import ops
 from logra_kernels.attribution.influence_result import InfluenceResult
-from logra_kernels.attribution.norms import ShardNorms, powers_of_two
+from logra_kernels.attribution.norms import ShardNorms
 from logra_kernels.attribution.plan import Plan
 from logra_kernels.attribution.reading import Block
-from logra_kernels.rows import share
+from logra_kernels.rows import powers_of_two, share
 
 Terms = tuple[Tensor | None, Tensor | None]  # row_scale and row_bias of the ops, [R] float32 each
 Upload = Callable[[np.ndarray], Tensor]  # brings a small array from the host to the device

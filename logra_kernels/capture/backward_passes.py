@@ -27,10 +27,13 @@ class BackwardPasses:
     begins passes of its own inside a pass, which belong to that pass.
 
     Args:
-        check_roots: called with the tensors that a pass begins at; it may refuse them.
+        check_roots: called with the tensors that a pass begins at, and with the gradients (or None)
+            that it begins with; it may refuse them.
     """
 
-    def __init__(self, check_roots: Callable[[Sequence[Tensor]], None]) -> None:
+    def __init__(
+        self, check_roots: Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
+    ) -> None:
         self.check_roots = check_roots
         self.thread = 0  # the thread whose passes count
         self.seen: tuple[str, int] | None = None  # the pass that reached a watched module
@@ -81,18 +84,21 @@ _watching = threading.Lock()
 
 
 def _watched_backward(original: Callable[..., Any]) -> Callable[..., Any]:
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
         if torch._C._current_graph_task_id() != -1:
-            return original(tensors, *args, **kwargs)  # begun by a checkpoint, inside a pass
+            # begun by a checkpoint, inside a pass
+            return original(tensors, grad_tensors, *args, **kwargs)
         here = threading.get_ident()
         watched = [passes for passes in list(_watched) if passes.thread == here]
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        given = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
+        gradients = [None] * len(roots) if given is None else list(given)
         for passes in watched:
-            passes.check_roots(roots)
+            passes.check_roots(roots, gradients)
         with ExitStack() as entered:
             for passes in watched:
                 entered.enter_context(passes)
-            return original(tensors, *args, **kwargs)
+            return original(tensors, grad_tensors, *args, **kwargs)
 
     return backward
 

@@ -12,7 +12,7 @@ so that rows agree with autograd's weight gradients whatever the user's hooks do
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
@@ -22,12 +22,19 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from logra_kernels.capture.autograd_graph import hookable, plain_arithmetic, untraced
+from logra_kernels.capture.axes import refuse_picked
 from logra_kernels.capture.backward_passes import BackwardPasses
 from logra_kernels.capture.batch import Batch
 from logra_kernels.capture.gradient_queue import GradientQueue
 from logra_kernels.capture.layers import Call, Layer
-from logra_kernels.capture.loss_reduction import AVERAGED_LOSS, check_summed
+from logra_kernels.capture.loss_reduction import (
+    AVERAGED_LOSS,
+    check_loss_scale,
+    check_summed,
+)
+from logra_kernels.capture.masks import PartMasks, refuse_one_mask
 from logra_kernels.capture.token_scores import TokenScores
+from logra_kernels.capture.tokens import Tokens
 
 
 class Capture:
@@ -42,12 +49,20 @@ class Capture:
         layers: the watched modules, in the row's order.
         num_examples: N.
         mask: [N, T] of 0 and 1 (bool, integer or float), on any device; None: every token counts.
+            For parts of the model that see tokens of their own: {part's name: mask}, as
+            `PartMasks` says.
+        cu_seqlens, position_ids: where N packed examples begin, as `Batch` says.
         weight_gradients: leave the parameters as they are, so that their gradients are computed
             too (to log while training); the pass then costs what training costs.
         allow_unused: a module that takes no part in the pass has a zero gradient, instead of
             being an error.
         averaged_loss: "raise", "warn" or "allow": what a loss that was averaged leads to.
-        token_queries: [Q, D], preconditioned queries; asks for `token_scores`.
+        loss_scale: what the summed loss was multiplied by, a number or a tensor of one element
+            above 0; rows are divided by it. None: the loss is checked, as averaged_loss says.
+        token_queries: [Q, D], preconditioned queries; asks for `token_scores`. Not of packed
+            examples.
+        keep_tokens: keep what the rows are made of, for Kronecker factors; asks for `tokens`.
+        tokens_alone: keep the tokens, and compute no gradients.
 
     Raises: ValueError for a mask, an input shape, an averaged loss or a number of backward passes
         that does not fit; the message names the module.
@@ -58,12 +73,17 @@ class Capture:
         model: nn.Module,
         layers: Sequence[Layer],
         num_examples: int,
-        mask: Tensor | None = None,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
         *,
+        cu_seqlens: Any = None,
+        position_ids: Any = None,
         weight_gradients: bool = False,
         allow_unused: bool = False,
         averaged_loss: str = "raise",
+        loss_scale: float | Tensor | None = None,
         token_queries: Tensor | None = None,
+        keep_tokens: bool = False,
+        tokens_alone: bool = False,
     ) -> None:
         if averaged_loss not in AVERAGED_LOSS:
             raise ValueError(
@@ -71,14 +91,30 @@ class Capture:
             )
         self._model = model
         self._layers = list(layers)
-        self._batch = Batch(num_examples, mask)
+        self._layer_of = {layer.name: layer for layer in self._layers}
+        self._part_masks: PartMasks | None = None
+        if isinstance(mask, Mapping):
+            self._part_masks = PartMasks(model, self._layers, num_examples, mask)
+            mask = None
+            if cu_seqlens is not None or position_ids is not None:
+                raise ValueError("mask: expected None beside packed sequences, got a dictionary")
+        self._batch = Batch(num_examples, mask, cu_seqlens=cu_seqlens, position_ids=position_ids)
+        if self._batch.mask is not None or self._batch.cu_seqlens is not None:
+            refuse_one_mask(model, self._layers)
+        if token_queries is not None and self._batch.cu_seqlens is not None:
+            raise ValueError("token_queries: expected None for packed sequences")
         self._weight_gradients = weight_gradients
         self._allow_unused = allow_unused
         self._token_scores = None if token_queries is None else TokenScores(token_queries, layers)
         self._gradients: dict[str, Tensor] = {}
         self._queue = GradientQueue(self._add_gradients)
         self._called_without_grad: set[str] = set()
-        self._passes = BackwardPasses(partial(check_summed, averaged_loss))
+        self._loss_scale = 1.0
+        if loss_scale is not None:
+            self._loss_scale, averaged_loss = check_loss_scale(loss_scale), "allow"
+        self.tokens = Tokens(self._loss_scale) if keep_tokens or tokens_alone else None
+        self._tokens_alone = tokens_alone
+        self._passes = BackwardPasses(partial(check_summed, averaged_loss, num_examples))
         self._undo: list[Callable[[], object]] = []
         self._hooks: dict[str, int] = {}  # {module name: the number of its forward hook}
         self._watched = {layer.module for layer in self._layers}
@@ -112,7 +148,7 @@ class Capture:
         """
         if self._token_scores is None or self._token_scores.total is None:
             raise RuntimeError("token scores: give token_queries, and run a pass, to have them")
-        return self._token_scores.total
+        return self._token_scores.total / self._loss_scale
 
     def check_complete(self) -> None:
         """Raise if the backward pass, or a module's part in it, is missing; done on leaving."""
@@ -143,6 +179,8 @@ class Capture:
                 self._undo.append(_first_global_hook(untraced(self._before_global_hooks)))
             for layer in self._layers:
                 self._hook(layer)
+            if self._part_masks is not None:
+                self._hook_parts(self._part_masks)
             self._undo.append(self._passes.watch())
         except BaseException:
             self._leave()
@@ -178,6 +216,13 @@ class Capture:
         self._hooks[layer.name] = handle.id
         _hooks_of_captures.add(handle.id)
         self._undo += [partial(_hooks_of_captures.discard, handle.id), handle.remove]
+
+    def _hook_parts(self, masks: PartMasks) -> None:
+        """Put a hook on the parts that have masks, after those that they have."""
+        for module, batch in masks.parts():
+            hook = untraced(partial(_at_part_output, masks, batch))
+            self._undo.append(module.register_forward_hook(hook).remove)
+        self._undo.append(masks.forget)
 
     def _freeze(self) -> None:
         for parameter in self._model.parameters():
@@ -235,12 +280,18 @@ class Capture:
         self._check_unchanged(layer, output)
         x = args[0] if args else next(iter(kwargs.values()))
         with plain_arithmetic(x):
-            call = layer.call(x.detach(), self._batch)
+            call = layer.call(x.detach(), self._batch_of(layer, x))
         # The hook belongs to this value of the output. An in-place ReLU that follows makes
         # another value, and another call of the module has a hook of its own.
         output, node, place = hookable(output)
         node.register_prehook(partial(self._at_output_gradient, layer, call, place))
         return output
+
+    def _batch_of(self, layer: Layer, x: Tensor) -> Batch:
+        batch = self._batch if self._part_masks is None else self._part_masks.of(layer, x)
+        if layer.axis.dim is None:
+            refuse_picked(layer.name, x, batch)
+        return batch
 
     def _at_output_gradient(
         self, layer: Layer, call: Call, place: int, dys: Sequence[Tensor | None]
@@ -252,17 +303,24 @@ class Capture:
         self._passes.reached(layer.name)
         with plain_arithmetic(dy):
             dy = dy.detach()
-            if self._queue.takes(layer, dy):
+            if self._tokens_alone:
+                self._gradients[layer.name] = dy.new_empty(0)  # the module was reached
+            elif self._queue.takes(layer, dy):
                 self._queue.add(layer, call, dy)
             else:
                 self._add_gradients(layer.name, layer.gradients(call, dy))
             if self._token_scores is not None:
                 self._token_scores.add(layer, call, dy)
+            if self.tokens is not None:
+                self.tokens.add(layer, call, dy)
         # The user's loss keeps the graph alive, and with it this hook and the call.
         call.release()
 
     def _add_gradients(self, name: str, gradients: Tensor) -> None:
-        """Add the gradients [N, Ko, Ki] of one call of a module."""
+        """Add the gradients [N, Ko, Ki] of one call of a module, as far as a row holds them."""
+        gradients = self._layer_of[name].chosen(gradients)
+        if self._loss_scale != 1:
+            gradients = gradients / self._loss_scale
         if name in self._gradients:
             gradients = self._gradients[name] + gradients
         self._gradients[name] = gradients
@@ -270,6 +328,12 @@ class Capture:
 
 # The numbers of the forward hooks of all open captures, none of which changes an output's value.
 _hooks_of_captures: set[int] = set()
+
+
+def _at_part_output(
+    masks: PartMasks, batch: Batch, module: nn.Module, args: object, output: object
+) -> None:
+    masks.gave_out(batch, output)
 
 
 def _first_global_hook(hook: Callable[..., None]) -> Callable[[], None]:

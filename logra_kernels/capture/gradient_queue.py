@@ -41,12 +41,12 @@ class GradientQueue:
     def add(self, layer: Layer, call: Call, dy: Tensor) -> None:
         """Let a call wait; compute all that wait if they hold too many bytes."""
         operands = layer.operands(call, dy)
-        mask = operands.mask
+        mask, cu_seqlens = operands.mask, operands.cu_seqlens
         kind = [
             None if t is None else (t.shape, t.dtype, t.stride(), t.device) for t in operands[:3]
         ]
-        # All calls of a batch share one mask tensor on each device.
-        key = (*kind, None if mask is None else id(mask), _stream(dy))
+        # All calls of one mask share its tensor on each device, and packed calls the boundaries.
+        key = (*kind, id(mask), id(cu_seqlens), _stream(dy))
         self._groups.setdefault(key, []).append((layer.name, operands, operands.outputs._version))
         self._bytes += operands.inputs.nbytes + operands.outputs.nbytes
         if self._bytes > WAITING_BYTES[dy.device.type]:
@@ -78,6 +78,7 @@ class GradientQueue:
             None,
             projs_out or None,
             first.mask,
+            cu_seqlens=first.cu_seqlens,
         )
         for (name, _, _), part in zip(members, gradients, strict=True):
             self._done(name, part)

@@ -45,12 +45,12 @@ class EmbeddingLayer(Layer):
         return self.module.num_embeddings, self.module.embedding_dim
 
     def count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
-        """(T, whether the token mask applies): every id is a token."""
-        return batch.count_tokens(self.name, x.shape, x.shape)
+        """(T, whether mask and packing apply): every id is a token."""
+        return batch.count_tokens(self.name, x.shape, x.shape, self.axis)
 
     def tokens(self, x: Tensor, call: Call) -> Tensor:
         """The ids as one-hot vectors [N, T, I]; the padding id is all zero."""
-        ids = x.reshape(call.num_examples, call.num_tokens)
+        ids = call.by_example(x[..., None])[..., 0]
         one_hot = functional.one_hot(ids.long(), self.in_features).to(self.module.weight.dtype)
         padding = self.module.padding_idx
         if padding is not None:
@@ -60,7 +60,7 @@ class EmbeddingLayer(Layer):
     def project(self, x: Tensor, call: Call) -> Tensor:
         """The columns of P_i that the ids choose, [N, T, Ki]."""
         columns = self._factor("in", self.module.weight, self._columns)  # [I, Ki]
-        return columns[x.reshape(call.num_examples, call.num_tokens)]
+        return columns[call.by_example(x[..., None])[..., 0]]
 
     def _columns(self) -> Tensor:
         assert self.projection.proj_in is not None
@@ -87,7 +87,8 @@ class Conv2dLayer(Layer):
 
     def count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
         """(H_out W_out, True): the places of the output are the tokens."""
-        if x.ndim != 4 or x.shape[0] != batch.num_examples:
+        fits = x.ndim == 4 and x.shape[0] == batch.num_examples and not self.axis.dim
+        if not fits or batch.cu_seqlens is not None:
             raise batch.shape_error(self.name, x.shape, "[N, C, H, W]")
         height, width = (self._output_size(axis, x.shape[2 + axis]) for axis in (0, 1))
         return batch.expect_tokens(self.name, height * width), True
@@ -122,7 +123,7 @@ class Conv2dLayer(Layer):
         outputs = dy.reshape(count * groups, self.out_features // groups, -1).transpose(1, 2)
         mask = None if call.mask is None else call.mask.repeat_interleave(groups, dim=0)
         full = ops.per_sample_gradients(inputs, outputs.contiguous(), mask)
-        full = full.reshape(count, self.out_features, self.ki)  # [N, O, Ki]
+        full = full.reshape(count, self.out_features, inputs.shape[-1])  # [N, O, Ki]
         proj_out = self._proj_out(dy)
         if proj_out is None:
             return full

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from logra_kernels import ops
-from logra_kernels.capture.batch import Batch
+from logra_kernels.capture.batch import Batch, BatchAxis
 from logra_kernels.projection import ModuleProjection
 from logra_kernels.store import Module
 from logra_kernels.store.layout import RowLayout
@@ -32,9 +32,22 @@ class Call:
     num_examples: int  # N
     num_tokens: int  # T
     mask: Tensor | None  # [N, T], bool
+    cu_seqlens: Tensor | None = None  # [N+1]: the tokens are packed, and have no axis N
+    batch_dim: int = 0  # the axis of the input that is the batch, 0 or 1
     projected: Tensor | None = None  # [N, T, Ki]
     input: Tensor | None = None
     version: int = 0
+
+    def by_example(self, values: Tensor) -> Tensor:
+        """What the module has for each token, [..., F] -> [N, T, F]; packed: [T, F]."""
+        width = values.shape[-1]
+        if self.cu_seqlens is not None:
+            return values.reshape(self.num_tokens, width)
+        if self.batch_dim == 1:
+            if values.ndim == 2:  # the tokens were flattened
+                values = values.reshape(self.num_tokens, self.num_examples, width)
+            values = values.movedim(1, 0)
+        return values.reshape(self.num_examples, self.num_tokens, width)
 
     def release(self) -> None:
         """Let go of the activations."""
@@ -42,12 +55,16 @@ class Call:
 
 
 class Operands(NamedTuple):
-    """What gradients [N, Ko, Ki] are made of: P_i x [N, T, Ki], dy [N, T, O], P_o, mask [N, T]."""
+    """What gradients [N, Ko, Ki] are made of: P_i x [N, T, Ki], dy [N, T, O], P_o, mask [N, T].
+
+    With cu_seqlens [N+1] the tokens are packed: P_i x [T, Ki], dy [T, O].
+    """
 
     inputs: Tensor
     outputs: Tensor
     proj_out: Tensor | None
     mask: Tensor | None
+    cu_seqlens: Tensor | None
 
 
 class Layer(ABC):
@@ -67,6 +84,7 @@ class Layer(ABC):
     def __init__(self, name: str, module: nn.Module, bias: bool = False) -> None:
         self.name = name
         self.module = module
+        self.axis = BatchAxis()
         self.with_bias = bias and getattr(module, "bias", None) is not None
         width_in, self.out_features = self.widths()
         self.in_features = width_in + self.with_bias
@@ -90,13 +108,21 @@ class Layer(ABC):
 
     @property
     def ki(self) -> int:
-        """Ki, the number of columns of G."""
-        return self._projection.ki
+        """Ki, the number of columns of the module's part of a row."""
+        return self._projection.row_shape[1]
 
     @property
     def ko(self) -> int:
-        """Ko, the number of rows of G."""
-        return self._projection.ko
+        """Ko, the number of rows of the module's part of a row."""
+        return self._projection.row_shape[0]
+
+    def chosen(self, gradients: Tensor) -> Tensor:
+        """G [N, Ko, Ki] of the projected block -> the part that a row holds."""
+        coordinates = self._projection.coordinates
+        if coordinates is None:
+            return gradients
+        flat = gradients.reshape(len(gradients), -1)
+        return flat[:, coordinates.to(flat.device)][:, None]  # [N, 1, n]
 
     # What a kind defines.
 
@@ -105,16 +131,19 @@ class Layer(ABC):
         """(I, O) of the module's weight, without a column for the bias."""
 
     def count_tokens(self, x: Tensor, batch: Batch) -> tuple[int, bool]:
-        """(T, whether the token mask applies) of an input; ValueError if its shape does not fit."""
-        return batch.count_tokens(self.name, x.shape[:-1], x.shape)
+        """(T, whether mask and packing apply) of an input; ValueError if its shape does not fit."""
+        return batch.count_tokens(self.name, x.shape[:-1], x.shape, self.axis)
 
     def tokens(self, x: Tensor, call: Call) -> Tensor:
-        """The input as the module received it -> [N, T, I], without a column for the bias."""
-        return x.reshape(call.num_examples, call.num_tokens, x.shape[-1])
+        """The input as the module received it -> [N, T, I], without a column for the bias.
+
+        Packed: [T, I], as all that has [N, T, …] below.
+        """
+        return call.by_example(x)
 
     def output_tokens(self, dy: Tensor, call: Call) -> Tensor:
         """The gradient of the module's output, in the output's shape -> [N, T, O]."""
-        return dy.reshape(call.num_examples, call.num_tokens, self.out_features)
+        return call.by_example(dy)
 
     def project(self, x: Tensor, call: Call) -> Tensor:
         """The input as the module received it -> P_i [x, 1], [N, T, Ki]."""
@@ -131,9 +160,10 @@ class Layer(ABC):
 
     def call(self, x: Tensor, batch: Batch) -> Call:
         """Keep P_i x of one forward call; ValueError if the input's shape does not fit."""
-        tokens, masked = self.count_tokens(x, batch)
-        mask = batch.mask_on(x.device) if masked else None
-        call = Call(batch.num_examples, tokens, mask)
+        tokens, applies = self.count_tokens(x, batch)
+        mask = batch.mask_on(x.device) if applies else None
+        cu_seqlens = batch.cu_seqlens_on(x.device) if applies else None
+        call = Call(batch.num_examples, tokens, mask, cu_seqlens, self.axis.dim or 0)
         if self._projection.proj_in is None:
             call.input, call.version = x, x._version
         else:
@@ -142,8 +172,8 @@ class Layer(ABC):
 
     def gradients(self, call: Call, dy: Tensor) -> Tensor:
         """G [N, Ko, Ki] of one call; dy has the shape of the module's output."""
-        inputs, outputs, proj_out, mask = self.operands(call, dy)
-        return ops.projected_gradients(inputs, outputs, None, proj_out, mask)
+        inputs, outputs, proj_out, mask, cu_seqlens = self.operands(call, dy)
+        return ops.projected_gradients(inputs, outputs, None, proj_out, mask, cu_seqlens=cu_seqlens)
 
     @property
     def groupable(self) -> bool:
@@ -153,7 +183,11 @@ class Layer(ABC):
     def operands(self, call: Call, dy: Tensor) -> Operands:
         """What the gradient op takes for one call; dy has the shape of the module's output."""
         return Operands(
-            self.input_tokens(call), self.output_tokens(dy, call), self._proj_out(dy), call.mask
+            self.input_tokens(call),
+            self.output_tokens(dy, call),
+            self._proj_out(dy),
+            call.mask,
+            call.cu_seqlens,
         )
 
     def input_tokens(self, call: Call) -> Tensor:
@@ -172,14 +206,23 @@ class Layer(ABC):
 
     def token_scores(self, call: Call, dy: Tensor, queries: Tensor) -> Tensor:
         """(P_o dy_t)ᵀ U_q (P_i x_t) of every token, for queries U [Q, Ko, Ki] -> [Q, N, T]."""
-        inputs, outputs, proj_out, mask = self.operands(call, dy)
+        inputs, outputs, proj_out, mask, _ = self.operands(call, dy)
         if proj_out is not None:
             outputs = ops.project(outputs, proj_out)  # [N, T, Ko]
         dtype = torch.promote_types(inputs.dtype, torch.float32)
-        queries, inputs = queries.to(inputs.device, dtype), inputs.to(dtype)
+        queries, inputs = self._block(queries).to(inputs.device, dtype), inputs.to(dtype)
         outputs = outputs.to(dtype)
         scores = torch.stack([((outputs @ query) * inputs).sum(-1) for query in queries])
         return scores if mask is None else torch.where(mask, scores, 0)
+
+    def _block(self, queries: Tensor) -> Tensor:
+        """The module's part of queries -> U [Q, Ko, Ki] of the projected block, zero elsewhere."""
+        projection = self._projection
+        if projection.coordinates is None:
+            return queries
+        block = queries.new_zeros(len(queries), projection.ko * projection.ki)
+        block[:, projection.coordinates] = queries.flatten(1)
+        return block.view(-1, projection.ko, projection.ki)
 
     # P on the device and in the precision where it is needed.
 

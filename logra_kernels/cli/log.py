@@ -14,10 +14,13 @@ from typing import Any
 from tqdm import tqdm
 
 from logra_kernels.lm.causal_lm import CausalLM
+from logra_kernels.lm.chat import has_template
 from logra_kernels.lm.corpus import Corpus, TokenSettings
 from logra_kernels.lm.gradients import LMGradients
-from logra_kernels.lm.log import LoggingProgress, data_fingerprint, log_corpus
+from logra_kernels.lm.log import LoggingProgress, log_corpus
+from logra_kernels.lm.sources import STANDARD_INPUT
 from logra_kernels.projection import ProjectionSpec
+from logra_kernels.report.console import say, warn
 from logra_kernels.report.render import format_bytes
 from logra_kernels.store import row_codec
 
@@ -26,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
     _refuse_existing_store(arguments)
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    corpus = _corpus(arguments, lm)
-    gradients = _gradients(arguments, lm)
+    corpus = open_corpus(arguments, lm)
+    gradients = project_layers(arguments, lm)
     started = time.monotonic()
     with _signals() as received:
         finished = _log(arguments, gradients, corpus, lambda: bool(received))
@@ -39,37 +42,51 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_existing_store(arguments: argparse.Namespace) -> None:
+    if arguments.resume and arguments.data == STANDARD_INPUT:
+        raise ValueError("resume: standard input cannot be read again; log from a file")
     if (Path(arguments.out) / "manifest.json").exists() and not arguments.resume:
         raise ValueError(
             f"out: {arguments.out}: there is a store already; --resume goes on with it"
         )
 
 
-def _corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
+def open_corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
     """The examples of --data, as the model's tokenizer and the options cut them."""
-    return Corpus(
+    corpus = Corpus(
         arguments.data,
         lm.tokenizer,
         TokenSettings(arguments.max_tokens, arguments.long, arguments.stride),
+        kind=arguments.format,
         text_field=arguments.text_field,
         prompt_field=arguments.prompt_field,
         title_field=arguments.title_field,
         id_field=arguments.id_field,
+        messages_field=arguments.messages_field,
+        chat_loss=arguments.chat_loss,
+        documents=arguments.documents,
         limit=arguments.limit,
     )
+    if corpus.messages_field is not None:
+        how = "by the model's chat template" if has_template(lm.tokenizer) else 'as "User: …"'
+        who = "the assistant's" if arguments.chat_loss == "assistant" else "all"
+        warn(f"conversations of {corpus.messages_field!r}, {how}; the loss is on {who} tokens")
+    return corpus
 
 
-def _gradients(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
+def project_layers(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
     """The layers of --modules, projected; says on stderr which they are."""
-    names = lm.linear_modules(arguments.modules or ["mlp"], arguments.last_blocks)
+    names = lm.linear_modules(
+        arguments.modules, arguments.last_blocks, note=lambda sentence: warn(f"note: {sentence}")
+    )
     projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
     gradients = LMGradients(lm, names, projection)
     row_bytes = row_codec(arguments.store_dtype).row_bytes(gradients.watched.layout)
-    print(
+    warn(
         f"{lm.name}: {len(names)} layers, {names[0]} … {names[-1]};"
-        f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row",
-        file=sys.stderr,
+        f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row"
     )
+    for line in str(gradients.watched.coverage).splitlines():
+        say(line, sys.stderr)
     return gradients
 
 
@@ -86,7 +103,7 @@ def _log(
             corpus,
             arguments.out,
             settings=corpus.settings.as_dict(),
-            data=data_fingerprint(corpus),
+            data=corpus.fingerprint(),
             store_dtype=arguments.store_dtype,
             shard_rows=arguments.shard_rows,
             batch_tokens=arguments.batch_tokens,
@@ -113,11 +130,16 @@ def _shown_by(bar: "tqdm[Any]") -> Callable[[LoggingProgress], None]:
 
 
 def _say_how_to_go_on(arguments: argparse.Namespace) -> None:
+    if arguments.data == STANDARD_INPUT:
+        warn(
+            "logra log: interrupted; what is finished is in the store. Standard input cannot be"
+            " read again: to be able to go on, log from a file"
+        )
+        return
     again = [word for word in arguments.command_line if word != "--resume"]
-    print(
+    warn(
         "logra log: interrupted; what is finished is in the store. Go on with\n\n"
-        f"  {shlex.join(['logra', *again, '--resume'])}\n",
-        file=sys.stderr,
+        f"{shlex.join(['logra', *again, '--resume'])}"
     )
 
 
@@ -125,7 +147,7 @@ def _say_what_was_logged(
     arguments: argparse.Namespace, finished: LoggingProgress, corpus: Corpus, seconds: float
 ) -> None:
     new = finished.examples - finished.resumed - finished.nonfinite
-    print(
+    say(
         f"{arguments.out}: {new:,} examples logged in {seconds:.0f} s"
         f" ({finished.tokens / max(seconds, 1e-9):,.0f} tokens/s)"
     )
@@ -133,10 +155,11 @@ def _say_what_was_logged(
         (finished.resumed, "were in the store already"),
         (finished.nonfinite, "left out: their gradients are not finite"),
         (corpus.num_truncated, f"cut to {arguments.max_tokens} tokens"),
-        (corpus.num_skipped, "records left out: fewer than two tokens"),
+        (corpus.num_skipped, "records left out: no token to predict"),
+        (corpus.data.num_ignored, "other files in the folder"),
     ):
         if count:
-            print(f"  {count:,} {what}")
+            say(f"  {count:,} {what}")
 
 
 @contextmanager

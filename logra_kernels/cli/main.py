@@ -10,6 +10,7 @@ from typing import TextIO
 
 from logra_kernels import _naming_torch
 from logra_kernels.cli.parser import build_parser
+from logra_kernels.report.console import warn
 
 # What a wrong argument, file, model or store leads to; anything else is a defect and keeps its
 # traceback.
@@ -20,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0: done; 1: `verify` found problems; 2: an error, said in one sentence; 130: interrupted.
+        0: done; 1: `verify` or `doctor` found something; 2: an error, said in one sentence;
+        130: interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     with _naming_torch():
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with _naming_torch():
                 return int(command.run(arguments))
         except KeyboardInterrupt:
-            print(f"logra {arguments.command}: interrupted", file=sys.stderr)
+            warn(f"logra {arguments.command}: interrupted")
             return 130
         except BrokenPipeError:
             # `logra info STORE | head`: nobody reads on; keep Python from flushing at exit.
@@ -41,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         except EXPECTED_ERRORS as error:
             if arguments.traceback or os.environ.get("LOGRA_DEBUG") == "1":
-                traceback.print_exc()
-            print(f"logra {arguments.command}: {error}", file=sys.stderr)
+                warn(traceback.format_exc())
+            warn(f"logra {arguments.command}: {error}")
             return 2
 
 
@@ -55,4 +57,4 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """A warning as a sentence, without the source line that raised it."""
-    print(f"logra: warning: {message}", file=file or sys.stderr)
+    warn(f"logra: warning: {message}")

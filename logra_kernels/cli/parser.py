@@ -14,6 +14,8 @@ from logra_kernels.defaults import (
     STORE_DTYPE,
 )
 
+KINDS = ("txt", "jsonl", "json", "csv", "parquet")  # of --data
+
 EXAMPLES = """
 A first session:
 
@@ -31,25 +33,53 @@ Run a causal language model over a corpus once, forward and backward, and store 
 projected gradient (a row) with the curvature of all of them. Nothing is trained or changed, and
 nothing is downloaded. Later, `logra query` ranks the examples for any answer of the model.
 
-The data is one of
+The data is a file, a folder of such files (read in the order of their names), or - for standard
+input, whose kind --format says:
 
-  .txt      passages of --max-tokens tokens, with ids 0, 1, 2, …
-  .jsonl    an object a line: the example is --text-field, its id --id-field or the line's number
+  .jsonl    an object a line: the example is --text-field, its id --id-field or its number
+  .json     the same from a list of objects
+  .csv      the same from a table whose first line names the columns
   .parquet  the same from columns
+  .txt      passages of --max-tokens tokens, with ids 0, 1, 2, …; or, with --documents blank-lines,
+            a record for each piece between blank lines
 
-A record longer than --max-tokens is cut, or with --long split becomes several examples id#0, id#1.
-With --prompt-field the loss is on the text only, given the prompt: instruction data.
+All but .parquet may end in .gz. Fields that are not the example are kept beside its row. A record
+longer than --max-tokens is cut, or with --long split becomes several examples id#0, id#1.
 
-Ctrl-C commits what is finished and prints the command that goes on from there.
+Instruction data: with --prompt-field the loss is on the text only, given the prompt.
+Conversations: where the first record has no field text, but messages or conversations, these are
+written by the model's chat template, or as "User: …" where it has none. The loss is on what the
+assistant wrote; --chat-loss all puts it on every token.
+
+Ctrl-C commits what is finished and prints the command that goes on from there. Standard input
+cannot be read again, so that such a run cannot go on.
 """
 LOG_EXAMPLE = """
 Example: the MLP layers of the last eight blocks, answers of an instruction set, rank 64.
 
   logra log --model ./SmolLM2-135M --data train.jsonl --out ./store \\
       --prompt-field question --text-field answer --id-field uid \\
-      --modules mlp --last-blocks 8 --rank 64
+      --last-blocks 8 --rank 64
+
+Example: conversations that come from another program.
+
+  zcat chats.jsonl.gz | logra log --model ./SmolLM2-135M --data - --format jsonl --out ./store
 
 How large is the store? modules × rank² × 2 bytes a row: 24 × 64² × 2 = 197 kB.
+"""
+
+DOCTOR = """
+Look for what silently ruins attribution, before hours are spent on logging: rows that depend on
+the batch, on padding or on chance, averaged losses, two BOS tokens, tokens that do not count, zero
+rows, gradients beyond the store's range, copies in the corpus, tied weights, few watched
+parameters, more columns than examples. A few examples are run, the corpus is read, and nothing is
+written. Exit code 0 if nothing is found, 1 if something is, with what to do about it.
+"""
+DOCTOR_EXAMPLE = """
+Example: with the options of the `logra log` that is to follow.
+
+  logra doctor --model ./model --data train.jsonl --rank 64 && \\
+      logra log --model ./model --data train.jsonl --rank 64 --out ./store
 """
 
 QUERY = """
@@ -58,6 +88,9 @@ how much a little more training on it would raise the probability of the query.
 
 The loss of --text is on all of it; of --completion on its tokens only, given --prompt. Many
 queries go in a JSONL file of {"text": …} or {"prompt": …, "completion": …}, with an optional "id".
+
+--scores writes a table with the columns query, mode, row, id, score: a line for every question and
+stored row, or with --scores-of ranked for the top and bottom K, with their end and rank.
 """
 QUERY_EXAMPLE = """
 Modes:
@@ -74,6 +107,10 @@ Example: why this answer? Two rankings side by side, as a page and as data.
   logra query --store ./store --model ./SmolLM2-135M --chat \\
       --prompt "What does yield do?" --completion "It makes the function a generator." \\
       --mode l-relatif --mode gradient-dot --html answer.html --json answer.json
+
+Example: the scores of all rows for many questions.
+
+  logra query --store ./store --model ./model --queries q.jsonl --mode dot --scores scores.parquet
 """
 
 INFO = "What a store holds: rows, modules, projection, curvature, and which model it is of."
@@ -81,6 +118,7 @@ INFO_EXAMPLE = """
 Example:
 
   logra info ./store
+  logra info ./store --json - | jq .rows
 """
 
 VERIFY = """
@@ -93,12 +131,15 @@ Example: before a store is copied or queried for weeks.
   logra verify ./store && rsync -a ./store backup:
 """
 
-REPORT = "Render the results of `logra query --json` as one self-contained HTML page."
+REPORT = """
+Make of the results of `logra query --json` one self-contained HTML page, or a table of the ranked
+examples.
+"""
 REPORT_EXAMPLE = """
 Example:
 
   logra query --store ./store --model ./model --queries q.jsonl --json results.json
-  logra report --results results.json --out results.html
+  logra report --results results.json --html results.html --scores top.csv
 """
 
 DEMO = """
@@ -128,10 +169,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary, description, example, add in (
         ("log", "store the gradients of a corpus", LOG, LOG_EXAMPLE, _log),
+        ("doctor", "find what would ruin attribution", DOCTOR, DOCTOR_EXAMPLE, _doctor),
         ("query", "rank the stored examples for an answer", QUERY, QUERY_EXAMPLE, _query),
         ("info", "say what a store holds", INFO, INFO_EXAMPLE, _info),
         ("verify", "check every byte of a store", VERIFY, VERIFY_EXAMPLE, _verify),
-        ("report", "make the page of a query's results", REPORT, REPORT_EXAMPLE, _report),
+        ("report", "make a page or table of a query's results", REPORT, REPORT_EXAMPLE, _report),
         ("demo", "a real model, a real text, four minutes", DEMO, DEMO_EXAMPLE, _demo),
     ):
         command = commands.add_parser(
@@ -156,8 +198,9 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
         import logra_kernels
+        from logra_kernels.report.console import say
 
-        print(f"logra_kernels {logra_kernels.__version__}")
+        say(f"logra_kernels {logra_kernels.__version__}")
         parser.exit()
 
 
@@ -220,24 +263,60 @@ def _count(
     group.add_argument(option, type=_positive, default=default, metavar=metavar, help=help)
 
 
+def _outputs(group: argparse._ActionsContainer, **files: str) -> None:
+    """Add --json, --html and --scores, as far as they are given: {option: what it writes}."""
+    kinds = {"json": "FILE|-", "html": "FILE", "scores": "FILE.parquet|.csv"}
+    for option, what in files.items():
+        group.add_argument(f"--{option}", metavar=kinds[option], help=f"write {what}")
+
+
 def _log(parser: argparse.ArgumentParser) -> None:
     need = parser.add_argument_group("required")
     need.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
-    need.add_argument("--data", required=True, metavar="FILE", help=".txt, .jsonl or .parquet")
+    need.add_argument("--data", required=True, metavar="PATH", help="a file, a folder, or -")
     need.add_argument("--out", required=True, metavar="STORE", help="folder of the store")
     _log_data(parser.add_argument_group("data"))
+    rows = parser.add_argument_group("rows")
+    _log_rows(rows)
+    _count(rows, "--shard-rows", "default: 256 MB of rows")
+    running = parser.add_argument_group("running")
+    _log_model(running)
+    _log_running(running)
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    need = parser.add_argument_group("required")
+    need.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
+    need.add_argument("--data", required=True, metavar="FILE", help=".txt, .jsonl or .parquet")
+    _log_data(parser.add_argument_group("data"))
     _log_rows(parser.add_argument_group("rows"))
-    _log_running(parser.add_argument_group("running"))
+    running = parser.add_argument_group("running")
+    _log_model(running)
+    _count(running, "--examples", "run in their batches and alone; default: 8", 8)
+    running.add_argument("--json", metavar="FILE", help="write the findings as JSON")
 
 
 def _log_data(group: argparse._ArgumentGroup) -> None:
     """Add the options that say how the file becomes examples."""
-    group.add_argument("--text-field", default="text", metavar="NAME", help="default: text")
+    group.add_argument(
+        "--format",
+        type=_one_of(*KINDS),
+        metavar="|".join(KINDS),
+        help="default: by the file's ending",
+    )
+    group.add_argument(
+        "--text-field", metavar="NAME", help="default: text, if there is no conversation"
+    )
     group.add_argument("--prompt-field", metavar="NAME", help="stands before the text, no loss")
+    group.add_argument(
+        "--messages-field", metavar="NAME", help="conversations; default: messages, conversations"
+    )
+    _choice(group, "--chat-loss", "assistant|all", "whose tokens bear the loss; default: assistant")
+    _choice(group, "--documents", "file|blank-lines", "one .txt document is; default: file")
     group.add_argument("--title-field", metavar="NAME", help="shown in reports")
     group.add_argument("--id-field", metavar="NAME", help="default: the record's number")
     _count(group, "--max-tokens", "of an example; default: 512", 512)
-    longer = "what happens to longer records; a .txt file is always split"
+    longer = "what happens to longer records; a whole .txt file is always split"
     _choice(group, "--long", "truncate|split", longer)
     _count(group, "--stride", "tokens between the starts of split pieces; default: no overlap")
     _count(group, "--limit", "log the first N examples only")
@@ -249,7 +328,8 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
         "--modules",
         action="append",
         metavar="TEXT",
-        help="watch linear layers whose name contains TEXT; may be repeated; default: mlp",
+        help="log linear layers whose name contains TEXT; may be repeated; default: those of the"
+        " blocks outside attention",
     )
     _count(group, "--last-blocks", "of these, the last N blocks only")
     _count(group, "--rank", f"of the projection; default: {RANK}", RANK, "K")
@@ -263,7 +343,6 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, default=SEED, help=f"of the projection; default: {SEED}")
     scaled = f"default: {STORE_DTYPE}, with a scale per row"
     _choice(group, "--store-dtype", f"{STORE_DTYPE}|float32", scaled)
-    _count(group, "--shard-rows", "default: 256 MB of rows")
     group.add_argument(
         "--curvature",
         type=_curvature_kind,
@@ -273,10 +352,14 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _log_running(group: argparse._ArgumentGroup) -> None:
-    """Add the options that bound time and memory, and say what happens when something fails."""
+def _log_model(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say how the model is loaded."""
     _choice(group, "--dtype", "float32|bfloat16", "of the model; default: float32")
     group.add_argument("--device", default="cpu", help="as torch names it; default: cpu")
+
+
+def _log_running(group: argparse._ArgumentGroup) -> None:
+    """Add the options that bound time and memory, and say what happens when something fails."""
     _count(group, "--batch-tokens", "tokens of a batch, padding included; default: 1024", 1024)
     _count(group, "--batch-size", "examples, at most")
     group.add_argument("--resume", action="store_true", help="go on with the store in --out")
@@ -318,13 +401,19 @@ def _query(parser: argparse.ArgumentParser) -> None:
 
     out = parser.add_argument_group("output")
     out.add_argument("--least", action="store_true", help="print the least influential too")
-    out.add_argument("--json", metavar="FILE", help="write the results as JSON")
-    out.add_argument("--html", metavar="FILE", help="write the results as a page")
+    _outputs(out, json="the results as JSON, to stdout if -", html="a page", scores="a table")
+    out.add_argument(
+        "--scores-of",
+        type=_one_of("all", "ranked"),
+        metavar="all|ranked",
+        help="every row, or the K most and least influential; default: all",
+    )
     out.add_argument("--device", default="cpu", help="of the model; default: cpu")
 
 
 def _info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="folder of the store")
+    _outputs(parser, json="the same as JSON, to stdout if -")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -332,11 +421,12 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="sizes and headers only, not every byte"
     )
+    _outputs(parser, json="what was found as JSON, to stdout if -")
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", required=True, metavar="JSON", help="from `logra query`")
-    parser.add_argument("--out", required=True, metavar="HTML", help="the page to write")
+    _outputs(parser, html="a page", scores="a table of the ranked examples")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:

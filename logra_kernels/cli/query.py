@@ -1,15 +1,27 @@
 """`logra query`: a store's passages, ranked for an answer."""
 
 import argparse
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
+from logra_kernels.cli.outputs import check_outputs
 from logra_kernels.defaults import RANKING_MODE
 from logra_kernels.lm.corpus import Record
 from logra_kernels.report import write_report, write_results
+from logra_kernels.report.console import say, warn
 from logra_kernels.report.render import snippet
+from logra_kernels.report.results import STANDARD_OUTPUT
+from logra_kernels.report.scores import score_table, write_ranked_scores
 from logra_kernels.report.terminal import print_query
 from logra_kernels.store import Store
+
+if TYPE_CHECKING:
+    from logra_kernels.lm.ranking import Scores
+
+NOTE = "The passages are ranked by influence, which is not the same as being about it."
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -19,44 +31,72 @@ def run(arguments: argparse.Namespace) -> int:
     from logra_kernels.lm.query import ask, chat_prompt
 
     records = _records(arguments)
-    _check_outputs(arguments)
+    check_outputs(arguments)
+    if arguments.scores_of is not None and not arguments.scores:
+        raise ValueError("--scores-of goes with --scores")
     store = Store.open(arguments.store)
     dtype = lm_fingerprints(store)["model"]["dtype"]
     _check_rows(store, arguments)
     lm = CausalLM.load(arguments.model, dtype=dtype, device=arguments.device)
     asked = records
     if arguments.chat:
-        asked = [Record(r.id, r.text, chat_prompt(lm, r.prompt)) for r in records]
-    results = ask(
-        store,
-        lm,
-        asked,
-        modes=list(dict.fromkeys(arguments.mode or [RANKING_MODE])),
-        top_k=arguments.top_k,
-        damping_scale=arguments.damping_scale,
-        damping=arguments.damping,
-        token_scores=bool(arguments.json or arguments.html),
-        notes=["The passages are ranked by influence, which is not the same as being about it."],
-        progress=lambda step: print(f"… {step}", file=sys.stderr),
-    )
+        asked = [Record(r.id, r.text, chat_prompt(lm, r.prompt), templated=True) for r in records]
+    with _every_score(arguments) as every_score:
+        results = ask(
+            store,
+            lm,
+            asked,
+            modes=list(dict.fromkeys(arguments.mode or [RANKING_MODE])),
+            top_k=arguments.top_k,
+            damping_scale=arguments.damping_scale,
+            damping=arguments.damping,
+            token_scores=bool(arguments.json or arguments.html),
+            every_score=every_score,
+            notes=[NOTE],
+            progress=lambda step: warn(f"… {step}"),
+        )
     for query, record in zip(results["queries"], records, strict=True):
         query["prompt"] = record.prompt  # without the chat template
-        print_query(query, least=arguments.least)
-    if arguments.json:
-        write_results(results, arguments.json)
-        print(f"results: {arguments.json}")
-    if arguments.html:
-        write_report(results, arguments.html)
-        print(f"report: {arguments.html}")
+    _write(results, arguments)
     return 0
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuse files that cannot be written, before any work is done for them."""
-    for option in ("json", "html"):
-        path = getattr(arguments, option)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f"{option}: no folder {Path(path).absolute().parent}")
+@contextmanager
+def _every_score(arguments: argparse.Namespace) -> Iterator[Callable[["Scores"], None] | None]:
+    """What writes the scores of all rows, if that is asked for."""
+    if not arguments.scores or arguments.scores_of == "ranked":
+        yield None
+        return
+    with score_table(arguments.scores) as add, tqdm(desc="scores", unit="row", delay=1) as bar:
+
+        def write(block: "Scores") -> None:
+            add(block)
+            bar.update(len(block["score"]))
+
+        yield write
+
+
+def _write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print the rankings, and write the files that were asked for."""
+    tell: Callable[[str], None] = say
+    if arguments.json == STANDARD_OUTPUT:
+        tell = warn  # on stdout is JSON alone
+    else:
+        for query in results["queries"]:
+            print_query(query, least=arguments.least)
+    if arguments.json:
+        write_results(results, arguments.json)
+    if arguments.html:
+        write_report(results, arguments.html)
+    if arguments.scores and arguments.scores_of == "ranked":
+        write_ranked_scores(results, arguments.scores)
+    for label, path in (
+        ("results", arguments.json),
+        ("report", arguments.html),
+        ("scores", arguments.scores),
+    ):
+        if path and path != STANDARD_OUTPUT:
+            tell(f"{label}: {path}")
 
 
 def _check_rows(store: Store, arguments: argparse.Namespace) -> None:
@@ -69,10 +109,9 @@ def _check_rows(store: Store, arguments: argparse.Namespace) -> None:
             f" got {arguments.top_k}"
         )
     if not store.finalized:
-        print(
+        warn(
             f"logra: warning: {arguments.store} is not finished; its {store.num_rows} rows so far"
-            " are ranked",
-            file=sys.stderr,
+            " are ranked"
         )
 
 

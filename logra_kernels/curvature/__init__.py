@@ -9,12 +9,28 @@ from logra_kernels.curvature.base import (
     register_curvature,
 )
 from logra_kernels.curvature.damping import check_damping
+from logra_kernels.curvature.diagonal import DiagonalCurvature
+from logra_kernels.curvature.kronecker import (
+    EcShampooCurvature,
+    EkfacCurvature,
+    EkfacReduceCurvature,
+    KfacCurvature,
+    KfacReduceCurvature,
+    KroneckerCurvature,
+)
 from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.curvature.raw import RawCurvature
 
 __all__ = [
     "Curvature",
+    "DiagonalCurvature",
+    "EcShampooCurvature",
+    "EkfacCurvature",
+    "EkfacReduceCurvature",
     "IdentityPreconditioner",
+    "KfacCurvature",
+    "KfacReduceCurvature",
+    "KroneckerCurvature",
     "Preconditioner",
     "RawCurvature",
     "check_damping",

@@ -38,6 +38,12 @@ class Curvature(ABC):
     """
 
     kind: ClassVar[str]  # the name in the registry, in stores and in results
+    tokens: ClassVar[str | None] = None
+    """What `update_tokens` must be given beside the rows: "expand", a vector for each token;
+    "reduce", for each example the mean of its inputs and the sum of its output gradients; None,
+    nothing."""
+    rank_by_rows: ClassVar[bool] = False  # whether a module's H has at most the rank of its rows
+    corrected: ClassVar[bool] = False  # whether `complete` reads the rows of the finished store
     fold_rows = 256  # rows that `rebuild` gives to `update` at a time
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
@@ -60,6 +66,13 @@ class Curvature(ABC):
     def update_finite(self, rows: Tensor) -> None:
         """`update` for a caller that knows every value to be finite: a kind may look no more."""
         self.update(rows)
+
+    def update_tokens(self, module: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Add what a kind with `tokens` needs of a module: P_i x [n, Ki] and P_o dy [n, Ko]."""
+        raise NotImplementedError(f"{self.kind} needs no tokens")
+
+    def complete(self, store: Store, progress: Progress = None) -> None:  # noqa: B027
+        """Find what needs all rows at once, when the store has them."""
 
     @abstractmethod
     def merge(self: C, other: C) -> C:
@@ -95,9 +108,10 @@ class Curvature(ABC):
         """The curvature of a store's rows, with the bits of one that was kept while logging."""
         curvature = cls(store.layout, dtype)
         done = track(progress, store.num_rows, "curvature")
-        for _, rows, row_scale in store.blocks(curvature.fold_rows):
-            curvature.update(stored_rows(store, rows, row_scale))
+        for _, rows, row_scale, row_exponents in store.blocks(curvature.fold_rows):
+            curvature.update(stored_rows(store, rows, row_scale, row_exponents))
             done(rows.shape[0])
+        curvature.complete(store)
         return curvature
 
     def damped(
@@ -193,13 +207,13 @@ def curvature_kind(name: str) -> type[Curvature]:
 
 
 def load_curvature(store: Store) -> Curvature:
-    """The curvature that a store holds; of several, the kind that was registered first.
+    """The curvature that a store holds; of several, raw, or the kind that was registered first.
 
     Raises:
         ValueError: it holds none of a registered kind, or one that does not match its checksum.
     """
-    held = (name for name in _KINDS if name in store.curvatures)
-    return curvature_kind(next(held, CURVATURE)).load(store)
+    held = [name for name in (CURVATURE, *_KINDS) if name in store.curvatures]
+    return curvature_kind(held[0] if held else CURVATURE).load(store)
 
 
 def preconditioner_of(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels._checks import dtype_name
+from logra_kernels.curvature.whitening import Dense, Plain, Rotated, Scaled, Whitening
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.store import Module, RowLayout
 from logra_kernels.threads import set_own_threads
@@ -91,14 +92,17 @@ class Preconditioner(ABC):
         means = self.mean_eigenvalues
         return [round(power * math.log2(mean)) if mean else 0 for mean in means]
 
-    def scaled_factors(self, norm: str) -> list[Tensor] | None:
-        """Per module W [K, K] float32, such that |2**unit · W g| is the norm; None: W = I.
+    def whitenings(self, norm: str) -> list[Whitening]:
+        """Per module W in units of 2**units(norm)[i], such that |2**unit · W g| is the norm.
 
         norm "sigma": |W g|² = gᵀ(H + λI)⁻¹g; norm "theta": |W g| = |(H + λI)⁻¹g|.
         """
-        work = self._root if norm == "sigma" else self._inverse
         units = self.units(norm)
-        return each_module(len(self.layout), lambda i: (work(i) * 2.0 ** -units[i]).float())
+        return each_module(len(self.layout), lambda i: self._whitening(i, norm, units[i]))
+
+    def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
+        work = self._root if norm == "sigma" else self._inverse
+        return Dense((work(i) * 2.0**-unit).float())
 
     @abstractmethod
     def _solve(self, i: int, columns: Tensor) -> Tensor:
@@ -120,9 +124,8 @@ class IdentityPreconditioner(Preconditioner):
         layout = RowLayout.of(modules)
         super().__init__("none", _key("none", layout.signature), layout, [1.0] * len(layout))
 
-    def scaled_factors(self, norm: str) -> list[Tensor] | None:
-        """None: the norm is |g| itself."""
-        return None
+    def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
+        return Plain()
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         return columns
@@ -203,11 +206,7 @@ class CholeskyPreconditioner(_OfMatrices):
         if int(info) or smallest <= rounding * float(matrix.diagonal().max()):
             values = torch.linalg.eigvalsh(matrix)
             rank = int((values > rounding * float(values.max())).sum())
-            raise ValueError(
-                f"module '{name}': H + {damping:g} I has rank {rank} of {len(matrix)} and cannot "
-                f"be inverted; give a larger damping (damping_scale={DAMPING_SCALE} is usual), or "
-                "solver='eigh', which takes the pseudo-inverse"
-            )
+            raise ValueError(_singular(name, damping, rank, len(matrix)))
         return factor
 
     def _check(self, i: int) -> None:
@@ -264,6 +263,103 @@ class EigenPreconditioner(_OfMatrices):
 
     def _inverse(self, i: int) -> Tensor:
         return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
+
+
+class DiagonalPreconditioner(Preconditioner):
+    """H = diag(Λ), so that W = diag((Λ + λ)^(-1/2)); zero where Λ + λ is rounding.
+
+    Args:
+        kind, checksum: of the curvature.
+        modules: the row's layout.
+        eigenvalues: Λ of each module, float64, of the shape of its gradient or flat.
+        dampings: λ of each module.
+        solver: "cholesky" refuses a singular H + λI, "eigh" takes its pseudo-inverse.
+        precision: relative rounding error of Λ.
+
+    Raises:
+        ValueError: H + λI of a module is singular, or not finite.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        checksum: str,
+        modules: Sequence[Module],
+        eigenvalues: Sequence[Tensor],
+        dampings: Sequence[float],
+        solver: str,
+        precision: float = torch.finfo(torch.float64).eps,
+    ) -> None:
+        key = _key(checksum, solver, [damping.hex() for damping in dampings])
+        pairs = list(zip(eigenvalues, dampings, strict=True))
+        means = [float(values.mean()) + damping for values, damping in pairs]
+        super().__init__(kind, key, modules, means, dampings)
+        self._inverses = []  # 1 / (Λ + λ), float64
+        for i, (values, damping) in enumerate(pairs):
+            name, damped = self.layout.names[i], values.clamp(min=0) + damping
+            if not damped.isfinite().all():
+                raise ValueError(f"module '{name}': H is not finite; log the rows again")
+            rounding = torch.finfo(torch.float64).eps if damping else precision
+            kept = damped > self.layout.sizes[i] * rounding * damped.max()
+            if solver == "cholesky" and means[i] and not kept.all():
+                raise ValueError(_singular(name, damping, int(kept.sum()), kept.numel()))
+            self._inverses.append(torch.where(kept, 1 / damped, 0.0))
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        return self._inverses[i].flatten()[:, None] * columns
+
+    def _root(self, i: int) -> Tensor:
+        return self._inverses[i].flatten().sqrt().diag()
+
+    def _inverse(self, i: int) -> Tensor:
+        return self._inverses[i].flatten().diag()
+
+    def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
+        return Scaled(self._scale(i, norm, unit).flatten())
+
+    def _scale(self, i: int, norm: str, unit: int) -> Tensor:
+        """W in the eigenbasis, in units of 2**unit, float32."""
+        scale = self._inverses[i].sqrt() if norm == "sigma" else self._inverses[i]
+        return (scale * 2.0**-unit).float()
+
+
+class KroneckerPreconditioner(DiagonalPreconditioner):
+    """H = (Q_B ⊗ Q_F) diag(Λ) (Q_B ⊗ Q_F)ᵀ.
+
+    Args:
+        bases: (Q_F [Ki, Ki], Q_B [Ko, Ko]) of each module, float64.
+        others: as `DiagonalPreconditioner` takes them, with Λ [Ko, Ki].
+    """
+
+    def __init__(self, bases: Sequence[tuple[Tensor, Tensor]], *others: Any) -> None:
+        super().__init__(*others)
+        self._bases = list(bases)
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        into, out = self._bases[i]
+        gradients = columns.T.reshape(-1, len(out), len(into))
+        rotated = out.T @ gradients @ into * self._inverses[i]
+        return (out @ rotated @ into.T).flatten(1).T
+
+    def _root(self, i: int) -> Tensor:
+        into, out = self._bases[i]
+        return super()._root(i).diagonal()[:, None] * torch.kron(out.T, into.T)
+
+    def _inverse(self, i: int) -> Tensor:
+        root = self._root(i)
+        return root.T @ root
+
+    def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
+        into, out = self._bases[i]
+        return Rotated(into.float(), out.float(), self._scale(i, norm, unit))
+
+
+def _singular(name: str, damping: float, rank: int, size: int) -> str:
+    return (
+        f"module '{name}': H + {damping:g} I has rank {rank} of {size} and cannot "
+        f"be inverted; give a larger damping (damping_scale={DAMPING_SCALE} is usual), or "
+        "solver='eigh', which takes the pseudo-inverse"
+    )
 
 
 def each_module(count: int, work: Callable[[int], T], flops: float = math.inf) -> list[T]:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels import ops
 from logra_kernels._checks import dtype_name
 from logra_kernels.curvature.base import Curvature, register_curvature
+from logra_kernels.curvature.moment import FOLD_ROWS, Moment
 from logra_kernels.curvature.preconditioner import (
     CholeskyPreconditioner,
     EigenPreconditioner,
@@ -22,16 +22,8 @@ from logra_kernels.curvature.preconditioner import (
 )
 from logra_kernels.store import Module, Store
 
-# Rows are folded into the covariance 256 at a time: a call reads and writes K² sums, and costs less
-# than the K²/2 multiply-adds of each of 256 rows on every machine measured. A buffer of rows takes
-# at most FOLD_BYTES.
-FOLD_ROWS = 256
+# Buffers of rows that wait to be folded take at most this.
 FOLD_BYTES = 256 << 20
-# Above this K float64 sums take more than 8 MiB a module, and their update twice float32's time.
-FLOAT64_LARGEST_K = 1024
-# Sums are rescaled when a block's largest gradient passes 2**8 times their unit: float32 sums hold
-# 2**100 times more before they overflow.
-HEADROOM_EXPONENT = 8
 
 
 @register_curvature
@@ -44,18 +36,12 @@ class RawCurvature(Curvature):
     """
 
     kind = "raw"
+    rank_by_rows = True
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)
         self.fold_rows = max(1, min(FOLD_ROWS, FOLD_BYTES // (4 * self.layout.dim)))
-        small = [size <= FLOAT64_LARGEST_K for size in self.layout.sizes]
-        self._dtypes = [dtype or (torch.float64 if k else torch.float32) for k in small]
-        # Allocated by the first block that is not zero: a module without gradients takes no memory.
-        self._sums: list[Tensor | None] = [None] * len(self.layout)
-        self._exponents = [0] * len(self.layout)  # gradients are in units of 2**exponent
-        self._folded_rows = 0
-        self._buffer: Tensor | None = None  # [fold_rows, D] float32
-        self._buffered_rows = 0
+        self._moments = [Moment(size, dtype, self.fold_rows) for size in self.layout.sizes]
         self._version = 0
         self._checksum: tuple[int, str] | None = None
         self._eigen: tuple[int, list[tuple[Tensor, Tensor]]] | None = None
@@ -63,7 +49,7 @@ class RawCurvature(Curvature):
     @property
     def count(self) -> int:
         """The number of rows seen."""
-        return self._folded_rows + self._buffered_rows
+        return self._moments[0].count
 
     def update(self, rows: Tensor) -> None:
         """Add rows [R, D] float32, as the store holds them.
@@ -82,33 +68,14 @@ class RawCurvature(Curvature):
         """Add finite rows [R, D]; they are folded into the sums `fold_rows` at a time."""
         rows = rows.detach().cpu()
         self._version += 1
-        while rows.shape[0]:
-            if self._buffered_rows == 0 and rows.shape[0] >= self.fold_rows:
-                self._fold(rows[: self.fold_rows])
-                rows = rows[self.fold_rows :]
-                continue
-            if self._buffer is None:
-                self._buffer = torch.empty(self.fold_rows, self.layout.dim)
-            taken = min(self.fold_rows - self._buffered_rows, rows.shape[0])
-            end = self._buffered_rows + taken
-            self._buffer[self._buffered_rows : end] = rows[:taken]
-            rows = rows[taken:]
-            self._buffered_rows = end
-            if end == self.fold_rows:
-                self._fold(self._buffer)
-                self._buffered_rows = 0
+        for moment, columns in zip(self._moments, self.layout.split(rows), strict=True):
+            moment.update(columns)
 
     def merge(self, other: RawCurvature) -> RawCurvature:
         """Add another curvature's sums and count (another shard's or rank's); returns self."""
         self._check_layout("other", other.layout)
-        for i, dtype in enumerate(self._dtypes):
-            theirs, exponent = other._snapshot(i)
-            if theirs is None:
-                continue
-            mine = self._reserve(i, exponent)
-            unit = 4.0 ** (exponent - self._exponents[i])
-            mine += (theirs.double() * unit).to(dtype)
-        self._folded_rows += other.count
+        for mine, theirs in zip(self._moments, other._moments, strict=True):
+            mine.merge(theirs)
         self._version += 1
         return self
 
@@ -120,12 +87,13 @@ class RawCurvature(Curvature):
         """
         if name not in self.layout.names:
             raise KeyError(f"no module '{name}'; there are {self.layout.names}")
-        return self._symmetric(self.layout.names.index(name))
+        return self._moments[self.layout.names.index(name)].symmetric()
 
     @property
     def covariances(self) -> dict[str, Tensor]:
         """Every module's covariance, {name: [K, K] float64}."""
-        return {name: self._symmetric(i) for i, name in enumerate(self.layout.names)}
+        each = zip(self.layout.names, self._moments, strict=True)
+        return {name: moment.symmetric() for name, moment in each}
 
     @property
     def checksum(self) -> str:
@@ -133,8 +101,8 @@ class RawCurvature(Curvature):
         if self._checksum is None or self._checksum[0] != self._version:
             digest = hashlib.blake2b(digest_size=16)
             digest.update(repr((self.kind, self.count, self.layout.signature)).encode())
-            for i in range(len(self.layout)):
-                sums, exponent = self._snapshot(i)
+            for moment in self._moments:
+                sums, exponent = moment.snapshot()
                 digest.update(repr((exponent, None if sums is None else sums.dtype)).encode())
                 if sums is not None:
                     digest.update(sums.numpy().data)
@@ -146,10 +114,10 @@ class RawCurvature(Curvature):
         self._check_layout("store", store.layout)
         tensors: dict[str, np.ndarray] = {}
         exponents: dict[str, int] = {}
-        for i, module in enumerate(self.layout):
-            sums, exponent = self._snapshot(i)
+        for module, moment in zip(self.layout, self._moments, strict=True):
+            sums, exponent = moment.snapshot()
             if sums is None:
-                sums = torch.zeros(module.size, module.size, dtype=self._dtypes[i])
+                sums = torch.zeros(module.size, module.size, dtype=moment.dtype)
             tensors[module.name] = sums.numpy()
             exponents[module.name] = exponent
         meta = {
@@ -172,8 +140,8 @@ class RawCurvature(Curvature):
         curvature = cls(store.layout)
         rebuild = "rebuild it with RawCurvature.rebuild(store).save(store)"
         try:
-            curvature._exponents = [int(meta["exponents"][name]) for name in store.layout.names]
-            curvature._folded_rows = int(meta["count"])
+            exponents = [int(meta["exponents"][name]) for name in store.layout.names]
+            count = int(meta["count"])
             checksum = meta["checksum"]
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
@@ -189,8 +157,9 @@ class RawCurvature(Curvature):
                     f"{store.path}: curvature 'raw' of module '{module.name}': "
                     f"expected [{size}, {size}], got {list(sums.shape)}"
                 )
-            curvature._dtypes[i] = sums.dtype
-            curvature._sums[i] = sums if bool(sums.any()) else None
+            curvature._moments[i] = Moment.of(
+                sums, exponents[i], count, fold_rows=curvature.fold_rows
+            )
         if curvature.checksum != checksum:
             raise ValueError(
                 f"{store.path}: curvature 'raw' does not match its checksum; {rebuild}"
@@ -215,7 +184,7 @@ class RawCurvature(Curvature):
                 raise RuntimeError("curvature: rows came in since damped(); ask it for another")
             return self._moment(i)
 
-        precisions = [torch.finfo(dtype).eps for dtype in self._dtypes]
+        precisions = [torch.finfo(moment.dtype).eps for moment in self._moments]
         matrices = ModuleMatrices(self.kind, self.checksum, self.layout, means, precisions, moment)
         if solver == "eigh":
             return EigenPreconditioner(matrices, dampings, self._eigendecompositions())
@@ -230,62 +199,12 @@ class RawCurvature(Curvature):
             f"rows: row {row} is not finite in module '{self.layout.module_of(column).name}'"
         )
 
-    def _fold(self, block: Tensor) -> None:
-        for i, columns in enumerate(self.layout.split(block)):
-            self._fold_module(i, columns)
-        self._folded_rows += block.shape[0]
-
-    def _fold_module(self, i: int, columns: Tensor) -> None:
-        exponent = _exponent(columns)
-        if exponent is None:
-            return
-        sums = self._reserve(i, exponent)
-        unit = self._exponents[i]
-        ops.covariance_update_(sums, columns * 2.0**-unit if unit else columns)
-
-    def _reserve(self, i: int, exponent: int) -> Tensor:
-        """The sums of module i, in a unit that holds gradients up to 2**exponent."""
-        sums = self._sums[i]
-        if sums is None:
-            size = self.layout.sizes[i]
-            sums = self._sums[i] = torch.zeros(size, size, dtype=self._dtypes[i])
-            self._exponents[i] = exponent
-        elif exponent > self._exponents[i] + HEADROOM_EXPONENT:
-            sums *= 4.0 ** (self._exponents[i] - exponent)
-            self._exponents[i] = exponent
-        return sums
-
-    def _snapshot(self, i: int) -> tuple[Tensor | None, int]:
-        """Module i's lower triangle with the buffered rows in it, and its unit.
-
-        The sums themselves stay as they are: folding a part of a block early would change how
-        later rows are grouped, and so their bits.
-        """
-        if self._buffer is None or not self._buffered_rows:
-            return self._sums[i], self._exponents[i]
-        part = RawCurvature([self.layout[i]], self._dtypes[i])
-        kept = self._sums[i]
-        part._sums, part._exponents = [None if kept is None else kept.clone()], [self._exponents[i]]
-        part._fold_module(0, self._buffer[: self._buffered_rows, self.layout.columns[i]])
-        return part._sums[0], part._exponents[0]
-
-    def _symmetric(self, i: int) -> Tensor:
-        size = self.layout.sizes[i]
-        sums, exponent = self._snapshot(i)
-        if sums is None:
-            return torch.zeros(size, size, dtype=torch.float64)
-        lower = sums.double().tril() * 4.0**exponent
-        return lower + lower.tril(-1).T
-
     def _moment(self, i: int) -> Tensor:
         """H of module i, [K, K] float64."""
-        return self._symmetric(i) / self.count
+        return self._moments[i].symmetric() / self.count
 
     def _trace(self, i: int) -> float:
-        sums, exponent = self._snapshot(i)
-        if sums is None:
-            return 0.0
-        trace = math.fsum(sums.diagonal().tolist()) * 4.0**exponent / self.count
+        trace = self._moments[i].trace() / self.count
         if not math.isfinite(trace):
             raise ValueError(f"module '{self.layout.names[i]}': H is not finite; rebuild it")
         return trace
@@ -295,11 +214,3 @@ class RawCurvature(Curvature):
             pairs = each_module(len(self.layout), lambda i: torch.linalg.eigh(self._moment(i)))
             self._eigen = (self._version, [(pair[0], pair[1]) for pair in pairs])
         return self._eigen[1]
-
-
-def _exponent(columns: Tensor) -> int | None:
-    """e with the largest |value| in [2**(e-1), 2**e); None where all are zero."""
-    low, high = torch.aminmax(columns) if columns.numel() else (columns.new_zeros(()),) * 2
-    largest = max(-float(low), float(high))
-    # 2**-e must be a float32, which 2**127 still is
-    return max(math.frexp(largest)[1], -126) if largest else None

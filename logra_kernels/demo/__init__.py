@@ -30,6 +30,7 @@ from logra_kernels.lm.log import LoggingProgress, log_corpus
 from logra_kernels.lm.query import ask, chat_prompt
 from logra_kernels.projection import ProjectionSpec
 from logra_kernels.report import write_report, write_results
+from logra_kernels.report.console import say, warn
 from logra_kernels.report.terminal import print_query
 from logra_kernels.store import Store
 
@@ -154,7 +155,7 @@ def run_demo(out: str | os.PathLike[str], *, quick: bool = False) -> dict[str, A
             expected={question.question: f"{question.topic}/" for question in questions},
             title=TITLE,
             notes=NOTES,
-            progress=lambda step: print(f"… {step}", file=sys.stderr),
+            progress=lambda step: warn(f"… {step}"),
         )
         _for_readers(results, questions)
     with _stage("report", stages):
@@ -182,8 +183,10 @@ def weights_path() -> Path:
 
 def print_check(results: dict[str, Any]) -> None:
     """How often the expected page came first, misses included."""
-    print("\nIs a passage of the topic's own page ranked first?\n")
-    print(f"  {'page':<12}" + "".join(f"{mode:>16}" for mode in MODES))
+    say()
+    say("Is a passage of the topic's own page ranked first?")
+    say()
+    say(f"  {'page':<12}" + "".join(f"{mode:>16}" for mode in MODES))
     counts = dict.fromkeys(MODES, 0)
     for query in results["queries"]:
         expected = query["expected"]
@@ -192,10 +195,10 @@ def print_check(results: dict[str, Any]) -> None:
             rank = expected["ranks"][mode]
             counts[mode] += rank == 1
             cells.append("not logged" if rank is None else "first" if rank == 1 else f"no, #{rank}")
-        print(f"  {expected['what']:<12}" + "".join(f"{cell:>16}" for cell in cells))
+        say(f"  {expected['what']:<12}" + "".join(f"{cell:>16}" for cell in cells))
     total = len(results["queries"])
     scores = "".join(f"{f'{counts[mode]} of {total}':>16}" for mode in MODES)
-    print(f"  {'first':<12}{scores}")
+    say(f"  {'first':<12}{scores}")
 
 
 def _load_model(weights: Path, folder: Path) -> CausalLM:
@@ -214,7 +217,7 @@ def _passages(lm: CausalLM, quick: bool) -> list[Example]:
         records = [record for record in records if record.id in wanted]
     examples = [example for r in records for example in encode(r, lm.tokenizer, TOKENS)[0]]
     tokens = sum(len(example.tokens) for example in examples)
-    print(
+    say(
         f"the Python {sys.version_info.major}.{sys.version_info.minor} language reference:"
         f" {len(examples):,} passages, {tokens:,} tokens"
     )
@@ -224,9 +227,9 @@ def _passages(lm: CausalLM, quick: bool) -> list[Example]:
 def _log(gradients: LMGradients, examples: Sequence[Example], out: Path) -> Store:
     """The store of these passages, and a line that says how many of them it holds."""
     store = _logged(gradients, examples, out)
-    print(f"{store.num_rows:,} of {len(examples):,} passages in the store {store.path}")
+    say(f"{store.num_rows:,} of {len(examples):,} passages in the store {store.path}")
     if store.num_rows < len(examples):
-        print(f"  (after {LOG_SECONDS:.0f} s the ends of the longest pages were left out)")
+        say(f"  (after {LOG_SECONDS:.0f} s the ends of the longest pages were left out)")
     return store
 
 
@@ -294,7 +297,7 @@ def _faster_dtype(out: Path, lm: CausalLM, examples: Sequence[Example], blocks: 
             seconds[dtype] = min(seconds[dtype], time.monotonic() - started)
     tokens = sum(len(example.tokens) for example in batch)
     best = min(seconds, key=lambda dtype: seconds[dtype])
-    print(
+    say(
         ", ".join(f"{name} {tokens / s:,.0f} tokens/s" for name, s in seconds.items())
         + f": {best} it is"
     )
@@ -307,7 +310,7 @@ def _answered(lm: CausalLM, question: Question) -> Record:
     answer = question.answer
     if answer is None:
         answer = lm.generate(prompt, ANSWER_TOKENS)
-    return Record(id=question.question, text=answer, prompt=prompt)
+    return Record(id=question.question, text=answer, prompt=prompt, templated=True)
 
 
 def _for_readers(results: dict[str, Any], questions: Sequence[Question]) -> None:
@@ -319,12 +322,14 @@ def _for_readers(results: dict[str, Any], questions: Sequence[Question]) -> None
 
 
 def _print_end(stages: Sequence[tuple[str, float]], report: Path) -> None:
-    print("\nWhat this shows, and what it does not")
+    say()
+    say("What this shows, and what it does not")
     for note in NOTES:
-        print(f"  - {note}")
+        say(f"  - {note}")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages)
-    print(f"\n{times}; {sum(seconds for _, seconds in stages):.0f} s in all")
-    print(f"report: {report}")
+    say()
+    say(f"{times}; {sum(seconds for _, seconds in stages):.0f} s in all")
+    say(f"report: {report}")
 
 
 def _advance(bar: "tqdm[Any]") -> None:

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.capture.layers import layer_kind
 from logra_kernels.lm.corpus import Example
+from logra_kernels.lm.layers import (
+    called_on_every_token,
+    default_layers,
+    in_last_blocks,
+    linear_layers,
+    patterns,
+)
 from logra_kernels.run.recorder import model_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,35 +73,54 @@ class CausalLM:
         return cls(model.eval().to(target), tokenizer, path, dtype, fingerprint)
 
     def linear_modules(
-        self, name_filter: Sequence[str] = (), last_blocks: int | None = None
+        self,
+        name_filter: Sequence[str] | None = None,
+        last_blocks: int | None = None,
+        note: Callable[[str], None] = lambda sentence: None,
     ) -> list[str]:
         """Names of the linear layers to watch, in the model's order.
 
         Args:
-            name_filter: keep a name that contains one of these; all if empty.
+            name_filter: keep a name that contains one of these, all if empty; None: the layers of
+                the blocks outside attention, as `default_layers` says. A layer that a trial pass
+                does not call on every token is left out.
             last_blocks: keep the last so many transformer blocks only, told by the first number in
                 a name (`model.layers.29.mlp.up_proj` is of block 29).
+            note: told what is left out, or chosen otherwise than a user might expect.
         Raises:
             ValueError: nothing is left; the message says what there is.
         """
-        named = [
-            name
-            for name, module in self.model.named_modules()
-            if layer_kind(module) is not None and not isinstance(module, nn.Embedding)
-        ]
-        names = [n for n in named if not name_filter or any(part in n for part in name_filter)]
-        if not names:
-            kinds = sorted({re.sub(r"\d+", "*", name) for name in named})
-            raise ValueError(
-                f"modules: no linear layer's name contains {' or '.join(map(repr, name_filter))};"
-                f" this model has: {', '.join(kinds)}"
+        if name_filter is None:
+            names, sentence = default_layers(self.model)
+            if sentence:
+                note(sentence)
+        else:
+            named = linear_layers(self.model)
+            names = [n for n in named if not name_filter or any(part in n for part in name_filter)]
+            if not names:
+                wanted = " or ".join(map(repr, name_filter))
+                raise ValueError(
+                    f"modules: no linear layer's name contains {wanted};"
+                    f" this model has: {patterns(named)}"
+                )
+        if last_blocks is not None:
+            names = in_last_blocks(names, last_blocks)
+        called = called_on_every_token(self.model, set(names))
+        left_out = [name for name in names if name not in called]
+        if left_out:
+            why = (
+                f"{patterns(left_out)}: not called on every token (an expert, or a layer whose"
+                " weight is used without it)"
             )
-        return names if last_blocks is None else _in_last_blocks(names, last_blocks)
+            if len(left_out) == len(names):
+                raise ValueError(f"modules: none can be logged: {why}")
+            note(f"left out: {why}")
+        return [name for name in names if name in called]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Right-padded input_ids, attention_mask and labels, all [N, T] int64, on the device.
 
-        A label is -100 where no loss is borne: padding, and tokens before `loss_start`.
+        A label is -100 where no loss is borne: padding, tokens before `loss_start`, `no_loss`.
         """
         longest = max(len(example.tokens) for example in examples)
         shape = (len(examples), longest)
@@ -109,6 +133,8 @@ class CausalLM:
             input_ids[row, :length] = torch.tensor(example.tokens)
             mask[row, :length] = 1
             labels[row, example.loss_start : length] = input_ids[row, example.loss_start : length]
+            for start, end in example.no_loss:
+                labels[row, start:end] = -100
         batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         return {name: value.to(self.device) for name, value in batch.items()}
 
@@ -196,24 +222,6 @@ def _device(name: str) -> torch.device:
         first = str(error).splitlines()[0]
         raise ValueError(f"device: cannot use {name!r}: {first}") from error
     return device
-
-
-def _in_last_blocks(names: Sequence[str], last_blocks: int) -> list[str]:
-    """The names that are of the last so many transformer blocks."""
-    if last_blocks < 1:
-        raise ValueError(f"last_blocks: expected at least 1, got {last_blocks}")
-    numbers = {name: _block(name) for name in names}
-    blocks = sorted({number for number in numbers.values() if number is not None})
-    kept = [name for name in names if numbers[name] in blocks[-last_blocks:]]
-    if not kept:
-        raise ValueError("last_blocks: the watched modules' names hold no block numbers")
-    return kept
-
-
-def _block(name: str) -> int | None:
-    """The first number in a module's name: `model.layers.29.mlp.up_proj` is of block 29."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found.group(1)) if found else None
 
 
 def _digest(content: bytes) -> str:

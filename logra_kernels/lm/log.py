@@ -1,7 +1,6 @@
 """Logging a corpus: every example's row of a language model's gradients, into a store."""
 
 import contextlib
-import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -23,7 +22,7 @@ class LoggingProgress:
 
     examples: read from the corpus so far; `resumed` of them were in the store already, and
     `nonfinite` were left out. tokens: of the examples that were logged now. total: an estimate of
-    the corpus's examples until it has been read.
+    the corpus's examples until it has been read; None where there is none.
     """
 
     examples: int = 0
@@ -106,21 +105,12 @@ def log_corpus(
     return progress
 
 
-def data_fingerprint(corpus: Corpus) -> dict[str, Any]:
-    """Which text a store is of: the file's name and SHA-256, and the fields that were read."""
-    digest = hashlib.sha256()
-    with corpus.path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    fields = {} if corpus.path.suffix == ".txt" else corpus.fields
-    return {"file": corpus.path.name, "sha256": digest.hexdigest(), "fields": fields}
-
-
 def _counted(corpus: Corpus | Iterable[Example], progress: LoggingProgress) -> Iterator[Example]:
     """The corpus's examples; keeps the estimate of their number up to date."""
     for number, example in enumerate(corpus, 1):
         if isinstance(corpus, Corpus):
-            progress.total = max(number, round(number / max(corpus.fraction_read, 1e-9)))
+            read = corpus.fraction_read
+            progress.total = max(number, round(number / read)) if read else None
         elif isinstance(corpus, Sized):
             progress.total = len(corpus)
         yield example

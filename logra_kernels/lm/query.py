@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from logra_kernels.defaults import MODES, RANKING_MODE
+from logra_kernels.lm import chat
 from logra_kernels.lm.causal_lm import CausalLM
-from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode, json_lines
+from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
-from logra_kernels.lm.ranking import Ranking, Scans
+from logra_kernels.lm.ranking import Ranking, Scans, Scores
+from logra_kernels.lm.sources import json_lines
 from logra_kernels.lm.token_shares import add_token_shares
 from logra_kernels.report import FORMAT, VERSION
 from logra_kernels.store import Store
@@ -27,10 +29,11 @@ def read_queries(path: str | os.PathLike[str]) -> list[Record]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"queries: no file {path}")
-    records = [
-        _record(row, number, f"queries: {path}, line {number}")
-        for number, _, row in json_lines(path, "queries")
-    ]
+    with path.open("rb") as lines:
+        records = [
+            _record(row, number, f"queries: {path}, line {number}")
+            for number, row in json_lines(lines, f"queries: {path}")
+        ]
     if not records:
         raise ValueError(f"queries: {path} holds no query")
     return records
@@ -56,13 +59,9 @@ def chat_prompt(lm: CausalLM, question: str) -> str:
     Raises:
         ValueError: the tokenizer has no chat template.
     """
-    if not getattr(lm.tokenizer, "chat_template", None):
+    if not chat.has_template(lm.tokenizer):
         raise ValueError(f"chat: the tokenizer of {lm.path} has no chat template")
-    return str(
-        lm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-    )
+    return chat.ask(question, lm.tokenizer, "chat")
 
 
 def ask(
@@ -76,6 +75,7 @@ def ask(
     damping: float | None = None,
     token_scores: bool = True,
     expected: Mapping[str, str] | None = None,
+    every_score: Callable[[Scores], None] | None = None,
     title: str = "Most influential passages",
     notes: Sequence[str] = (),
     progress: Callable[[str], None] = lambda step: None,
@@ -92,6 +92,9 @@ def ask(
         token_scores: run the top passages through the model again, for their tokens' shares.
         expected: {query id: beginning of a passage's id}: report the rank of the best passage
             whose id begins so. It takes all scores, so the memory grows with the store.
+        every_score: given the scores of all rows in each mode, as columns query, mode, row, id and
+            score of up to 65,536 rows. Beside them the matrix of one mode is in memory, [Q, N]
+            float32.
         title, notes: for the report.
         progress: told what is being done.
     Returns:
@@ -112,7 +115,7 @@ def ask(
     rankings = []
     for mode in modes:
         progress(f"scan for {mode}")
-        rankings.append(scans.rank(mode, top_k, expected or {}))
+        rankings.append(scans.rank(mode, top_k, expected or {}, every_score))
     _add_texts(store, rankings)
     if token_scores:
         progress("token contributions of the top passages")

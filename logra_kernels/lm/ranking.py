@@ -1,6 +1,6 @@
 """A store's passages, ranked for the same queries in one mode after the other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,8 @@ from logra_kernels.defaults import DAMPING_SCALE, GRADIENT_DOT, MATRIX_MODE, NO_
 from logra_kernels.store import Store
 
 Passage = dict[str, Any]  # rank, row, id, score; later text, title, prompt, tokens
+Scores = dict[str, list[Any]]  # columns of equal lengths: query, mode, row, id, score
+BLOCK_ROWS = 1 << 16  # of scores that are held as columns
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,25 @@ class Scans:
         attributor = Attributor(self._store, NO_CURVATURE)
         return attributor, attributor.prepare(self._rows, self._names)
 
-    def rank(self, mode: str, top_k: int, expected: Mapping[str, str]) -> Ranking:
-        """Rank the store's passages in one mode."""
+    def rank(
+        self,
+        mode: str,
+        top_k: int,
+        expected: Mapping[str, str],
+        every: Callable[[Scores], None] | None = None,
+    ) -> Ranking:
+        """Rank the store's passages in one mode; `every` is given all scores, block by block."""
         attributor, queries = self._plain if mode == GRADIENT_DOT else self._curved
         scan_mode = MATRIX_MODE if mode == GRADIENT_DOT else mode
         result = attributor.top_k(queries, top_k, scan_mode)
         ranks: dict[str, int | None] = {}
-        if expected:
+        scores: Tensor | None = None  # [Q, N]
+        if expected or every is not None:
             scores = attributor.scores(queries, scan_mode).scores
-            assert scores is not None
+        if scores is not None and every is not None:
+            for block in _blocks(self._store, mode, self._names, scores):
+                every(block)
+        if scores is not None and expected:
             ids = self._store.ids.to_pylist()
             for name, of_query in zip(self._names, scores, strict=True):
                 if name in expected:
@@ -88,6 +100,22 @@ class Scans:
             return {**facts, "damping": self._damping}
         scale = DAMPING_SCALE if self._damping_scale is None else self._damping_scale
         return {**facts, "damping_scale": scale}
+
+
+def _blocks(store: Store, mode: str, names: Sequence[str], scores: Tensor) -> Iterator[Scores]:
+    """The scores [Q, N] of all rows, query by query; ids are read a block at a time."""
+    for name, of_query in zip(names, scores, strict=True):
+        for shard in store.shards:
+            for start in range(0, shard.num_rows, BLOCK_ROWS):
+                ids = shard.table["id"].slice(start, BLOCK_ROWS).to_pylist()
+                first = shard.first_row + start
+                yield {
+                    "query": [name] * len(ids),
+                    "mode": [mode] * len(ids),
+                    "row": list(range(first, first + len(ids))),
+                    "id": ids,
+                    "score": of_query[first : first + len(ids)].tolist(),
+                }
 
 
 def _passages(result: InfluenceResult, end: str) -> list[list[Passage]]:

@@ -4,8 +4,8 @@ An op may be called by its public function, by `torch.ops.logra.<op>` or out of 
 its arguments are checked where all of these meet: in the registered kernels, and in the fake one.
 
 On CPU an op runs its C++ kernel if the extension is loaded, else the reference; on CUDA it calls
-the launcher `logra_kernels.triton.<op>.<function>` with the schema's arguments, positionally; on
-any other device it runs the reference. The ops have no derivatives: a backward pass through one
+the launcher of its name in `logra_kernels.triton`; on any other device it runs the reference. All
+take what `check` returns, positionally. The ops have no derivatives: a backward pass through one
 raises.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from logra_kernels import _native
+from logra_kernels import _native, reference
 from logra_kernels.ops._direct import direct
 
 Check = Callable[..., tuple[Any, ...]]
@@ -31,24 +31,24 @@ library = torch.library.Library("logra", "DEF")
 def register(
     schema: str,
     *,
-    module: str,
     check: Check,
-    reference: Callable[..., R],
     fake: Callable[..., R],
     native: Callable[..., R],
     check_values: Check | None = None,
+    computed_as: str | None = None,
     first_input: int = 0,
 ) -> Callable[..., R]:
     """Define the op of `schema`.
 
     Args:
         schema: as `torch.library.Library.define` takes it.
-        module: the module of `logra_kernels.triton` with the launcher.
         check: takes the schema's arguments, refuses what no kernel may see (types, shapes, devices)
-            and returns the arguments with a contiguous last axis; no value of a tensor is read.
-        reference, native: the kernels. `native` takes the extension first.
+            and returns what kernels take, with a contiguous last axis; no value of a tensor is
+            read.
         fake: shapes and dtypes of the results.
-        check_values: like `check`, for the values in tensors, which a trace does not have.
+        native: the C++ kernel, which takes the extension first.
+        check_values: for what `check` returned: the values in tensors, which a trace does not have.
+        computed_as: the op whose reference and launcher take what `check` returns, if another.
         first_input: float64 arguments from this one on go to the reference.
 
     Returns:
@@ -56,6 +56,7 @@ def register(
     """
     name = schema.split("(")[0]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    defined: Callable[..., R] = getattr(reference, computed_as or name)
 
     def checked(kernel: Callable[..., R]) -> Callable[..., R]:
         def run(*args: Any) -> R:
@@ -66,18 +67,17 @@ def register(
 
     def cpu(*args: Any) -> R:
         if _native.C is None or has_float64(args[first_input:]):
-            return reference(*args)
+            return defined(*args)
         return native(_native.C, *args)
 
     def cuda(*args: Any) -> R:
         if _native.MODE == "reference" or has_float64(args[first_input:]) or not triton_available():
-            return reference(*args)
-        launcher: Callable[..., R] = getattr(
-            importlib.import_module(f"logra_kernels.triton.{module}"), name
-        )
+            return defined(*args)
+        launchers = importlib.import_module("logra_kernels.triton")
+        launcher: Callable[..., R] = getattr(launchers, computed_as or name)
         return launcher(*args)
 
-    library.impl(name, checked(reference), "CompositeExplicitAutograd")
+    library.impl(name, checked(defined), "CompositeExplicitAutograd")
     library.impl(name, checked(cpu), "CPU")
     library.impl(name, checked(cuda), "CUDA")
     torch.library.register_fake(f"logra::{name}", lambda *args: fake(*check(*args)), lib=library)

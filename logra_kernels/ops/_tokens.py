@@ -1,6 +1,6 @@
 """Tokens of examples: dense [N, T] with a mask, or packed [T] with segments."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from logra_kernels._checks import (
     expect_dtype,
     expect_same_device,
     expect_shape,
+    operand,
     plain,
 )
 from logra_kernels.ops._direct import dense, direct, kernels
@@ -56,48 +57,22 @@ def check_tokens(
     leading = dict(zip("NT" if x.dim() == 3 else "T", x.shape[:-1], strict=True))
     expect_shape("dy", dy, **leading, O=None)
     if mask is not None:
-        expect_mask_dtype(mask)
+        if mask.dtype.is_complex:
+            raise TypeError(f"mask: expected bool, integer or float, got {dtype_name(mask.dtype)}")
         expect_shape("mask", mask, **leading)
 
     x, dy = plain(x), plain(dy)
     if segment_ids is not None:
-        expect_dtype("segment_ids", segment_ids, *INTEGERS)
-        expect_shape("segment_ids", segment_ids, **leading)
+        segment_ids = operand("segment_ids", segment_ids, INTEGERS, **leading)
         return pack_segments(x, dy, mask, segment_ids, num_segments)
     if cu_seqlens is not None:
-        expect_dtype("cu_seqlens", cu_seqlens, *INTEGERS)
-        expect_shape("cu_seqlens", cu_seqlens, **{"S+1": None})
+        cu_seqlens = operand("cu_seqlens", cu_seqlens, INTEGERS, **{"S+1": None})
         if cu_seqlens.shape[0] == 0:
             raise ValueError("cu_seqlens: expected at least one entry, got none")
     elif x.dim() == 2:  # one token an example
         x, dy = x.unsqueeze(1), dy.unsqueeze(1)
         mask = None if mask is None else mask.unsqueeze(1)
     return Tokens(x, dy, mask, cu_seqlens)
-
-
-def check_operands(
-    x: Tensor,
-    dy: Tensor,
-    proj_in: Tensor | None,
-    proj_out: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """What the kernels take: tokens [N, T, *], or packed [T, *] with cu_seqlens; projections."""
-    if cu_seqlens is None:
-        expect_shape("x", x, N=None, T=None, I=None)
-    x, dy, mask, cu_seqlens = check_tokens(x, dy, mask, cu_seqlens, None, None, out_dtype)
-    if proj_in is not None:
-        expect_dtype("proj_in", proj_in, *FLOATS)
-        expect_shape("proj_in", proj_in, Ki=None, I=x.shape[-1])
-        proj_in = plain(proj_in)
-    if proj_out is not None:
-        expect_dtype("proj_out", proj_out, *FLOATS)
-        expect_shape("proj_out", proj_out, Ko=None, O=dy.shape[-1])
-        proj_out = plain(proj_out)
-    expect_same_device(x=x, proj_in=proj_in, proj_out=proj_out)
-    return x, dy, proj_in, proj_out, mask, cu_seqlens
 
 
 def direct_gradients(
@@ -128,11 +103,6 @@ def direct_gradients(
     rows = (out.data_ptr(), 0, (num, ko, ki), (ko * ki, ki, 1))
     kernels().projected_gradients(view(x), view(dy), in_view, out_view, kept, 0, rows)
     return out
-
-
-def expect_mask_dtype(mask: Tensor) -> None:
-    if mask.dtype.is_complex:
-        raise TypeError(f"mask: expected bool, integer or float, got {dtype_name(mask.dtype)}")
 
 
 def pack_segments(
@@ -170,29 +140,28 @@ def pack_segments(
     return Tokens(x, dy, mask, torch.searchsorted(ids, bounds))
 
 
-def check_token_values(
-    mask: Tensor | None, cu_seqlens: Tensor | None, num_tokens: int
-) -> Tensor | None:
-    """Refuse a mask that is not 0 or 1 and segments out of range; returns the mask as bool.
+def check_token_values(*args: Any) -> tuple[Any, ...]:
+    """Refuse a mask that is not 0 or 1 and segments out of range; the mask becomes bool.
 
-    Called inside the ops, because tracing (torch.compile) sees no values. On a GPU the checks are
-    asserts of the device, so that no launch waits for them.
+    Called inside the ops with what their check returned, because tracing (torch.compile) sees no
+    values. On a GPU the checks are asserts of the device, so that no launch waits for them.
     """
+    *operands, mask, cu_seqlens, out_dtype = args
     if cu_seqlens is not None:
+        x = operands[0] if isinstance(operands[0], Tensor) else operands[0][0]  # one of modules
         rising = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()  # a difference could wrap
-        good = rising & (cu_seqlens[0] >= 0) & (cu_seqlens[-1] <= num_tokens)
-        text = f"cu_seqlens: expected values that never fall, from 0 to {num_tokens} at most"
+        good = rising & (cu_seqlens[0] >= 0) & (cu_seqlens[-1] <= len(x))
+        text = f"cu_seqlens: expected values that never fall, from 0 to {len(x)} at most"
         if cu_seqlens.is_cuda:
             torch._assert_async(good, text)
         elif not good:
             raise ValueError(f"{text}, got {cu_seqlens.tolist()[:16]}")
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    keep = mask != 0
-    good = (mask == keep).all()
-    if mask.is_cuda:
-        torch._assert_async(good, "mask: expected only 0 and 1")
-    elif not good:
-        value = mask[mask != keep][0].item()
-        raise ValueError(f"mask: expected only 0 and 1, got {value}")
-    return keep
+    if mask is not None and mask.dtype != torch.bool:
+        given, mask = mask, mask != 0
+        good = (given == mask).all()
+        if mask.is_cuda:
+            torch._assert_async(good, "mask: expected only 0 and 1")
+        elif not good:
+            value = given[given != mask][0].item()
+            raise ValueError(f"mask: expected only 0 and 1, got {value}")
+    return *operands, mask, cu_seqlens, out_dtype

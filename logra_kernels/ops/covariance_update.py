@@ -5,8 +5,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
-from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels._checks import (
+    FLOATS,
+    WIDE,
+    expect_dtype,
+    expect_same_device,
+    expect_shape,
+    operand,
+)
 from logra_kernels.ops._direct import dense, direct, kernels
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import view
@@ -43,14 +49,13 @@ def covariance_update_(cov: Tensor, rows: Tensor) -> Tensor:
 
 
 def _check(cov: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    expect_dtype("cov", cov, torch.float32, torch.float64)
-    expect_dtype("rows", rows, *FLOATS)
-    expect_shape("rows", rows, R=None, K=None)
+    expect_dtype("cov", cov, *WIDE)
+    rows = operand("rows", rows, FLOATS, R=None, K=None)
     expect_shape("cov", cov, K=rows.shape[1], K_=rows.shape[1])
     expect_same_device(cov=cov, rows=rows)
     if not cov.is_contiguous():
         raise ValueError(f"cov: expected a contiguous tensor, got strides {cov.stride()}")
-    return cov, plain(rows)
+    return cov, rows
 
 
 def _check_values(cov: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +69,7 @@ def _share_memory(cov: Tensor, rows: Tensor) -> bool:
 def _direct(cov: Tensor, rows: Tensor) -> bool:
     """False for arguments that take the long way."""
     if (
-        cov.dtype not in (torch.float32, torch.float64)
+        cov.dtype not in WIDE
         or not dense(rows, 2)
         or not cov.is_contiguous()
         or _share_memory(cov, rows)
@@ -85,16 +90,10 @@ def _kernel(c: ModuleType, cov: Tensor, rows: Tensor) -> None:
     c.covariance_update(view(cov), view(rows))
 
 
-def _reference(cov: Tensor, rows: Tensor) -> None:
-    reference.covariance_update_(cov, rows)
-
-
 _call = register(
     "covariance_update_(Tensor(a!) cov, Tensor rows) -> ()",
-    module="covariance_update",
     check=_check,
     check_values=_check_values,
-    reference=_reference,
     fake=_fake,
     native=_kernel,
     first_input=1,  # the kernels accumulate into a float64 cov

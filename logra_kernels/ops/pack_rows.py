@@ -6,15 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
-from logra_kernels._checks import (
-    FLOATS,
-    expect_dtype,
-    expect_same_device,
-    expect_shape,
-    expect_sizes,
-    plain,
-)
+from logra_kernels._checks import FLOATS, expect_same_device, expect_sizes, operand
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 
@@ -75,22 +67,19 @@ def unpack_rows(
 def _check_pack(
     rows: Tensor, sizes: list[int], exponents: list[int]
 ) -> tuple[Tensor, list[int], list[int]]:
-    expect_dtype("rows", rows, *FLOATS)
-    expect_shape("rows", rows, R=None, D=None)
+    rows = operand("rows", rows, FLOATS, R=None, D=None)
     _check_modules(rows, sizes, exponents)
-    return plain(rows), sizes, exponents
+    return rows, sizes, exponents
 
 
 def _check_unpack(
     packed: Tensor, row_scale: Tensor, sizes: list[int], exponents: list[int]
 ) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    expect_dtype("packed", packed, torch.float16)
-    expect_dtype("row_scale", row_scale, torch.float32)
-    expect_shape("packed", packed, R=None, D=None)
-    expect_shape("row_scale", row_scale, R=packed.shape[0])
+    packed = operand("packed", packed, [torch.float16], R=None, D=None)
+    row_scale = operand("row_scale", row_scale, [torch.float32], R=packed.shape[0])
     expect_same_device(packed=packed, row_scale=row_scale)
     _check_modules(packed, sizes, exponents)
-    return plain(packed), plain(row_scale), sizes, exponents
+    return packed, row_scale, sizes, exponents
 
 
 def _check_modules(rows: Tensor, sizes: list[int], exponents: list[int]) -> None:
@@ -133,18 +122,14 @@ def _native_unpack(
 
 _pack = register(
     "pack_rows(Tensor rows, int[] module_sizes, int[] module_exponents) -> (Tensor, Tensor)",
-    module="pack_rows",
     check=_check_pack,
-    reference=reference.pack_rows,
     fake=_fake_pack,
     native=_native_pack,
 )
 _unpack = register(
     "unpack_rows(Tensor packed, Tensor row_scale, int[] module_sizes, int[] module_exponents) "
     "-> Tensor",
-    module="pack_rows",
     check=_check_unpack,
-    reference=reference.unpack_rows,
     fake=_fake_unpack,
     native=_native_unpack,
 )

@@ -1,21 +1,17 @@
 """Per-sample gradients from projected activations."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels.ops._library import register
-from logra_kernels.ops._pointers import pointer, view
-from logra_kernels.ops._tokens import (
-    check_operands,
-    check_token_values,
-    check_tokens,
-    direct_gradients,
+from logra_kernels.ops._tokens import check_token_values, check_tokens, direct_gradients
+from logra_kernels.ops.projected_gradients import (
+    check_gradients,
+    empty_gradients,
+    native_gradients,
 )
-from logra_kernels.reference._dtype import accumulator
 
 
 def per_sample_gradients(
@@ -38,12 +34,9 @@ def per_sample_gradients(
         dy: ``[N, T, Ko]`` output gradients, likewise; its dtype may differ from x's.
         mask: ``[N, T]`` 0 or 1 of any real dtype. A token masked by 0 is skipped, whatever it
             holds; None keeps all.
-        cu_seqlens: ``[S+1]`` int32 or int64. Tokens are packed, ``x [T, Ki]``, ``dy [T, Ko]``,
-            ``mask [T]``; segment s holds the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s+1] - 1``.
-        segment_ids: ``[T]`` or ``[N, T]`` int32 or int64, instead of cu_seqlens: each token's
-            segment, -1 for none. Ids that do not grow along the tokens cost a sorted copy.
-        num_segments: S for segment_ids; None for the largest id + 1.
-        out_dtype: dtype of the result; None for the accumulator's.
+        cu_seqlens, segment_ids: ``[S+1]``, or ``[T]`` or ``[N, T]``, int32 or int64: segments of
+            packed tokens ``x [T, Ki]``, ``dy [T, Ko]``, ``mask [T]``, as `projected_gradients` has
+            them; num_segments and out_dtype likewise.
 
     Returns:
         ``[N, Ko, Ki]`` (``[S, Ko, Ki]`` for segments), accumulated in float32 (float64 if an
@@ -64,60 +57,17 @@ def per_sample_gradients(
     return _call(*tokens, out_dtype)
 
 
-def _fake(
-    x: Tensor,
-    dy: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    num = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty((num, dy.shape[-1], x.shape[-1]), dtype=out_dtype or accumulator(x, dy))
-
-
-def _native(
-    c: ModuleType,
-    x: Tensor,
-    dy: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    out = _fake(x, dy, mask, cu_seqlens, torch.float32)
-    mask = None if mask is None else mask.contiguous()
-    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    c.per_sample_gradients(view(x), view(dy), pointer(mask), pointer(bounds), view(out))
-    return out.to(out_dtype or torch.float32)
-
-
-def _reference(x: Tensor, dy: Tensor, mask: Any, cu_seqlens: Any, out_dtype: Any) -> Tensor:
-    return reference.per_sample_gradients(x, dy, mask, cu_seqlens, out_dtype=out_dtype)
-
-
-def _check(
-    x: Tensor,
-    dy: Tensor,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Any, ...]:
-    x, dy, _, _, mask, cu_seqlens = check_operands(x, dy, None, None, mask, cu_seqlens, out_dtype)
-    return x, dy, mask, cu_seqlens, out_dtype
-
-
-def _check_values(
-    x: Tensor, dy: Tensor, mask: Any, cu_seqlens: Any, out_dtype: Any
-) -> tuple[Any, ...]:
-    return x, dy, check_token_values(mask, cu_seqlens, x.shape[0]), cu_seqlens, out_dtype
+def _check(x: Tensor, dy: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """As `projected_gradients` takes them, with nothing to project."""
+    return check_gradients(x, dy, None, None, *rest)
 
 
 _call = register(
     "per_sample_gradients(Tensor x, Tensor dy, Tensor? mask=None, Tensor? cu_seqlens=None, "
     "ScalarType? out_dtype=None) -> Tensor",
-    module="per_sample_gradients",
     check=_check,
-    reference=_reference,
-    fake=_fake,
-    native=_native,
-    check_values=_check_values,
+    fake=empty_gradients,
+    native=native_gradients,
+    check_values=check_token_values,
+    computed_as="projected_gradients",
 )

@@ -5,8 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
-from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, operand, plain
 from logra_kernels.ops._direct import NARROW, dense, direct, kernels
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import flat_tokens, rows_view, view
@@ -38,12 +37,11 @@ def project(x: Tensor, proj: Tensor) -> Tensor:
 
 def _check(x: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     expect_dtype("x", x, *FLOATS)
-    expect_dtype("proj", proj, *FLOATS)
     if x.dim() == 0:
         raise ValueError("x: expected [..., I], got []")
-    expect_shape("proj", proj, K=None, I=x.shape[-1])
+    proj = operand("proj", proj, FLOATS, K=None, I=x.shape[-1])
     expect_same_device(x=x, proj=proj)
-    return plain(x), plain(proj)
+    return plain(x), proj
 
 
 def _direct(x: Tensor, proj: Tensor) -> Tensor | None:
@@ -76,9 +74,7 @@ def _kernel(c: ModuleType, x: Tensor, proj: Tensor) -> Tensor:
 
 _call = register(
     "project(Tensor x, Tensor proj) -> Tensor",
-    module="project",
     check=_check,
-    reference=reference.project,
     fake=_fake,
     native=_kernel,
 )

@@ -6,15 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
+from logra_kernels._checks import FLOATS, expect_same_device, expect_shape, operand
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
-from logra_kernels.ops._tokens import (
-    check_operands,
-    check_token_values,
-    check_tokens,
-    direct_gradients,
-)
+from logra_kernels.ops._tokens import check_token_values, check_tokens, direct_gradients
 from logra_kernels.reference._dtype import accumulator
 
 
@@ -73,7 +68,28 @@ def projected_gradients(
     return _call(x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype)
 
 
-def _fake(
+def check_gradients(
+    x: Tensor,
+    dy: Tensor,
+    proj_in: Tensor | None = None,
+    proj_out: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    """The arguments for a kernel: tokens [N, T, *], or packed [T, *] with cu_seqlens."""
+    if cu_seqlens is None:
+        expect_shape("x", x, N=None, T=None, I=None)
+    x, dy, mask, cu_seqlens = check_tokens(x, dy, mask, cu_seqlens, None, None, out_dtype)
+    if proj_in is not None:
+        proj_in = operand("proj_in", proj_in, FLOATS, Ki=None, I=x.shape[-1])
+    if proj_out is not None:
+        proj_out = operand("proj_out", proj_out, FLOATS, Ko=None, O=dy.shape[-1])
+    expect_same_device(x=x, proj_in=proj_in, proj_out=proj_out)
+    return x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype
+
+
+def empty_gradients(
     x: Tensor,
     dy: Tensor,
     proj_in: Tensor | None,
@@ -81,14 +97,17 @@ def _fake(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     out_dtype: torch.dtype | None,
+    *modules: int,
 ) -> Tensor:
+    """Room for G [*modules, N, Ko, Ki] of these arguments."""
     num = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     ki = x.shape[-1] if proj_in is None else proj_in.shape[0]
     ko = dy.shape[-1] if proj_out is None else proj_out.shape[0]
-    return x.new_empty((num, ko, ki), dtype=out_dtype or accumulator(x, dy, proj_in, proj_out))
+    dtype = out_dtype or accumulator(x, dy, proj_in, proj_out)
+    return x.new_empty((*modules, num, ko, ki), dtype=dtype)
 
 
-def _native(
+def native_gradients(
     c: ModuleType,
     x: Tensor,
     dy: Tensor,
@@ -98,7 +117,8 @@ def _native(
     cu_seqlens: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    out = _fake(x, dy, proj_in, proj_out, mask, cu_seqlens, torch.float32)
+    """G by the C++ kernel."""
+    out = empty_gradients(x, dy, proj_in, proj_out, mask, cu_seqlens, torch.float32)
     mask = None if mask is None else mask.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     p_in = None if proj_in is None else view(proj_in)
@@ -107,40 +127,11 @@ def _native(
     return out.to(out_dtype or torch.float32)
 
 
-def _reference(
-    x: Tensor, dy: Tensor, proj_in: Any, proj_out: Any, mask: Any, cu_seqlens: Any, out_dtype: Any
-) -> Tensor:
-    return reference.projected_gradients(
-        x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype=out_dtype
-    )
-
-
-def _check(
-    x: Tensor,
-    dy: Tensor,
-    proj_in: Tensor | None = None,
-    proj_out: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Any, ...]:
-    return *check_operands(x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype), out_dtype
-
-
-def _check_values(
-    x: Tensor, dy: Tensor, proj_in: Any, proj_out: Any, mask: Any, cu_seqlens: Any, out_dtype: Any
-) -> tuple[Any, ...]:
-    mask = check_token_values(mask, cu_seqlens, x.shape[0])
-    return x, dy, proj_in, proj_out, mask, cu_seqlens, out_dtype
-
-
 _call = register(
     "projected_gradients(Tensor x, Tensor dy, Tensor? proj_in=None, Tensor? proj_out=None, "
     "Tensor? mask=None, Tensor? cu_seqlens=None, ScalarType? out_dtype=None) -> Tensor",
-    module="projected_gradients",
-    check=_check,
-    reference=_reference,
-    fake=_fake,
-    native=_native,
-    check_values=_check_values,
+    check=check_gradients,
+    fake=empty_gradients,
+    native=native_gradients,
+    check_values=check_token_values,
 )

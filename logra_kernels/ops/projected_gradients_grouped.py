@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import (
     FLOATS,
     dtype_name,
@@ -18,8 +17,8 @@ from logra_kernels._checks import (
 )
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
-from logra_kernels.ops._tokens import check_operands, check_token_values
-from logra_kernels.reference._dtype import accumulator
+from logra_kernels.ops._tokens import check_token_values
+from logra_kernels.ops.projected_gradients import check_gradients, empty_gradients
 
 
 def projected_gradients_grouped(
@@ -99,29 +98,20 @@ def _check(
                     f"got {dtype_name(tensor.dtype)}"
                 )
             expect_same_device(**{"xs[0]": xs[0], f"{name}[{m}]": tensor})
-    *_, mask, cu_seqlens = check_operands(xs[0], dys[0], None, None, mask, cu_seqlens, out_dtype)
+    _, _, _, _, *shared = check_gradients(xs[0], dys[0], None, None, mask, cu_seqlens, out_dtype)
     if projs_in:
         expect_shape("projs_in[0]", projs_in[0], Ki=None, I=xs[0].shape[-1])
     if projs_out:
         expect_shape("projs_out[0]", projs_out[0], Ko=None, O=dys[0].shape[-1])
     lists = ([plain(tensor) for tensor in tensors] for tensors in named.values())
-    return *lists, mask, cu_seqlens, out_dtype
+    return *lists, *shared
 
 
 def _fake(
-    xs: list[Tensor],
-    dys: list[Tensor],
-    projs_in: list[Tensor],
-    projs_out: list[Tensor],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out_dtype: torch.dtype | None,
+    xs: list[Tensor], dys: list[Tensor], projs_in: list[Tensor], projs_out: list[Tensor], *rest: Any
 ) -> Tensor:
-    num = xs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    ki = projs_in[0].shape[0] if projs_in else xs[0].shape[-1]
-    ko = projs_out[0].shape[0] if projs_out else dys[0].shape[-1]
-    dtype = out_dtype or accumulator(xs[0], dys[0], *projs_in[:1], *projs_out[:1])
-    return xs[0].new_empty((len(xs), num, ko, ki), dtype=dtype)
+    p_in, p_out = (projs[0] if projs else None for projs in (projs_in, projs_out))
+    return empty_gradients(xs[0], dys[0], p_in, p_out, *rest, len(xs))
 
 
 def _native(
@@ -146,29 +136,12 @@ def _native(
     return out.to(out_dtype or torch.float32)
 
 
-def _reference(
-    xs: Any, dys: Any, projs_in: Any, projs_out: Any, mask: Any, cu_seqlens: Any, out_dtype: Any
-) -> Tensor:
-    return reference.projected_gradients_grouped(
-        xs, dys, projs_in, projs_out, mask, cu_seqlens, out_dtype=out_dtype
-    )
-
-
-def _check_values(
-    xs: Any, dys: Any, projs_in: Any, projs_out: Any, mask: Any, cu_seqlens: Any, out_dtype: Any
-) -> tuple[Any, ...]:
-    mask = check_token_values(mask, cu_seqlens, xs[0].shape[0])
-    return xs, dys, projs_in, projs_out, mask, cu_seqlens, out_dtype
-
-
 _call = register(
     "projected_gradients_grouped(Tensor[] xs, Tensor[] dys, Tensor[] projs_in, "
     "Tensor[] projs_out, Tensor? mask=None, Tensor? cu_seqlens=None, "
     "ScalarType? out_dtype=None) -> Tensor",
-    module="projected_gradients_grouped",
     check=_check,
-    reference=_reference,
     fake=_fake,
     native=_native,
-    check_values=_check_values,
+    check_values=check_token_values,
 )

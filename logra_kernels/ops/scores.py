@@ -5,8 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
-from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels._checks import FLOATS, WIDE, expect_same_device, operand
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.reference._dtype import accumulator
@@ -26,8 +25,7 @@ def scores(
         queries: ``[Q, D]`` float32 (or float64), already preconditioned.
         rows: ``[R, D]`` float16, bfloat16, float32 or float64; a module's columns of a shard are
             read in place.
-        row_scale: ``[R]`` float32, a; None for 1.
-        row_bias: ``[R]`` float32, b; None for 0.
+        row_scale, row_bias: ``[R]`` float32, a and b; None for 1 and 0.
 
     Returns:
         ``[Q, R]`` float32, accumulated in float32 (float64 if queries or rows are float64).
@@ -51,19 +49,15 @@ def check_scan(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, row_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The arguments of `scores`, checked, each with a contiguous last axis."""
-    expect_dtype("queries", queries, torch.float32, torch.float64)
-    expect_dtype("rows", rows, *FLOATS)
-    expect_shape("queries", queries, Q=None, D=None)
-    expect_shape("rows", rows, R=None, D=queries.shape[1])
-    for name, values in (("row_scale", row_scale), ("row_bias", row_bias)):
-        if values is not None:
-            wide = (torch.float64,) if torch.float64 in (queries.dtype, rows.dtype) else ()
-            expect_dtype(name, values, torch.float32, *wide)
-            expect_shape(name, values, R=rows.shape[0])
+    queries = operand("queries", queries, WIDE, Q=None, D=None)
+    rows = operand("rows", rows, FLOATS, R=None, D=queries.shape[1])
+    wide = WIDE if torch.float64 in (queries.dtype, rows.dtype) else WIDE[:1]
+    if row_scale is not None:
+        row_scale = operand("row_scale", row_scale, wide, R=rows.shape[0])
+    if row_bias is not None:
+        row_bias = operand("row_bias", row_bias, wide, R=rows.shape[0])
     expect_same_device(queries=queries, rows=rows, row_scale=row_scale, row_bias=row_bias)
-    row_scale = None if row_scale is None else plain(row_scale)
-    row_bias = None if row_bias is None else plain(row_bias)
-    return plain(queries), plain(rows), row_scale, row_bias
+    return queries, rows, row_scale, row_bias
 
 
 def _fake(
@@ -82,9 +76,7 @@ def _native(
 
 _call = register(
     "scores(Tensor queries, Tensor rows, Tensor? row_scale=None, Tensor? row_bias=None) -> Tensor",
-    module="scores",
     check=check_scan,
-    reference=reference.scores,
     fake=_fake,
     native=_native,
 )

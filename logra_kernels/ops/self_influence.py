@@ -2,11 +2,9 @@
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from logra_kernels import reference
-from logra_kernels._checks import FLOATS, expect_dtype, expect_same_device, expect_shape, plain
+from logra_kernels._checks import FLOATS, WIDE, expect_same_device, operand
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import view
 from logra_kernels.reference._dtype import accumulator
@@ -38,12 +36,10 @@ def self_influence(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _check(rows: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    expect_dtype("rows", rows, *FLOATS)
-    expect_dtype("factor", factor, torch.float32, torch.float64)
-    expect_shape("rows", rows, R=None, K=None)
-    expect_shape("factor", factor, M=None, K=rows.shape[1])
+    rows = operand("rows", rows, FLOATS, R=None, K=None)
+    factor = operand("factor", factor, WIDE, M=None, K=rows.shape[1])
     expect_same_device(rows=rows, factor=factor)
-    return plain(rows), plain(factor)
+    return rows, factor
 
 
 def _fake(rows: Tensor, factor: Tensor) -> Tensor:
@@ -58,9 +54,7 @@ def _native(c: ModuleType, rows: Tensor, factor: Tensor) -> Tensor:
 
 _call = register(
     "self_influence(Tensor rows, Tensor factor) -> Tensor",
-    module="self_influence",
     check=_check,
-    reference=reference.self_influence,
     fake=_fake,
     native=_native,
 )

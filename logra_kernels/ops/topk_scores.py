@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import expect_dtype, expect_same_device, expect_shape
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
@@ -50,8 +49,7 @@ def topk_scores(
         queries: ``[Q, D]`` float32 (or float64), already preconditioned.
         rows: ``[R, D]`` float16, bfloat16, float32 or float64.
         k: rows to keep at each end, 1 to 2**31 - 1; it may exceed R.
-        row_scale: ``[R]`` float32, a; None for 1.
-        row_bias: ``[R]`` float32, b; None for 0.
+        row_scale, row_bias: ``[R]`` float32, a and b; None for 1 and 0.
         state: the result of the blocks before, with the same Q and k; None to begin.
         row_offset: the id of the first row, at least 0; the last row's is at most 2**63 - 2.
 
@@ -98,22 +96,9 @@ def _check(
     return queries, rows, k, row_scale, row_bias, state, row_offset
 
 
-def _fake(
-    queries: Tensor,
-    rows: Tensor,
-    k: int,
-    row_scale: Tensor | None,
-    row_bias: Tensor | None,
-    state: list[Tensor] | None,
-    row_offset: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, dtype = (queries.shape[0], k), accumulator(queries, rows)
-    return (
-        queries.new_empty(shape, dtype=dtype),
-        queries.new_empty(shape, dtype=torch.int64),
-        queries.new_empty(shape, dtype=dtype),
-        queries.new_empty(shape, dtype=torch.int64),
-    )
+def _fake(queries: Tensor, rows: Tensor, k: int, *rest: object) -> tuple[Tensor, ...]:
+    dtypes = (accumulator(queries, rows), torch.int64) * 2
+    return tuple(queries.new_empty(queries.shape[0], k, dtype=dtype) for dtype in dtypes)
 
 
 def _native(
@@ -149,9 +134,7 @@ _call = register(
     "topk_scores(Tensor queries, Tensor rows, int k, Tensor? row_scale=None, "
     "Tensor? row_bias=None, Tensor[]? state=None, int row_offset=0) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    module="topk_scores",
     check=_check,
-    reference=reference.topk_scores,
     fake=_fake,
     native=_native,
 )

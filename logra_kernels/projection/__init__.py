@@ -1,7 +1,9 @@
 """The projections P_i [Ki, I] and P_o [Ko, O] of LoGra (Eq. 6)."""
 
 import logra_kernels.projection.random  # noqa: F401 (registers its kinds)
+from logra_kernels.projection.pilot import PilotProjection
 from logra_kernels.projection.spec import (
+    PILOTED,
     ModuleProjection,
     ProjectionKind,
     ProjectionSpec,
@@ -17,7 +19,9 @@ from logra_kernels.projection.stored import (
 )
 
 __all__ = [
+    "PILOTED",
     "ModuleProjection",
+    "PilotProjection",
     "ProjectionKind",
     "ProjectionSpec",
     "build_projections",

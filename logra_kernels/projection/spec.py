@@ -20,12 +20,15 @@ class ModuleProjection:
     """The two projections of one module; None stands for the identity.
 
     in_features: I; out_features: O; proj_in: [Ki, I] float32; proj_out: [Ko, O] float32.
+    coordinates: [n] int64, ascending: the elements of vec(G), G [Ko, Ki], that a row holds; None:
+        all of them.
     """
 
     in_features: int
     out_features: int
     proj_in: Tensor | None = None
     proj_out: Tensor | None = None
+    coordinates: Tensor | None = None
 
     @property
     def ki(self) -> int:
@@ -36,6 +39,12 @@ class ModuleProjection:
     def ko(self) -> int:
         """Rows of a projected gradient: P_o's rows, or O without P_o."""
         return self.out_features if self.proj_out is None else self.proj_out.shape[0]
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """The module's part of a row: (Ko, Ki), or (1, n) for chosen coordinates."""
+        chosen = self.coordinates
+        return (self.ko, self.ki) if chosen is None else (1, len(chosen))
 
 
 class ProjectionKind(Protocol):
@@ -55,6 +64,7 @@ class ProjectionKind(Protocol):
 
 
 _kinds: dict[str, ProjectionKind] = {}
+PILOTED = ("pca", "eigen")  # kinds that are made from a pilot, and so from no seed
 
 
 def register_projection_kind(kind: ProjectionKind, *other_names: str) -> None:
@@ -78,12 +88,12 @@ class ProjectionSpec:
     seed: int = SEED
 
     def __post_init__(self) -> None:
-        _rank_pair(self.rank)
+        rank_pair(self.rank)
         _kind_named(self.kind)
 
     def build(self, widths: Widths) -> dict[str, ModuleProjection]:
         """{module name: its P_i and P_o}; a side that is no wider than its rank is left whole."""
-        rank_out, rank_in = _rank_pair(self.rank)
+        rank_out, rank_in = rank_pair(self.rank)
         return {
             name: ModuleProjection(
                 width_in,
@@ -97,7 +107,7 @@ class ProjectionSpec:
     def describe(self) -> dict[str, object]:
         """What a store keeps of this, as JSON values."""
         kind = _kind_named(self.kind)
-        return {"kind": kind.name, "rank": list(_rank_pair(self.rank)), **kind.describe(self)}
+        return {"kind": kind.name, "rank": list(rank_pair(self.rank)), **kind.describe(self)}
 
     def _matrix(self, module: str, side: str, rank: int, width: int) -> Tensor | None:
         if rank >= width:
@@ -109,15 +119,15 @@ def _kind_named(name: str) -> ProjectionKind:
     if name in _kinds:
         return _kinds[name]
     known = ", ".join(_kinds)
-    if name == "pca":
+    if name in PILOTED:
         raise ValueError(
-            "init: 'pca' needs the kfac statistic (covariances of inputs and output gradients), "
-            f"which this version does not have; available: {known}"
+            f"init: '{name}' is made from a pilot: pass some examples inside "
+            f"`for _ in run.pilot('{name}', ...)`; without one there are {known}"
         )
     raise ValueError(f"init: expected one of {known}, got {name!r}")
 
 
-def _rank_pair(rank: Rank) -> tuple[int, int]:
+def rank_pair(rank: Rank) -> tuple[int, int]:
     """(rank_out, rank_in)."""
     pair = tuple(rank) if isinstance(rank, tuple | list) else (rank, rank)
     if len(pair) != 2 or any(type(one) is not int or one < 1 for one in pair):
@@ -151,4 +161,7 @@ def projection_digest(projections: Mapping[str, ModuleProjection]) -> str:
             digest.update(f"{name}\0{side}\0".encode())
             if proj is not None:
                 digest.update(proj.numpy().astype("<f4").tobytes())
+        if projection.coordinates is not None:
+            digest.update(f"{name}\0coordinates\0".encode())
+            digest.update(projection.coordinates.numpy().astype("<i8").tobytes())
     return digest.hexdigest()

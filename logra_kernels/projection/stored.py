@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from logra_kernels.projection.pilot import PilotProjection
 from logra_kernels.projection.spec import ModuleProjection, ProjectionSpec, projection_digest
 from logra_kernels.store import Store, StoreMismatchError
 
-_SIDES = ("proj_in", "proj_out")
+_SIDES = ("proj_in", "proj_out", "coordinates")
 
 
 def describe_projection(
-    projections: Mapping[str, ModuleProjection], bias: bool, spec: ProjectionSpec | None = None
+    projections: Mapping[str, ModuleProjection],
+    bias: bool,
+    spec: ProjectionSpec | PilotProjection | None = None,
 ) -> dict[str, Any]:
     """The entry "projection" of a store's manifest; without a spec, the projection is the identity.
 
@@ -36,7 +39,7 @@ def describe_projection(
 
 
 def projection_tensors(projections: Mapping[str, ModuleProjection]) -> dict[str, np.ndarray]:
-    """{"<module>.proj_in": [Ki, I], "<module>.proj_out": [Ko, O]}; an identity is left out."""
+    """{"<module>.proj_in": [Ki, I], ".proj_out": [Ko, O], ".coordinates": [n]} where there are."""
     return {
         f"{name}.{side}": matrix.numpy()
         for name, projection in projections.items()
@@ -54,7 +57,7 @@ def stored_projections(store: Store) -> dict[str, ModuleProjection]:
     stored = {}
     for name, widths in described_widths(store.projection).items():
         sides = (tensors.get(f"{name}.{side}") for side in _SIDES)
-        matrices = (None if side is None else torch.from_numpy(side) for side in sides)
+        matrices = (None if side is None else torch.from_numpy(np.array(side)) for side in sides)
         stored[name] = ModuleProjection(*widths, *matrices)
     if projection_digest(stored) != store.projection["sha256"]:
         raise StoreMismatchError(

@@ -13,7 +13,6 @@ def per_sample_gradients(
     dy: Tensor,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x [N, T, Ki], dy [N, T, Ko], mask [N, T] -> [N, Ko, Ki].

@@ -14,7 +14,6 @@ def projected_gradients(
     proj_out: Tensor | None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """G = sum_t m_t (P_o dy_t) (P_i x_t)^T; None stands for the identity.
@@ -24,4 +23,4 @@ def projected_gradients(
     """
     x = x if proj_in is None else project(x, proj_in)
     dy = dy if proj_out is None else project(dy, proj_out)
-    return per_sample_gradients(x, dy, mask, cu_seqlens, out_dtype=out_dtype)
+    return per_sample_gradients(x, dy, mask, cu_seqlens, out_dtype)

@@ -15,7 +15,6 @@ def projected_gradients_grouped(
     projs_out: Sequence[Tensor],
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """[M, N, Ko, Ki]: `projected_gradients` of each module; no projections stand for identities.
@@ -23,17 +22,6 @@ def projected_gradients_grouped(
     xs M tensors [N, T, I], dys [N, T, O], projs_in [Ki, I] or none, projs_out [Ko, O] or none;
     mask [N, T] and cu_seqlens [S+1] are shared.
     """
-    return torch.stack(
-        [
-            projected_gradients(
-                x,
-                dy,
-                projs_in[m] if projs_in else None,
-                projs_out[m] if projs_out else None,
-                mask,
-                cu_seqlens,
-                out_dtype=out_dtype,
-            )
-            for m, (x, dy) in enumerate(zip(xs, dys, strict=True))
-        ]
-    )
+    none = [None] * len(xs)
+    modules = zip(xs, dys, projs_in or none, projs_out or none, strict=True)
+    return torch.stack([projected_gradients(*one, mask, cu_seqlens, out_dtype) for one in modules])

@@ -58,11 +58,7 @@ def render(results: dict[str, Any]) -> str:
             notes=results["notes"],
             queries=[_query(query) for query in results["queries"]],
             # The package's own file: the only text that is not escaped.
-            css=Markup(
-                resources.files("logra_kernels.report")
-                .joinpath("report.css")
-                .read_text(encoding="utf-8")
-            ),
+            css=Markup((resources.files(__package__) / "report.css").read_text(encoding="utf-8")),
             shades=range(1, SHADES + 1),
         )
     except KeyError as error:
@@ -158,12 +154,8 @@ def _query(query: dict[str, Any]) -> dict[str, Any]:
         )
     expected = query.get("expected")
     if expected is not None:
-        expected = {
-            "what": expected["what"],
-            "ranks": [
-                (MODE_NAMES.get(mode, mode), rank) for mode, rank in expected["ranks"].items()
-            ],
-        }
+        named = [(MODE_NAMES.get(mode, mode), rank) for mode, rank in expected["ranks"].items()]
+        expected = {"what": expected["what"], "ranks": named}
     return {
         "id": query["id"],
         "prompt": query.get("prompt", ""),

@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from logra_kernels.report.console import UNSAFE, say
 
 FORMAT = "logra_kernels.results"
 VERSION = 1
+STANDARD_OUTPUT = "-"
 
 
 # What a report reads: {key: its value}, "?" after a key that may be missing or null; [the value of
@@ -49,14 +55,20 @@ _RESULTS = {
 _NAMES = {str: "text", int: "an integer", float: "a number", dict: "an object", list: "a list"}
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a whole file: under a temporary name first, so that a half one is never left."""
+@contextmanager
+def whole_file(path: str | os.PathLike[str], **options: Any) -> Iterator[IO[Any]]:
+    """A file to write: under a temporary name first, so that a half one is never left.
+
+    Args:
+        path: the file.
+        options: of `open`, such as encoding.
+    """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # "x": a file or a link of that name is somebody else's.
-    with open(unfinished, "x", encoding="utf-8") as file:
+    with open(unfinished, **{"mode": "x", **options}) as file:
         try:
-            file.write(text)
+            yield file
             file.close()
             unfinished.replace(path)
         except BaseException:
@@ -64,9 +76,29 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             raise
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a whole file of UTF-8 text."""
+    with whole_file(path, encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json(value: Any, path: str | os.PathLike[str]) -> None:
+    """Write a value as JSON, to stdout if the path is "-".
+
+    Characters that could steer a terminal are escaped, as JSON allows in texts.
+    """
+    text = json.dumps(value, ensure_ascii=os.fspath(path) == STANDARD_OUTPUT, indent=1)
+    lines = [UNSAFE.sub(_escaped, line) for line in text.split("\n")]
+    if os.fspath(path) == STANDARD_OUTPUT:
+        for line in lines:
+            say(line)
+    else:
+        write_text(path, "\n".join(lines) + "\n")
+
+
 def write_results(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write results as JSON."""
-    write_text(path, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    """Write results as JSON, to stdout if the path is "-"."""
+    write_json(results, path)
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -121,3 +153,7 @@ def _difference(value: Any, shape: Any, where: str) -> str | None:
             return f"{where}: expected {len(wanted)} entries, got {len(value)}"
         inner = [(value[i], wanted[i], f"{where}[{i}]") for i in range(len(wanted))]
     return next(filter(None, (_difference(*each) for each in inner)), None)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found.group()):04x}"

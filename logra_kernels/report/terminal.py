@@ -3,6 +3,7 @@
 import textwrap
 from typing import Any
 
+from logra_kernels.report.console import say
 from logra_kernels.report.render import MODE_NAMES, format_score, preview, snippet
 
 WIDTH = 96
@@ -10,8 +11,8 @@ WIDTH = 96
 
 def print_query(query: dict[str, Any], *, least: bool) -> None:
     """A query and its ranked passages, as text of at most 96 columns."""
-    print()
-    print("─" * WIDTH)
+    say()
+    say("─" * WIDTH)
     _paragraph(query["prompt"] or query["id"], "  asked   ")
     _paragraph(query["text"], "  answer  ")
     for mode in query["modes"]:
@@ -22,7 +23,8 @@ def print_query(query: dict[str, Any], *, least: bool) -> None:
 
 
 def _print_passages(heading: str, passages: list[dict[str, Any]]) -> None:
-    print(f"\n  {heading}")
+    say()
+    say(f"  {heading}")
     width = max((len(format_score(p["score"])) for p in passages), default=0)
     for passage in passages:
         score = format_score(passage["score"])
@@ -30,11 +32,11 @@ def _print_passages(heading: str, passages: list[dict[str, Any]]) -> None:
         if passage.get("title"):
             label = f"{passage['title']}  [{label}]"
         start = f"  {passage['rank']:>3}  {score:>{width}}  "
-        print(start + snippet(label, WIDTH - len(start)))
-        print(" " * len(start) + preview(passage, WIDTH - len(start)))
+        say(start + snippet(label, WIDTH - len(start)))
+        say(" " * len(start) + preview(passage, WIDTH - len(start)))
 
 
 def _paragraph(text: str, label: str) -> None:
     lines = textwrap.wrap(" ".join(text.split()), WIDTH - len(label)) or [""]
     for number, line in enumerate(lines):
-        print((label if number == 0 else " " * len(label)) + line)
+        say((label if number == 0 else " " * len(label)) + line)

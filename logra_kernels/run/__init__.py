@@ -1,22 +1,34 @@
 """Logging: the gradients of a user's own training code, example by example, into a store."""
 
 from logra_kernels.run.config import Config
+from logra_kernels.run.coverage import Coverage, LeftOut, WatchedModule
+from logra_kernels.run.diagnosis import Diagnosis, Finding
+from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.recorder import Recorder
 from logra_kernels.run.run import Run
-from logra_kernels.run.statistic import Covariance, Setup
+from logra_kernels.run.statistic import CorrectedEigval, Covariance, Setup
 from logra_kernels.run.watched import WatchedLayers
 
 __all__ = [
+    "NO_BOS",
     "Config",
+    "CorrectedEigval",
     "Covariance",
+    "Coverage",
+    "Diagnosis",
+    "Finding",
     "FinitePolicy",
+    "LeftOut",
     "LoggedPass",
     "LoggedRows",
     "Recorder",
     "Run",
     "Setup",
+    "UsersLoop",
     "WatchedLayers",
+    "WatchedModule",
     "check_ids",
+    "examine",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from logra_kernels.capture.tokens import Tokens
 from logra_kernels.store import RowLayout
 
 ON_NONFINITE = ("raise", "skip")
@@ -16,11 +17,16 @@ ON_NONFINITE = ("raise", "skip")
 
 @dataclass(frozen=True)
 class LoggedRows:
-    """The rows of one pass: example n has the id ids[n], the row rows[n], maybe metadata[n]."""
+    """The rows of one pass: example n has the id ids[n], the row rows[n], maybe metadata[n].
+
+    `tokens` are those of the whole batch, where they were kept; example n's are at places[n].
+    """
 
     ids: list[str]
     rows: Tensor  # [N, D]
     metadata: Sequence[Mapping[str, Any] | None] | None = None
+    tokens: Tokens | None = None
+    places: Sequence[int] = ()
 
     def take(self, places: Sequence[int]) -> LoggedRows:
         """Some of the examples, in the order of `places`."""
@@ -30,6 +36,8 @@ class LoggedRows:
             [self.ids[place] for place in places],
             self.rows[list(places)],
             None if self.metadata is None else [self.metadata[place] for place in places],
+            self.tokens,
+            [self.places[place] for place in places] if self.places else (),
         )
 
 

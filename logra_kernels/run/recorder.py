@@ -22,10 +22,15 @@ from logra_kernels.store import DuplicateIdError, Store, StoreWriter
 from logra_kernels.store.writer import append_finite
 
 SAMPLED_VALUES = 256
+SMALLEST_FIRST_EXPONENT = -14  # of a module, whatever the first row says
 
 
 class Recorder:
     """Packs rows, writes them, and adds them to the curvature as the store holds them.
+
+    A curvature with `tokens` is saved by `suspend` and `finish` only. After a kill the examples
+    that it has not seen count as not logged: they are passed again, and their rows, which are in
+    the store, are not written anew.
 
     Args:
         path: the store's folder.
@@ -52,6 +57,7 @@ class Recorder:
         resume: bool = False,
     ) -> None:
         self._layout = watched.layout
+        self._chosen = any(p.coordinates is not None for p in watched.projections.values())
         self._writer = StoreWriter.create(
             path,
             modules=self._layout,
@@ -59,17 +65,23 @@ class Recorder:
             projection=watched.description,
             projection_tensors=projection_tensors(watched.projections) or None,
             fingerprints=fingerprints,
+            coverage=watched.coverage.as_dict(),
             shard_rows=shard_rows,
             resume=resume,
         )
         self._codec = self._writer.codec
         self._exponents: list[int] = self._writer.module_exponents or []
-        self._resumed = frozenset(self._writer.committed_ids)
-        self.ids = set(self._resumed)  # of the rows in the store and on their way there
+        committed = self._writer.committed_ids
+        self._resumed = frozenset(committed)
+        self.ids = set(committed)  # of the rows in the store and on their way there
+        self._lacking: set[str] = set()  # those whose tokens the curvature has not seen
         self.curvature: Curvature | None = None
         try:
             if setup.curvature is not None:
                 self.curvature = self._curvature_so_far(setup.curvature)
+                if self.curvature.tokens:
+                    self._lacking.update(committed[self.curvature.count :])
+                    self.ids -= self._lacking
         except BaseException:
             self._writer.abort()
             raise
@@ -83,6 +95,12 @@ class Recorder:
         if setup.curvature is not None and self._lacks(setup.curvature) and self.ids:
             raise RuntimeError(
                 "statistic: rows were saved before it was asked for; setup comes first"
+            )
+        kind = setup.curvature
+        if kind is not None and curvature_kind(kind).corrected and not setup.save:
+            raise RuntimeError(
+                f"statistic: '{kind}' corrects its eigenvalues by the rows in the "
+                'store; setup({"save": "grad", ...}) comes with it'
             )
         if setup.save:
             twice = [name for name in ids if name in self.ids and name not in self._resumed]
@@ -98,6 +116,7 @@ class Recorder:
         """
         self.check(logged.ids, setup)
         if setup.save:
+            self._add_lacking(logged)
             new = [n for n, name in enumerate(logged.ids) if name not in self._resumed]
             logged = logged.take(new)
         if not logged.ids:
@@ -105,50 +124,91 @@ class Recorder:
         rows = logged.rows.float()
         if self._codec.scaled:
             self._fix_exponents(rows[0], setup)
-        stored, row_scale = encode(self._codec, rows, self._layout, self._exponents)
+        stored, row_scale, own = encode(self._codec, rows, self._layout, self._exponents)
         stored, row_scale = stored.cpu(), None if row_scale is None else row_scale.cpu()
         if setup.save:
             scale = None if row_scale is None else row_scale.numpy()
-            append_finite(self._writer, logged.ids, stored.numpy(), scale, logged.metadata)
+            append_finite(self._writer, logged.ids, stored.numpy(), scale, logged.metadata, own)
             self.ids.update(logged.ids)
         if setup.curvature is not None:
             if self.curvature is None or self._lacks(setup.curvature):
                 self.curvature = curvature_kind(setup.curvature)(self._layout)
-            rows = decode(self._codec, stored, row_scale, self._layout, self._exponents)
+            rows = decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
             self.curvature.update_finite(rows)
+            self._add_tokens(self.curvature, logged)
 
     def finish(self) -> Store:
         """Close the store, put the curvature into it, and open it for reading."""
         self._writer.close()
         store = Store.open(self._writer.path)
         if self.curvature is not None:
+            self.curvature.complete(store)
             self.curvature.save(store)
         return store
 
     def suspend(self) -> None:
-        """Commit the rows added so far and let go of the store, which resume goes on with."""
+        """Commit the rows added so far and let go of the store, which resume goes on with.
+
+        A curvature that rows alone do not make is kept with them.
+        """
         self._writer.close(finalize=False)
+        curvature = self.curvature
+        # The first rows of the store must be those that the saved curvature has seen.
+        if curvature is not None and curvature.tokens and not self._lacking:
+            curvature.save(Store.open(self._writer.path))
+
+    def _add_lacking(self, logged: LoggedRows) -> None:
+        """Add the tokens of examples whose rows a killed run saved without them."""
+        again = logged.take([n for n, name in enumerate(logged.ids) if name in self._lacking])
+        if self.curvature is not None and again.ids:
+            self.curvature.update(again.rows)
+            self._add_tokens(self.curvature, again)
+            self._lacking.difference_update(again.ids)
+            self.ids.update(again.ids)
+
+    def _add_tokens(self, curvature: Curvature, logged: LoggedRows) -> None:
+        if curvature.tokens is None:
+            return
+        if logged.tokens is None:
+            raise RuntimeError(f"statistic: '{curvature.kind}' was asked for inside the pass")
+        for i, name in enumerate(self._layout.names):
+            found = logged.tokens.of(name, curvature.tokens, logged.places)
+            curvature.update_tokens(i, *found)
 
     def _lacks(self, kind: str) -> bool:
         return self.curvature is None or self.curvature.kind != kind
 
     def _curvature_so_far(self, kind: str) -> Curvature:
-        if not self._resumed:
-            return curvature_kind(kind)(self._layout)
-        return curvature_kind(kind).rebuild(Store.open(self._writer.path))
+        found = curvature_kind(kind)
+        if found.tokens is not None and self._chosen:
+            raise ValueError(
+                f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
+                "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
+            )
+        if self._resumed:
+            store = Store.open(self._writer.path)
+            if found.tokens is None:
+                return found.rebuild(store)
+            if kind in store.curvatures:
+                return found.load(store)
+        return found(self._layout)
 
     def _fix_exponents(self, row: Tensor, setup: Setup) -> None:
         """Take the modules' exponents from the run's first row, and give them to the store.
 
         The first row is the same however the data is split into batches, and so are the exponents.
-        A module that is zero there gets the others' median: far from theirs, its exponent would
-        push its later values, or all others, out of float16's range.
+        They say how much smaller than the largest module a module is, the row scale says the rest.
+        A row that the exponents do not suit has some of its own, which a scan must multiply out: so
+        a first row that is not like the others shall spoil little. It may shift a module by 2**14,
+        half of the range in which float16 has all its bits; a module that is zero there gets the
+        others' median.
         """
         if not self._exponents:
             found = [_exponent(part) for part in self._layout.split(row[None])]
             known = [exponent for exponent in found if exponent is not None]
-            usual = statistics.median_low(known) if known else 0
-            self._exponents = [usual if exponent is None else exponent for exponent in found]
+            usual, largest = (statistics.median_low(known), max(known)) if known else (0, 0)
+            filled = [usual if exponent is None else exponent for exponent in found]
+            self._exponents = [max(e - largest, SMALLEST_FIRST_EXPONENT) for e in filled]
         if setup.save and self._writer.module_exponents is None:
             self._writer.set_module_exponents(self._exponents)
 
@@ -167,4 +227,4 @@ def model_fingerprint(model: nn.Module) -> str:
 def _exponent(part: Tensor) -> int | None:
     """floor(log2 max|.|); None for a module that is all zero."""
     largest = float(part.abs().max())
-    return max(-126, min(127, math.frexp(largest)[1] - 1)) if largest > 0 else None
+    return math.frexp(largest)[1] - 1 if largest > 0 else None

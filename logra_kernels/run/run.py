@@ -13,8 +13,9 @@ run.finalize()
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,16 @@ from logra_kernels.curvature import (
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.run.config import Config
+from logra_kernels.run.coverage import Coverage
+from logra_kernels.run.diagnosis import Diagnosis
+from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
+from logra_kernels.run.pilot import Pilot
 from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup
 from logra_kernels.run.untrained_steps import UntrainedSteps
+from logra_kernels.run.user_batches import example_alone, mask_reader
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout, Store
 
@@ -63,9 +69,11 @@ class Run:
         self._resume = resume
         self._watched: WatchedLayers | None = None
         self._filters: tuple[Any, Any] = (None, None)  # watch's type_filter and name_filter
+        self._batch_dim: int | Mapping[str, int] | None = None  # as watch was told
         self._setup = Setup()
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
+        self._pilot: Pilot | None = None  # while its passes run
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
         self._untrained_steps = UntrainedSteps()
@@ -74,7 +82,7 @@ class Run:
         self._store: Store | None = None
         self._curvature: Curvature | None = None
         self._attributor: tuple[Any, Attributor] | None = None  # the last one, with its damping
-        self._ids_to_resume: frozenset[str] | None = None
+        self._ids_to_resume: dict[str | None, frozenset[str]] = {}  # by a curvature with tokens
 
     # What to log.
 
@@ -85,7 +93,8 @@ class Run:
         name_filter: Sequence[str] | None = None,
         *,
         bias: bool = False,
-    ) -> None:
+        batch_dim: int | Mapping[str, int] | None = None,
+    ) -> Coverage:
         """Choose the layers whose gradients are logged, in the order of named_modules.
 
         Args:
@@ -95,17 +104,26 @@ class Run:
                 watched only where it is named here: an embedding of positions gets no batch.
             name_filter: a module is watched if its name holds one of these; None: every one.
             bias: log the bias's gradient too, as one more column of the weight's.
+            batch_dim: the axis of the layers' inputs that is the batch: 0, or 1 for [T, N, I]; or
+                {part of a module's name: axis}, where the part that names most of it counts. None:
+                the first; a pass is refused where a module may take [T, N, I] or be an expert.
+
+        Returns:
+            what is covered: the modules, their share of the model's parameters, and what is left
+            out, with the reasons. `print(run.watch(model))` shows it.
 
         Raises:
             ValueError: nothing is left to watch, or it differs from the store's modules.
             RuntimeError: rows are being logged.
         """
         self._refuse_while_logging("watch")
-        watched = WatchedLayers.matching(model, type_filter, name_filter, bias)
+        watched = WatchedLayers.matching(model, type_filter, name_filter, bias, batch_dim)
         if self._store is not None:
             self._project_like(self._store, watched)
         self._watched = watched
         self._filters = (type_filter, name_filter)
+        self._batch_dim = batch_dim
+        return watched.coverage
 
     def add_lora(
         self,
@@ -144,10 +162,57 @@ class Run:
             types, names = self._filters
             types = types if type_filter is None else type_filter
             names = names if name_filter is None else name_filter
-            self.watch(model, types, names, bias=watched is not None and watched.bias)
+            bias = watched is not None and watched.bias
+            self.watch(model, types, names, bias=bias, batch_dim=self._batch_dim)
         told: dict[str, Any] = {"rank": rank, "init": init, "seed": seed}
         self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
         self._layers("add_lora").project(self.config.projection)
+
+    def pilot(
+        self,
+        init: str = "eigen",
+        *,
+        coordinates: int | None = None,
+        rank: int | tuple[int, int] | None = None,
+    ) -> Iterator[int]:
+        """Make the projection from the model's own activations: one pass or two over some examples.
+
+            for _ in run.pilot("eigen", coordinates=32768):
+                for batch in pilot_batches:                # 5 to 10 % of the data
+                    with run(data_id=..., mask=...):
+                        loss_of(model, batch).backward()
+
+        Nothing is stored meanwhile. After the loop the watched layers have the projection, in
+        place of what add_lora would give them.
+
+        Args:
+            init: "eigen": the eigenbasis of the activations' and output gradients' moments, of
+                which a row holds the D most telling coordinates; two passes. "pca": the first K
+                eigenvectors of each side (§3.2); one pass.
+            coordinates: of "eigen": D, over all modules.
+            rank: of "pca": K, or (rank_out, rank_in).
+
+        Raises:
+            ValueError: another init, an option that is missing or not its own.
+            RuntimeError: no model is watched, rows are being logged, a store was opened, or no
+                example was passed.
+        """
+        self._refuse_while_logging("pilot")
+        if self._store is not None:
+            raise RuntimeError("pilot: the projection is the store's, which was opened already")
+        watched = self._layers("pilot")
+        pilot = self._pilot = Pilot(watched, init, rank, coordinates)
+        done = False
+        try:
+            for number in range(pilot.passes):
+                yield number
+                pilot.end_pass()
+            done = True
+        finally:
+            self._pilot = None
+            if not done:
+                pilot.give_up()
+        watched.project(pilot.projection())
 
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
@@ -172,33 +237,46 @@ class Run:
     def __call__(
         self,
         data_id: Any,
-        mask: Tensor | None = None,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
         *,
+        cu_seqlens: Any = None,
+        position_ids: Any = None,
         save: bool | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         weight_gradients: bool = False,
         averaged_loss: str | None = None,
         allow_unused: bool | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> LoggedPass:
         """A context for one forward and one backward pass of the user's code.
 
-        The loss must be summed over examples and tokens. An average is an error where it can be
-        seen (a mean, reduction="mean"); a sum divided by a count of tokens cannot be, nor can a
-        loss multiplied by a gradient scaler, which scales the rows.
+        The loss must be summed over examples and tokens, or `loss_scale` say what the sum was
+        multiplied by. A mean, a sum divided by a count and a scaled sum are errors where the end of
+        the loss's graph shows them; what each term was divided by before the sum cannot be seen.
 
         Args:
             data_id: N ids, strings or integers: a list, or a tensor [N]. Every example of the
                 batch has one, in the batch's order; the batch is the first axis of every input.
             mask: [N, T] of 0 and 1, such as HF's attention_mask, padded on either side; masked
-                tokens count for nothing. It does not apply to layers with 2-D input.
+                tokens count for nothing. It does not apply to layers with 2-D input. For an encoder
+                and a decoder: {"encoder": mask, "decoder": mask}; a key is a part of modules'
+                names, the one that names most of a module's counts, and None counts every token.
+            cu_seqlens: [N+1] integers, where the examples of a packed sequence begin, and its end:
+                inputs are [T, I] or [1, T, I]. That they do not attend to each other is the
+                model's business.
+            position_ids: [T] or [1, T], the same told by positions that begin at 0 in each example.
             save: write this batch or not, whatever setup says.
             metadata: N dictionaries to be kept beside the ids.
             weight_gradients: compute the parameters' gradients too, for logging while training;
                 without them an optimizer's step changes nothing, of which a warning tells.
             averaged_loss, allow_unused: the configuration's, unless given here.
+            loss_scale: a number or a tensor of one element above 0, which rows are divided by:
+                1 / num_items_in_batch in HF's Trainer, scaler.get_scale() with a GradScaler, 1 / n
+                for a mean over n terms, 1 for a sum that nothing shows to be one.
 
         Raises:
-            ValueError: ids or a mask that do not fit, before any computation.
+            ValueError: ids, a loss_scale, a mask or boundaries that do not fit, before any
+                computation.
             RuntimeError: entered inside a pass that is open on the same model.
         """
         model = self._layers("run(data_id=...)").model
@@ -212,28 +290,39 @@ class Run:
         ids = check_ids(data_id)
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
+        setup = self._setup if save is None else replace(self._setup, save=save)
+        if self._pilot is not None:
+            setup = Setup()
+        kind = setup.curvature
         capture = self._capture(
             len(ids),
             mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
+            keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
+            tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
+            loss_scale=loss_scale,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
-        setup = self._setup if save is None else replace(self._setup, save=save)
         return self.pass_type(capture, ids, metadata, setup, self._enter, self._leave)
 
     def start(
         self,
         data_id: Any,
-        mask: Tensor | None = None,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
         *,
+        cu_seqlens: Any = None,
+        position_ids: Any = None,
         save: bool | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         weight_gradients: bool = False,
         averaged_loss: str | None = None,
         allow_unused: bool | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> None:
         """Enter `with run(data_id, mask)` where a `with` does not fit; end() leaves it.
 
@@ -245,11 +334,14 @@ class Run:
         started = self(
             data_id,
             mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
             save=save,
             metadata=metadata,
             weight_gradients=weight_gradients,
             averaged_loss=averaged_loss,
             allow_unused=allow_unused,
+            loss_scale=loss_scale,
         )
         self._started = started.__enter__()
 
@@ -261,6 +353,69 @@ class Run:
         if save is not None:
             started.setup = replace(started.setup, save=save)
         started.__exit__(None, None, None)
+
+    def doctor(
+        self,
+        loss_of: Callable[[Any], Tensor],
+        batches: Iterable[Any],
+        *,
+        mask: str | Callable[[Any], Tensor | None] | None = None,
+        one: Callable[[Any, int], Any] | None = None,
+        num_rows: int | None = None,
+        bos_token_id: int | None = None,
+        examples: int = 8,
+        read: int = 1000,
+    ) -> Diagnosis:
+        """Run a few examples through your loop, and say what would ruin attribution.
+
+        It looks for rows that depend on the batch, on chance or on padding, averaged losses, zero
+        rows, tokens that do not count, gradients beyond a dtype's range, copies of examples, tied
+        weights, few watched parameters, and more columns than examples. The model, its gradients,
+        all random number generators and the store are left as they are.
+
+        Args:
+            loss_of: batch -> its summed loss, as in your loop, before backward().
+            batches: your DataLoader, or a list of batches: tensors [N, ...], in dictionaries or
+                tuples if you like.
+            mask: what the passes are logged with: the batch's key, or batch -> [N, T].
+            one: (batch, n) -> its n-th example as a batch of one. Without it every tensor [N, ...]
+                is cut, and padding is removed where the batch has an "attention_mask" [N, T].
+            num_rows: how many examples will be logged; the loader's dataset says it if it can.
+            bos_token_id: of your tokenizer; the model's configuration says it if it can.
+            examples: how many are run, in their batches and alone.
+            read: how many are read, without the model, to look for copies and masked tokens.
+
+        Returns:
+            findings with what to do about each, none for a healthy loop; print it.
+
+        Raises:
+            ValueError: batches that cannot be read, a loss of more than one number, and whatever a
+                pass of such a batch raises.
+            RuntimeError: no model is watched, a pass is open, or no gradient reaches a module.
+        """
+        watched = self._layers("doctor")
+        if self._inside or self._pilot is not None:
+            raise RuntimeError("doctor: a pass is open, or a pilot; leave it first")
+        config: Any = getattr(watched.model, "config", None)
+        if num_rows is None:
+            dataset = getattr(batches, "dataset", None)
+            num_rows = len(dataset) if isinstance(dataset, Sized) else None
+        if bos_token_id is None and hasattr(config, "bos_token_id"):
+            bos_token_id = NO_BOS if config.bos_token_id is None else config.bos_token_id
+        trim = not getattr(config, "is_encoder_decoder", False)
+        loop = UsersLoop(
+            loss_of,
+            batches,
+            mask_reader(mask),
+            one or partial(example_alone, trim=trim),
+            num_rows=num_rows,
+            bos_token_id=bos_token_id,
+            averaged_loss=self.config.averaged_loss,
+            store_dtype=self.config.dtype,
+            curvature=self._setup.curvature or CURVATURE,
+            damped=0 not in (self.config.damping, self.config.damping_scale),
+        )
+        return examine(watched, loop, examples=examples, read=read)
 
     def finalize(self) -> None:
         """Finish the store: the last rows, then the curvature. Queries may follow."""
@@ -341,7 +496,8 @@ class Run:
         if self._curvature is None:
             store = self.store
             saved = {kind: held["rows"] for kind, held in store.curvatures.items()}
-            whole = [k for k in kinds() if k in saved and store.num_rows in (0, saved[k])]
+            names = (CURVATURE, *kinds())
+            whole = [k for k in names if k in saved and store.num_rows in (0, saved[k])]
             if whole:
                 self._curvature = curvature_kind(whole[0]).load(store)
             else:
@@ -398,7 +554,10 @@ class Run:
         return self._attributor[1]
 
     def token_scores(
-        self, queries: Tensor, num_examples: int, mask: Tensor | None = None
+        self,
+        queries: Tensor,
+        num_examples: int,
+        mask: Tensor | Mapping[str, Tensor | None] | None = None,
     ) -> Capture:
         """A context for one pass, after which .token_scores() gives [Q, N, T]: each token's part.
 
@@ -407,7 +566,7 @@ class Run:
         Args:
             queries: [Q, D], preconditioned (Attributor.precondition).
             num_examples: N.
-            mask: [N, T] of 0 and 1.
+            mask: [N, T] of 0 and 1, or {part of a module's name: mask}.
 
         Raises: RuntimeError if no model is watched; ValueError for shapes that do not fit.
         """
@@ -418,7 +577,7 @@ class Run:
     def _capture(
         self,
         num_examples: int,
-        mask: Tensor | None,
+        mask: Tensor | Mapping[str, Tensor | None] | None,
         *,
         allow_unused: bool | None = None,
         averaged_loss: str | None = None,
@@ -454,7 +613,12 @@ class Run:
         self._inside.remove(left)
         if not succeeded:
             return
-        logged = LoggedRows(left.ids, left.capture.rows().detach(), left.metadata)
+        capture, places = left.capture, range(len(left.ids))
+        if self._pilot is not None:
+            self._pilot.add(capture, left.ids, self._finite)
+            return
+        rows = capture.rows().detach()
+        logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
         if left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
@@ -484,12 +648,18 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        if self._ids_to_resume is None:
+        kind = self._setup.curvature
+        if kind is not None and curvature_kind(kind).tokens is None:
+            kind = None
+        if kind not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():
                 store = Store.open(self.path)
-            self._ids_to_resume = frozenset(store.ids.to_pylist() if store is not None else ())
-        return self._ids_to_resume
+            ids = [] if store is None else store.ids.to_pylist()
+            if store is not None and kind is not None:  # the others must be passed again
+                ids = ids[: store.curvatures[kind]["rows"] if kind in store.curvatures else 0]
+            self._ids_to_resume[kind] = frozenset(ids)
+        return self._ids_to_resume[kind]
 
     def _use(self, store: Store, curvature: Curvature | None = None) -> None:
         self._store, self._curvature, self._attributor = store, curvature, None

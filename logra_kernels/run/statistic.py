@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from logra_kernels.curvature import kinds
 
-AVAILABLE = "Covariance of 'grad' (also called 'raw' or 'covariance')"
-_NOT_YET = {
-    "kfac": "Kronecker-factored curvature",
-    "ekfac": "eigenvalue-corrected Kronecker-factored curvature",
-    "corrected_eigval": "eigenvalue-corrected Kronecker-factored curvature",
-    "mean": "the mean of the gradients",
-    "variance": "the variance of the gradients",
-}
+AVAILABLE = (
+    "Covariance of 'grad' (raw), Covariance of 'forward' and 'backward' (kfac), and with them "
+    f"CorrectedEigval of 'grad' (ekfac); or a name: {', '.join(kinds())}"
+)
+_NOT_YET = {"mean": "the mean of the gradients", "variance": "the variance of the gradients"}
+# LogIX's statistics of the gradients -> kinds of curvature.
+_KIND_OF = {"covariance": "raw", "corrected_eigval": "ekfac", "correctedeigval": "ekfac"}
 
 
 class Covariance:
-    """Accumulate Σ g gᵀ of each module's rows, the raw projected curvature.
+    """Accumulate a sum of outer products; to be given to setup, as a class.
 
-    To be given to setup, as a class: {"statistic": {"grad": Covariance}}.
+    {"statistic": {"grad": Covariance}} asks for Σ g gᵀ of each module's rows, the raw projected
+    curvature; {"forward": Covariance, "backward": Covariance} for Σ x xᵀ and Σ dy dyᵀ, K-FAC's.
     """
 
-    kind: ClassVar[str] = "raw"  # the curvature's name
+
+class CorrectedEigval:
+    """Correct the eigenvalues of K-FAC by all rows; to be given to setup for "grad", as a class."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +56,38 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
             "setup: expected a dictionary such as "
             f'{{"save": "grad", "statistic": {{"grad": Covariance}}}}, got {options!r}'
         )
-    save, asked = False, set[str]()
+    save, grad, sides = False, set[str](), set[str]()
     for key, value in options.items():
         if key in ("log", "save"):
             _check_tensors(key, value)
             save |= key == "save" and bool(_listed(value))
         elif key in ("stat", "statistic"):
-            asked |= _curvatures(key, _statistics(key, value))
+            for tensor, statistic in _statistics(key, value):
+                _add(key, tensor, statistic, grad, sides)
         elif key in ("grad", "forward", "backward"):
-            if _listed(value):  # "forward": [] asks for nothing
-                _check_tensors("setup", key)
-            asked |= _curvatures(key, _listed(value))
+            for statistic in _listed(value):
+                _add(key, key, statistic, grad, sides)
         else:
             raise ValueError(f"setup: no key {key!r}; there are log, save, statistic (stat), grad")
-    if len(asked) > 1:
-        raise ValueError(f"setup: expected one curvature, got {' and '.join(sorted(asked))}")
-    return Setup(save, *asked)
+    if len(sides) == 1:
+        raise ValueError(f"statistic: expected forward and backward, got {sides.pop()} alone")
+    if sides and not grad & {"kfac", "ekfac"}:
+        grad.add("kfac")
+    if len(grad) > 1:
+        raise ValueError(f"setup: expected one curvature, got {' and '.join(sorted(grad))}")
+    return Setup(save, *grad)
+
+
+def _add(key: str, tensor: str, statistic: Any, grad: set[str], sides: set[str]) -> None:
+    """Take note of a statistic of "grad", or of one side ("forward", "backward")."""
+    if tensor == "grad":
+        grad.update(filter(None, [_curvature(key, statistic)]))
+    elif tensor not in ("forward", "backward"):
+        _check_tensors(key, tensor)
+    elif _name(statistic) != "covariance":
+        raise ValueError(f"{key}: {tensor}: expected Covariance, got {statistic!r}")
+    else:
+        sides.add(tensor)
 
 
 def _check_tensors(key: str, names: Any) -> None:
@@ -82,38 +100,36 @@ def _check_tensors(key: str, names: Any) -> None:
             raise ValueError(f"{key}: expected 'grad', got {name!r}")
 
 
-def _statistics(key: str, value: Any) -> Sequence[Any]:
-    """What stands under "statistic": names and classes, under tensors' names or without."""
+def _statistics(key: str, value: Any) -> list[tuple[str, Any]]:
+    """(tensor, statistic) for what stands under "statistic": under tensors' names or without."""
     if isinstance(value, Mapping):
-        for tensor, listed in value.items():
-            if _listed(listed):
-                _check_tensors(key, tensor)
-        return [statistic for listed in value.values() for statistic in _listed(listed)]
-    return [] if value == "none" else _listed(value)
+        return [(tensor, one) for tensor, listed in value.items() for one in _listed(listed)]
+    return [] if value == "none" else [("grad", one) for one in _listed(value)]
 
 
-def _curvatures(key: str, statistics: Iterable[Any]) -> set[str]:
-    """The kinds of curvature that are asked for; LogIX's Log asks for none."""
-    found = {_curvature(key, statistic) for statistic in statistics}
-    return {kind for kind in found if kind is not None}
+def _name(statistic: Any) -> str:
+    """A statistic's name, that of a class in small letters too."""
+    name = statistic if isinstance(statistic, str) else getattr(statistic, "__name__", statistic)
+    return str(name).lower()
 
 
 def _curvature(key: str, statistic: Any) -> str | None:
-    is_name = isinstance(statistic, str)
-    name = statistic.lower() if is_name else getattr(statistic, "__name__", statistic)
-    if statistic is Covariance or name == "covariance":
-        return Covariance.kind
-    if name in kinds():
-        return str(name)
+    """The kind of curvature that a statistic of the gradients asks for; LogIX's Log asks for none.
+
+    Raises: ValueError if it is not available.
+    """
+    name = _name(statistic)
     if name == "log":
         return None
-    shown = statistic if is_name else name
-    meaning = _NOT_YET.get(str(name).lower())
-    if meaning is not None:
-        raise ValueError(
-            f"{key}: {shown!r} ({meaning}) is not available in this version; available: {AVAILABLE}"
-        )
-    raise ValueError(f"{key}: no statistic {shown!r}; available: {AVAILABLE}")
+    kind = _KIND_OF.get(name, name)
+    if kind in kinds():
+        return kind
+    shown = repr(statistic if isinstance(statistic, str) else name)
+    if name in _NOT_YET:
+        shown += f" ({_NOT_YET[name]}) is not available in this version"
+    else:
+        shown = f"no statistic {shown}"
+    raise ValueError(f"{key}: {shown}; available: {AVAILABLE}")
 
 
 def _listed(value: Any) -> Sequence[Any]:

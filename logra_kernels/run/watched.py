@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from logra_kernels.capture.axes import set_batch_axes
 from logra_kernels.capture.layers import (
     Layer,
     layer_kind,
@@ -18,11 +19,14 @@ from logra_kernels.capture.layers import (
 )
 from logra_kernels.projection import (
     ModuleProjection,
+    PilotProjection,
     ProjectionSpec,
     describe_projection,
     described_widths,
     stored_projections,
 )
+from logra_kernels.run.bypassed import is_bypassed
+from logra_kernels.run.coverage import coverage_of
 from logra_kernels.store import RowLayout, Store
 from logra_kernels.store.manifest import first_difference
 
@@ -31,21 +35,33 @@ class WatchedLayers:
     """Some layers of a model, in the row's order, with their projections.
 
     Without `project` the whole gradients are logged. `description` is what a store keeps of the
-    projection.
+    projection, `coverage` which part of the model's parameters the layers are.
 
     Args:
         model: the model that holds the layers.
         layers: at least one, each with a name of its own.
         bias: whether the layers log their bias's gradient as one more column of the weight's.
+        batch_dim: the axis of the layers' inputs that is the batch, as `Run.watch` says.
+
+    Raises: ValueError for a batch_dim that is none.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], bias: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        bias: bool = False,
+        batch_dim: int | Mapping[str, int] | None = None,
+    ) -> None:
         self.model = model
         self.layers = list(layers)
         self.bias = bias
+        set_batch_axes(model, self.layers, batch_dim)
         self.description: dict[str, Any] = describe_projection(self.projections, bias)
+        self.coverage = coverage_of(model, self.layers)
         self._chose_projection = False
-        self._warn_of_parts()
+        for note in self.coverage.notes:
+            warnings.warn(note, stacklevel=4)
 
     @classmethod
     def matching(
@@ -54,11 +70,12 @@ class WatchedLayers:
         type_filter: Collection[type[nn.Module]] | None = None,
         name_filter: Collection[str] | None = None,
         bias: bool = False,
+        batch_dim: int | Mapping[str, int] | None = None,
     ) -> WatchedLayers:
         """The layers of these types whose names hold one of these parts, as `Run.watch` says.
 
-        Raises: ValueError for a model or filter of a wrong type, if no layer matches, or for a
-            module that computes something else than the class its kind is for.
+        Raises: ValueError for a model, filter or batch_dim of a wrong type, if no layer matches, or
+            for a module that computes something else than the class its kind is for.
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected an nn.Module, got {model!r:.80}")
@@ -67,6 +84,7 @@ class WatchedLayers:
         model = unwrapped(model)
         found: list[Layer] = []
         other_types: set[str] = set()  # of modules that match, but are no layers
+        bypassed: list[str] = []
         for path, module in model.named_modules():
             name = plain_name(path)
             if type_filter is not None and not isinstance(module, tuple(type_filter)):
@@ -75,14 +93,24 @@ class WatchedLayers:
                 continue
             if name_filter is not None and not any(part in name for part in name_filter):
                 continue
+            named = name_filter is not None and name in name_filter
+            if layer_kind(module) is not None and not named and is_bypassed(model, path):
+                bypassed.append(name)
+                continue
             layer = make_layer(name or "model", module, bias)
             if layer is None:
                 other_types.add(type(module).__name__)
             else:
                 found.append(layer)
+        if bypassed:
+            warnings.warn(
+                f"watch: left out {', '.join(bypassed)}: the model multiplies by the weight without"
+                " calling the layer, so that its gradient is not seen",
+                stacklevel=3,
+            )
         if not found:
             raise ValueError(_nothing_to_watch(model, type_filter, name_filter, other_types))
-        return cls(model, found, bias)
+        return cls(model, found, bias, batch_dim)
 
     @classmethod
     def named(cls, model: nn.Module, names: Sequence[str]) -> WatchedLayers:
@@ -110,7 +138,7 @@ class WatchedLayers:
         """{module name: its P_i and P_o}, in the row's order."""
         return {layer.name: layer.projection for layer in self.layers}
 
-    def project(self, projection: ProjectionSpec | Store) -> None:
+    def project(self, projection: ProjectionSpec | PilotProjection | Store) -> None:
         """Give every layer a new projection, or the one that a store's rows were made with.
 
         Raises: ValueError if the store's modules are others, or an earlier `project` chose a
@@ -119,39 +147,16 @@ class WatchedLayers:
         if isinstance(projection, Store):
             self._check_same_modules(projection)
             self._check_same_projection(projection)
-            self._set(stored_projections(projection))
+            self.give(stored_projections(projection))
             self.description = projection.projection
         else:
             widths = {name: (p.in_features, p.out_features) for name, p in self.projections.items()}
-            self._set(projection.build(widths))
+            self.give(projection.build(widths))
             self.description = describe_projection(self.projections, self.bias, projection)
             self._chose_projection = True
 
-    def _warn_of_parts(self) -> None:
-        """Warn of weights whose whole gradient is not what their module's rows hold."""
-        owners: dict[Tensor | None, list[tuple[str, nn.Module]]] = {}  # {weight: its modules}
-        for path, module in self.model.named_modules():
-            for parameter in module._parameters.values():
-                owners.setdefault(parameter, []).append((plain_name(path), module))
-        for layer in self.layers:
-            weight = layer.module._parameters.get("weight")
-            if weight is None:
-                continue
-            others = [name for name, module in owners[weight] if module is not layer.module]
-            if others:
-                warnings.warn(
-                    f"module {layer.name}: its weight is also that of {', '.join(others)}; a row "
-                    f"holds only the part of the weight's gradient that passes through "
-                    f"{layer.name}",
-                    stacklevel=5,
-                )
-            if weight._backward_hooks:
-                warnings.warn(
-                    f"module {layer.name}: its weight has a gradient hook, which changes no row",
-                    stacklevel=5,
-                )
-
-    def _set(self, projections: Mapping[str, ModuleProjection]) -> None:
+    def give(self, projections: Mapping[str, ModuleProjection]) -> None:
+        """Give every layer a projection for now; `description` stays as it is."""
         for layer in self.layers:
             layer.projection = projections[layer.name]
 

@@ -1,4 +1,4 @@
-"""The store: rows of projected gradients on disk, format version 1 (FORMAT.md).
+"""The store: rows of projected gradients on disk, format versions 1 and 2 (FORMAT.md).
 
 It imports numpy and file-format libraries only, so that a store can be read without torch.
 """

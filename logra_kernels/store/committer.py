@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from logra_kernels.store.codecs import RowCodec
+from logra_kernels.store.codecs.base import EXPONENT_DTYPE
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
     crc32_text,
@@ -23,7 +24,7 @@ from logra_kernels.store.files import (
 from logra_kernels.store.ids import encode_ids
 from logra_kernels.store.incoming import Batch
 from logra_kernels.store.layout import RowLayout
-from logra_kernels.store.manifest import shard_names, write_manifest
+from logra_kernels.store.manifest import shard_names, version_of, write_manifest
 
 
 @dataclass
@@ -36,6 +37,7 @@ class _OpenShard:
     ids: list[str] = field(default_factory=list)
     metadata: list[str | None] = field(default_factory=list)
     row_scales: list[np.ndarray] = field(default_factory=list)
+    row_exponents: list[tuple[int, np.ndarray]] = field(default_factory=list)  # first row, [n, M]
 
 
 class Committer:
@@ -79,6 +81,8 @@ class Committer:
         data = batch.rows[start:stop].view(np.uint8).data
         write_all(shard.descriptor, data)
         shard.crc = zlib.crc32(data, shard.crc)
+        if batch.row_exponents is not None and batch.row_exponents[start:stop].any():
+            shard.row_exponents.append((len(shard.ids), batch.row_exponents[start:stop]))
         shard.ids += batch.ids[start:stop]
         shard.metadata += batch.metadata[start:stop]
         if batch.row_scale is not None:
@@ -93,7 +97,7 @@ class Committer:
         if shard is None:
             return
         rows, names = len(shard.ids), shard_names(shard.index)
-        arrays = self._codec.arrays(rows, self._layout)
+        arrays = self._codec.arrays(rows, self._layout, bool(shard.row_exponents))
         os.lseek(shard.descriptor, 0, os.SEEK_SET)
         write_all(shard.descriptor, npy_header(*arrays["data"]))
         size = os.fstat(shard.descriptor).st_size
@@ -105,16 +109,20 @@ class Committer:
             "scale": None,
         }
         if "scale" in arrays:
-            scales = np.concatenate(shard.row_scales).view(np.uint8).data  # [4 * rows]
-            header = npy_header(*arrays["scale"])
-            write_temporary(self._path / names["scale"], header, scales)
-            size = len(header) + len(scales)
-            entry["scale"] = _file_entry(names["scale"], size, zlib.crc32(scales))
+            scales = np.concatenate(shard.row_scales)  # [rows]
+            entry["scale"] = self._write_array(names["scale"], arrays["scale"], scales)
+        if "exponents" in arrays:
+            exponents = np.zeros((rows, len(self._layout)), EXPONENT_DTYPE)
+            for first, values in shard.row_exponents:
+                exponents[first : first + len(values)] = values
+            entry["exponents"] = self._write_array(
+                names["exponents"], arrays["exponents"], exponents
+            )
         texts = encode_ids(shard.ids, shard.metadata)
         write_temporary(self._path / names["ids"], texts)
         entry["ids"] = _file_entry(names["ids"], len(texts), zlib.crc32(texts))
         for key, name in names.items():
-            if entry[key] is not None:
+            if entry.get(key) is not None:
                 os.replace(temporary(self._path / name), self._path / name)
         sync_folder(self._path)
         self._replace_manifest(
@@ -145,8 +153,17 @@ class Committer:
 
     def _replace_manifest(self, **changes: Any) -> None:
         manifest = {**self.manifest, "module_exponents": self.exponents, **changes}
+        manifest["version"] = version_of(manifest)
         write_manifest(self._path, manifest)
         self.manifest = manifest
+
+    def _write_array(
+        self, name: str, array: tuple[str, tuple[int, ...]], values: np.ndarray
+    ) -> dict[str, Any]:
+        """A shard's small .npy file under its temporary name; its entry in the manifest."""
+        header, data = npy_header(*array), values.reshape(-1).view(np.uint8).data
+        write_temporary(self._path / name, header, data)
+        return _file_entry(name, len(header) + len(data), zlib.crc32(data))
 
     def _open_shard(self) -> _OpenShard:
         if self._shard is None:

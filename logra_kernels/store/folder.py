@@ -30,7 +30,7 @@ from logra_kernels.store.tensors import TENSOR_FILE, fingerprint, write_tensors
 
 _TENSOR_FOLDERS = ("projection", "curvature")
 _FOLDERS = (*_TENSOR_FOLDERS, "self_influence")
-_SHARD_FILE = re.compile(r"shard-\d{5,}\.(npy|scale\.npy|ids\.arrow)\Z")
+_SHARD_FILE = re.compile(r"shard-\d{5,}\.(npy|scale\.npy|exponents\.npy|ids\.arrow)\Z")
 
 
 def open_folder(

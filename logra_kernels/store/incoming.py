@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from logra_kernels.store.codecs import RowCodec
-from logra_kernels.store.codecs.base import SCALE_DTYPE
+from logra_kernels.store.codecs.base import (
+    EXPONENT_DTYPE,
+    LARGEST_ROW_EXPONENT,
+    SCALE_DTYPE,
+    SMALLEST_ROW_EXPONENT,
+    row_exponents_in_range,
+)
 from logra_kernels.store.errors import DuplicateIdError, StoreError
 from logra_kernels.store.files import powers_of_two
 from logra_kernels.store.ids import id_texts, metadata_texts
@@ -23,12 +29,14 @@ class Batch:
     rows: np.ndarray  # [n, W]
     row_scale: np.ndarray | None  # [n]
     metadata: list[str | None]
+    row_exponents: np.ndarray | None = None  # [n, M]; None: all are zero
 
     @property
     def bytes(self) -> int:
         """What the batch takes of memory, nearly."""
         texts = sum(map(len, self.ids)) + sum(len(text) for text in self.metadata if text)
-        return self.rows.nbytes + texts
+        own = 0 if self.row_exponents is None else self.row_exponents.nbytes
+        return self.rows.nbytes + own + texts
 
 
 class Incoming:
@@ -76,6 +84,7 @@ class Incoming:
         rows: np.ndarray,
         row_scale: np.ndarray | None,
         metadata: Sequence[Mapping[str, Any] | None] | None,
+        row_exponents: np.ndarray | None = None,
         *,
         check_values: bool = True,
     ) -> tuple[Batch, np.ndarray]:
@@ -88,6 +97,7 @@ class Incoming:
         if check_values:
             self._check_values(texts, rows)
         self._check_row_scale(texts, row_scale)
+        self._check_row_exponents(texts, row_exponents)
         notes: list[str | None] = [None] * len(texts)
         if metadata is not None:
             if len(metadata) != len(texts):
@@ -98,10 +108,12 @@ class Incoming:
         kept = self._new_ids(texts)
         if not kept.all():
             rows, row_scale = rows[kept], None if row_scale is None else row_scale[kept]
+            row_exponents = None if row_exponents is None else row_exponents[kept]
             texts = [text for text, keep in zip(texts, kept, strict=True) if keep]
             notes = [note for note, keep in zip(notes, kept, strict=True) if keep]
         scale = None if row_scale is None else row_scale.astype(SCALE_DTYPE)  # a copy
-        return Batch(texts, np.array(rows, order="C"), scale, notes), kept
+        own = None if row_exponents is None else row_exponents.astype(EXPONENT_DTYPE)  # a copy
+        return Batch(texts, np.array(rows, order="C"), scale, notes, own), kept
 
     def _check_rows(self, ids: list[str], rows: object) -> None:
         dtype, columns = self.codec.dtype, self.codec.columns(self.layout)
@@ -145,6 +157,29 @@ class Incoming:
         if len(bad):
             raise StoreError(
                 f"row_scale: expected powers of two, got {row_scale[bad[0]]} for id {ids[bad[0]]!r}"
+            )
+
+    def _check_row_exponents(self, ids: list[str], row_exponents: object) -> None:
+        if row_exponents is None:
+            return
+        if not self.codec.scaled:
+            name = self.codec.name
+            raise StoreError(f"row_exponents: expected None, for the store's rows are {name}")
+        if not isinstance(row_exponents, np.ndarray):
+            got = type(row_exponents).__name__
+            raise StoreError(f"row_exponents: expected a numpy array, got {got}")
+        shape = (len(ids), len(self.layout))
+        if row_exponents.dtype != np.int16 or row_exponents.shape != shape:
+            raise StoreError(
+                f"row_exponents: expected int16 {list(shape)}, "
+                f"got {row_exponents.dtype} {list(row_exponents.shape)}"
+            )
+        bad = np.flatnonzero(~row_exponents_in_range(row_exponents))
+        if len(bad):
+            values = row_exponents[bad[0]]
+            raise StoreError(
+                f"row_exponents: expected {SMALLEST_ROW_EXPONENT} to {LARGEST_ROW_EXPONENT}, got "
+                f"{values.min()} to {values.max()} for id {ids[bad[0]]!r}"
             )
 
     def _new_ids(self, ids: list[str]) -> np.ndarray:

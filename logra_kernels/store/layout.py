@@ -9,6 +9,11 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
+SAMPLES = 2  # columns of a module in `RowLayout.samples`
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, lie apart
+
 
 @dataclass(frozen=True)
 class Module:
@@ -68,6 +73,14 @@ class RowLayout(Sequence[Module]):
     def columns(self) -> list[slice]:
         """The columns of each module."""
         return [slice(*ends) for ends in zip(self.offsets, self.offsets[1:], strict=False)]
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """[M · SAMPLES] columns: a few of each module; a small one may have one of them twice."""
+        starts, sizes = np.array(self.offsets[:-1]), np.array(self.sizes)
+        steps = sizes[:, None] * (GOLDEN * np.arange(1, SAMPLES + 1) % 1)  # [M, SAMPLES]
+        columns: np.ndarray = (starts[:, None] + steps.astype(np.int64)).reshape(-1)
+        return columns
 
     @property
     def signature(self) -> list[tuple[str, int]]:

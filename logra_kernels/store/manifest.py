@@ -22,7 +22,8 @@ from logra_kernels.store.files import (
 from logra_kernels.store.layout import Module, RowLayout
 
 FORMAT = "logra_kernels.store"
-VERSION = 1
+# Version 2 is a store in which a shard has exponents of rows: an older reader would leave them out.
+PLAIN_VERSION, VERSION = 1, 2
 MANIFEST = "manifest.json"
 LOCK = "lock"
 LARGEST_JSON_BYTES = 256 << 20  # a manifest of half a million shards
@@ -37,7 +38,18 @@ _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 def shard_names(index: int) -> dict[str, str]:
     """The names of a shard's files, by their key in the manifest."""
     stem = f"shard-{index:05d}"
-    return {"data": f"{stem}.npy", "scale": f"{stem}.scale.npy", "ids": f"{stem}.ids.arrow"}
+    return {
+        "data": f"{stem}.npy",
+        "scale": f"{stem}.scale.npy",
+        "exponents": f"{stem}.exponents.npy",
+        "ids": f"{stem}.ids.arrow",
+    }
+
+
+def version_of(manifest: Mapping[str, Any]) -> int:
+    """The lowest version whose readers read the store rightly; never lower than it was."""
+    needed = any("exponents" in shard for shard in manifest["shards"])
+    return max(int(manifest["version"]), VERSION if needed else PLAIN_VERSION)
 
 
 def check_modules(modules: Sequence[Module]) -> list[Module]:
@@ -148,20 +160,21 @@ def first_difference(stored: Any, given: Any, name: str) -> str | None:
 
 
 def new_manifest(
-    layout: RowLayout, codec: RowCodec, projection: Any, fingerprints: Any
+    layout: RowLayout, codec: RowCodec, projection: Any, fingerprints: Any, coverage: Any = None
 ) -> dict[str, Any]:
     """The manifest of a store without rows and matrices.
 
     Raises:
-        StoreError: projection or fingerprints cannot be written as JSON.
+        StoreError: projection, fingerprints or coverage cannot be written as JSON.
     """
+    described = {} if coverage is None else {"coverage": plain_json(coverage, "coverage")}
     entries = [
         {"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset}
         for module, offset in zip(layout, layout.offsets, strict=False)
     ]
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": PLAIN_VERSION,
         "state": "open",
         "dtype": codec.name,
         "endianness": "little",
@@ -170,6 +183,7 @@ def new_manifest(
         "projection": plain_json(projection, "projection"),
         "projection_tensors": None,
         "fingerprints": plain_json(fingerprints, "fingerprints"),
+        **described,
         "rows": 0,
         "shards": [],
         "curvature": {},
@@ -258,7 +272,7 @@ def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], 
     """Every file's entry, and the header it must have if it is an .npy file."""
     layout, codec = layout_of(manifest), row_codec(manifest["dtype"])
     for shard in manifest["shards"]:
-        for key, array in codec.arrays(shard["rows"], layout).items():
+        for key, array in codec.arrays(shard["rows"], layout, "exponents" in shard).items():
             yield shard[key], npy_header(*array)
         yield shard["ids"], None
     if manifest["projection_tensors"] is not None:
@@ -287,7 +301,8 @@ def _check(manifest: dict[str, Any]) -> None:
     _check_modules(_list(manifest, "modules"))
     _check_exponents(manifest)
     _check_shards(manifest)
-    entries = [shard[key] for shard in manifest["shards"] for key in ("data", "scale", "ids")]
+    keys = ("data", "scale", "exponents", "ids")
+    entries = [shard.get(key) for shard in manifest["shards"] for key in keys]
     names = [entry["file"] for entry in entries if entry is not None]
     if len(set(names)) != len(names):
         raise _Wrong("shards: two entries name the same file")
@@ -348,8 +363,15 @@ def _check_shards(manifest: dict[str, Any]) -> None:
         if _count(shard, "first_row", where, 0) != first_row:
             raise _Wrong(f"{where}.first_row: expected {first_row}, got {shard['first_row']}")
         first_row += rows
-        arrays = codec.arrays(rows, layout)
-        for key in ("data", "scale", "ids"):
+        arrays = codec.arrays(rows, layout, "exponents" in shard)
+        if "exponents" in arrays and (manifest["version"] < VERSION or not codec.scaled):
+            raise _Wrong(
+                f"{where}.exponents: expected in scaled rows of a store of version {VERSION}, got "
+                f"one in {codec.name} rows of a store of version {manifest['version']}"
+            )
+        for key in ("data", "scale", "exponents", "ids"):
+            if key == "exponents" and key not in arrays:
+                continue
             if key == "scale" and not codec.scaled:
                 if shard.get(key, "missing") is not None:
                     raise _Wrong(f"{where}.scale: expected null, for the rows are {codec.name}")

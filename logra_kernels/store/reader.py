@@ -10,7 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from logra_kernels.store.codecs import RowCodec, row_codec
-from logra_kernels.store.codecs.base import SCALE_DTYPE
+from logra_kernels.store.codecs.base import (
+    EXPONENT_DTYPE,
+    SCALE_DTYPE,
+    row_exponents_in_range,
+)
 from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
@@ -50,6 +54,7 @@ class Shard:
         self.path: Path = folder / entry["data"]["file"]
         self.dtype = codec.dtype
         self.columns = codec.columns(layout)
+        self._modules = len(layout)
         self.file_bytes: int = entry["data"]["bytes"]
         self.ids_path: Path = folder / entry["ids"]["file"]
         self._folder = folder
@@ -77,6 +82,26 @@ class Shard:
             return np.ones(self.num_rows, np.float32)
         path = self._folder / self._entry["scale"]["file"]
         return read_array(path, SCALE_DTYPE, self.num_rows)
+
+    @cached_property
+    def row_exponents(self) -> np.ndarray | None:
+        """[r, M] int16: powers of two of rows and modules; None if all are zero."""
+        return self.read_row_exponents()
+
+    def read_row_exponents(self) -> np.ndarray | None:
+        """`row_exponents` read from the file, and not kept in memory.
+
+        Raises:
+            StoreFormatError: the file cannot be read, or holds others than the format allows.
+        """
+        if "exponents" not in self._entry:
+            return None
+        path = self._folder / self._entry["exponents"]["file"]
+        values = read_array(path, EXPONENT_DTYPE, self.num_rows * self._modules)
+        values = values.reshape(self.num_rows, self._modules)
+        if not row_exponents_in_range(values).all():
+            raise StoreFormatError(f"{path}: damaged: its exponents are out of range")
+        return values
 
     @property
     def table(self) -> pa.Table:
@@ -126,6 +151,7 @@ class Store:
         self.finalized: bool = manifest["state"] == "finalized"
         self.projection: Any = manifest["projection"]
         self.fingerprints: Any = manifest["fingerprints"]
+        self.coverage: Any = manifest.get("coverage")
         # A store without rows may have no exponents yet, and some codecs need none.
         exponents = manifest["module_exponents"]
         self.module_exponents: list[int] = exponents or [0] * len(self.modules)
@@ -194,17 +220,21 @@ class Store:
             found.append(parse_metadata(text, shard.ids_path, shard.first_row + row))
         return found
 
-    def blocks(self, block_rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first_row, rows [r, D], row_scale [r]) with r ≤ block_rows, without a copy.
+    def blocks(
+        self, block_rows: int
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]:
+        """(first_row, rows [r, W], row_scale [r], row_exponents [r, M]), r ≤ block_rows, no copies.
 
-        A block never crosses a shard, so the last one of a shard may be short.
+        What `codec.decode` turns into [r, D] float32; row_exponents is None where all are zero. A
+        block never crosses a shard, so the last one of a shard may be short.
         """
         if block_rows < 1:
             raise StoreError(f"block_rows: expected at least 1, got {block_rows}")
         for shard in self.shards:
             for start in range(0, shard.num_rows, block_rows):
                 block = slice(start, start + block_rows)
-                yield shard.first_row + start, shard.rows[block], shard.row_scale[block]
+                own = None if shard.row_exponents is None else shard.row_exponents[block]
+                yield shard.first_row + start, shard.rows[block], shard.row_scale[block], own
 
     def row(self, index: int) -> np.ndarray:
         """[D] float32: one row, unpacked."""
@@ -216,8 +246,9 @@ class Store:
         taken = np.empty((len(rows), self.dim), np.float32)
         for out, (shard, row) in zip(taken, map(self._place, rows), strict=True):
             one = slice(row, row + 1)
+            own = None if shard.row_exponents is None else shard.row_exponents[one]
             out[:] = self.codec.decode(
-                shard.rows[one], shard.row_scale[one], self.layout, self.module_exponents
+                shard.rows[one], shard.row_scale[one], own, self.layout, self.module_exponents
             )
         return taken
 

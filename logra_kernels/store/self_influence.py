@@ -62,7 +62,7 @@ class SelfInfluenceCache:
         self.key = key
         self.meta = plain_json(meta, "meta")
         self._shapes = [(shard["rows"], modules) for shard in shards]
-        self._rows_crc = [shard["data"]["crc32"] for shard in shards]
+        self._rows_crc = [_rows_crc(shard) for shard in shards]
         self._seen: tuple[int, ...] | None = ()  # the folder's identity when `changed` last looked
         stored = read_key(self.folder)
         if stored is not None:
@@ -146,7 +146,7 @@ def cache_problems(folder: Path, shards: list[dict[str, Any]], modules: int) -> 
             yield str(error)
         for index, files in sorted(find_files(folder / key).items()):
             for name, of, crc in files:
-                if index < len(shards) and of == shards[index]["data"]["crc32"]:
+                if index < len(shards) and of == _rows_crc(shards[index]):
                     shape = (shards[index]["rows"], modules)
                     if problem := file_problem(folder / key / name, crc, shape):
                         yield problem
@@ -190,6 +190,14 @@ def find_files(folder: Path) -> dict[int, list[tuple[str, str | None, str]]]:
         if match := _FILE.match(name):
             found.setdefault(int(match[1]), []).append((name, match[2], match[3]))
     return found
+
+
+def _rows_crc(shard: dict[str, Any]) -> str:
+    """What tells a shard's rows from others: their CRC-32, with that of their exponents in it."""
+    rows: str = shard["data"]["crc32"]
+    if "exponents" in shard:
+        rows = crc32_text(zlib.crc32((rows + shard["exponents"]["crc32"]).encode()))
+    return rows
 
 
 def _check_values_file(path: Path, shape: tuple[int, int]) -> None:

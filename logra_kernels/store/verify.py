@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from logra_kernels.store.codecs import row_codec
-from logra_kernels.store.codecs.base import SCALE_DTYPE
+from logra_kernels.store.codecs.base import (
+    EXPONENT_DTYPE,
+    LARGEST_ROW_EXPONENT,
+    SCALE_DTYPE,
+    SMALLEST_ROW_EXPONENT,
+    row_exponents_in_range,
+)
 from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import (
     DATA_OFFSET_BYTES,
@@ -121,6 +127,14 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
             if len(bad):
                 row = shard["first_row"] + int(bad[0])
                 yield f"{path}: expected powers of two, got {scales[bad[0]]} for row {row}"
+        if "exponents" in shard and shard["exponents"]["file"] in good:
+            path = folder / shard["exponents"]["file"]
+            own = read_array(path, EXPONENT_DTYPE, shard["rows"] * len(layout))
+            bad = np.flatnonzero(~row_exponents_in_range(own.reshape(shard["rows"], -1)))
+            if len(bad):
+                row = shard["first_row"] + int(bad[0])
+                wanted = f"{SMALLEST_ROW_EXPONENT} to {LARGEST_ROW_EXPONENT}"
+                yield f"{path}: expected exponents from {wanted}, got others for row {row}"
 
 
 def _id_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:

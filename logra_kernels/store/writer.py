@@ -48,6 +48,7 @@ class StoreWriter:
         projection: Any = None,
         projection_tensors: Mapping[str, np.ndarray] | None = None,
         fingerprints: Any = None,
+        coverage: Any = None,
         shard_rows: int | None = None,
         duplicates: str = "error",
         resume: bool = False,
@@ -62,6 +63,8 @@ class StoreWriter:
             projection: JSON that says how the rows were projected (kind, seed, scaling).
             projection_tensors: the projection's matrices, {name: array}, to keep in the store.
             fingerprints: JSON that tells this model and data from others.
+            coverage: JSON that says which part of the model the modules are; a store that is
+                resumed keeps its own.
             shard_rows: rows of a full shard; by default 256 MiB of them, at most 2**20.
             duplicates: an id that is in the store already is an "error", or "skip" leaves it out.
             resume: continue the store if there is one.
@@ -74,7 +77,7 @@ class StoreWriter:
             StoreFormatError: the store to resume is damaged.
         """
         folder, layout, codec = Path(path), RowLayout.of(check_modules(modules)), row_codec(dtype)
-        fresh = new_manifest(layout, codec, projection, fingerprints)
+        fresh = new_manifest(layout, codec, projection, fingerprints, coverage)
         tensors = None
         if projection_tensors is not None:
             tensors = check_tensors(projection_tensors, "projection_tensors")
@@ -146,6 +149,7 @@ class StoreWriter:
         rows: np.ndarray,
         row_scale: np.ndarray | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
+        row_exponents: np.ndarray | None = None,
     ) -> np.ndarray:
         """Queue rows for writing. All of them are taken, or none and an error is raised.
 
@@ -154,6 +158,8 @@ class StoreWriter:
             rows: [n, W], as the store's codec encodes them: float16 or float32, with W = D.
             row_scale: [n] float32 powers of two for float16 rows, None for float32.
             metadata: n JSON objects (or None) to be kept beside the ids.
+            row_exponents: [n, M] int16, as the store's codec gives them beside the rows; None where
+                all are zero.
 
         Returns:
             [n] bool: which rows were taken; all of them, unless duplicates are skipped.
@@ -163,7 +169,7 @@ class StoreWriter:
             StoreError: a wrong shape or dtype, a value that is not finite, or a failed writer.
         """
         self._check_usable()
-        return self._put(*self._incoming.batch(ids, rows, row_scale, metadata))
+        return self._put(*self._incoming.batch(ids, rows, row_scale, metadata, row_exponents))
 
     def flush(self) -> None:
         """Commit everything appended so far, as a short shard if need be."""
@@ -256,11 +262,14 @@ def append_finite(
     rows: np.ndarray,
     row_scale: np.ndarray | None = None,
     metadata: Sequence[Mapping[str, Any] | None] | None = None,
+    row_exponents: np.ndarray | None = None,
 ) -> np.ndarray:
     """`writer.append` for a caller in this package that has looked at the rows' values itself.
 
-    Every element is finite (`RowCodec.finite`), so it is not looked at again. Ids, shapes, dtypes
-    and row scales are checked as in `append`.
+    Every element is finite (`RowCodec.finite`), so it is not looked at again. Ids, shapes, dtypes,
+    row scales and exponents are checked as in `append`.
     """
     writer._check_usable()
-    return writer._put(*writer._incoming.batch(ids, rows, row_scale, metadata, check_values=False))
+    return writer._put(
+        *writer._incoming.batch(ids, rows, row_scale, metadata, row_exponents, check_values=False)
+    )

@@ -19,16 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from logra_kernels.triton.covariance_update import covariance_update_
+from logra_kernels import triton as launchers
 from logra_kernels.triton.launch import Grid, Launch, recording
-from logra_kernels.triton.pack_rows import pack_rows, unpack_rows
-from logra_kernels.triton.per_sample_gradients import per_sample_gradients
-from logra_kernels.triton.project import project
-from logra_kernels.triton.projected_gradients import projected_gradients
-from logra_kernels.triton.projected_gradients_grouped import projected_gradients_grouped
-from logra_kernels.triton.scores import scores
-from logra_kernels.triton.self_influence import self_influence
-from logra_kernels.triton.topk_scores import topk_scores
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -174,8 +166,8 @@ def recorded(name: str, architecture: str, call: Callable[[], Any]) -> list[Entr
 def defaults(architecture: str) -> list[Entry]:
     """The kernels of every call in `calls`, each configuration once."""
     found: dict[Any, Entry] = {}
-    for name, call in calls():
-        for entry in recorded(name, architecture, call):
+    for name, launching in calls():
+        for entry in recorded(name, architecture, launching):
             key = (
                 *(entry.kernel_name, entry.num_warps, entry.num_stages),
                 *(tuple(entry.signature.items()), str(entry.constexprs), tuple(entry.aligned)),
@@ -185,6 +177,12 @@ def defaults(architecture: str) -> list[Entry]:
 
 
 Calls = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def call(op: str, what: str, *arguments: Any) -> tuple[str, Callable[[], Any]]:
+    """The name of a launcher's call, of which `what` tells what is special, and the call."""
+    return op + what, partial(getattr(launchers, op), *arguments)
+
 
 _HALF, _BRAIN, _FULL = torch.float16, torch.bfloat16, torch.float32
 _NAMED_TYPES = {_HALF: "", _BRAIN: ", bfloat16", _FULL: ", float32"}
@@ -198,9 +196,9 @@ def calls() -> Calls:
     yield from _covariance_calls()
     for dtype in (_HALF, _FULL):
         rows = make(_N, _D, dtype=dtype)
-        yield f"pack_rows{_NAMED_TYPES[dtype]}", partial(pack_rows, rows, [_D], [0])
+        yield call("pack_rows", _NAMED_TYPES[dtype], rows, [_D], [0])
     packed = make(_N, _D), make(_N, dtype=_FULL)
-    yield "unpack_rows", partial(unpack_rows, *packed, [_D], [0])
+    yield call("unpack_rows", "", *packed, [_D], [0])
 
 
 def _gradient_calls() -> Calls:
@@ -208,31 +206,28 @@ def _gradient_calls() -> Calls:
     projected = make(_N, _T, 64, dtype=_FULL)  # a capture projects x in the forward pass
     for dtype, name in _NAMED_TYPES.items():
         x, proj = make(_N, _T, _WIDTH, dtype=dtype), make(64, _WIDTH, dtype=dtype)
-        yield f"projected_gradients{name}", partial(projected_gradients, x, x, proj, proj, mask)
-        one_side = projected, x, None, proj, mask
-        yield f"projected_gradients, one side{name}", partial(projected_gradients, *one_side)
+        yield call("projected_gradients", name, x, x, proj, proj, mask)
+        yield call("projected_gradients", f", one side{name}", projected, x, None, proj, mask)
         if dtype != _BRAIN:  # these are compiled for float16 alike
-            yield f"project{name}", partial(project, x, proj)
+            yield call("project", name, x, proj)
             small = make(_N, _T, 64, dtype=dtype)
-            yield f"per_sample_gradients{name}", partial(per_sample_gradients, small, small, mask)
+            yield call("per_sample_gradients", name, small, small, mask)
 
     x, proj = make(_N, _T, _WIDTH), make(64, _WIDTH)
     flat, bounds = x.flatten(0, 1), make(_N + 1, dtype=torch.int64)
-    packed = flat, flat, proj, proj, mask.flatten(), bounds
-    yield "projected_gradients, packed", partial(projected_gradients, *packed)
+    kept = mask.flatten()
+    yield call("projected_gradients", ", packed", flat, flat, proj, proj, kept, bounds)
     for rank in (128, 256):
         wide = make(rank, _WIDTH)
-        call = partial(projected_gradients, x, x, wide, wide, mask)
-        yield f"projected_gradients, K={rank}", call
-    both: tuple[Any, ...] = [x] * 8, [x] * 8, [proj] * 8, [proj] * 8, mask
-    yield "projected_gradients_grouped", partial(projected_gradients_grouped, *both)
-    out: tuple[Any, ...] = [projected] * 8, [x] * 8, [], [proj] * 8, mask
-    yield "projected_gradients_grouped, one side", partial(projected_gradients_grouped, *out)
+        yield call("projected_gradients", f", K={rank}", x, x, wide, wide, mask)
+    xs, projs = [x] * 8, [proj] * 8
+    yield call("projected_gradients_grouped", "", xs, xs, projs, projs, mask)
+    yield call("projected_gradients_grouped", ", one side", [projected] * 8, xs, [], projs, mask)
     exact = make(64, _WIDTH, dtype=_FULL)
     for tokens, name in ((x, "float16"), (x.bfloat16(), "bfloat16")):
-        mixed = tokens, tokens, exact, exact, mask
-        yield f"projected_gradients, {name} with float32 P", partial(projected_gradients, *mixed)
-        yield f"project, {name} with float32 P", partial(project, tokens, exact)
+        what = f", {name} with float32 P"
+        yield call("projected_gradients", what, tokens, tokens, exact, exact, mask)
+        yield call("project", what, tokens, exact)
 
 
 def _scan_calls() -> Calls:
@@ -241,12 +236,12 @@ def _scan_calls() -> Calls:
         rows = make(100_000, _D, dtype=dtype)
         for q in (1, 64):
             queries = make(q, _D, dtype=_FULL)
-            yield f"scores, Q={q}{name}", partial(scores, queries, rows, scale)
-            yield f"topk_scores, Q={q}{name}", partial(topk_scores, queries, rows, 20, scale)
-        yield f"self_influence{name}", partial(self_influence, rows, factor)
+            yield call("scores", f", Q={q}{name}", queries, rows, scale)
+            yield call("topk_scores", f", Q={q}{name}", queries, rows, 20, scale)
+        yield call("self_influence", name, rows, factor)
     state = [make(64, 20, dtype=kind) for kind in (_FULL, torch.int64) * 2]
-    arguments = make(64, _D, dtype=_FULL), make(100_000, _D), 20, None, None, state, 7
-    yield "topk_scores, state", partial(topk_scores, *arguments)
+    queries, rows = make(64, _D, dtype=_FULL), make(100_000, _D)
+    yield call("topk_scores", ", state", queries, rows, 20, None, None, state, 7)
 
 
 def _covariance_calls() -> Calls:
@@ -257,4 +252,4 @@ def _covariance_calls() -> Calls:
         (", float64", 256, torch.float64, make(8192, 256)),
     ):
         cov = make(size, size, dtype=cov_dtype)
-        yield f"covariance_update_{name}", partial(covariance_update_, cov, rows)
+        yield call("covariance_update_", name, cov, rows)

@@ -99,7 +99,8 @@ def _column_exponents(
     for exponent in exponents:
         if not -126 <= exponent <= 127:
             raise ValueError(f"module_exponents: expected -126 to 127, got {exponent}")
-    columns = torch.tensor(exponents, dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
+    counts = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    columns = torch.tensor(exponents, dtype=torch.int32, device="cpu").repeat_interleave(counts)
     return columns.to(device)  # [D]
 
 

@@ -26,8 +26,8 @@ from logra_kernels.triton.launch import (
     launch,
     tile,
 )
-from logra_kernels.triton.products import dot, dot_of_transposed, precision, types_of
-from logra_kernels.triton.project import project
+from logra_kernels.triton.products import dot_of_transposed, precision, types_of
+from logra_kernels.triton.project import project, project_tile
 
 _RECOMPUTE = 2  # the most times that one token may be projected
 
@@ -60,9 +60,9 @@ def _segment_of_slot(cu_seqlens, slot, segments, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _place(slot, cu_seqlens, segments, tokens, chunks, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+def _place(slot, cu_seqlens, segments, tokens, chunks, CHUNK: tl.constexpr):
     """A slot's segment, the segment's first token and length, and which of its chunks it is."""
-    if PACKED:
+    if cu_seqlens is not None:
         segment = _segment_of_slot(cu_seqlens, slot, segments, CHUNK)
         begin, length = _segment(cu_seqlens, segment, tokens)
         chunk = slot - (begin // CHUNK + segment)
@@ -83,29 +83,16 @@ def _side(
     k,  # [RANK], positions on the gradient's axis
     rank,
     proj_stride,
-    PROJECTED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
 ):
     """One side of the outer product, [BLOCK, RANK]: tokens times P^T, or the tokens themselves."""
-    if PROJECTED:
-        out = tl.zeros((BLOCK, RANK), dtype=tl.float32)
-        proj_rows = proj + k.to(tl.int64) * proj_stride
-        for start in range(0, width, WIDTH):
-            i = start + tl.arange(0, WIDTH)
-            token_tile = tl.load(  # [BLOCK, WIDTH]
-                values[:, None] + i[None, :],
-                mask=keep[:, None] & (i < width)[None, :],
-                other=0.0,
-            )
-            proj_tile = tl.load(  # [WIDTH, RANK]
-                proj_rows[None, :] + i[:, None],
-                mask=(i < width)[:, None] & (k < rank)[None, :],
-                other=0.0,
-            )
-            out = dot(token_tile, proj_tile, out, PRECISION)
+    if proj is not None:
+        out = project_tile(
+            values, keep, proj, width, k, rank, proj_stride, PRECISION, BLOCK, WIDTH, RANK
+        )
     else:
         out = tl.load(
             values[:, None] + k[None, :], mask=keep[:, None] & (k < rank)[None, :], other=0.0
@@ -125,13 +112,13 @@ _COUNTS = ["modules", "segments", "slots", "tokens", "chunks"]
 
 @triton.jit(do_not_specialize=[*_COUNTS, "mask_example", "mask_token"])
 def _gradients_kernel(
-    x,  # [N, T, I], or packed [T, I]; that of the first module, if GROUPED
+    x,  # [N, T, I], or packed [T, I]; that of the first of several modules
     dy,  # [N, T, O], or packed [T, O]
-    proj_in,  # [Ki, I]
-    proj_out,  # [Ko, O]
-    mask,  # [N, T] or [T] uint8
-    cu_seqlens,  # [S + 1]
-    addresses,  # [4, modules] int64: x, dy, proj_in, proj_out of each
+    proj_in,  # [Ki, I]; None for tokens that are not projected
+    proj_out,  # [Ko, O], likewise
+    mask,  # [N, T] or [T] uint8, or None
+    cu_seqlens,  # [S + 1]; None if not packed
+    addresses,  # [4, modules] int64: x, dy, proj_in, proj_out of each; None for one module
     out,  # [modules, S, Ko, Ki]
     partial,  # [modules, slots, Ko, Ki] float32
     modules,
@@ -151,12 +138,7 @@ def _gradients_kernel(
     proj_out_stride: tl.int64,
     mask_example: tl.int64,
     mask_token: tl.int64,
-    GROUPED: tl.constexpr,
     ALIGNED: tl.constexpr,  # every address to 16 bytes
-    PROJECT_IN: tl.constexpr,
-    PROJECT_OUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     OUTER_PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -172,21 +154,19 @@ def _gradients_kernel(
     o = ((tl.program_id(0) % tiles) // tiles_in) * RANK_OUT + tl.arange(0, RANK_OUT)
     i = ((tl.program_id(0) % tiles) % tiles_in) * RANK_IN + tl.arange(0, RANK_IN)
     size = tl.cast(rank_out, tl.int64) * rank_in
-    if GROUPED:
+    if addresses is not None:
         module = slot // slots
         slot = slot % slots
         x = _of_module(x, addresses, module, ALIGNED)
         dy = _of_module(dy, addresses + modules, module, ALIGNED)
-        if PROJECT_IN:
+        if proj_in is not None:
             proj_in = _of_module(proj_in, addresses + 2 * modules, module, ALIGNED)
-        if PROJECT_OUT:
+        if proj_out is not None:
             proj_out = _of_module(proj_out, addresses + 3 * modules, module, ALIGNED)
         out += module.to(tl.int64) * segments * size
         partial += module.to(tl.int64) * slots * size
 
-    segment, begin, length, chunk = _place(
-        slot, cu_seqlens, segments, tokens, chunks, PACKED, CHUNK
-    )
+    segment, begin, length, chunk = _place(slot, cu_seqlens, segments, tokens, chunks, CHUNK)
     used = tl.maximum(tl.cdiv(length, CHUNK), 1)  # an empty segment has to write its zeros
     if chunk < 0 or chunk >= used:
         return
@@ -195,7 +175,7 @@ def _gradients_kernel(
     example = segment.to(tl.int64)
     x += example * x_example + tl.cast(begin, tl.int64) * x_token
     dy += example * dy_example + tl.cast(begin, tl.int64) * dy_token
-    if MASKED:
+    if mask is not None:
         mask += example * mask_example + tl.cast(begin, tl.int64) * mask_token
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, length)
@@ -203,7 +183,7 @@ def _gradients_kernel(
     for start in range(first, last, BLOCK):
         token = (start + tl.arange(0, BLOCK)).to(tl.int64)
         keep = token < last
-        if MASKED:
+        if mask is not None:
             # A masked token is never loaded, so it may hold NaN.
             keep = tl.load(mask + token * mask_token, mask=keep, other=0) != 0
         x_side = _side(
@@ -214,7 +194,6 @@ def _gradients_kernel(
             i,
             rank_in,
             proj_in_stride,
-            PROJECT_IN,
             PRECISION,
             BLOCK,
             WIDTH,
@@ -228,7 +207,6 @@ def _gradients_kernel(
             o,
             rank_out,
             proj_out_stride,
-            PROJECT_OUT,
             PRECISION,
             BLOCK,
             WIDTH,
@@ -255,7 +233,6 @@ def _reduce_kernel(
     tokens,
     chunks,
     size,  # Ko * Ki
-    PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     REDUCE: tl.constexpr,
 ):
@@ -265,7 +242,7 @@ def _reduce_kernel(
     partial += module * slots * size
     out += module * segments * size
     element = (tl.program_id(0) % tiles) * REDUCE + tl.arange(0, REDUCE)
-    if PACKED:
+    if cu_seqlens is not None:
         begin, length = _segment(cu_seqlens, segment, tokens)
         first = begin // CHUNK + segment
         used = tl.cdiv(length, CHUNK)
@@ -316,7 +293,6 @@ class Side(NamedTuple):
             f"{tokens}_example": 0 if packed else first.stride(0),
             f"{tokens}_token": first.stride(-2),
             f"proj_{axis}_stride": proj.stride(0) if proj is not None else 0,
-            f"PROJECT_{axis.upper()}": proj is not None,
         }
 
 
@@ -339,16 +315,12 @@ class Examples(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """The kernels' arguments that say which tokens an example has."""
-        by_example = self.cu_seqlens is None
-        found: dict[str, Any] = {"cu_seqlens": self.cu_seqlens, "PACKED": not by_example}
-        if self.mask is None:
-            return found | {"mask": None, "mask_example": 0, "mask_token": 0, "MASKED": False}
-        example, token = self.mask.stride(0) if by_example else 0, self.mask.stride(-1)
-        return found | {
-            "mask": self.mask,
-            "mask_example": example,
-            "mask_token": token,
-            "MASKED": True,
+        mask, packed = self
+        return {
+            "mask": mask,
+            "mask_example": 0 if mask is None or packed is not None else mask.stride(0),
+            "mask_token": 0 if mask is None else mask.stride(-1),
+            "cu_seqlens": packed,
         }
 
 
@@ -425,7 +397,6 @@ def _write_gradients(
 
     packed = examples.cu_seqlens is not None
     shared = _chunks(x.tokens[0].shape[-2], chunk, packed, out)
-    grouped = len(out) > 1
     launch(
         _gradients_kernel,
         ("modules", "slots", ("rank_out", "RANK_OUT"), ("rank_in", "RANK_IN")),
@@ -435,8 +406,7 @@ def _write_gradients(
         **dy.arguments("dy", "out", packed),
         **examples.arguments(),
         **shared,
-        addresses=_addresses(x, dy) if grouped else None,
-        GROUPED=grouped,
+        addresses=_addresses(x, dy) if len(out) > 1 else None,
         ALIGNED=all(_is_aligned(t) for side in (x, dy) for tensors in side for t in tensors),
         PRECISION=input_precision,
         OUTER_PRECISION=outer_precision,
@@ -450,7 +420,6 @@ def _write_gradients(
             **shared,
             cu_seqlens=examples.cu_seqlens,
             size=x.rank * dy.rank,
-            PACKED=packed,
         )
 
 
@@ -513,7 +482,7 @@ def _addresses(x: Side, dy: Side) -> Tensor:
     sides = x.tokens, dy.tokens, x.projs, dy.projs
     rows = [[t.data_ptr() for t in side] or [0] * len(x.tokens) for side in sides]
     device = x.tokens[0].device
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)
 
 

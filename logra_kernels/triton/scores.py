@@ -32,9 +32,7 @@ TILES = ("num_rows", "ROWS"), ("num_queries", "QUERIES")  # the grid
 def score_tile(
     queries,  # [PIECES, Q, D]
     rows,  # [R, D]
-    query_scale,  # [Q] float32
-    row_scale,  # [R]
-    row_bias,  # [R]
+    query_scale,  # [Q] float32, or None
     q,  # [QUERIES] of this tile
     r,  # [ROWS] int64, of this tile
     num_queries,
@@ -43,16 +41,15 @@ def score_tile(
     piece_stride,
     query_stride,
     row_stride,
-    row_scale_stride,
-    row_bias_stride,
     PIECES: tl.constexpr,
-    QUERY_SCALED: tl.constexpr,
-    ROW_SCALED: tl.constexpr,
-    BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
+    row_scale=None,  # [R]
+    row_bias=None,  # [R]
+    row_scale_stride=0,
+    row_bias_stride=0,
 ):
     """<row, query> * query_scale * row_scale + row_bias, [ROWS, QUERIES] float32."""
     acc = tl.zeros((ROWS, QUERIES), dtype=tl.float32)
@@ -72,12 +69,12 @@ def score_tile(
                 other=0.0,
             )
             acc = dot(row_tile, query_tile, acc, PRECISION)
-    if QUERY_SCALED:
+    if query_scale is not None:
         acc *= tl.load(query_scale + q, mask=q < num_queries, other=1.0)[None, :]
-    if ROW_SCALED:
+    if row_scale is not None:
         scale = tl.load(row_scale + r * row_scale_stride, mask=r < num_rows, other=1.0)
         acc *= scale.to(tl.float32)[:, None]
-    if BIASED:
+    if row_bias is not None:
         bias = tl.load(row_bias + r * row_bias_stride, mask=r < num_rows, other=0.0)
         acc += bias.to(tl.float32)[:, None]
     return acc
@@ -100,9 +97,6 @@ def _scores_kernel(
     row_scale_stride: tl.int64,
     row_bias_stride: tl.int64,
     PIECES: tl.constexpr,
-    QUERY_SCALED: tl.constexpr,
-    ROW_SCALED: tl.constexpr,
-    BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -116,8 +110,6 @@ def _scores_kernel(
         queries,
         rows,
         query_scale,
-        row_scale,
-        row_bias,
         q,
         r,
         num_queries,
@@ -126,16 +118,15 @@ def _scores_kernel(
         piece_stride,
         query_stride,
         row_stride,
-        row_scale_stride,
-        row_bias_stride,
         PIECES,
-        QUERY_SCALED,
-        ROW_SCALED,
-        BIASED,
         PRECISION,
         ROWS,
         QUERIES,
         DIM,
+        row_scale,
+        row_bias,
+        row_scale_stride,
+        row_bias_stride,
     )
     tl.store(
         out + q.to(tl.int64)[None, :] * num_rows + r[:, None],
@@ -203,7 +194,6 @@ class Scan:
             "query_stride": self.pieces.stride(1),
             "row_stride": self.rows.stride(0),
             "PIECES": self.pieces.shape[0],
-            "QUERY_SCALED": self.query_scale is not None,
             "PRECISION": self.input_precision,
         }
 
@@ -215,8 +205,6 @@ class Scan:
             "row_bias": bias,
             "row_scale_stride": scale.stride(0) if scale is not None else 0,
             "row_bias_stride": bias.stride(0) if bias is not None else 0,
-            "ROW_SCALED": scale is not None,
-            "BIASED": bias is not None,
         }
 
     def scores(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,80 +203,37 @@ def test_threads_follow_what_is_slow(set_threads: None) -> None:
     assert torch.get_num_threads() == 2
 
 
-class FakeCuda:
-    """What CudaLanes asks of torch.cuda, written down in order."""
+class Recorder:
+    """Writes down every call on it, and on what the calls give: "Stream().wait_event(…)"."""
 
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.current = "compute"
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
 
-    def stream(self, stream: _Stream) -> _Inside:
-        return _Inside(self, stream)
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Recorder:
+            given = ", ".join(a.name for a in arguments if isinstance(a, Recorder))
+            result = Recorder(f"{self.name}.{method}({given})".removeprefix("."), self.calls)
+            self.calls.append(result.name)
+            return result
 
-    def Stream(self, device: torch.device) -> _Stream:  # torch's name
-        return _Stream("copies", self)
-
-    def current_stream(self, device: torch.device) -> _Stream:
-        return _Stream("compute", self)
-
-    def cudart(self) -> FakeCuda:
-        return self
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        self.calls.append("pin")
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.calls.append("unpin")
-        return 0
-
-    def check_error(self, code: int) -> None:
-        assert code == 0
-
-
-class _Stream:
-    def __init__(self, name: str, cuda: FakeCuda) -> None:
-        self.name, self.cuda = name, cuda
-
-    def record_event(self) -> _Event:
-        self.cuda.calls.append(f"event on {self.name}")
-        return _Event(self.name, self.cuda)
-
-    def wait_event(self, event: _Event) -> None:
-        self.cuda.calls.append(f"{self.name} waits for {event.name}")
-
-    def wait_stream(self, stream: _Stream) -> None:
-        self.cuda.calls.append(f"{self.name} waits for all of {stream.name}")
-
-    def synchronize(self) -> None:
-        self.cuda.calls.append(f"host waits for all of {self.name}")
-
-
-class _Event:
-    def __init__(self, name: str, cuda: FakeCuda) -> None:
-        self.name, self.cuda = name, cuda
-
-    def synchronize(self) -> None:
-        self.cuda.calls.append(f"host waits for {self.name}")
-
-
-class _Inside:
-    def __init__(self, cuda: FakeCuda, stream: _Stream) -> None:
-        self.cuda, self.stream = cuda, stream
+        return call
 
     def __enter__(self) -> None:
-        self.before, self.cuda.current = self.cuda.current, self.stream.name
+        self.calls.append("in it")
 
     def __exit__(self, *_: object) -> None:
-        self.cuda.current = self.before
+        self.calls.append("out of it")
+
+    def __int__(self) -> int:
+        return 0
 
 
 def test_the_calls_that_cuda_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which stream copies and which computes, and who waits for whom; no GPU was asked."""
     from logra_kernels.attribution import cuda_lanes
 
-    cuda = FakeCuda()
-    monkeypatch.setattr(torch, "cuda", cuda)
+    calls: list[str] = []
+    monkeypatch.setattr(torch, "cuda", Recorder("", calls))
     lanes = cuda_lanes.CudaLanes(torch.device("cpu"))
     source = lanes.host_buffer(4096)
     assert source.ctypes.data % 4096 == 0
@@ -283,27 +241,27 @@ def test_the_calls_that_cuda_gets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Spy(Tensor):
         def copy_(self, other: Tensor, non_blocking: bool = False) -> Tensor:
-            cuda.calls.append(f"copy on {cuda.current}, non_blocking={non_blocking}")
+            calls.append(f"copy, non_blocking={non_blocking}")
             return self
 
     copied = lanes.copy(Spy(), share(source))
     lanes.compute_waits_for(copied)
-    used = lanes.compute(lambda: cuda.calls.append(f"work on {cuda.current}"))
+    used = lanes.compute(lambda: calls.append("work"))
     lanes.copy_waits_for(used)
     lanes.wait(copied)
     lanes.close()
     assert target.shape == (4096,)
-    assert cuda.calls == [
-        "pin",
-        "copies waits for all of compute",
-        "copy on copies, non_blocking=True",
-        "event on copies",
-        "compute waits for copies",
-        "work on compute",
-        "event on compute",
-        "copies waits for compute",
-        "host waits for copies",
-        "host waits for all of copies",
-        "host waits for all of compute",
-        "unpin",
+    copies, compute = "Stream()", "current_stream()"
+    assert calls == [
+        *(copies, compute, "cudart()", "cudart().cudaHostRegister()", "check_error()"),
+        f"{copies}.wait_stream({compute})",
+        *(f"stream({copies})", "in it", "copy, non_blocking=True", "out of it"),
+        f"{copies}.record_event()",
+        f"{compute}.wait_event({copies}.record_event())",
+        *(f"stream({compute})", "in it", "work", "out of it"),
+        f"{compute}.record_event()",
+        f"{copies}.wait_event({compute}.record_event())",
+        f"{copies}.record_event().synchronize()",
+        *(f"{copies}.synchronize()", f"{compute}.synchronize()"),
+        *("cudart()", "cudart().cudaHostUnregister()"),
     ]

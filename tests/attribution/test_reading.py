@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_influence import DIM, gradients, make_store
+from dense_influence import DIM, assert_same, gradients, make_store
 from system_state import evict, left_behind
-from test_attribution import assert_same
 from test_pipeline import LateLanes
-from tree import environment
+from tree import environment, output
 
 from logra_kernels.attribution import Attributor, memory
 from logra_kernels.attribution import attributor as attributor_module
@@ -35,11 +33,6 @@ from logra_kernels.store import (
 
 QUERIES = gradients(3, seed=7)
 GROUPS = {"up": "up", "down": ["down"]}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return make_store(tmp_path / "store", gradients(150), shard_rows=40)
 
 
 @pytest.fixture
@@ -71,9 +64,10 @@ def results(attributor: Attributor, mode: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("mode", SCAN_MODES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_reading_gives_the_same_bits(
-    tmp_path: Path, mode: str, dtype: str, native: None
+    tmp_path: Path, mode: str, dtype: str, set_threads: None
 ) -> None:
-    """Also blocks that a shard cuts short, cold or cached, sigma computed, found or remembered."""
+    """Also blocks that a shard cuts short, cold or cached, sigma computed, found or remembered,
+    and on one thread or two."""
     rows = gradients(90)
     rows[[3, 44]] = 0
     want = None
@@ -82,16 +76,16 @@ def test_every_reading_gives_the_same_bits(
         curvature = RawCurvature.rebuild(store)
         for reading in ("mapped", "streamed", "resident"):
             shutil.rmtree(store.path / "self_influence", ignore_errors=True)
-            for cold in (True, False):
-                if cold:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                if threads == 1:
                     evict(store)
                 attributor = Attributor(store, curvature, reading=reading, block_rows=block_rows)
                 got = results(attributor, mode)
                 want = want or got
-                for one, other in zip(want, got, strict=True):
-                    assert torch.equal(one, other)
-                for one, other in zip(want, results(attributor, mode), strict=True):
-                    assert torch.equal(one, other)
+                for one, other, again in zip(want, got, results(attributor, mode), strict=True):
+                    assert_same(one, other)
+                    assert_same(one, again)
 
 
 @pytest.mark.parametrize("reading", ["mapped", "streamed", "resident"])
@@ -272,9 +266,7 @@ for number, case in enumerate(cases):
 def test_a_file_cut_short_between_blocks_or_under_one_ends_no_process(store: Store) -> None:
     """Of a mapped store alone a block in use would end it; rows and norms are in the page cache."""
     RawCurvature.rebuild(store).save(store)
-    command = [sys.executable, "-c", CUT, str(store.path)]
-    told = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    lines = told.stdout.splitlines()
+    lines = output(sys.executable, "-c", CUT, store.path).splitlines()
     assert len(lines) == 10
     for line in lines:
         assert re.search(r"/shard-0000\d[^/]*\.npy: expected \d+ (bytes|values), got \d+", line)
@@ -332,14 +324,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     """
     make_wide(tmp_path / "small", 2000)
     make_wide(tmp_path / "large", 20000)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment,
-    ).stdout
+    env = {**environment(), "OMP_NUM_THREADS": "1"}
+    out = output(sys.executable, "-c", MEASURE, tmp_path, env=env)
     (small, _), (large, left), (mapped, kept) = (
         tuple(int(number) for number in line.split()) for line in out.splitlines()
     )

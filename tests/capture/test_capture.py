@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from refusals import refuse
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import (
@@ -24,38 +24,21 @@ from toy_models import (
     Mlp,
     Recurrent,
     SmallCnn,
+    capture_rows,
     causal_loss,
     make_layers,
     ragged_batch,
+    square_sum,
     tiny_gpt2,
     tiny_llama,
 )
 
 from logra_kernels.capture import Capture
-from logra_kernels.capture.layers import Layer
 
 
 def mlp_batch(count: int = 4) -> tuple[Mlp, Tensor]:
     torch.manual_seed(0)
     return Mlp(), torch.randn(count, 7)
-
-
-def square_sum(model: nn.Module, x: Tensor) -> Tensor:
-    out: Tensor = model(x)
-    return out.square().sum()
-
-
-def capture_rows(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    count: int,
-    loss: Callable[[], Tensor],
-    mask: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    with Capture(model, layers, count, mask, **options) as capture:
-        loss().backward()
-    return capture.rows()
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
@@ -381,12 +364,6 @@ def test_captures_of_two_threads() -> None:
 
 
 # what it refuses
-
-
-def refuse(
-    message: str, kind: type[Exception] = ValueError
-) -> AbstractContextManager[pytest.ExceptionInfo[Exception]]:
-    return pytest.raises(kind, match=re.escape(message))
 
 
 def test_no_backward() -> None:

@@ -61,9 +61,9 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     call = ops.projected_gradients_grouped
 
-    def counted(xs: Any, *args: Any) -> torch.Tensor:
+    def counted(xs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         sizes.append(len(xs))
-        return call(xs, *args)
+        return call(xs, *args, **kwargs)
 
     monkeypatch.setattr(gradient_queue, "WAITING_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(ops, "projected_gradients_grouped", counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from toy_models import (
     Recurrent,
     SmallCnn,
     autograd_rows,
+    capture_rows,
     causal_loss,
     make_layers,
     ragged_batch,
+    square_sum,
     tiny_gpt2,
     tiny_llama,
 )
@@ -51,41 +54,34 @@ def assert_rows(
     assert (got.double() - truth).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rank", "bias"), [(None, True), ((3, 5), True), (4, False)])
-def test_mlp(dtype: torch.dtype, rank: tuple[int, int] | int | None, bias: bool) -> None:
-    torch.manual_seed(0)
-    model = Mlp().to(dtype)
-    layers = make_layers(model, rank=rank, bias=bias)
-    x, y = torch.randn(5, 7), torch.randint(4, (5,))
-
-    def loss(examples: slice) -> Tensor:
-        outputs = model(x[examples].to(next(model.parameters()).dtype))
-        return nn.functional.cross_entropy(outputs, y[examples], reduction="sum")
-
-    with Capture(model, layers, 5) as capture:
-        loss(slice(None)).backward()
-    singles = [lambda n=n: loss(slice(n, n + 1)) for n in range(5)]
-    assert_rows(model, layers, capture.rows(), singles, dtype)
+def assert_squares(
+    model: nn.Module, layers: Sequence[Layer], x: Tensor, mask: Tensor | None = None
+) -> None:
+    """The rows of a float64 model whose loss is the sum of its squared outputs."""
+    got = capture_rows(model, layers, len(x), partial(square_sum, model, x), mask)
+    singles = [partial(square_sum, model, one[None]) for one in x]
+    assert_rows(model, layers, got, singles, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rank", "bias"), [(None, True), ((3, 5), True), (2, False)])
+@pytest.mark.parametrize(("rank", "bias"), [(None, True), ((3, 5), True), (4, False), (2, False)])
+@pytest.mark.parametrize(("make", "shape"), [(Mlp, (5, 7)), (SmallCnn, (3, 2, 12, 11))])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_cnn(dtype: torch.dtype, rank: tuple[int, int] | int | None, bias: bool) -> None:
+def test_classifiers(
+    make: type[nn.Module], shape: tuple[int, ...], dtype: torch.dtype, rank: Any, bias: bool
+) -> None:
     torch.manual_seed(0)
-    model = SmallCnn().to(dtype)
+    model, count = make().to(dtype), shape[0]
     layers = make_layers(model, rank=rank, bias=bias)
-    x, y = torch.randn(3, 2, 12, 11), torch.randint(3, (3,))
+    x, y = torch.randn(shape), torch.randint(3, (count,))
 
     def loss(examples: slice) -> Tensor:
         outputs = model(x[examples].to(next(model.parameters()).dtype))
         return nn.functional.cross_entropy(outputs, y[examples], reduction="sum")
 
-    with Capture(model, layers, 3) as capture:
-        loss(slice(None)).backward()
-    singles = [lambda n=n: loss(slice(n, n + 1)) for n in range(3)]
-    assert_rows(model, layers, capture.rows(), singles, dtype)
+    got = capture_rows(model, layers, count, lambda: loss(slice(None)))
+    singles = [lambda n=n: loss(slice(n, n + 1)) for n in range(count)]
+    assert_rows(model, layers, got, singles, dtype)
 
 
 def watched_gpt2(model: nn.Module) -> list[str]:
@@ -110,8 +106,7 @@ def test_ragged_language_models(
     layers = make_layers(model, watched, rank=rank, bias=True)
     assert len(layers) >= 9
     ids, mask = ragged_batch(61, LENGTHS, side)
-    with Capture(model, layers, len(LENGTHS), mask) as capture:
-        causal_loss(model, ids, mask).backward()
+    rows = capture_rows(model, layers, len(LENGTHS), lambda: causal_loss(model, ids, mask), mask)
 
     def bare(n: int) -> Tensor:
         alone = ids[n][mask[n] == 1][None]
@@ -119,19 +114,18 @@ def test_ragged_language_models(
 
     # the last example has one token, which predicts nothing: its row is zero
     singles = [lambda n=n: bare(n) for n in range(len(LENGTHS))]
-    assert_rows(model, layers, capture.rows(), singles, dtype)
-    assert capture.rows()[-1].abs().max() == 0
-    assert all(capture.rows()[:-1].abs().amax(dim=1) > 0)
+    assert_rows(model, layers, rows, singles, dtype)
+    assert rows[-1].abs().max() == 0
+    assert all(rows[:-1].abs().amax(dim=1) > 0)
 
 
 def test_unprojected_gpt2_float64() -> None:
     model = tiny_gpt2(torch.float64)
     layers = make_layers(model, watched_gpt2(model), bias=True)
     ids, mask = ragged_batch(61, LENGTHS[:2], "right")
-    with Capture(model, layers, 2, mask) as capture:
-        causal_loss(model, ids, mask).backward()
+    rows = capture_rows(model, layers, 2, lambda: causal_loss(model, ids, mask), mask)
     singles = [lambda n=n: causal_loss(model, ids[n : n + 1], mask[n : n + 1]) for n in range(2)]
-    assert_rows(model, layers, capture.rows(), singles, torch.float64)
+    assert_rows(model, layers, rows, singles, torch.float64)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -146,9 +140,8 @@ def test_padding_changes_nothing(rank: int | None) -> None:
         padded[:, :9] = torch.where(mask == 1, ids, filler)
         wide = torch.zeros_like(padded)
         wide[:, :9] = mask
-        with Capture(model, layers, len(LENGTHS), wide) as capture:
-            causal_loss(model, padded, wide).backward()
-        rows.append(capture.rows())
+        loss = partial(causal_loss, model, padded, wide)
+        rows.append(capture_rows(model, layers, len(LENGTHS), loss, wide))
     for other in rows[1:]:
         assert (other - rows[0]).abs().max() <= 1e-12 * rows[0].abs().max()
 
@@ -174,10 +167,7 @@ def test_a_module_called_again_adds_up(rank: int | None) -> None:
     model = Recurrent().double()
     layers = make_layers(model, rank=rank, bias=True)
     x = torch.randn(3, 5, 6, dtype=torch.float64)
-    with Capture(model, layers, 3) as capture:
-        model(x).square().sum().backward()
-    singles = [lambda n=n: model(x[n : n + 1]).square().sum() for n in range(3)]
-    assert_rows(model, layers, capture.rows(), singles, torch.float64)
+    assert_squares(model, layers, x)
 
 
 def test_tokens_flattened_before_the_layer() -> None:
@@ -187,10 +177,8 @@ def test_tokens_flattened_before_the_layer() -> None:
     layers = make_layers(model, rank=3)
     x, mask = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([[1, 1, 1], [1, 0, 0]])
     rows = []
-    for flat in (False, True):
-        with Capture(model, layers, 2, mask) as capture:
-            model(x.flatten(0, 1) if flat else x).square().sum().backward()
-        rows.append(capture.rows())
+    for tokens in (x, x.flatten(0, 1)):
+        rows.append(capture_rows(model, layers, 2, partial(square_sum, model, tokens), mask))
     assert torch.equal(rows[0], rows[1])
 
 
@@ -202,12 +190,11 @@ def test_activations_and_gradients_of_any_strides(rank: int | None, bias: bool) 
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     layers = make_layers(model, rank=rank, bias=bias)
     x = torch.randn(3, 6, 7).transpose(1, 2)
-    with Capture(model, layers, 3) as capture:
-        model(x).sum().backward()
+    got = capture_rows(model, layers, 3, lambda: model(x).sum())
     singles = [lambda n=n: model(x[n : n + 1]).sum() for n in range(3)]
     want = autograd_rows(model, layers, singles)
     # sums of 7 tokens and of at most 7 features, twice
-    assert (capture.rows() - want).abs().max() <= 32 * 2**-23 * want.abs().max()
+    assert (got - want).abs().max() <= 32 * 2**-23 * want.abs().max()
 
 
 def test_more_than_one_token_axis() -> None:
@@ -216,10 +203,7 @@ def test_more_than_one_token_axis() -> None:
     model = nn.Sequential(nn.Linear(4, 5)).double()
     layers = make_layers(model, rank=3)
     x, mask = torch.randn(2, 2, 3, 4, dtype=torch.float64), torch.ones(2, 6)
-    with Capture(model, layers, 2, mask) as capture:
-        model(x).square().sum().backward()
-    singles = [lambda n=n: model(x[n : n + 1]).square().sum() for n in range(2)]
-    assert_rows(model, layers, capture.rows(), singles, torch.float64)
+    assert_squares(model, layers, x, mask)
 
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
@@ -229,10 +213,7 @@ def test_embedding(padding_idx: int | None, rank: tuple[int, int] | None) -> Non
     model = nn.Sequential(nn.Embedding(11, 5, padding_idx=padding_idx), nn.Linear(5, 2)).double()
     layers = make_layers(model, rank=rank)
     ids = torch.tensor([[1, 3, 3, 10], [3, 0, 1, 1]])
-    with Capture(model, layers, 2) as capture:
-        model(ids).square().sum().backward()
-    singles = [lambda n=n: model(ids[n : n + 1]).square().sum() for n in range(2)]
-    assert_rows(model, layers, capture.rows(), singles, torch.float64)
+    assert_squares(model, layers, ids)
 
 
 def test_batch_split_changes_rows_by_rounding_only() -> None:
@@ -245,9 +226,8 @@ def test_batch_split_changes_rows_by_rounding_only() -> None:
         parts = []
         for begin in range(0, 4, size):
             part = slice(begin, begin + size)
-            with Capture(model, layers, size, mask[part]) as capture:
-                causal_loss(model, ids[part], mask[part]).backward()
-            parts.append(capture.rows())
+            loss = partial(causal_loss, model, ids[part], mask[part])
+            parts.append(capture_rows(model, layers, size, loss, mask[part]))
         rows.append(torch.cat(parts))
     for other in rows[1:]:
         # about 30 roundings lie one behind another in two layers' forward and backward passes
@@ -263,9 +243,7 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     rows = []
     for kind in (torch.float32, dtype):
         model.to(kind)
-        with Capture(model, layers, 4, mask) as capture:
-            causal_loss(model, ids, mask).backward()
-        rows.append(capture.rows())
+        rows.append(capture_rows(model, layers, 4, lambda: causal_loss(model, ids, mask), mask))
         assert rows[-1].dtype == torch.float32
     # 2**-8 (bf16) or 2**-11 (fp16) for each of about 30 roundings, which mostly cancel
     tolerance = 8 * torch.finfo(dtype).eps
@@ -278,12 +256,9 @@ def test_autocast() -> None:
     ids, mask = ragged_batch(61, LENGTHS, "right")
     rows = []
     for enabled in (False, True):
-        with (
-            Capture(model, layers, 4, mask) as capture,
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled),
-        ):
-            causal_loss(model, ids, mask).backward()
-        rows.append(capture.rows())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = lambda: causal_loss(model, ids, mask)  # noqa: E731
+            rows.append(capture_rows(model, layers, 4, loss, mask))
     assert rows[1].dtype == torch.float32
     assert not torch.equal(rows[0], rows[1])
     assert (rows[1] - rows[0]).norm() <= 8 * 2**-8 * rows[0].norm()

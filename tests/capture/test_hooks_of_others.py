@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
-from toy_models import autograd_rows, make_layers
+from toy_models import autograd_rows, capture_rows, make_layers, square_sum
 
 from logra_kernels.capture import Capture
 
@@ -54,11 +54,9 @@ class Plain(nn.Module):
 
 def assert_autograds_rows(model: nn.Module, x: Tensor) -> None:
     layers = make_layers(model, rank=3)
-    with Capture(model, layers, len(x)) as capture:
-        model(x).square().sum().backward()
-    alone = [lambda one=one: model(one[None]).square().sum() for one in x]
-    want = autograd_rows(model, layers, alone)
-    torch.testing.assert_close(capture.rows(), want, rtol=1e-11, atol=1e-12)
+    got = capture_rows(model, layers, len(x), partial(square_sum, model, x))
+    want = autograd_rows(model, layers, [partial(square_sum, model, one[None]) for one in x])
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -74,10 +72,6 @@ def detached(module: nn.Module, args: object, output: Tensor) -> None:
 
 def tripled(module: nn.Module, gradients: Any) -> Any:
     return (3 * gradients[0],)
-
-
-def loss_of_one(model: nn.Module, x: Tensor) -> Any:
-    return model(x[None]).square().sum()
 
 
 HOOKS: dict[str, Callable[[nn.Module], RemovableHandle]] = {
@@ -119,7 +113,7 @@ def test_a_hook_put_on_inside_the_pass() -> None:
     with Capture(model, layers, 4) as capture:
         model.second.register_forward_hook(lambda m, x, o: o * 3)
         model(x).square().sum().backward()
-    want = autograd_rows(model, layers, [partial(loss_of_one, model, o) for o in x])
+    want = autograd_rows(model, layers, [partial(square_sum, model, o[None]) for o in x])
     torch.testing.assert_close(capture.rows(), want, rtol=1e-11, atol=1e-12)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import prune
-from toy_models import autograd_rows, make_layers, tiny_gpt2
+from toy_models import autograd_rows, capture_rows, make_layers, tiny_gpt2
 
 import logra_kernels as logra
 from logra_kernels.capture import (
@@ -100,9 +100,7 @@ def test_a_new_projection_replaces_the_old_one() -> None:
     rows = []
     for seed in (0, 1, 0):
         layer.projection = build_projections({"0": (6, 5)}, 2, seed=seed)["0"]
-        with Capture(model, [layer], 3) as capture:
-            model(x).square().sum().backward()
-        rows.append(capture.rows())
+        rows.append(capture_rows(model, [layer], 3, lambda: model(x).square().sum()))
     assert torch.equal(rows[0], rows[2])
     assert not torch.allclose(rows[0], rows[1])
 

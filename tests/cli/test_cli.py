@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from tiny_lm import make_model, sentences, write_jsonl
-from tree import environment
+from tree import environment, output
 
 from logra_kernels import attribution
 from logra_kernels.cli import main
@@ -442,10 +442,10 @@ def test_report_renders_what_query_wrote(
     words = [*query_words(files), "--text", "the cat sat on the mat"]
     words += ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "a.html")]
     assert main(words) == 0
-    again = ["report", "--results", str(tmp_path / "r.json"), "--out", str(tmp_path / "b.html")]
+    again = ["report", "--results", str(tmp_path / "r.json"), "--html", str(tmp_path / "b.html")]
     assert main(again) == 0
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
-    assert "results: no file" in failure(capsys, ["report", "--results", "no.json", "--out", "x"])
+    assert "results: no file" in failure(capsys, ["report", "--results", "no.json", "--html", "x"])
 
 
 @pytest.mark.parametrize("command", ["log", "query", "info", "verify", "report", "demo"])
@@ -462,7 +462,7 @@ def test_help_does_not_wait_for_torch() -> None:
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), capture_output=True)
+    output(sys.executable, "-c", code)
 
 
 def test_a_defect_keeps_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from tree import ROOT, output
 
 PROJECT = """
 cmake_minimum_required(VERSION 3.18)
@@ -98,20 +97,15 @@ EXPECTED = [
 ]
 
 
-def cmake(*arguments: str) -> None:
-    done = subprocess.run(["cmake", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.skipif(
     not all(map(shutil.which, ("cmake", "ninja", "g++"))), reason="needs cmake, ninja and g++"
 )
 def test_a_program_links_the_installed_core(tmp_path: Path) -> None:
     build, prefix, consumer = tmp_path / "build", tmp_path / "prefix", tmp_path / "consumer"
     # -O1: the numbers are the same, in a third of the time
-    cmake("-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
-    cmake("--build", str(build))
-    cmake("--install", str(build), "--prefix", str(prefix))
+    output("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    output("cmake", "--build", build)
+    output("cmake", "--install", build, "--prefix", prefix)
     headers = {p.name for p in (prefix / "include" / "logra").iterdir()}
     assert headers == {p.name for p in (ROOT / "csrc/include/logra").iterdir()}
 
@@ -119,10 +113,9 @@ def test_a_program_links_the_installed_core(tmp_path: Path) -> None:
     (consumer / "CMakeLists.txt").write_text(PROJECT)
     (consumer / "main.cpp").write_text(PROGRAM)
     out = consumer / "build"
-    cmake("-S", str(consumer), "-B", str(out), "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
-    cmake("--build", str(out))
-    done = subprocess.run([str(out / "consumer")], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+    output("cmake", "-S", consumer, "-B", out, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    output("cmake", "--build", out)
+    lines = output(out / "consumer").splitlines()
     assert lines[-1] == "rows: expected as many columns as queries"
     assert lines[:-1] == EXPECTED * ((len(lines) - 1) // len(EXPECTED))
     assert len(lines) > len(EXPECTED)
@@ -136,10 +129,8 @@ def test_headers_stand_alone() -> None:
     headers = sorted(map(str, (ROOT / "csrc/src").rglob("*.h")))
     flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"]
     includes = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/src'}"]
-    command = ["g++", "-std=c++17", "-fsyntax-only", "-w", *flags, *includes, "-x", "c++", *headers]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert headers
-    assert done.returncode == 0, done.stderr
+    output("g++", "-std=c++17", "-fsyntax-only", "-w", *flags, *includes, "-x", "c++", *headers)
 
 
 @pytest.mark.skipif(
@@ -148,22 +139,21 @@ def test_headers_stand_alone() -> None:
 )
 def test_the_kernels_of_amx_over_emulated_tiles(tmp_path: Path) -> None:
     """csrc/tests: every instruction set's ops, then the tiles; nothing of it can be installed."""
-    cmake(
-        *("-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"),
+    output(
+        "cmake",
+        *("-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"),
         *("-DLOGRA_TESTS=ON", "-DLOGRA_EMULATE_AMX=ON"),
     )
-    cmake("--build", str(tmp_path))
-    core = subprocess.run(
-        [tmp_path / "logra_core_test"], capture_output=True, text=True, check=False
-    )
-    assert core.returncode == 0, core.stdout
+    output("cmake", "--build", tmp_path)
+    core = output(tmp_path / "logra_core_test")
     tiles = subprocess.run(
         [tmp_path / "logra_tiles_test"], capture_output=True, text=True, check=False
     )
     if tiles.returncode == 77:
         pytest.skip(tiles.stdout.strip())
     assert tiles.returncode == 0, tiles.stdout + tiles.stderr
-    assert "amx_emulated: ok" in core.stdout
-    install = ["cmake", "--install", str(tmp_path), "--prefix", str(tmp_path / "prefix")]
+    assert "amx_emulated: ok" in core
+    prefix = tmp_path / "prefix"
+    install = ["cmake", "--install", str(tmp_path), "--prefix", str(prefix)]
     subprocess.run(install, capture_output=True, check=False)
-    assert not (tmp_path / "prefix").exists()
+    assert not prefix.exists()

@@ -31,39 +31,26 @@ POINTED = {"*fp16": torch.float16, "*bf16": torch.bfloat16, "*fp32": torch.float
 OK, NO_DRIVER, NO_CONTEXT, UNSUPPORTED, INVALID, DRIVER_ERROR = range(6)
 
 
+def fields(**letters: str) -> tuple[tuple[str, Any], ...]:
+    """A structure's fields: p for a pointer, i for 32 bits, l for 64."""
+    types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64}
+    return tuple((name, types[letter]) for name, letter in letters.items())
+
+
 class Matrix(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-    )
+    _fields_ = fields(data="p", dtype="i", rows="l", cols="l", row_stride="l")
 
 
 class Tokens(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int),
-        ("dim", ctypes.c_int64),
-        ("example_stride", ctypes.c_int64),
-        ("token_stride", ctypes.c_int64),
-    )
+    _fields_ = fields(data="p", dtype="i", dim="l", example_stride="l", token_stride="l")
 
 
 class Examples(ctypes.Structure):
-    _fields_ = (
-        ("num_examples", ctypes.c_int64),
-        ("num_tokens", ctypes.c_int64),
-        ("mask", ctypes.c_void_p),
-        ("cu_seqlens", ctypes.c_void_p),
-    )
+    _fields_ = fields(num_examples="l", num_tokens="l", mask="p", cu_seqlens="p")
 
 
 class TopK(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("top_scores", "top_ids", "bottom_scores", "bottom_ids")
-    )
+    _fields_ = fields(top_scores="p", top_ids="p", bottom_scores="p", bottom_ids="p")
 
 
 def matrix(tensor: Tensor | None) -> Any:
@@ -177,6 +164,14 @@ class Library:
         begin = -memory.data_ptr() % 256 + 256
         return ctypes.c_void_p(memory.data_ptr() + begin), ctypes.c_size_t(needed), memory
 
+    def call_in_workspace(self, name: str, asked: tuple[Any, ...], *rest: Any) -> None:
+        """The call, in memory of the size that it asks for; the bytes around it do not change."""
+        address, needed, memory = self.workspace(name, *asked)
+        self.call(name, *asked, *rest, address, needed)
+        begin = -memory.data_ptr() % 256 + 256
+        assert bool((memory[:begin] == 0xAB).all())
+        assert bool((memory[begin + needed.value :] == 0xAB).all())
+
 
 def pointer(address: int, kind: str) -> Any:
     """A tensor at an address. The interpreter reads only its address and its type."""
@@ -185,12 +180,6 @@ def pointer(address: int, kind: str) -> Any:
     dtype = {"*i64": torch.int64, "*i32": torch.int32, "*u8": torch.uint8} | POINTED
     buffer = (ctypes.c_char * 8).from_address(address)
     return torch.frombuffer(buffer, dtype=dtype[kind], count=1)
-
-
-def unchanged(memory: Tensor, needed: int) -> None:
-    begin = -memory.data_ptr() % 256 + 256
-    assert bool((memory[:begin] == 0xAB).all())
-    assert bool((memory[begin + needed :] == 0xAB).all())
 
 
 def close(got: Tensor, wanted: Tensor, size: Tensor | float) -> None:
@@ -210,9 +199,7 @@ def check_scores(library: Library) -> None:
             for a, b in ((None, None), (scale, None), (scale, bias)):
                 out = torch.full((count, num_rows), torch.nan)
                 asked = matrix(queries), matrix(rows)
-                memory, needed, whole = library.workspace("scores", *asked)
-                library.call("scores", *asked, at(a), at(b), at(out), memory, needed)
-                unchanged(whole, needed.value)
+                library.call_in_workspace("scores", asked, at(a), at(b), at(out))
                 expected, bound = wanted, size
                 if a is not None:
                     expected, bound = expected * a.double(), bound * a.double()
@@ -235,14 +222,11 @@ def check_topk(library: Library) -> None:
         for first, last in ((0, 5), (5, num_rows)):
             some = rows[first:last]
             asked = matrix(queries), matrix(some), ctypes.c_int64(k)
-            memory, needed, whole = library.workspace("topk_scores", *asked)
             arguments = at(scale[first:last]), None, ctypes.c_int64(first), held
-            library.call("topk_scores", *asked, *arguments, memory, needed)
-            unchanged(whole, needed.value)
+            library.call_in_workspace("topk_scores", asked, *arguments)
         out = torch.empty(count, num_rows)
         both = matrix(queries), matrix(rows)
-        memory, needed, whole = library.workspace("scores", *both)
-        library.call("scores", *both, at(scale), None, at(out), memory, needed)
+        library.call_in_workspace("scores", both, at(scale), None, at(out))
         for sign, scores, ids in ((1, state[0], state[1]), (-1, state[2], state[3])):
             # The interpreter's sums depend on a row's place in its tile, so nearly equal scores
             # may change places.
@@ -261,9 +245,7 @@ def check_self_influence(library: Library) -> None:
             )
             out = torch.full((num_rows,), torch.nan)
             asked = matrix(rows), matrix(factor)
-            memory, needed, whole = library.workspace("self_influence", *asked)
-            library.call("self_influence", *asked, at(out), memory, needed)
-            unchanged(whole, needed.value)
+            library.call_in_workspace("self_influence", asked, at(out))
             size = (rows.double().abs() @ factor.double().abs().T).square().sum(1)
             close(out, (rows.double() @ factor.double().T).square().sum(1), size)
 
@@ -301,9 +283,7 @@ def check_gradients(library: Library) -> None:
             )
             ranks = [p.shape[0] if p is not None else width for p in (proj_out, proj_in)]
             out = torch.full((examples.num_examples, *ranks), torch.nan)
-            memory, needed, whole = library.workspace("projected_gradients", *asked)
-            library.call("projected_gradients", *asked, at(out), memory, needed)
-            unchanged(whole, needed.value)
+            library.call_in_workspace("projected_gradients", asked, at(out))
 
             sides = [x.nan_to_num(0), dy, proj_in, proj_out]
             wide: list[Any] = [None if side is None else side.double() for side in sides]
@@ -356,7 +336,7 @@ def check_refusals(library: Library) -> None:
     rows, queries = torch.zeros(3, 16, dtype=torch.float16), torch.zeros(2, 16)
     out = torch.zeros(2, 3)
 
-    def refused(status: int, text: str, name: str, *arguments: Any) -> None:
+    def refused(text: str, name: str, *arguments: Any, status: int = INVALID) -> None:
         assert getattr(c, f"logra_cuda_{name}")(*arguments, None) == status
         assert library.error() == text, library.error()
 
@@ -364,34 +344,19 @@ def check_refusals(library: Library) -> None:
     memory, needed, _ = library.workspace("scores", *asked)
     rest = None, None, at(out), memory
     small = ctypes.c_size_t(8)
-    refused(
-        INVALID,
-        f"workspace_bytes: expected at least {needed.value}, got 8",
-        *("scores", *asked, *rest, small),
-    )
-    refused(
-        INVALID,
-        "rows.cols: expected 16 as queries has, got 15",
-        *("scores", matrix(queries), matrix(rows[:, :15].contiguous()), *rest, needed),
-    )
-    refused(
-        INVALID,
-        "queries.dtype: expected float32, got f16",
-        *("scores", matrix(rows), matrix(rows), *rest, needed),
-    )
+    text = f"workspace_bytes: expected at least {needed.value}, got 8"
+    refused(text, "scores", *asked, *rest, small)
+    narrow = matrix(queries), matrix(rows[:, :15].contiguous())
+    refused("rows.cols: expected 16 as queries has, got 15", "scores", *narrow, *rest, needed)
+    halves = matrix(rows), matrix(rows)
+    refused("queries.dtype: expected float32, got f16", "scores", *halves, *rest, needed)
     state = ctypes.byref(TopK(*(out.data_ptr() for _ in range(4))))
-    refused(
-        INVALID,
-        "k: expected 1 to 128, got 129",
-        *("topk_reset", state, ctypes.c_int64(2), ctypes.c_int64(129)),
-    )
+    beyond = ctypes.c_int64(2), ctypes.c_int64(129)
+    refused("k: expected 1 to 128, got 129", "topk_reset", state, *beyond)
     library.gpu(70)
-    refused(
-        UNSUPPORTED,
-        "the GPU is of compute capability 7.0; there is code for "
-        + c.logra_cuda_architectures().decode(),
-        *("scores", *asked, *rest, needed),
-    )
+    there = c.logra_cuda_architectures().decode()
+    text = f"the GPU is of compute capability 7.0; there is code for {there}"
+    refused(text, "scores", *asked, *rest, needed, status=UNSUPPORTED)
     library.gpu(90, context=False)
     assert c.logra_cuda_available() == NO_CONTEXT
     assert library.error().startswith("no CUDA context is current on this thread")

@@ -71,17 +71,9 @@ def test_launches_compute_what_the_reference_does(build: Path) -> None:
 def test_a_c_program_is_told_that_there_is_no_gpu(build: Path) -> None:
     program = build / "use_library"
     folder = build / "csrc/cuda"
+    strict = "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror"
     run(
-        *(
-            "cc",
-            "-std=c99",
-            "-pedantic",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-I",
-            ROOT / "csrc/include",
-        ),
+        *("cc", *strict, "-I", ROOT / "csrc/include"),
         *(SOURCES / "use_library.c", "-o", program, f"-L{folder}", "-llogra_cuda"),
         f"-Wl,-rpath,{folder}",
     )

@@ -23,18 +23,20 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from dense_influence import MODULES, gradients, make_store
+from store_samples import places
 
 from logra_kernels import Attributor, RawCurvature, Store
 from logra_kernels.cli import main
 from logra_kernels.store import StoreWriter, verify_store
 from logra_kernels.store.codecs import Float16
+from logra_kernels.store.files import DATA_OFFSET_BYTES
 from logra_kernels.store.manifest import seal
 
 SLOWEST_S = 20
@@ -51,10 +53,14 @@ SEALED = ("reseal", "sealed flip")
 
 
 def intact_store(folder: Path) -> tuple[Path, torch.Tensor]:
-    """A float16 store of 40 rows in three shards, with a curvature and cached norms; its scores."""
-    store = make_store(
-        folder / "intact", gradients(40), shard_rows=16, projection_tensors=PROJECTION
-    )
+    """A float16 store of 40 rows in three shards, with a curvature and cached norms; its scores.
+
+    Rows of the second shard have exponents of their own.
+    """
+    rows = gradients(40)
+    rows[20:23, :12] *= 2.0**-60
+    store = make_store(folder / "intact", rows, shard_rows=16, projection_tensors=PROJECTION)
+    assert store.manifest["version"] == 2
     RawCurvature.rebuild(store).save(store)
     return folder / "intact", read_all(folder / "intact")
 
@@ -77,7 +83,9 @@ def resume(path: Path) -> None:
         path, modules=MODULES, projection_tensors=PROJECTION, resume=True, duplicates="skip"
     ) as writer:
         row = gradients(1, seed=9).numpy()
-        writer.append(["new"], *Float16().encode(row, writer.layout, writer.module_exponents or []))
+        exponents = writer.module_exponents or []
+        stored, scale, own = Float16().encode(row, writer.layout, exponents)
+        writer.append(["new"], stored, scale, row_exponents=own)
     assert Store.open(path).row_of("new") in (0, 40)
 
 
@@ -106,27 +114,20 @@ def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file() and file.name != "lock")
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every key and index of a JSON value."""
-    items: Any = value.items() if isinstance(value, dict) else ()
-    items = enumerate(value) if isinstance(value, list) else items
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
 def sealed_flip(path: Path, pick: random.Random) -> None:
     """Flip a bit of a listed file, and give the manifest the checksum of what is there now."""
     manifest = json.loads((path / "manifest.json").read_text())
     entries = [shard["ids"] for shard in manifest["shards"]]
+    entries += [shard["exponents"] for shard in manifest["shards"] if "exponents" in shard]
     entries += [manifest["projection_tensors"], manifest["curvature"]["raw"]]
     entry = pick.choice(entries)
     data = bytearray((path / entry["file"]).read_bytes())
+    begin = DATA_OFFSET_BYTES if entry["file"].endswith(".npy") else 0
     for _ in range(pick.choice([1, 1, 4])):
-        data[pick.randrange(len(data))] ^= 1 << pick.randrange(8)
+        data[pick.randrange(begin, len(data))] ^= 1 << pick.randrange(8)
     (path / entry["file"]).write_bytes(data)
     if "crc32" in entry:
-        entry["crc32"] = f"{zlib.crc32(data):08x}"
+        entry["crc32"] = f"{zlib.crc32(data[begin:]):08x}"
     else:
         entry["sha256"] = hashlib.sha256(data).hexdigest()
     (path / "manifest.json").write_bytes(seal(manifest))

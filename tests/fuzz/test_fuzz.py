@@ -1,16 +1,13 @@
 """A short run of each fuzzer; `make fuzz` runs them for longer."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tree import environment
+from tree import output
 
 
 @pytest.mark.parametrize(("fuzzer", "calls"), [("fuzz_ops.py", 2000), ("fuzz_store.py", 250)])
 def test_random_input_ends_in_a_result_or_in_words(fuzzer: str, calls: int) -> None:
     """In a process of its own, which a wrong address would end."""
-    command = [sys.executable, str(Path(__file__).parent / fuzzer), "--calls", str(calls)]
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    output(sys.executable, Path(__file__).parent / fuzzer, "--calls", calls)

@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_models import autograd_rows, make_layers
-from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import (
+    COUNT,
+    RAW,
+    Data,
+    finished,
+    log_all,
+    log_queries,
+    loss_of,
+    make_run,
+    refuse,
+    refused,
+)
 
 import logra_kernels as logix
 from logra_kernels import Store
@@ -125,9 +136,8 @@ def test_top_k_and_groups(tmp_path: Path, model: nn.Module, data: Data) -> None:
     assert torch.allclose(own["total"], own["first"] + own["second"] + own["head"])
     with refuse("k: expected at most 12, the rows in the store, got 13"):
         run.compute_influence_all(top_k=13)
-    with refuse("mode: expected one of dot"):
-        run.compute_influence_all(mode="manhattan")
-    with refuse("hessian: expected one of auto, raw, got 'kfac'"):
+    refused("mode: expected one of dot", run.compute_influence_all, mode="manhattan")
+    with refuse("hessian: expected auto or the store's, raw, got 'kfac'"):
         run.compute_influence_all(hessian="kfac")
     with refuse("top_k: only over the store itself"):
         run.compute_influence_all(loader=[run.get_log()], top_k=1)
@@ -150,8 +160,7 @@ def test_damping_goes_in_and_the_result_comes_out(
     plain = run.compute_influence_all(precondition=False)["influence"].double()
     assert torch.allclose(plain, queries @ rows.T, rtol=1e-5, atol=1e-5)
     assert torch.allclose(absolute * 1e9, plain, rtol=1e-4, atol=1e-4 * plain.abs().max())
-    with refuse("damping"):
-        run.compute_influence_all(damping=0.1, damping_scale=0.1)
+    refused("damping", run.compute_influence_all, damping=0.1, damping_scale=0.1)
 
 
 def test_logs_in_memory_and_foreign_loaders(tmp_path: Path, model: nn.Module, data: Data) -> None:
@@ -239,8 +248,7 @@ def test_functions_of_the_module_are_those_of_the_last_run(
     logix.initialize_from_log()
     logs: Any = logix.build_log_dataloader().dataset
     assert len(logs) == COUNT
-    with refuse("log: the model is hooked only inside", RuntimeError):
-        logix.log(["a"])
+    refused("log: the model is hooked only inside", logix.log, ["a"], error=RuntimeError)
     monkeypatch.setattr("logra_kernels.integrations.logix.current._current", None)
     for name in ("finalize", "setup", "get_log"):
         with refuse(f"{name}: there is no run; call init(project=...) first", RuntimeError):
@@ -257,8 +265,7 @@ def test_names_of_logix_that_are_not_here() -> None:
         logix.LogIXScheduler  # type: ignore[attr-defined] # noqa: B018
     for name in ("add_analysis", "clear", "watch_activation"):
         for owner in (logix, run):
-            with refuse(f"LogIX's {name} is not here: ", AttributeError):
-                getattr(owner, name)
+            refused(f"LogIX's {name} is not here: ", getattr, owner, name, error=AttributeError)
     with refuse("a run has no attribute 'watsch'", AttributeError):
         run.watsch  # type: ignore[attr-defined] # noqa: B018
     with refuse("module 'logra_kernels' has no attribute 'watsch'", AttributeError):
@@ -270,16 +277,14 @@ def test_add_lora_takes_what_logix_gives_it(tmp_path: Path, model: nn.Module) ->
     run.add_lora(model, parameter_sharing=False, watch=True, clear=True)
     assert [(m.ko, m.ki) for m in run.modules] == [(2, 2)] * 3
     run.add_lora(model=model, lora_path=None)
-    refused: list[tuple[str, Any, str]] = [
+    others: list[tuple[str, Any, str]] = [
         ("parameter_sharing", True, "expected False, got True: every module has a projection"),
         ("watch", False, "expected True, got False"),
         ("lora_path", "there", "expected None, got 'there': initialize_from_log takes"),
     ]
-    for name, value, message in refused:
-        with refuse(f"add_lora: {name}: {message}"):
-            run.add_lora(**{name: value})
-    with refuse("add_lora: no argument 'ranks'", TypeError):
-        run.add_lora(ranks=3)
+    for name, value, message in others:
+        refused(f"add_lora: {name}: {message}", run.add_lora, **{name: value})
+    refused("add_lora: no argument 'ranks'", run.add_lora, ranks=3, error=TypeError)
 
 
 def test_precondition_gives_a_log(tmp_path: Path, model: nn.Module, data: Data) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from toy_models import Mlp, causal_loss, ragged_batch, tiny_gpt2
-from toy_run import RAW, Data, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import RAW, Data, log_all, log_queries, loss_of, make_run, refused
 
 import logra_kernels as logix
 from logra_kernels import Store
@@ -96,8 +96,7 @@ def test_keywords_win_over_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_config_refuses(tmp_path: Path, text: str, message: str) -> None:
-    with refuse(message):
-        logix.init("llm", write_config(tmp_path, text))
+    refused(message, logix.init, "llm", write_config(tmp_path, text))
 
 
 @pytest.mark.parametrize(
@@ -120,14 +119,12 @@ def test_config_refuses(tmp_path: Path, text: str, message: str) -> None:
     ],
 )
 def test_options_refused(options: dict[str, Any], message: str) -> None:
-    with refuse(message):
-        logix.init("llm", **options)
+    refused(message, logix.init, "llm", **options)
 
 
 @pytest.mark.parametrize("project", ["", "a/b", "..", 3])
 def test_project_is_a_folder_name(project: Any) -> None:
-    with refuse("project: expected the name of a folder"):
-        logix.init(project)
+    refused("project: expected the name of a folder", logix.init, project)
 
 
 def test_the_advice_for_a_trainer_trains(tmp_path: Path) -> None:

@@ -141,22 +141,16 @@ def everything(
     ],
 )
 def test_bits_do_not_depend_on_batches_shards_or_threads(
-    tmp_path: Path, native: None, isa: str, dtype: str, activations: torch.dtype
+    tmp_path: Path, native: None, isa: str, set_threads: None, dtype: str, activations: torch.dtype
 ) -> None:
-    before = torch.get_num_threads()
     variants = [
         (split, shard_rows, threads)
         for split, (shard_rows, threads) in product(SPLITS, [(None, 1), (11, 2)])
     ]
-    try:
-        found = {
-            variant: everything(
-                tmp_path / str(n), dtype, activations, SPLITS[variant[0]], *variant[1:]
-            )
-            for n, variant in enumerate(variants)
-        }
-    finally:
-        torch.set_num_threads(before)
+    found = {
+        variant: everything(tmp_path / str(n), dtype, activations, SPLITS[variant[0]], *variant[1:])
+        for n, variant in enumerate(variants)
+    }
     first = found[variants[0]]
     assert np.isfinite(first["rows"].astype(np.float32)).all()
     assert first["rows"].any()

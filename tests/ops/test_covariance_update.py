@@ -1,15 +1,6 @@
 import pytest
 import torch
-from op_cases import (
-    DTYPES,
-    TAILS,
-    assert_same,
-    assert_threads_do_not_matter,
-    assert_within,
-    gamma,
-    layouts,
-    randn,
-)
+from op_cases import DTYPES, TAILS, assert_within, gamma, randn
 from torch import Tensor
 
 from logra_kernels.ops import covariance_update_
@@ -29,16 +20,15 @@ def test_equals_float64(isa: str, dtype: torch.dtype, cov_dtype: torch.dtype) ->
         exact = before.double() + wide.T @ wide
         bound = (before.double().abs() + wide.abs().T @ wide.abs()) * gamma(num_rows + 1)
         if cov_dtype == torch.float64 and isa != "reference":
-            bound *= (
-                2.0**-29
-            )  # float64's unit roundoff over float32's; the reference sums in float32
+            # float64's unit roundoff over float32's; the reference sums in float32
+            bound *= 2.0**-29
         assert_within(cov.tril(), exact.tril(), bound.tril())
         assert torch.equal(cov.triu(1), before.triu(1))
 
 
 @pytest.mark.parametrize("cov_dtype", COVARIANCES)
-@pytest.mark.usefixtures("native", "set_threads")
-def test_threads_and_splits_do_not_change_bits(isa: str, cov_dtype: torch.dtype) -> None:
+@pytest.mark.usefixtures("native")
+def test_splits_do_not_change_bits(isa: str, cov_dtype: torch.dtype) -> None:
     rows = randn(600, 150)
 
     def run(*cuts: int) -> Tensor:
@@ -47,50 +37,15 @@ def test_threads_and_splits_do_not_change_bits(isa: str, cov_dtype: torch.dtype)
             covariance_update_(cov, rows[a:b])
         return cov
 
-    assert_threads_do_not_matter(run)
     assert torch.equal(run(1, 7, 300), run())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_layout_does_not_change_bits(isa: str, dtype: torch.dtype) -> None:
-    rows = randn(20, 33, dtype=dtype)
-    expected = covariance_update_(torch.zeros(33, 33), rows)
-    for view in layouts(rows):
-        assert_same(covariance_update_(torch.zeros(33, 33), view), expected)
-
-
-def test_empty(isa: str) -> None:
+def test_no_row_changes_nothing(isa: str) -> None:
     cov = randn(4, 4)
     assert torch.equal(covariance_update_(cov.clone(), randn(0, 4)), cov)
-    assert covariance_update_(torch.zeros(0, 0), randn(3, 0)).shape == (0, 0)
 
 
 def test_float64_rows(isa: str) -> None:
     rows = randn(30, 9).double()
     cov = covariance_update_(torch.zeros(9, 9, dtype=torch.float64), rows)
     torch.testing.assert_close(cov, (rows.T @ rows).tril(), rtol=1e-14, atol=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("cov", "rows", "error", "message"),
-    [
-        (
-            torch.zeros(4, 4).half(),
-            randn(3, 4),
-            TypeError,
-            "cov: expected float32 or float64, got float16",
-        ),
-        (torch.zeros(4, 5), randn(3, 4), ValueError, "cov: expected [K=4, K=4], got [4, 5]"),
-        (torch.zeros(4, 4), randn(4), ValueError, "rows: expected [R, K], got [4]"),
-        (
-            torch.zeros(4, 8)[:, ::2],
-            randn(3, 4),
-            ValueError,
-            "cov: expected a contiguous tensor, got strides (8, 2)",
-        ),
-    ],
-)
-def test_bad_input(cov: Tensor, rows: Tensor, error: type, message: str) -> None:
-    with pytest.raises(error) as caught:
-        covariance_update_(cov, rows)
-    assert str(caught.value) == message

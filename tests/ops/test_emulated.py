@@ -2,12 +2,10 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from tree import ROOT, output
 
 ARM = "aarch64-linux-gnu"
 # What the emulated CPU has to offer, least first: core_test prints a line for each.
@@ -40,19 +38,8 @@ def test_core_on(cpu: str, builds: Path) -> None:
     if not build.exists():
         options = [f"-DCMAKE_SYSTEM_PROCESSOR={processor}", "-DCMAKE_SYSTEM_NAME=Linux"]
         options += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
-        run("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DLOGRA_TESTS=ON", *options)
-        run("cmake", "--build", build, "--target", "logra_core_test")
-    out = run(*emulator, build / "logra_core_test", env={"OMP_NUM_THREADS": "2"})
+        output("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DLOGRA_TESTS=ON", *options)
+        output("cmake", "--build", build, "--target", "logra_core_test")
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    out = output(*emulator, build / "logra_core_test", env=env)
     assert out.splitlines() == [f"{isa}: ok" for isa in isas]
-
-
-def run(*command: object, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **(env or {})},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

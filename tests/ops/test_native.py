@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tree import ROOT
 
 from logra_kernels import _native
 
-ROOT = Path(__file__).parents[2]
 SHOW = (
     "import torch; from logra_kernels import _native, ops; "
     "print(_native.isa(), ops.scores(torch.ones(1, 3), torch.ones(2, 3)).tolist())"

@@ -63,33 +63,3 @@ def test_float64() -> None:
     got = ops.projected_gradients_grouped(xs, DYS, None, None)
     assert got.dtype == torch.float64
     assert torch.equal(got, reference.projected_gradients_grouped(xs, DYS, [], []))
-
-
-def test_empty() -> None:
-    none = [x[:0] for x in XS], [dy[:0] for dy in DYS]
-    assert ops.projected_gradients_grouped(*none, PROJS_IN, None).shape == (3, 0, 12, 5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([], [], None, None), ValueError, "xs: expected at least one module, got none"),
-        ((XS, DYS[:2], None, None), ValueError, "dys: expected 3 tensors, one a module like xs, "),
-        ((XS, DYS, PROJS_IN[:1], None), ValueError, "projs_in: expected 3 tensors, one a module"),
-        (
-            (XS, [*DYS[:2], DYS[2][:, :9]], None, None),
-            ValueError,
-            r"dys\[2\]: expected the shape \[2, 70, 12\] of dys\[0\], got \[2, 9, 12\]",
-        ),
-        (
-            ([XS[0], XS[1].half(), XS[2]], DYS, None, None),
-            TypeError,
-            r"xs\[1\]: expected the dtype float32 of xs\[0\], got float16",
-        ),
-        ((XS, DYS, PROJS_OUT, None), ValueError, r"projs_in\[0\]: expected"),
-        ((XS, DYS, None, None, MASK.float() * 2), ValueError, "mask: expected only 0 and 1, got 2"),
-    ],
-)
-def test_errors(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        ops.projected_gradients_grouped(*arguments)

@@ -6,8 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from tree import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +21,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("clone")
     for name in map(os.fsdecode, filter(None, listed.stdout.split(b"\0"))):
-        if (
-            ROOT / name
-        ).is_file():  # a file that was deleted is still listed until that is committed
+        if (ROOT / name).is_file():  # one that was deleted is listed until that is committed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     return folder

@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from tree import output
 
 import logra_kernels
 
@@ -37,6 +40,7 @@ TIERS = {
     "attribution": 4,
     "run": 5,
     "lm": 6,
+    "evaluation": 6,
     "report": 6,
     "integrations": 6,
     "demo": 7,
@@ -55,14 +59,13 @@ CLOSED = {
 REQUIRED = {"torch", "numpy", "safetensors", "pyarrow", "yaml", "tqdm", "jinja2", "markupsafe"}
 
 
-class Import:
+class Import(NamedTuple):
     """One imported module, as seen from one source file."""
 
-    def __init__(self, target: str, line: int, lazy: bool, for_types: bool) -> None:
-        self.target = target
-        self.line = line
-        self.lazy = lazy  # inside a function: runs when it is called
-        self.for_types = for_types  # under `if TYPE_CHECKING`: never runs
+    target: str
+    line: int
+    lazy: bool  # inside a function: runs when it is called
+    for_types: bool  # under `if TYPE_CHECKING`: never runs
 
 
 def room(module: str) -> str:
@@ -161,22 +164,19 @@ def problems_of(sources: dict[str, tuple[str, bool]]) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
-    """A circle for each module from which a depth-first search comes back to its own path."""
-    done: set[str] = set()
-
-    def visit(module: str, path: list[str]) -> Iterator[list[str]]:
-        if module in path:
-            yield [*path[path.index(module) :], module]
-        elif module not in done:
-            for used in sorted(graph[module]):
-                # A package's own modules may import from one another through full names; the
-                # package itself lists them, which is no circle.
-                if not module.startswith(used + "."):
-                    yield from visit(used, [*path, module])
-            done.add(module)
-
-    for module in sorted(graph):
-        yield from visit(module, [])
+    """A circle, if there is one, from its first module in order of names."""
+    # A package's own modules may import from one another through full names; the package itself
+    # lists them, which is no circle.
+    arrows = {
+        module: {used for used in uses if not module.startswith(used + ".")}
+        for module, uses in graph.items()
+    }
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        *circle, _ = error.args[1][::-1]  # from what imports to what is imported
+        first = circle.index(min(circle))
+        yield [*circle[first:], *circle[: first + 1]]
 
 
 def package_sources() -> dict[str, tuple[str, bool]]:
@@ -270,7 +270,7 @@ def test_the_package_root_holds_only_what_every_room_may_need() -> None:
 def test_reading_a_store_needs_no_torch(code: str) -> None:
     forbidden = ("torch", "transformers", "triton")
     check = f"{code}\nimport sys\nassert not set({forbidden}) & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+    output(sys.executable, "-c", check)
 
 
 WITHOUT_TORCH = """

@@ -3,13 +3,11 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from tree import ROOT, output
 
 
 def test_the_version_stands_in_one_place() -> None:
@@ -37,15 +35,9 @@ def test_make_builds_the_cuda_library_with_its_own_tools(clone: Path) -> None:
     if shutil.which("make") is None or shutil.which("c++") is None:
         pytest.skip("needs make and a C++ compiler")
     few = "-DLOGRA_CUDA_ARCHITECTURES=90 -DLOGRA_CUDA_MATCH=^unpack"
-    done = subprocess.run(
-        # -o: the installation is taken as it is
-        ["make", "cuda-library", "-o", "install", f"VENV={tools.parent}", f"CUDA_OPTIONS={few}"],
-        cwd=clone,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    # -o: the installation is taken as it is
+    make = ("make", "cuda-library", "-o", "install", f"VENV={tools.parent}", f"CUDA_OPTIONS={few}")
+    output(*make, cwd=clone, env=os.environ)
     assert (clone / "build/cuda/csrc/cuda/liblogra_cuda.so").exists()
     cache = (clone / "build/cuda/CMakeCache.txt").read_text()
     assert f"={tools / 'ninja'}\n" in cache

@@ -6,7 +6,6 @@ So can the wheel that is built from it, in an environment of its own.
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -15,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tree import output
 
 pytest.importorskip("setuptools", minversion="77")
 BUILT_FROM = ("csrc", "python", "tools")
@@ -28,16 +28,7 @@ PROGRAM = (
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+    return output(*command, cwd=cwd, env={**os.environ, **environment})
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from tree import output
 
 import logra_kernels as logra
 from logra_kernels.projection import (
@@ -48,10 +48,7 @@ def test_same_in_a_fresh_process() -> None:
         "from logra_kernels.projection import *;"
         f"print(projection_digest(build_projections({FEATURES!r}, (8, 16), 'normal', seed=3)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == GOLDEN["normal"]
+    assert output(sys.executable, "-c", program).strip() == GOLDEN["normal"]
 
 
 def test_depends_on_seed_name_and_side_alone() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 
 from logra_kernels.report import (
     FORMAT,
@@ -207,20 +208,15 @@ def test_results_survive_the_file(results: dict[str, Any], tmp_path: Path) -> No
 
 def test_bad_results_files(results: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    with pytest.raises(FileNotFoundError, match="results: no file"):
-        read_results(path)
+    refused("results: no file", read_results, path, error=FileNotFoundError)
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="not JSON"):
-        read_results(path)
+    refused("not JSON", read_results, path)
     path.write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"expected format '{FORMAT}', got None"):
-        read_results(path)
+    refused(f"expected format '{FORMAT}', got None", read_results, path)
     path.write_text(json.dumps({"format": FORMAT, "version": 2}), encoding="utf-8")
-    with pytest.raises(ValueError, match="expected version 1, got 2"):
-        read_results(path)
+    refused("expected version 1, got 2", read_results, path)
     del results["curvature"]
-    with pytest.raises(ValueError, match="no key 'curvature', which a report needs"):
-        render(results)
+    refused("no key 'curvature', which a report needs", render, results)
 
 
 MALFORMED = [
@@ -262,8 +258,7 @@ def test_results_that_no_query_wrote(
 
 def test_deep_results(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("[" * 100_000, encoding="utf-8")
-    with pytest.raises(ValueError, match="not JSON"):
-        read_results(tmp_path / "r.json")
+    refused("not JSON", read_results, tmp_path / "r.json")
 
 
 def test_nothing_is_written_through_a_link(results: dict[str, Any], tmp_path: Path) -> None:

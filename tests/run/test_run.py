@@ -65,11 +65,11 @@ def logged(*ids: str) -> LoggedRows:
 
 def test_a_check_changes_nothing(tmp_path: Path, model: nn.Module) -> None:
     recorder = recorder_of(tmp_path, model, Setup(save=True))
-    recorder.check(["a"], Setup(save=True, curvature=Covariance.kind))
+    recorder.check(["a"], Setup(save=True, curvature="raw"))
     assert recorder.curvature is None
     recorder.add(logged("a", "b"), Setup(save=True))
     with refuse("statistic: rows were saved before it was asked for", RuntimeError):
-        recorder.check(["c"], Setup(curvature=Covariance.kind))
+        recorder.check(["c"], Setup(curvature="raw"))
     with refuse("data_id: expected new ids, got 'b', which was logged already", DuplicateIdError):
         recorder.add(logged("b"), Setup(save=True))
     assert recorder.finish().ids.to_pylist() == ["a", "b"]
@@ -79,9 +79,9 @@ def test_rows_may_be_saved_after_some_were_only_accumulated(
     tmp_path: Path, model: nn.Module
 ) -> None:
     """The exponents come from the first row, whether it was written or not."""
-    both = Setup(save=True, curvature=Covariance.kind)
-    recorder = recorder_of(tmp_path, model, Setup(curvature=Covariance.kind))
-    recorder.add(logged("a", "b"), Setup(curvature=Covariance.kind))
+    both = Setup(save=True, curvature="raw")
+    recorder = recorder_of(tmp_path, model, Setup(curvature="raw"))
+    recorder.add(logged("a", "b"), Setup(curvature="raw"))
     recorder.add(logged("c"), both)
     store = recorder.finish()
     assert store.ids.to_pylist() == ["c"]

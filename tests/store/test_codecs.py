@@ -37,8 +37,8 @@ class BFloat16(RowCodec):
 
     def encode(
         self, rows: np.ndarray, layout: RowLayout, exponents: Sequence[int] = ()
-    ) -> tuple[np.ndarray, None]:
-        return (rows.view(np.uint32) >> 16).astype(self.dtype), None
+    ) -> tuple[np.ndarray, None, None]:
+        return (rows.view(np.uint32) >> 16).astype(self.dtype), None, None
 
     def elements(self, stored: np.ndarray, layout: RowLayout) -> np.ndarray:
         return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -56,12 +56,12 @@ class Nibbles(RowCodec):
 
     def encode(
         self, rows: np.ndarray, layout: RowLayout, exponents: Sequence[int] = ()
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, None]:
         wide = rows / np.repeat(np.ldexp(1.0, exponents), layout.sizes)
         scale = np.ldexp(1.0, np.frexp(np.abs(wide).max(axis=1, initial=1))[1] - 3)
         whole = np.rint(wide / scale[:, None]).clip(-8, 7).astype(np.int8) + 8
         padded = np.pad(whole, ((0, 0), (0, layout.dim % 2))).astype(np.uint8)
-        return padded[:, ::2] | padded[:, 1::2] << 4, scale.astype(np.float32)
+        return padded[:, ::2] | padded[:, 1::2] << 4, scale.astype(np.float32), None
 
     def elements(self, stored: np.ndarray, layout: RowLayout) -> np.ndarray:
         both = np.stack([stored & 15, stored >> 4], axis=2).reshape(len(stored), -1)
@@ -85,9 +85,9 @@ def written(path: Path, codec: RowCodec, rows: torch.Tensor) -> Store:
         exponents = EXPONENTS if codec.scaled else []
         if codec.scaled:
             writer.set_module_exponents(exponents)
-        stored, scale = tensor_rows.encode(codec, rows, writer.layout, exponents)
+        stored, scale, own = tensor_rows.encode(codec, rows, writer.layout, exponents)
         row_scale = None if scale is None else scale.numpy()
-        writer.append(range(len(rows)), stored.numpy(), row_scale)
+        writer.append(range(len(rows)), stored.numpy(), row_scale, row_exponents=own)
     return Store.open(path)
 
 
@@ -120,7 +120,7 @@ def test_a_new_codec_is_written_read_verified_and_scanned(
 
 
 def test_what_a_new_codec_refuses(tmp_path: Path, new_codec: RowCodec) -> None:
-    stored, scale = new_codec.encode(gradients(2).numpy(), LAYOUT, EXPONENTS)
+    stored, scale, _ = new_codec.encode(gradients(2).numpy(), LAYOUT, EXPONENTS)
     columns = new_codec.columns(LAYOUT)
     with StoreWriter.create(tmp_path, modules=MODULES, dtype=new_codec.name) as writer:
         with pytest.raises(StoreError, match=rf"expected {new_codec.dtype} \[2, {columns}\], got"):
@@ -159,8 +159,8 @@ def test_numpy_and_the_ops_give_the_same_bits(name: str) -> None:
     rows = gradients(40) * torch.logspace(-40, 34, 40)[:, None]
     rows[3], rows[4, 2], rows[5, 7] = 0, float("inf"), float("nan")
     rows[6] = 2.0**-149
-    stored, scale = codec.encode(rows.numpy(), LAYOUT, EXPONENTS)
-    got, got_scale = tensor_rows.encode(codec, rows, LAYOUT, EXPONENTS)
+    stored, scale, own = codec.encode(rows.numpy(), LAYOUT, EXPONENTS)
+    got, got_scale, got_own = tensor_rows.encode(codec, rows, LAYOUT, EXPONENTS)
     np.testing.assert_array_equal(got.numpy(), stored)
     assert not codec.finite(stored, LAYOUT)[[4, 5], [2, 7]].any()
     assert codec.finite(stored, LAYOUT).sum() == 40 * DIM - 2
@@ -169,7 +169,8 @@ def test_numpy_and_the_ops_give_the_same_bits(name: str) -> None:
         np.testing.assert_array_equal(got_scale.numpy(), scale)
     else:
         assert got_scale is None
-    decoded = codec.decode(stored, scale, LAYOUT, EXPONENTS)
-    back = tensor_rows.decode(codec, got, got_scale, LAYOUT, EXPONENTS)
+    np.testing.assert_array_equal(got_own, own)
+    decoded = codec.decode(stored, scale, own, LAYOUT, EXPONENTS)
+    back = tensor_rows.decode(codec, got, got_scale, got_own, LAYOUT, EXPONENTS)
     np.testing.assert_array_equal(back.numpy(), decoded)
     assert tensor_rows.scanned(codec, got, LAYOUT) is got

@@ -10,15 +10,13 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from store_samples import rows_of, scales_of
+from store_samples import listed_files, rows_of, scales_of, stored_rows
 from tree import environment
 
 from logra_kernels.store import Store
@@ -68,19 +66,6 @@ assert "torch" not in sys.modules
 ENVIRONMENT = environment()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where that is possible: thousands of fsyncs take a minute on a busy disk.
-
-    A killed process loses nothing that it gave to the kernel; a power cut is not tested here.
-    """
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        yield Path(name)
-
-
 def start_writer(path: Path, rows: int, deadly_call: int = 0) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", WRITER, str(path), str(rows), str(deadly_call)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
@@ -117,22 +102,16 @@ def finish_and_check(path: Path, rows: int) -> None:
     assert store.verify() == []
     ids = list(range(rows))
     assert store.ids.to_pylist() == [str(value) for value in ids]
-    stored = np.concatenate([shard.rows for shard in store.shards])
     scales = np.concatenate([shard.row_scale for shard in store.shards])
-    assert stored.tobytes() == rows_of(ids).tobytes()
+    assert stored_rows(store).tobytes() == rows_of(ids).tobytes()
     assert scales.tobytes() == scales_of(ids).tobytes()
     assert store.metadata(ids) == [{"row": row} for row in ids]
-    listed = {
-        entry["file"]
-        for shard in store.manifest["shards"]
-        for entry in (shard["data"], shard["scale"], shard["ids"])
-    }
-    assert set(os.listdir(path)) == {"lock", "manifest.json", "projection", *listed}
+    assert set(os.listdir(path)) == {"lock", "manifest.json", "projection", *listed_files(store)}
     assert len(os.listdir(path / "projection")) == 1
 
 
-def test_killed_from_outside_at_random_moments(folder: Path) -> None:
-    path, kills, rows = folder / "s", 15, 3000
+def test_killed_from_outside_at_random_moments(in_memory: Path) -> None:
+    path, kills, rows = in_memory / "s", 15, 3000
     random_ = random.Random(20261122)
     for _ in range(kills):
         with start_writer(path, rows) as child:
@@ -149,9 +128,9 @@ def test_killed_from_outside_at_random_moments(folder: Path) -> None:
     finish_and_check(path, rows)
 
 
-def test_killed_while_committing(folder: Path) -> None:
+def test_killed_while_committing(in_memory: Path) -> None:
     """Each kill comes right before a chosen system call, or half-way through a write."""
-    path, rows = folder / "s", 400
+    path, rows = in_memory / "s", 400
     for call in random.Random(3).sample(range(10, 120), 15):
         before = committed(path)
         with start_writer(path, rows, call) as child:
@@ -162,8 +141,8 @@ def test_killed_while_committing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("call", range(1, 23, 2))
-def test_killed_while_creating(folder: Path, call: int) -> None:
-    path = folder / "s"
+def test_killed_while_creating(in_memory: Path, call: int) -> None:
+    path = in_memory / "s"
     with start_writer(path, 4, call) as child:
         assert not wait_until_ready(child), "the store was made; the kill came too late"
         assert child.wait() == -signal.SIGKILL

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_samples import append, full_store, rows_of, writer_of
-from tree import environment
+from store_samples import append, full_store, listed_files, rows_of, stored_rows, writer_of
+from tree import environment, output
 
 from logra_kernels.store import Store, StoreError, StoreWriteError, StoreWriter
-
-ENVIRONMENT = environment()
 
 
 class Refusal:
@@ -70,20 +68,14 @@ def test_a_full_disk_at_any_call(
     )
     assert store.verify() == []
     assert not store.finalized
-    listed = {entry["file"] for shard in store.manifest["shards"] for entry in files(shard)}
-    assert set(os.listdir(tmp_path / "s")) == {"lock", "manifest.json", *listed}
+    assert set(os.listdir(tmp_path / "s")) == {"lock", "manifest.json", *listed_files(store)}
 
     with writer_of(tmp_path / "s", resume=True, duplicates="skip") as writer:
         fill(writer)
     store = Store.open(tmp_path / "s")
     assert store.verify() == []
     assert store.ids.to_pylist() == [str(value) for value in range(15)]
-    rows = np.concatenate([shard.rows for shard in store.shards])
-    np.testing.assert_array_equal(rows, rows_of(list(range(15))))
-
-
-def files(shard: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard["data"], shard["scale"], shard["ids"]]
+    np.testing.assert_array_equal(stored_rows(store), rows_of(list(range(15))))
 
 
 @pytest.mark.parametrize(
@@ -233,15 +225,8 @@ print(store.num_rows)
 def test_a_real_file_size_limit(tmp_path: Path) -> None:
     """setrlimit stands for a quota: the kernel, not a mock, cuts the write short."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))"
-    command = [sys.executable, "-c", FILL_UNTIL_REFUSED.format(limit=limit)]
-    result = subprocess.run(
-        [*command, str(tmp_path / "s"), "50000"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=True,
-    )
-    sentence, rows = result.stdout.splitlines()
+    code = FILL_UNTIL_REFUSED.format(limit=limit)
+    sentence, rows = output(sys.executable, "-c", code, tmp_path / "s", 50000).splitlines()
     assert sentence.endswith("the file would be larger than the system allows (ulimit -f)")
     assert rows == "0"
 
@@ -258,7 +243,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
             [*command, sys.executable, "-c", code, str(disk / "s"), "1000"],
             capture_output=True,
             text=True,
-            env=ENVIRONMENT,
+            env=environment(),
             check=False,
         )
     except FileNotFoundError:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
@@ -17,29 +16,24 @@ import numpy as np
 import pytest
 import torch
 from dense_influence import gradients, make_store
-from store_samples import MODULES, append, edit_manifest, full_store, writer_of
-from tree import environment
+from store_samples import (
+    CACHED,
+    LISTED,
+    MODULES,
+    append,
+    edit_manifest,
+    find,
+    full_store,
+    refused,
+    resumed,
+    writer_of,
+)
+from tree import output
 
 from logra_kernels import Attributor
 from logra_kernels.cli import main
-from logra_kernels.store import Store, StoreError, StoreFormatError, StoreWriter, verify_store
+from logra_kernels.store import Store, StoreError, StoreFormatError, verify_store
 from logra_kernels.store.ids import parse_metadata, read_ids
-
-FILES = [
-    "manifest.json",
-    "shard-00000.npy",
-    "shard-00001.scale.npy",
-    "shard-00002.ids.arrow",
-    "projection/projection-*.safetensors",
-    "curvature/raw-*.safetensors",
-    "self_influence/raw-01/key.json",
-    "self_influence/raw-01/shard-00001-*.npy",
-]
-
-
-def find(folder: Path, pattern: str) -> Path:
-    (path,) = folder.glob(pattern)
-    return path
 
 
 @contextlib.contextmanager
@@ -56,17 +50,6 @@ def soon() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-def resumed(path: Path) -> StoreWriter:
-    stored = Store.open(path)
-    return writer_of(
-        path,
-        resume=True,
-        projection=stored.projection,
-        projection_tensors=stored.load_tensors(),
-        fingerprints=stored.fingerprints,
-    )
 
 
 class TestArrow:
@@ -113,7 +96,7 @@ class TestArrow:
 
 
 class TestNoRegularFile:
-    @pytest.mark.parametrize("pattern", FILES)
+    @pytest.mark.parametrize("pattern", [*LISTED, *CACHED])
     @pytest.mark.parametrize("what", ["fifo", "device", "folder"])
     def test_is_named_at_once(self, tmp_path: Path, pattern: str, what: str) -> None:
         store = full_store(tmp_path)
@@ -128,8 +111,7 @@ class TestNoRegularFile:
         with soon():
             assert [str(path) in problem for problem in verify_store(tmp_path)] == [True]
             if "self_influence" not in pattern:
-                with pytest.raises(StoreFormatError, match=f"{path}: cannot be read"):
-                    Store.open(tmp_path)
+                refused(f"{path}: cannot be read", Store.open, tmp_path, error=StoreFormatError)
             elif path.name == "key.json":
                 with pytest.raises(StoreFormatError, match=r"key\.json: cannot be read"):
                     store.self_influence_cache("raw-01", {"damping_scale": 0.1})
@@ -283,7 +265,7 @@ from logra_kernels.store import Store, StoreError
 store = Store.open(sys.argv[1])
 uses = {
     "take": lambda: store.take([7]),
-    "blocks": lambda: [rows.sum() for _, rows, _ in store.blocks(1)],
+    "blocks": lambda: [rows.sum() for _, rows, *_ in store.blocks(1)],
     "metadata": lambda: store.metadata([7]),
     "id_of": lambda: store.id_of(7),
 }
@@ -302,10 +284,8 @@ except StoreError as error:
 def test_a_mapped_file_that_was_cut(tmp_path: Path, use: str) -> None:
     """A signal would end the process."""
     full_store(tmp_path)
-    command = [sys.executable, "-c", CUT, str(tmp_path), use]
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "the file was cut short while it was read" in ended.stdout
+    printed = output(sys.executable, "-c", CUT, tmp_path, use)
+    assert "the file was cut short while it was read" in printed
 
 
 def nested(depth: int) -> Any:
@@ -330,8 +310,7 @@ class TestJson:
         finally:
             sys.setrecursionlimit(limit)
         path.write_bytes(sealed + f',\n "crc32": "{zlib.crc32(sealed):08x}"\n}}\n'.encode())
-        with pytest.raises(StoreFormatError, match=r"manifest\.json: is not JSON"):
-            Store.open(tmp_path)
+        refused("manifest.json: is not JSON", Store.open, tmp_path, error=StoreFormatError)
         assert len(verify_store(tmp_path)) == 1
 
     def test_as_deep_as_it_may_be_written_it_is_read(self, tmp_path: Path) -> None:

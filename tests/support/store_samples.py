@@ -1,17 +1,23 @@
 """Small stores whose content follows from the ids, for the store's tests."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import refusals
 
-from logra_kernels.store import Module, Store, StoreWriter
+from logra_kernels.store import Module, Store, StoreError, StoreFormatError, StoreWriter
 from logra_kernels.store.manifest import seal
 
 MODULES = [Module("layers.0.mlp", 2, 3), Module("layers.1.mlp", 1, 4)]
 DIM = 10
 EXPONENTS = [-3, 5]
+
+refused = partial(refusals.refused, error=StoreError)
+unreadable = partial(refusals.refused, error=StoreFormatError)
 
 
 def rows_of(ids: list[int], dtype: str = "float16") -> np.ndarray:
@@ -49,6 +55,18 @@ def append(writer: StoreWriter, ids: list[int], **options: Any) -> np.ndarray:
     return writer.append(ids, rows_of(ids, writer.dtype), scale, **options)
 
 
+def stored(path: Path, ids: list[int], **options: Any) -> Store:
+    """A store of the rows that belong to the ids."""
+    with writer_of(path, **options) as writer:
+        append(writer, ids)
+    return Store.open(path)
+
+
+def stored_rows(store: Store) -> np.ndarray:
+    """[N, D] as the shards hold them."""
+    return np.concatenate([shard.rows for shard in store.shards])
+
+
 def full_store(path: Path) -> Store:
     """Eight rows in three shards, with everything that version 1 knows."""
     projection = {"layers.0.mlp.in": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -65,6 +83,52 @@ def full_store(path: Path) -> Store:
     for index, shard in enumerate(store.shards):
         cache.write(index, np.full((shard.num_rows, 2), index + 1, np.float32))
     return Store.open(path)
+
+
+def resumed(path: Path, **options: Any) -> StoreWriter:
+    """Goes on with a store, whatever projection and fingerprints it was made with."""
+    store = Store.open(path)
+    return writer_of(
+        path,
+        resume=True,
+        projection=store.projection,
+        projection_tensors=store.load_tensors(),
+        fingerprints=store.fingerprints,
+        **options,
+    )
+
+
+# Files of a full store, one of each kind: those the manifest lists, itself, and a cache's.
+LISTED = [
+    "manifest.json",
+    "shard-00000.npy",
+    "shard-00001.scale.npy",
+    "shard-00002.ids.arrow",
+    "projection/projection-*.safetensors",
+    "curvature/raw-*.safetensors",
+]
+CACHED = ["self_influence/raw-01/key.json", "self_influence/raw-01/shard-00001-*.npy"]
+
+
+def find(folder: Path, pattern: str) -> Path:
+    (path,) = folder.glob(pattern)
+    return path
+
+
+def listed_files(store: Store) -> set[str]:
+    """The names of the shards' files."""
+    shards = store.manifest["shards"]
+    return {
+        entry["file"] for shard in shards for entry in shard.values() if isinstance(entry, dict)
+    }
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to every value inside a JSON value, itself left out."""
+    items: Any = value.items() if isinstance(value, dict) else ()
+    for key, inner in enumerate(value) if isinstance(value, list) else items:
+        yield (*way, key)
+        yield from places(inner, (*way, key))
 
 
 def wide_store(path: Path, dtype: str = "float16", shard_rows: int = 7, dim: int = 3001) -> Store:

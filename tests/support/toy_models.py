@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import Layer, layer_kind
 from logra_kernels.projection import build_projections
 
@@ -67,6 +69,25 @@ def autograd_rows(
             row.append(full.flatten())
         rows.append(torch.cat(row))
     return torch.stack(rows)  # [N, D]
+
+
+def capture_rows(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    count: int,
+    loss: Callable[[], Tensor],
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The same [N, D] from a capture of one pass over all of them."""
+    with Capture(model, layers, count, mask, **options) as capture:
+        loss().backward()
+    return capture.rows()
+
+
+def square_sum(model: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = model(x)
+    return out.square().sum()
 
 
 def causal_loss(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from refusals import refuse as refuse
+from refusals import refused as refused
 from torch import Tensor, nn
 from toy_models import Mlp
 
@@ -20,12 +20,6 @@ Data = tuple[Tensor, Tensor]  # inputs, classes
 
 COUNT = 12
 RAW = {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}
-
-
-def refuse(
-    message: str, kind: type[Exception] = ValueError
-) -> AbstractContextManager[pytest.ExceptionInfo[Exception]]:
-    return pytest.raises(kind, match=re.escape(message))
 
 
 @pytest.fixture
@@ -75,9 +69,9 @@ def log_queries(run: Run, model: nn.Module, data: Data, part: slice) -> None:
         loss_of(model, data, part).backward()
 
 
-def finished(folder: Path, model: nn.Module, data: Data, **options: Any) -> LogixRun:
+def finished(folder: Path, model: nn.Module, data: Data, size: int = 5, **options: Any) -> LogixRun:
     run = make_run(folder, model, **options)
     run.setup(RAW)
-    log_all(run, model, data)
+    log_all(run, model, data, size)
     run.finalize()
     return run

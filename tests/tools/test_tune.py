@@ -159,21 +159,22 @@ def test_every_problem_launches_what_it_tunes(problem: tune.Problem) -> None:
     """On tensors without memory: the kernel of the op is there, with the tiles that are tried."""
     ours, _ = problem.make("meta")
     tried = next(iter(tune.candidates(problem)))
-    with launch.trying(problem.op, tried), launch.recording("sm_90") as launches:
-        ours()
-    mine = [one for one in launches if one.kernel.__name__ == tune.KERNELS[problem.op]]
-    assert mine
-    assert all(one.config["num_warps"] == tried["num_warps"] for one in mine)
-    if problem.types is not None:
+
+    def launched() -> list[dict[str, int]]:
         with launch.recording("sm_90") as launches:
             ours()
+        name = tune.KERNELS[problem.op]
+        return [one.config for one in launches if one.kernel.__name__ == name]
+
+    with launch.trying(problem.op, tried):
+        assert {config["num_warps"] for config in launched()} == {tried["num_warps"]}
+    if problem.types is not None:
         (rule,) = (
             rule
             for rule in TABLE[problem.op].get("sm_90", TABLE[problem.op]["default"])
             if rule["types"] == problem.types and rule.get("up_to", {}) == problem.up_to
         )
-        mine = [one for one in launches if one.kernel.__name__ == tune.KERNELS[problem.op]]
-        assert mine[0].config["num_stages"] == rule["config"]["num_stages"]
+        assert launched()[0]["num_stages"] == rule["config"]["num_stages"]
 
 
 def test_candidates() -> None:

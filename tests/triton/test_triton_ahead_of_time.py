@@ -52,7 +52,7 @@ def test_compiles(target: str) -> None:
     for kernel in ("_project_kernel", "_gradients_kernel", "_scores_kernel"):
         assert "no asynchronous copy of 16 bytes" in said(f"no hints, {kernel}")
     assert "spills" in said("oversized tile")
-    assert "no matrix instruction" in said("a sum for a product")
+    assert "no matrix instruction" in said("no product")
     if target == "gfx942":
         assert not said("tf32")  # its matrix units multiply float32 exactly
     else:

@@ -37,7 +37,7 @@ struct Vec {
   static Vec load(const Bfloat16* p) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  // One number in all lanes; in a register, as above.
+  // In a register, as above.
   static Vec repeat(const float* p) {
     __m512 a = _mm512_set1_ps(read<float>(p));
     __asm__("" : "+v"(a));
@@ -77,7 +77,6 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-// Lane j of the i-th becomes lane i of the j-th.
 inline void transpose(Vec (&a)[16]) {
   __m512 four[16];  // of rows 4k .. 4k + 3, in each 128 bits one column: four[4k + c], columns c, c + 4, ...
 #pragma GCC unroll 4
@@ -103,13 +102,10 @@ inline void transpose(Vec (&a)[16]) {
     a[c + 12].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
   }
 }
-// a with x in lane i
 inline Vec with_lane(Vec a, std::size_t i, float x) {
   return {_mm512_mask_mov_ps(a.v, static_cast<__mmask16>(1u << i), _mm512_set1_ps(x))};
 }
-// Bit i says that lane i of a is at least that of b; false for NaN.
 inline unsigned at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-// The larger of a, which is not negative, and |b|, both taken as integers.
 inline Vec larger_bits(Vec a, Vec b) {
   const __m512i size = _mm512_and_si512(_mm512_castps_si512(b.v), _mm512_set1_epi32(0x7fffffff));
   return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), size))};

@@ -35,7 +35,7 @@ struct Vec {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
-  // One number in all lanes; in a register, as above.
+  // In a register, as above.
   static Vec repeat(const float* p) {
     __m256 a = _mm256_set1_ps(read<float>(p));
     __asm__("" : "+x"(a));
@@ -69,7 +69,6 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-// Lane j of the i-th becomes lane i of the j-th.
 inline void transpose(Vec (&a)[8]) {
   __m256 four[8];  // of rows 4k .. 4k + 3, in each 128 bits one column: four[4k + c], columns c and c + 4
 #pragma GCC unroll 2
@@ -89,17 +88,14 @@ inline void transpose(Vec (&a)[8]) {
     a[c + 4].v = _mm256_permute2f128_ps(four[c], four[c + 4], 0x31);
   }
 }
-// a with x in lane i
 inline Vec with_lane(Vec a, std::size_t i, float x) {
   const __m256i lane = _mm256_set1_epi32(static_cast<int>(i));
   const __m256i here = _mm256_cmpeq_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), lane);
   return {_mm256_blendv_ps(a.v, _mm256_set1_ps(x), _mm256_castsi256_ps(here))};
 }
-// Bit i says that lane i of a is at least that of b; false for NaN.
 inline unsigned at_least(Vec a, Vec b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
 }
-// The larger of a, which is not negative, and |b|, both taken as integers.
 inline Vec larger_bits(Vec a, Vec b) {
   const __m256i size = _mm256_and_si256(_mm256_castps_si256(b.v), _mm256_set1_epi32(0x7fffffff));
   return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), size))};

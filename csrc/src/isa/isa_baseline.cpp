@@ -53,7 +53,6 @@ struct Vec {
     __builtin_memcpy(x, p, sizeof x);
     return {Lanes{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])}};
   }
-  // One number in all lanes.
   static Vec repeat(const float* p) { return broadcast(read<float>(p)); }
   template <class T>
   static Vec load_n(const T* p, std::size_t n) {
@@ -77,23 +76,19 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
-// Lane j of the i-th becomes lane i of the j-th.
 inline void transpose(Vec (&a)[4]) {
   const Vec b[4] = {a[0], a[1], a[2], a[3]};
   for (int i = 0; i < 4; ++i) a[i].v = Vec::Lanes{b[0].v[i], b[1].v[i], b[2].v[i], b[3].v[i]};
 }
-// a with x in lane i
 inline Vec with_lane(Vec a, std::size_t i, float x) {
   const std::int32_t lane = static_cast<std::int32_t>(i);
   const auto here = (decltype(a.v < a.v)){0, 1, 2, 3} == (decltype(a.v < a.v)){lane, lane, lane, lane};
   return {here ? Vec::Lanes{x, x, x, x} : a.v};
 }
-// Bit i says that lane i of a is at least that of b; false for NaN.
 inline unsigned at_least(Vec a, Vec b) {
   const auto bits = (a.v >= b.v) & (decltype(a.v >= b.v)){1, 2, 4, 8};
   return static_cast<unsigned>((bits[0] | bits[1]) | (bits[2] | bits[3]));
 }
-// The larger of a, which is not negative, and |b|, both taken as integers.
 inline Vec larger_bits(Vec a, Vec b) {
   typedef std::int32_t Words __attribute__((vector_size(16)));
   const Words left = read<Words>(&a.v), right = read<Words>(&b.v) & 0x7fffffff, greater = left > right;

@@ -31,7 +31,6 @@ struct Vec {
     const uint16x4_t bits = vreinterpret_u16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(p)));
     return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
   }
-  // One number in all lanes.
   static Vec repeat(const float* p) { return broadcast(read<float>(p)); }
   template <class T>
   static Vec load_n(const T* p, std::size_t n) {
@@ -54,7 +53,6 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
-// Lane j of the i-th becomes lane i of the j-th.
 inline void transpose(Vec (&a)[4]) {
   const float64x2_t even = vreinterpretq_f64_f32(vtrn1q_f32(a[0].v, a[1].v));
   const float64x2_t odd = vreinterpretq_f64_f32(vtrn2q_f32(a[0].v, a[1].v));
@@ -65,18 +63,15 @@ inline void transpose(Vec (&a)[4]) {
   a[2].v = vreinterpretq_f32_f64(vtrn2q_f64(even, even2));
   a[3].v = vreinterpretq_f32_f64(vtrn2q_f64(odd, odd2));
 }
-// a with x in lane i
 inline Vec with_lane(Vec a, std::size_t i, float x) {
   static const std::uint32_t kLane[4] = {0, 1, 2, 3};
   const uint32x4_t here = vceqq_u32(vld1q_u32(kLane), vdupq_n_u32(static_cast<std::uint32_t>(i)));
   return {vbslq_f32(here, vdupq_n_f32(x), a.v)};
 }
-// Bit i says that lane i of a is at least that of b; false for NaN.
 inline unsigned at_least(Vec a, Vec b) {
   static const std::uint32_t kBits[4] = {1, 2, 4, 8};
   return vaddvq_u32(vandq_u32(vcgeq_f32(a.v, b.v), vld1q_u32(kBits)));
 }
-// The larger of a, which is not negative, and |b|, both taken as integers.
 inline Vec larger_bits(Vec a, Vec b) {
   const uint32x4_t size = vandq_u32(vreinterpretq_u32_f32(b.v), vdupq_n_u32(0x7fffffff));
   return {vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a.v), size))};

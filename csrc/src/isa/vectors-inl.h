@@ -4,12 +4,18 @@
 // so their instantiations are too, and the linker cannot give one instruction set's code to a CPU without it.
 // For the same reason every other function here is static, and nothing of the standard library is called.
 // V has
-//   kLanes, load, load_n, repeat, zero, store, store_n, store_f16, least, sums and the functions beside it
+//   kLanes, load, load_n, repeat (one number in all lanes), zero, store, store_n, store_f16, least, sums
 //   Sum     what fma() adds products up in: V itself, or another vector type (isa_avx512_bf16.cpp)
 //   Word    what broadcast() takes: a float, or a pair of elements of 16 bits
 //   kTileRows, kTileQueries, kSums, kPanelVecs, kProjectRows, kFactorRows, kFactorVecs: sizes of tiles in
 //           registers
 //   kDirectQueries   see ScanKernels
+// and beside it stand
+//   fma, mul, add, min
+//   transpose(a)            lane j of a[i] becomes lane i of a[j]
+//   with_lane(a, i, x)      a with x in lane i
+//   at_least(a, b)          bit i says that lane i of a is at least that of b; false for NaN
+//   larger_bits(a, b)       the larger of a, which is not negative, and |b|, both taken as integers
 #pragma once
 
 #include <cstddef>

@@ -22,9 +22,7 @@ from logra_kernels.integrations.logix.logs import (
 )
 from logra_kernels.integrations.logix.names import check_lora_arguments, refused
 from logra_kernels.progress import Progress
-from logra_kernels.run import Covariance, LoggedPass, Run
-
-HESSIANS = ("auto", Covariance.kind)
+from logra_kernels.run import LoggedPass, Run
 
 
 class LogixPass(LoggedPass):
@@ -40,7 +38,7 @@ class LogixRun(Run):
 
     A log is (ids, {module: {"grad": G [N, Ko, Ki]}}). `damping` is λ, `damping_scale` is λ relative
     to the mean eigenvalue; with neither, the configuration's, or 0.1 · mean eigenvalue. `hessian`
-    is "auto" or "raw": there is one curvature. These hold for every method below.
+    is "auto" or the name of the store's curvature. These hold for every method below.
     """
 
     pass_type = LogixPass
@@ -50,13 +48,16 @@ class LogixRun(Run):
         def __call__(
             self,
             data_id: Any,
-            mask: Tensor | None = None,
+            mask: Tensor | Mapping[str, Tensor | None] | None = None,
             *,
+            cu_seqlens: Any = None,
+            position_ids: Any = None,
             save: bool | None = None,
             metadata: Sequence[Mapping[str, Any] | None] | None = None,
             weight_gradients: bool = False,
             averaged_loss: str | None = None,
             allow_unused: bool | None = None,
+            loss_scale: float | Tensor | None = None,
         ) -> LogixPass:
             """As `Run.__call__`; the pass has LogIX's methods too."""
     else:
@@ -154,7 +155,7 @@ class LogixRun(Run):
 
         compute_influence preconditions by itself; this is for products of one's own.
         """
-        _check_hessian(hessian)
+        self._check_hessian(hessian)
         ids, rows = self._source(src_log)
         preconditioner = self.preconditioner(damping=damping, damping_scale=damping_scale)
         return log_of_rows(ids, preconditioner.precondition(rows), self.layout)
@@ -193,7 +194,7 @@ class LogixRun(Run):
         Raises: ValueError for an argument or a log that does not fit; RuntimeError if no store is
             open.
         """
-        _check_hessian(hessian)
+        self._check_hessian(hessian)
         mode = mode or self.config.mode_for(top_k)
         store = self.store
         query_ids, queries = self._source(src_log)
@@ -209,13 +210,10 @@ class LogixRun(Run):
                 query_ids=query_ids, row_ids=row_ids,
             )  # fmt: skip
         attributor = self.attributor(precondition, damping=damping, damping_scale=damping_scale)
+        options: Any = {"groups": influence_groups, "query_ids": query_ids, "progress": progress}
         if top_k is None:
-            return attributor.scores(
-                queries, mode, groups=influence_groups, query_ids=query_ids, progress=progress
-            )
-        return attributor.top_k(
-            queries, top_k, mode, groups=influence_groups, query_ids=query_ids, progress=progress
-        )
+            return attributor.scores(queries, mode, **options)
+        return attributor.top_k(queries, top_k, mode, **options)
 
     def compute_influence(
         self,
@@ -233,7 +231,7 @@ class LogixRun(Run):
 
         Arguments, result and errors as in compute_influence_all.
         """
-        _check_hessian(hessian)
+        self._check_hessian(hessian)
         query_ids, queries = self._source(src_log)
         row_ids, rows = rows_of_log("tgt_log", tgt_log, self.layout)
         return influence_between(
@@ -261,7 +259,7 @@ class LogixRun(Run):
         Returns: {"src_ids", "influence": [N]}, or {"total": [N], group: [N], …} with groups.
         For the stored examples: attributor().self_influence().
         """
-        _check_hessian(hessian)
+        self._check_hessian(hessian)
         ids, rows = self._source(src_log)
         preconditioner = self.preconditioner(
             precondition, damping=damping, damping_scale=damping_scale
@@ -277,7 +275,8 @@ class LogixRun(Run):
     def _source(self, src_log: Any) -> tuple[list[str], Tensor]:
         return rows_of_log("src_log", self.get_log() if src_log is None else src_log, self.layout)
 
-
-def _check_hessian(hessian: str) -> None:
-    if hessian not in HESSIANS:
-        raise ValueError(f"hessian: expected one of {', '.join(HESSIANS)}, got {hessian!r}")
+    def _check_hessian(self, hessian: str) -> None:
+        if hessian != "auto" and hessian != self.curvature.kind:
+            raise ValueError(
+                f"hessian: expected auto or the store's, {self.curvature.kind}, got {hessian!r}"
+            )

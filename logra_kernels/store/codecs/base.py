@@ -11,6 +11,13 @@ from logra_kernels.store.files import finite
 from logra_kernels.store.layout import RowLayout
 
 SCALE_DTYPE = np.dtype("<f4")
+EXPONENT_DTYPE = np.dtype("<i2")
+# Of a row's exponents: what values of 2**-149 to 2**128 can need, whatever the scale of their row
+# (2**-126 to 2**127) and the exponent of their module (-126 to 127).
+SMALLEST_ROW_EXPONENT, LARGEST_ROW_EXPONENT = -417, 112
+
+# Stored rows [n, W], row_scale [n] float32, row_exponents [n, M] int16; None where there are none.
+Encoded = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 
 _codecs: dict[str, RowCodec] = {}
 
@@ -18,10 +25,12 @@ _codecs: dict[str, RowCodec] = {}
 class RowCodec:
     """Turns rows [n, D] float32 into stored rows [n, W], and back:
 
-    row[d] = elements(stored, layout)[d] · row_scale · 2**(exponent of the module of column d)
+    row[d] = elements(stored, layout)[d] · row_scale · 2**(exponents[m] + row_exponents[m])
 
-    The last two factors are there only if the codec is `scaled`: then every row has a power of two
-    beside it, and every module an exponent that is fixed before the first row is written.
+    with m the module of column d. The last two factors are there only if the codec is `scaled`:
+    then every row has a power of two beside it, and every module an exponent that is fixed before
+    the first row is written. A row has exponents of its own, one per module, only where the codec
+    would lose a module of it otherwise: all others are zero, and None says that all are.
     """
 
     name: str
@@ -30,15 +39,15 @@ class RowCodec:
     """The little-endian dtype of the stored values."""
     scaled: bool
 
-    def encode(
-        self, rows: np.ndarray, layout: RowLayout, exponents: Sequence[int] = ()
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """rows [n, D] float32 -> stored [n, W], and row_scale [n] float32 if the codec is scaled.
+    def encode(self, rows: np.ndarray, layout: RowLayout, exponents: Sequence[int] = ()) -> Encoded:
+        """rows [n, D] float32 -> stored [n, W], row_scale [n], row_exponents [n, M].
 
-        A value that is not finite stays so, for `finite` to find. A codec without a scale has the
-        rows in its own dtype, the same array where that is theirs.
+        The last two are None if the codec is not scaled, the last one also where no row needs it.
+        What is stored of a row depends on it and on `exponents` alone. A value that is not finite
+        stays so, for `finite` to find. A codec without a scale has the rows in its own dtype, the
+        same array where that is theirs.
         """
-        return rows.astype(self.dtype, copy=False), None
+        return rows.astype(self.dtype, copy=False), None, None
 
     def elements(self, stored: np.ndarray, layout: RowLayout) -> np.ndarray:
         """stored [n, W] -> [n, D] floating point, before scale and exponents."""
@@ -56,30 +65,50 @@ class RowCodec:
         """The size of a stored row, without its scale."""
         return self.columns(layout) * self.dtype.itemsize
 
-    def arrays(self, num_rows: int, layout: RowLayout) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The .npy files of a shard: its key in the manifest -> dtype and shape of the array."""
+    def arrays(
+        self, num_rows: int, layout: RowLayout, row_exponents: bool = False
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The .npy files of a shard: its key in the manifest -> dtype and shape of the array.
+
+        Args:
+            num_rows: of the shard.
+            layout: the modules of a row.
+            row_exponents: whether the shard keeps them.
+        """
         arrays: dict[str, tuple[str, tuple[int, ...]]] = {
             "data": (self.dtype.str, (num_rows, self.columns(layout)))
         }
         if self.scaled:
             arrays["scale"] = (SCALE_DTYPE.str, (num_rows,))
+        if row_exponents:
+            arrays["exponents"] = (EXPONENT_DTYPE.str, (num_rows, len(layout)))
         return arrays
 
     def decode(
         self,
         stored: np.ndarray,
         row_scale: np.ndarray | None,
+        row_exponents: np.ndarray | None,
         layout: RowLayout,
         exponents: Sequence[int] = (),
     ) -> np.ndarray:
-        """stored [n, W], row_scale [n] -> [n, D] float32, rounded once."""
+        """stored [n, W], row_scale [n], row_exponents [n, M] -> [n, D] float32, rounded once."""
         elements = self.elements(stored, layout)
         if not self.scaled:
             return elements.astype(np.float32, copy=False)
         assert row_scale is not None
-        factors = np.repeat(np.ldexp(1.0, exponents), layout.sizes)  # [D] float64
+        powers = np.asarray(exponents, np.int64)  # [M]
+        if row_exponents is not None:
+            powers = powers + row_exponents  # [n, M]
+        factors = np.repeat(np.ldexp(1.0, powers), layout.sizes, axis=-1)  # [D] or [n, D] float64
         wide: np.ndarray = elements * factors * row_scale[:, None].astype(np.float64)
         return wide.astype(np.float32)
+
+
+def row_exponents_in_range(values: np.ndarray) -> np.ndarray:
+    """[n] bool: which rows [n, M] have exponents that a codec may give them."""
+    good = (values >= SMALLEST_ROW_EXPONENT) & (values <= LARGEST_ROW_EXPONENT)
+    return np.asarray(good.all(axis=1))
 
 
 def register_codec(codec: RowCodec) -> None:

@@ -6,7 +6,7 @@ GPU `tests/triton/test_triton_interpreter.py` runs this folder again with TRITON
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,9 +21,11 @@ collect_ignore_glob = (
 )
 
 
-@pytest.fixture
-def device() -> str:
-    return "cpu" if INTERPRETED else "cuda"
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    """What a test makes is where the kernels run."""
+    with torch.device("cpu" if INTERPRETED else "cuda"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,24 +1,14 @@
 """Rows so far apart that row number times stride, in elements, does not fit in 32 bits."""
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from logra_kernels.triton import (
-    covariance_update_,
-    pack_rows,
-    per_sample_gradients,
-    project,
-    projected_gradients,
-    projected_gradients_grouped,
-    scores,
-    self_influence,
-    topk_scores,
-    unpack_rows,
-)
+from logra_kernels import triton as kernels
 
 STRIDE = 2**30 + 16  # elements: row 2 begins beyond 2**31
 WIDTH = 32
@@ -26,61 +16,60 @@ NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python has from 3.14 on
 
 
 @pytest.fixture
-def far(device: str) -> Iterator[Tensor]:
+def far() -> Iterator[Tensor]:
     """float16 [3, 32], rows 2 GiB apart. The memory between them is never touched."""
-    values = torch.randn(3, WIDTH, device=device).half()
+    values = torch.randn(3, WIDTH).half()
     count = 2 * STRIDE + WIDTH
-    if device == "cpu":
+    if values.device.type == "cpu":
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
         memory = mmap.mmap(-1, 2 * count, flags=flags)
         base = torch.frombuffer(memory, dtype=torch.float16)
     else:
-        base = torch.zeros(count, device=device, dtype=torch.float16)
+        base = torch.zeros(count, dtype=torch.float16)
     rows = base.as_strided((3, WIDTH), (STRIDE, 1))
     rows.copy_(values)
     yield rows
     del base, rows
 
 
-def test_scores(far: Tensor) -> None:
-    near, queries = far.clone(), torch.randn(2, WIDTH, device=far.device)
-    assert torch.equal(scores(queries, far), scores(queries, near))
-    assert torch.equal(scores(far, near), scores(near, near))
-    for got, want in zip(topk_scores(queries, far, 3), topk_scores(queries, near, 3), strict=True):
-        assert torch.equal(got, want)
-    factor = torch.randn(5, WIDTH, device=far.device)
-    assert torch.equal(self_influence(far, factor), self_influence(near, factor))
-    assert torch.equal(self_influence(near, far), self_influence(near, near))
+def covariance(rows: Tensor) -> Tensor:
+    cov = torch.zeros(WIDTH, WIDTH)
+    kernels.covariance_update_(cov, rows)
+    return cov
 
 
-def test_gradients(far: Tensor) -> None:
-    near, proj = far.clone(), torch.randn(4, WIDTH, device=far.device).half()
-    for x, same in ((far[:, None], near[:, None]), (far[None], near[None])):
-        assert torch.equal(project(x, proj), project(same, proj))
-        assert torch.equal(project(same, far), project(same, near))
-        want = projected_gradients(same, same, proj, None)
-        assert torch.equal(projected_gradients(x, same, proj, None), want)
-        assert torch.equal(projected_gradients(x, x, proj, None), want)
-        grouped = projected_gradients_grouped([x, x], [x, x], [proj, proj], [])
-        assert torch.equal(grouped[1], want)
-    bounds = torch.tensor([0, 1, 3], device=far.device)
-    assert torch.equal(
-        per_sample_gradients(far, far, None, bounds), per_sample_gradients(near, near, None, bounds)
-    )
+# Each of rows that lie far apart or near, beside a tensor [5, 32] float16 that lies near.
+CALLS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "scores of rows": lambda rows, other: kernels.scores(other.float(), rows),
+    "scores of queries": lambda rows, other: kernels.scores(rows, other),
+    "topk_scores": lambda rows, other: kernels.topk_scores(other.float(), rows, 3),
+    "self_influence of rows": lambda rows, other: kernels.self_influence(rows, other.float()),
+    "self_influence of a factor": lambda rows, other: kernels.self_influence(other, rows),
+    "project tokens": lambda rows, other: kernels.project(rows[None], other),
+    "project examples": lambda rows, other: kernels.project(rows[:, None], other),
+    "project by": lambda rows, other: kernels.project(other, rows),
+    "x": lambda x, p: kernels.projected_gradients(x[None], p[None, :3], p, None),
+    "x of examples": lambda x, p: kernels.projected_gradients(x[:, None], p[:3, None], p, None),
+    "x and dy": lambda x, p: kernels.projected_gradients(x[None], x[None], p, None),
+    "x and dy of examples": lambda x, p: kernels.projected_gradients(
+        x[:, None], x[:, None], p, None
+    ),
+    "grouped": lambda x, p: kernels.projected_gradients_grouped(
+        [x[None]] * 2, [x[None]] * 2, [p] * 2, []
+    ),
+    "grouped examples": lambda x, p: kernels.projected_gradients_grouped(
+        [x[:, None]] * 2, [x[:, None]] * 2, [p] * 2, []
+    ),
+    "packed": lambda x, p: kernels.per_sample_gradients(x, x, None, torch.tensor([0, 1, 3])),
+    "covariance_update_": lambda rows, other: covariance(rows),
+    "pack_rows": lambda rows, other: kernels.pack_rows(rows, [WIDTH], [1]),
+    "unpack_rows": lambda rows, other: kernels.unpack_rows(rows, torch.ones(3), [WIDTH], [1]),
+}
 
 
-def test_covariance(far: Tensor) -> None:
-    got, want = (torch.zeros(WIDTH, WIDTH, device=far.device) for _ in range(2))
-    covariance_update_(got, far)
-    covariance_update_(want, far.clone())
-    assert torch.equal(got, want)
-
-
-def test_packed_rows(far: Tensor) -> None:
-    near = far.clone()
-    for got, want in zip(pack_rows(far, [WIDTH], [1]), pack_rows(near, [WIDTH], [1]), strict=True):
-        assert torch.equal(got, want)
-    scale = torch.ones(3, device=far.device)
-    assert torch.equal(
-        unpack_rows(far, scale, [WIDTH], [1]), unpack_rows(near, scale, [WIDTH], [1])
-    )
+@pytest.mark.parametrize("name", CALLS)
+def test_rows_far_apart(far: Tensor, name: str) -> None:
+    other = torch.randn(5, WIDTH).half()
+    results = CALLS[name](far, other), CALLS[name](far.clone(), other)
+    got, want = ([one] if isinstance(one, Tensor) else one for one in results)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

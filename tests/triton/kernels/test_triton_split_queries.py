@@ -8,8 +8,8 @@ from logra_kernels.triton.split_queries import split_queries
 
 @pytest.mark.parametrize("dim", [1, 7, 16, 1000, 2049])
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-20, 1.0, 1e20, 3e38])
-def test_two_float16_pieces_keep_22_bits(device: str, dim: int, size: float) -> None:
-    queries = (torch.rand(5, dim, device=device) * 2 - 1) * size
+def test_two_float16_pieces_keep_22_bits(dim: int, size: float) -> None:
+    queries = (torch.rand(5, dim) * 2 - 1) * size
     queries[2] = 0
     pieces, scale = split_queries(queries, torch.float16)
     assert pieces.shape == (2, 5, dim)
@@ -23,18 +23,15 @@ def test_two_float16_pieces_keep_22_bits(device: str, dim: int, size: float) -> 
     assert bool(((got - queries.double()).abs() <= bound).all())
 
 
-def test_three_bfloat16_pieces_are_exact(device: str) -> None:
-    queries = (
-        torch.randn(4, 300, device=device)
-        * 10.0 ** torch.arange(-9, 11, 5, device=device)[:4, None]
-    )
+def test_three_bfloat16_pieces_are_exact() -> None:
+    queries = torch.randn(4, 300) * 10.0 ** torch.arange(-9, 11, 5)[:4, None]
     pieces, scale = split_queries(queries, torch.bfloat16)
     assert scale is None
     assert torch.equal(pieces.double().sum(0), queries.double())
 
 
-def test_what_is_not_finite_is_not_scaled(device: str) -> None:
-    queries = torch.ones(3, 20, device=device)
+def test_what_is_not_finite_is_not_scaled() -> None:
+    queries = torch.ones(3, 20)
     queries[0, 3], queries[1, 4] = torch.inf, torch.nan
     pieces, scale = split_queries(queries, torch.float16)
     assert scale is not None
@@ -44,8 +41,8 @@ def test_what_is_not_finite_is_not_scaled(device: str) -> None:
     assert pieces[0, 0, 0] == 1
 
 
-def test_strided_queries_and_none(device: str) -> None:
-    wide = torch.randn(6, 40, device=device)
+def test_strided_queries_and_none() -> None:
+    wide = torch.randn(6, 40)
     for queries in (wide[::2, :33], wide.T):
         pieces, scale = split_queries(queries, torch.float16)
         assert scale is not None

@@ -11,9 +11,9 @@ from logra_kernels.triton import launch, topk_scores
 module = importlib.import_module("logra_kernels.triton.topk_scores")
 
 
-def whole_numbers(*shape: int, device: str, largest: int = 3) -> Tensor:
+def whole_numbers(*shape: int, largest: int = 3) -> Tensor:
     """Small integers, so that every score is exact and many are equal."""
-    return torch.randint(-largest, largest + 1, shape).float().to(device)
+    return torch.randint(-largest, largest + 1, shape).float()
 
 
 def check(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -43,19 +43,19 @@ def check(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     ],
 )
 def test_equals_reference_among_many_ties(
-    device: str, dtype: torch.dtype, q: int, r: int, d: int, k: int
+    dtype: torch.dtype, q: int, r: int, d: int, k: int
 ) -> None:
-    queries = whole_numbers(q, d, device=device)
-    rows = whole_numbers(r, d, device=device).to(dtype)
+    queries = whole_numbers(q, d)
+    rows = whole_numbers(r, d).to(dtype)
     check(queries, rows, k)
-    check(queries, rows, k, row_scale=whole_numbers(r, device=device), row_offset=11)
-    check(queries, rows, k, row_bias=whole_numbers(r, device=device), row_offset=2**31 - 3)
+    check(queries, rows, k, row_scale=whole_numbers(r), row_offset=11)
+    check(queries, rows, k, row_bias=whole_numbers(r), row_offset=2**31 - 3)
 
 
 @pytest.mark.parametrize("k", [5, 20, 130])
-def test_state_carries_over_calls_in_any_order(device: str, k: int) -> None:
-    queries = whole_numbers(3, 4, device=device)
-    rows = whole_numbers(150, 4, device=device).half()
+def test_state_carries_over_calls_in_any_order(k: int) -> None:
+    queries = whole_numbers(3, 4)
+    rows = whole_numbers(150, 4).half()
     want = check(queries, rows, k)
     for order in ((0, 20, 90), (90, 0, 20)):
         state = None
@@ -67,36 +67,36 @@ def test_state_carries_over_calls_in_any_order(device: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("k", [4, 20])
-def test_places_that_stay_empty_over_calls(device: str, k: int) -> None:
-    queries = whole_numbers(2, 3, device=device)
+def test_places_that_stay_empty_over_calls(k: int) -> None:
+    queries = whole_numbers(2, 3)
     state = None
     for call in range(3):
-        rows = whole_numbers(1, 3, device=device)
+        rows = whole_numbers(1, 3)
         state = check(queries, rows, k, state=state, row_offset=call)
 
 
-def test_blocks_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a block, by both ways of selecting, and more keys than one merge takes."""
     monkeypatch.setattr(module, "_SMALLEST_BLOCK", 64)
     monkeypatch.setattr(module, "_WORKSPACE_BYTES", 1)
-    queries = whole_numbers(2, 3, device=device)
-    rows = whole_numbers(300, 3, device=device).half()
-    scale = whole_numbers(300, device=device)
+    queries = whole_numbers(2, 3)
+    rows = whole_numbers(300, 3).half()
+    scale = whole_numbers(300)
     with launch.trying("merge_topk", {"MERGE": 32, "num_warps": 4}):
         check(queries, rows, 7, scale, scale)
     monkeypatch.setattr(module, "_LARGEST_K", 6)
     check(queries, rows, 7, scale, scale)
 
 
-def test_merges_in_several_passes(device: str) -> None:
+def test_merges_in_several_passes() -> None:
     with launch.trying("merge_topk", {"MERGE": 16, "num_warps": 4}):
-        check(whole_numbers(2, 3, device=device), whole_numbers(700, 3, device=device).half(), 3)
+        check(whole_numbers(2, 3), whole_numbers(700, 3).half(), 3)
 
 
 @pytest.mark.parametrize("k", [4, 200])
-def test_nan_is_never_selected_and_infinity_is(device: str, k: int) -> None:
-    queries = torch.ones(2, 1, device=device)
-    rows = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 0.0], device=device)[:, None]
+def test_nan_is_never_selected_and_infinity_is(k: int) -> None:
+    queries = torch.ones(2, 1)
+    rows = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 0.0])[:, None]
     got = check(queries, rows, k)
     assert got[1][0, :4].tolist() == [2, 0, 4, 3]
     assert got[3][0, :4].tolist() == [3, 4, 0, 2]
@@ -110,17 +110,17 @@ def test_nan_is_never_selected_and_infinity_is(device: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("k", [3, 130])
-def test_zeros_of_both_signs_are_equal(device: str, k: int) -> None:
-    rows = torch.tensor([[0.0], [-0.0], [0.0], [-0.0]], device=device)
-    got = topk_scores(torch.ones(1, 1, device=device), rows, k)
+def test_zeros_of_both_signs_are_equal(k: int) -> None:
+    rows = torch.tensor([[0.0], [-0.0], [0.0], [-0.0]])
+    got = topk_scores(torch.ones(1, 1), rows, k)
     assert got[1][0, :3].tolist() == got[3][0, :3].tolist() == [0, 1, 2]
 
 
-def test_rounded_scores(device: str) -> None:
+def test_rounded_scores() -> None:
     """For real numbers the selected scores are the kernel's best, in order, with none missed."""
-    queries = torch.randn(5, 90, device=device)
-    rows = torch.randn(300, 90, device=device).half()
-    scale = torch.rand(300, device=device)
+    queries = torch.randn(5, 90)
+    rows = torch.randn(300, 90).half()
+    scale = torch.rand(300)
     got = topk_scores(queries, rows, 20, scale)
     exact = reference.scores(queries.double(), rows.double(), scale.double())
     # 180 additions of two pieces, and 2**-22 for the pieces, of magnitudes of about 90 * 4.
@@ -133,15 +133,15 @@ def test_rounded_scores(device: str) -> None:
 
 @pytest.mark.parametrize("k", [2, 130])
 @pytest.mark.parametrize(("q", "r"), [(0, 3), (3, 0), (0, 0)])
-def test_empty(device: str, q: int, r: int, k: int) -> None:
-    queries, rows = torch.ones(q, 4, device=device), torch.ones(r, 4, device=device).half()
+def test_empty(q: int, r: int, k: int) -> None:
+    queries, rows = torch.ones(q, 4), torch.ones(r, 4).half()
     state = check(queries, rows, k)
     if q:
-        check(queries, rows, k, state=check(queries, torch.ones(3, 4, device=device), k))
+        check(queries, rows, k, state=check(queries, torch.ones(3, 4), k))
     assert state[0].shape == (q, k)
 
 
-def test_strides(device: str) -> None:
-    queries = whole_numbers(4, 9, device=device)[::2, 2:8]
-    rows = whole_numbers(90, 20, device=device).half()[::2, 7:13]
-    check(queries, rows, 5, whole_numbers(90, device=device)[::2])
+def test_strides() -> None:
+    queries = whole_numbers(4, 9)[::2, 2:8]
+    rows = whole_numbers(90, 20).half()[::2, 7:13]
+    check(queries, rows, 5, whole_numbers(90)[::2])

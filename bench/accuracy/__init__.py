@@ -1,0 +1,1 @@
+"""Accuracy: the paper's Figure 4 and what stands behind it, by retraining."""

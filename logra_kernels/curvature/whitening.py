@@ -1,0 +1,128 @@
+"""The factors W of a preconditioner, by which a row's norm |W g| is found."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from logra_kernels import ops
+
+
+class Whitening(ABC):
+    """W of one module: |W g| is the norm of the module's columns g of a row."""
+
+    @abstractmethod
+    def squares(self, columns: Tensor) -> Tensor:
+        """|W g|² of g = columns [R, K] float16 or float32, [R] float32.
+
+        A row's bits do not depend on the rows beside it.
+        """
+
+    def to(self, device: torch.device) -> Whitening:
+        """The same on a device."""
+        return self
+
+    @property
+    def silent(self) -> bool:
+        """Whether W is zero."""
+        return False
+
+
+class Plain(Whitening):
+    """W = I."""
+
+    def squares(self, columns: Tensor) -> Tensor:
+        """|g|², [R] float32."""
+        return _sum_columns(columns.float().square())
+
+
+class Scaled(Whitening):
+    """W = diag(scale), scale [K] float32."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self._scale = scale
+
+    def squares(self, columns: Tensor) -> Tensor:
+        """|scale ∘ g|², [R] float32."""
+        return _sum_columns((columns.float() * self._scale).square())
+
+    def to(self, device: torch.device) -> Scaled:
+        """The same on a device."""
+        return Scaled(self._scale.to(device))
+
+    @property
+    def silent(self) -> bool:
+        """Whether the scale is zero."""
+        return not bool(self._scale.any())
+
+
+class Dense(Whitening):
+    """Any W [K, K] float32."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+
+    def squares(self, columns: Tensor) -> Tensor:
+        """|W g|², [R] float32."""
+        return ops.self_influence(columns, self._matrix)
+
+    def to(self, device: torch.device) -> Dense:
+        """The same on a device."""
+        return Dense(self._matrix.to(device))
+
+    @property
+    def silent(self) -> bool:
+        """Whether W is zero."""
+        return not bool(self._matrix.any())
+
+
+class Rotated(Whitening):
+    """W vec(G) = vec(D ∘ (Q_Bᵀ G Q_F)): two small rotations and a scale for each coordinate.
+
+    Args:
+        vectors_in: Q_F [Ki, Ki] float32.
+        vectors_out: Q_B [Ko, Ko] float32.
+        scale: D [Ko, Ki] float32.
+    """
+
+    def __init__(self, vectors_in: Tensor, vectors_out: Tensor, scale: Tensor) -> None:
+        self._factors = vectors_in.contiguous(), vectors_out.contiguous(), scale.contiguous()
+
+    def squares(self, columns: Tensor) -> Tensor:
+        """|D ∘ (Q_Bᵀ G Q_F)|², [R] float32."""
+        vectors_in, vectors_out, scale = self._factors
+        rotated = rotate(columns, vectors_in, vectors_out) * scale
+        return _sum_columns(rotated.flatten(1).square())
+
+    def to(self, device: torch.device) -> Rotated:
+        """The same on a device."""
+        return Rotated(*(factor.to(device) for factor in self._factors))
+
+    @property
+    def silent(self) -> bool:
+        """Whether D is zero."""
+        return not bool(self._factors[2].any())
+
+
+def rotate(columns: Tensor, vectors_in: Tensor, vectors_out: Tensor) -> Tensor:
+    """Q_Bᵀ G Q_F [R, Ko, Ki] float32 of columns [R, Ko·Ki], G = columns of one row as [Ko, Ki].
+
+    Each product has the bits of a row alone, whatever rows are beside it.
+    """
+    ko, ki = len(vectors_out), len(vectors_in)
+    gradients = columns.reshape(-1, ko, ki).contiguous()
+    inputs = ops.project(gradients, vectors_in.T.contiguous())  # G Q_F [R, Ko, Ki]
+    both = ops.project(inputs.mT.contiguous(), vectors_out.T.contiguous())  # [R, Ki, Ko]
+    return both.mT
+
+
+def _sum_columns(values: Tensor) -> Tensor:
+    """[R, n] -> [R], halves added to halves: a row's additions are the same in any block."""
+    while values.shape[1] > 1:
+        half = (values.shape[1] + 1) // 2
+        upper = values[:, half:]
+        values = values[:, :half].clone()
+        values[:, : upper.shape[1]] += upper
+    return values[:, 0]

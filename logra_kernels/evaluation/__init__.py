@@ -1,0 +1,22 @@
+"""Are the values right? Scores of training examples against what retraining says.
+
+    subsets = half_subsets(num_examples, 100)                  # [S, N] bool
+    losses = retrain(train, subsets, seeds=3, folder="cache")   # [S, R, Q]; goes on after a kill
+    lds(result.scores, subsets, losses)                        # Lds(value, low, high, ceiling, …)
+
+`train` is the user's own: indices of training examples and a seed -> the loss of every query.
+"""
+
+from logra_kernels.evaluation.lds import Lds, lds
+from logra_kernels.evaluation.retraining import half_subsets, retrain, without_top
+from logra_kernels.evaluation.retrieval import mislabelled_auc, recall_at
+
+__all__ = [
+    "Lds",
+    "half_subsets",
+    "lds",
+    "mislabelled_auc",
+    "recall_at",
+    "retrain",
+    "without_top",
+]

@@ -1,0 +1,129 @@
+"""A pilot: passes over some examples, from which a run's projection is made."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from logra_kernels.capture import Capture
+from logra_kernels.curvature import KfacCurvature
+from logra_kernels.curvature.moment import Squares
+from logra_kernels.projection import PILOTED, ModuleProjection, PilotProjection
+from logra_kernels.projection.pilot import Basis, corner_sides, pca, staircase
+from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
+from logra_kernels.run.watched import WatchedLayers
+from logra_kernels.store import Module, RowLayout
+
+
+class Pilot:
+    """The moments of a model's activations, then the eigenvalues in their eigenbasis.
+
+    Args:
+        watched: the layers; their projection is put aside until `finish`.
+        init: "pca" or "eigen".
+        rank: of "pca": K, or (rank_out, rank_in).
+        coordinates: of "eigen": D, over all modules.
+
+    Raises: ValueError for another init, or an option that is missing or not the kind's.
+    """
+
+    def __init__(
+        self,
+        watched: WatchedLayers,
+        init: str,
+        rank: int | tuple[int, int] | None,
+        coordinates: int | None,
+    ) -> None:
+        if init not in PILOTED:
+            raise ValueError(f"init: expected one of {', '.join(PILOTED)}, got {init!r}")
+        needed, other = ("rank", "coordinates") if init == "pca" else ("coordinates", "rank")
+        given = {"rank": rank, "coordinates": coordinates}
+        if given[needed] is None or given[other] is not None:
+            raise ValueError(f"{needed}: init={init!r} takes it, and no {other}")
+        if init == "eigen" and (type(coordinates) is not int or coordinates < len(watched.layers)):
+            raise ValueError(
+                f"coordinates: expected a whole number of at least {len(watched.layers)}, one a "
+                f"module, got {coordinates!r}"
+            )
+        self._watched = watched
+        self._before = watched.projections
+        self._rank, self._coordinates = rank, coordinates
+        self.passes = 1 if init == "pca" else 2
+        self.number = 0  # of the pass that runs
+        whole = {layer.name: (layer.in_features, layer.out_features) for layer in watched.layers}
+        watched.give({name: ModuleProjection(*widths) for name, widths in whole.items()})
+        self._widths = whole
+        self._moments = KfacCurvature([Module(name, o, i) for name, (i, o) in whole.items()])
+        self._energies: dict[str, list[float]] = {name: [] for name in whole}  # ‖dL/dW‖² [N]
+        self._bases: dict[str, Basis] = {}
+        self._squares: Squares | None = None
+        self._corners: dict[str, ModuleProjection] = {}
+
+    @property
+    def tokens_alone(self) -> bool:
+        """Whether the pass that runs needs the tokens, and no gradients."""
+        return self.number == 0
+
+    def add(self, capture: Capture, ids: list[str], finite: FinitePolicy) -> None:
+        """Take the examples of a pass whose gradients are finite.
+
+        Raises: as `finite.check`.
+        """
+        if not self.tokens_alone:
+            assert self._squares is not None
+            logged = finite.check(LoggedRows(ids, capture.rows().detach()), self._watched.layout)
+            self._squares.update(logged.rows.float().cpu())
+            return
+        tokens = capture.tokens
+        assert tokens is not None
+        squares = torch.zeros(len(ids), len(self._widths), dtype=torch.float64)  # ‖dL/dW‖² [N, M]
+        for i, name in enumerate(self._widths):
+            for n in range(len(ids)):
+                x, dy = (side.double() for side in tokens.of(name, "expand", [n]))
+                if len(x):  # ‖Σ_t dy_t x_tᵀ‖² = Σ_st (x_s·x_t)(dy_s·dy_t)
+                    squares[n, i] = ((x @ x.T) * (dy @ dy.T)).sum()
+        single = RowLayout.of(Module(name, 1, 1) for name in self._widths)
+        kept = finite.check(LoggedRows(ids, squares, places=range(len(ids))), single)
+        for i, name in enumerate(self._widths):
+            self._moments.update_tokens(i, *tokens.of(name, "expand", kept.places))
+            self._energies[name] += kept.rows[:, i].tolist()
+        self._moments.update(kept.rows)
+
+    def end_pass(self) -> None:
+        """Make of a pass what the next one, or the projection, needs.
+
+        Raises: RuntimeError if no example was passed.
+        """
+        if not self._moments.count or (self.number and not self._squares_count()):
+            raise RuntimeError("pilot: no example was passed inside `for _ in run.pilot(...)`")
+        if self.number == 0:
+            for name, (_, into, _, out) in self._moments.bases.items():
+                self._bases[name] = Basis(into.flip(1), out.flip(1))
+        if self.number == 0 and self.passes == 2:
+            assert self._coordinates is not None
+            for name, sides in corner_sides(self._widths, self._coordinates).items():
+                self._corners[name] = self._bases[name].corner(*sides)
+            self._watched.give(self._corners)
+            self._squares = Squares(self._watched.layout.dim)
+        self.number += 1
+
+    def projection(self) -> PilotProjection:
+        """What the passes lead to."""
+        count = self._moments.count
+        if self._squares is None:
+            assert self._rank is not None
+            return pca(self._bases, self._rank, count)
+        assert self._coordinates is not None
+        layout = RowLayout.of(Module(n, c.ko, c.ki) for n, c in self._corners.items())
+        parts = layout.split(self._squares.total()[None] / self._squares.count)
+        values = {m.name: p.view(m.ko, m.ki) for m, p in zip(layout, parts, strict=True)}
+        energies = {name: math.fsum(each) / count for name, each in self._energies.items()}
+        return staircase(self._bases, values, energies, self._coordinates, count)
+
+    def give_up(self) -> None:
+        """Give the layers the projection that they had."""
+        self._watched.give(self._before)
+
+    def _squares_count(self) -> int:
+        return 0 if self._squares is None else self._squares.count

@@ -1,0 +1,221 @@
+"""Projections from a pilot: PCA and eigenbasis rows, against their definitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from summed_losses import COUNT, PARTS, SAMPLES, gpt, log, watch
+from torch import Tensor
+
+from logra_kernels import Config, Run
+from logra_kernels.attribution import Attributor
+from logra_kernels.curvature import KroneckerCurvature, curvature_kind
+from logra_kernels.projection.pilot import Basis, staircase
+from logra_kernels.store import Store
+
+
+def rows_of(store: Store, count: int = COUNT) -> Tensor:
+    return torch.from_numpy(store.take(range(count)))
+
+
+def piloted(
+    folder: Path,
+    name: str,
+    init: str = "eigen",
+    batch: int = 4,
+    dtype: str = "float32",
+    **options: int | None,
+) -> Run:
+    """A run whose projection is made from all nine examples, and that then logs them."""
+    model, loss, mask = SAMPLES[name]()
+    run = Run("toy", Config(root_dir=str(folder), dtype=dtype))
+    run.watch(model, name_filter=PARTS[name], bias=True)
+    for _ in run.pilot(init, **options):
+        log(run, model, loss, mask, batch)
+    run.setup({"save": "grad", "statistic": "diagonal"})
+    log(run, model, loss, mask, batch)
+    run.finalize()
+    return run
+
+
+def ekfac_of(folder: Path, name: str) -> Run:
+    """The same without a projection."""
+    model, loss, mask = SAMPLES[name]()
+    run = Run("toy", Config(root_dir=str(folder), dtype="float32"))
+    watch(run, model, name, None, True)
+    run.setup({"save": "grad", "statistic": "ekfac"})
+    log(run, model, loss, mask, 4)
+    run.finalize()
+    return run
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt"])
+def test_eigen_rows_of_all_coordinates_reproduce_full_ekfac(tmp_path: Path, name: str) -> None:
+    """Relative to |u||g| 1e-4: both are float32 products of float64 bases."""
+    full = ekfac_of(tmp_path / "full", name).store
+    run = piloted(tmp_path / "eigen", name, coordinates=full.layout.dim)
+    ekfac, eigen = Attributor(full), Attributor(run.store)
+    assert eigen.preconditioner.kind == "diagonal"
+    rows, rotated = rows_of(full), rows_of(run.store)
+    for module, a in ekfac.dampings.items():
+        assert eigen.dampings[module] == pytest.approx(a, rel=1e-5)
+    assert torch.allclose(rotated.norm(dim=1), rows.norm(dim=1), rtol=1e-5)
+    allowed = ekfac.precondition(rows).norm(dim=1)[:, None] * rows.norm(dim=1)
+    got, want = eigen.scores(rotated).scores, ekfac.scores(rows).scores
+    assert ((got - want).abs() <= 1e-4 * allowed).all()
+    assert torch.allclose(eigen.self_influence(), ekfac.self_influence(), rtol=1e-4)
+
+
+def test_the_staircase_is_what_keeps_most_of_the_preconditioned_gradient(tmp_path: Path) -> None:
+    """Against all coordinates of full EKFAC, sorted by (Λ / (Λ + λ))²."""
+    full = ekfac_of(tmp_path / "full", "mlp")
+    curvature = full.curvature
+    assert isinstance(curvature, KroneckerCurvature)
+    gains = []
+    for name, values in curvature.eigenvalues.items():
+        damped = values + full.preconditioner().dampings[name]
+        gains.append((values / damped).square().flatten())
+    best = torch.cat(gains).sort(descending=True).values[:60].sum()
+    run = piloted(tmp_path / "eigen", "mlp", coordinates=60)
+    assert run.layout.dim == 60
+    curvature = run.curvature
+    kept = torch.cat(
+        [
+            (values / (values + run.preconditioner().dampings[name])).square()
+            for name, values in curvature.eigenvalues.items()  # type: ignore[attr-defined]
+        ]
+    )
+    assert float(kept.sum()) == pytest.approx(float(best), rel=1e-4)
+    widths = [p.ko * p.ki for p in run._watched.projections.values()]  # type: ignore[union-attr]
+    assert sum(widths) < full.layout.dim  # the corners are cut to the stairs
+
+
+def test_staircase_gives_each_module_a_coordinate_and_keeps_to_d() -> None:
+    eye = Basis(torch.eye(3).double(), torch.eye(2).double())
+    values = {
+        "a": torch.tensor([[9.0, 4.0, 0.0], [1.0, 0.0, 0.0]]).double(),
+        "b": torch.full((2, 3), 1e-9).double(),
+    }
+    made = staircase({"a": eye, "b": eye}, values, {"a": 14.0, "b": 6.0}, 4, 7)
+    a, b = (made.projections[name] for name in "ab")
+    assert a.coordinates is not None
+    assert b.coordinates is not None
+    assert (a.ko, a.ki, a.coordinates.tolist()) == (2, 2, [0, 1, 2])
+    assert (b.ko, b.ki, b.coordinates.tolist()) == (1, 1, [0])
+    shares = made.described["energy_shares"]
+    assert shares == {"a": 1.0, "b": pytest.approx(1e-9 / 6)}
+    for count in (1, 13):
+        with pytest.raises(ValueError, match=rf"expected 2 \(one a module\) to 12, got {count}"):
+            staircase({"a": eye, "b": eye}, values, {"a": 14.0, "b": 6.0}, count, 7)
+
+
+def test_pca_is_the_first_eigenvectors(tmp_path: Path) -> None:
+    run = piloted(tmp_path / "pca", "gpt", "pca", rank=5)
+    model, loss, mask = gpt()
+    whole = Run("toy", Config(root_dir=str(tmp_path / "whole")))
+    watch(whole, model, "gpt", None, True)
+    whole.setup({"statistic": "kfac"})
+    log(whole, model, loss, mask, 4)
+    curvature = whole._recorder.curvature  # type: ignore[union-attr]
+    assert isinstance(curvature, KroneckerCurvature)
+    for name, projection in run._watched.projections.items():  # type: ignore[union-attr]
+        sides = zip(curvature.moments[name], (projection.proj_in, projection.proj_out), strict=True)
+        for moment, matrix in sides:
+            assert matrix is not None
+            assert torch.allclose(matrix @ matrix.T, torch.eye(5), atol=1e-6)
+            values = torch.linalg.eigvalsh(moment).flip(0)[:5]
+            kept = torch.einsum("ki,ij,kj->k", matrix.double(), moment, matrix.double())
+            assert torch.allclose(kept, values, rtol=1e-5, atol=1e-6 * float(values[0]))
+    assert run.store.projection["kind"] == "pca"
+
+
+@pytest.mark.parametrize("init", ["eigen", "pca"])
+def test_queries_are_projected_as_the_store_says(tmp_path: Path, init: str) -> None:
+    """A new process opens the store, and its queries have the rows of the training examples."""
+    options = {"coordinates": 700} if init == "eigen" else {"rank": 5}
+    piloted(tmp_path, "gpt", init, dtype="float16", **options)
+    model, loss, mask = gpt()
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    run.watch(model, name_filter=PARTS["gpt"], bias=True)
+    run.initialize_from_log()
+    log(run, model, loss, mask, COUNT)
+    queries = run.last_rows()[1]
+    stored = rows_of(run.store)
+    assert (queries - stored).norm() <= 2**-10 * stored.norm()
+    top = run.attributor().top_k(queries, 1, "l-relatif")
+    assert top.top_rows[:, 0].tolist() == list(range(COUNT))
+    u = run.attributor().precondition(queries[:2])
+    assert mask is not None
+    with run.token_scores(u, COUNT, mask) as capture:
+        loss(model, range(COUNT)).backward()
+    want = (u @ queries.T).double()
+    assert torch.allclose(capture.token_scores().sum(2).double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_rows_do_not_depend_on_the_batches(tmp_path: Path) -> None:
+    """The pilot's float64 products of single examples are the same in every batch."""
+    stores = [
+        piloted(tmp_path / str(batch), "gpt", batch=batch, coordinates=200).store
+        for batch in (1, 4, 9)
+    ]
+    for store in stores[1:]:
+        assert store.projection == stores[0].projection
+        assert torch.equal(rows_of(store), rows_of(stores[0]))
+
+
+def test_a_pilot_that_is_left_changes_nothing(tmp_path: Path) -> None:
+    model, loss, mask = gpt()
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    watch(run, model, "gpt", 3, True)
+    layout = run.layout
+    for _ in run.pilot("eigen", coordinates=90):
+        log(run, model, loss, mask, 4)
+        break
+    assert run.layout == layout
+    with pytest.raises(RuntimeError, match="no example was passed inside"):
+        list(run.pilot("eigen", coordinates=90))
+    assert run.layout == layout
+    assert not (tmp_path / "toy").exists()
+
+
+def test_what_a_pilot_refuses(tmp_path: Path) -> None:
+    model, loss, mask = gpt()
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    watch(run, model, "gpt", None, True)
+    for options, message in (
+        ({"init": "random", "rank": 3}, "init: expected one of pca, eigen, got 'random'"),
+        ({"init": "eigen"}, "coordinates: init='eigen' takes it, and no rank"),
+        ({"init": "pca", "coordinates": 9}, "rank: init='pca' takes it, and no coordinates"),
+        ({"init": "eigen", "coordinates": 3}, "expected a whole number of at least 4, one a"),
+        ({"init": "eigen", "coordinates": 10.0}, "expected a whole number of at least 4, one a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(run.pilot(**options))
+    with pytest.raises(ValueError, match=r"init: 'eigen' is made from a pilot"):
+        run.add_lora(rank=3, init="eigen")
+    for _ in run.pilot("eigen", coordinates=90):
+        log(run, model, loss, mask, 4)
+    run.setup({"save": "grad", "statistic": "kfac"})
+    with pytest.raises(ValueError, match="'diagonal' is their curvature"):
+        log(run, model, loss, mask, 4)
+    assert curvature_kind("diagonal").kind == "diagonal"
+
+
+def test_examples_that_are_not_finite_are_left_out_of_a_pilot(tmp_path: Path) -> None:
+    model, loss, mask = SAMPLES["mlp"]()
+    config = Config(root_dir=str(tmp_path), on_nonfinite="skip")
+    run = Run("toy", config)
+    run.watch(model, bias=True)
+
+    def pilot() -> None:
+        for _ in run.pilot("eigen", coordinates=80):
+            log(run, model, loss, mask, 4)
+            with run(["bad"]):
+                (loss(model, [0]) * float("nan")).backward()
+
+    with pytest.warns(UserWarning, match="NaN or infinite in module"):
+        pilot()
+    assert run.skipped_ids == ["bad", "bad"]
+    assert run.layout.dim == 80
