@@ -149,9 +149,10 @@ def test_a_backward_pass_through_an_op_raises(call: Callable[[Any], Any]) -> Non
 def test_a_covariance_is_not_differentiated_and_its_change_is_counted() -> None:
     cov = torch.zeros(20, 20)
     both: list[Any] = [ops.covariance_update_, torch.ops.logra.covariance_update_]
-    for number, update in enumerate(both, 1):
+    for update in both:
+        before = cov._version
         update(cov, ROWS.float())
-        assert cov._version == number
+        assert cov._version > before
         with pytest.raises(RuntimeError, match="covariance_update_ has no derivative"):
             update(cov, ROWS.float().requires_grad_())
     weight = torch.ones(20, 20, requires_grad=True)
