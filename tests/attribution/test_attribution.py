@@ -39,6 +39,11 @@ def open_attributor(store: Store, **kwargs: Any) -> Attributor:
 
 
 @pytest.fixture
+def attributor(store: Store) -> Attributor:
+    return open_attributor(store)
+
+
+@pytest.fixture
 def sigma_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows that went through ops.self_influence, one entry a call."""
     calls = []
@@ -274,8 +279,7 @@ def test_a_query_without_gradient_scores_zero(store: Store) -> None:
         assert not scores[1].any()
 
 
-def test_cosine_is_l_relatif_and_says_so_once(store: Store) -> None:
-    attributor = open_attributor(store)
+def test_cosine_is_l_relatif_and_says_so_once(store: Store, attributor: Attributor) -> None:
     with pytest.warns(UserWarning, match="'cosine' is LogIX's name for l-RelatIF"):
         result = attributor.scores(QUERIES, "cosine")
     with warnings.catch_warnings():
@@ -348,8 +352,7 @@ def test_places_that_no_row_fills_have_no_id() -> None:
     assert [row["id"] for row in result.rows(0)] == ["b", "a", "b", "a"]
 
 
-def test_result_reads_like_logix_and_as_json(store: Store) -> None:
-    attributor = open_attributor(store)
+def test_result_reads_like_logix_and_as_json(store: Store, attributor: Attributor) -> None:
     full = attributor.scores(QUERIES, "l-relatif", query_ids=["a", "b", 3, 4])
     assert dict(full).keys() == {"src_ids", "tgt_ids", "influence"}
     assert full["src_ids"] == ["a", "b", "3", "4"]
@@ -374,8 +377,7 @@ def test_result_reads_like_logix_and_as_json(store: Store) -> None:
         full["scores"]
 
 
-def test_precondition_is_the_preconditioner_s(store: Store) -> None:
-    attributor = open_attributor(store)
+def test_precondition_is_the_preconditioner_s(store: Store, attributor: Attributor) -> None:
     want = dense(QUERIES, unpacked(store)).preconditioned
     assert torch.allclose(attributor.precondition(QUERIES.double()), want, rtol=1e-9)
     assert attributor.precondition(QUERIES).dtype == torch.float32
@@ -468,8 +470,7 @@ def test_bad_k(store: Store, k: Any, message: str) -> None:
         open_attributor(store).top_k(QUERIES, k)
 
 
-def test_bad_queries(store: Store) -> None:
-    attributor = open_attributor(store)
+def test_bad_queries(store: Store, attributor: Attributor) -> None:
     with pytest.raises(ValueError, match=r"mode: expected one of dot, l-relatif, l2, .* got 'l1'"):
         attributor.scores(QUERIES, "l1")
     with pytest.raises(TypeError, match="queries: expected float32, got float16"):
@@ -490,8 +491,7 @@ def test_no_queries_give_no_scores(store: Store) -> None:
     assert open_attributor(store).scores(QUERIES[:0], "l-relatif").scores.shape == (0, 150)
 
 
-def test_bad_groups(store: Store) -> None:
-    attributor = open_attributor(store)
+def test_bad_groups(store: Store, attributor: Attributor) -> None:
     with pytest.raises(ValueError, match=r"groups: 'x' \(attn\) matches none of the modules layer"):
         attributor.scores(QUERIES, "l-relatif", groups={"x": "attn"})
     with pytest.raises(ValueError, match="groups: the name 'total' is taken"):

@@ -96,9 +96,11 @@ def watched_gpt2(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("make", "rank"), [(tiny_gpt2, (4, 6)), (tiny_llama, (4, 6))])
+@pytest.mark.parametrize(
+    ("make", "rank"), [(tiny_gpt2, None), (tiny_gpt2, (4, 6)), (tiny_llama, (4, 6))]
+)
 def test_ragged_language_models(
-    make: Callable[[torch.dtype], Any], rank: tuple[int, int], side: str, dtype: torch.dtype
+    make: Callable[[torch.dtype], Any], rank: tuple[int, int] | None, side: str, dtype: torch.dtype
 ) -> None:
     """The truth is computed on the bare examples, without any padding."""
     model = make(dtype)
@@ -117,15 +119,6 @@ def test_ragged_language_models(
     assert_rows(model, layers, rows, singles, dtype)
     assert rows[-1].abs().max() == 0
     assert all(rows[:-1].abs().amax(dim=1) > 0)
-
-
-def test_unprojected_gpt2_float64() -> None:
-    model = tiny_gpt2(torch.float64)
-    layers = make_layers(model, watched_gpt2(model), bias=True)
-    ids, mask = ragged_batch(61, LENGTHS[:2], "right")
-    rows = capture_rows(model, layers, 2, lambda: causal_loss(model, ids, mask), mask)
-    singles = [lambda n=n: causal_loss(model, ids[n : n + 1], mask[n : n + 1]) for n in range(2)]
-    assert_rows(model, layers, rows, singles, torch.float64)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
