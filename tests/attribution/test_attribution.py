@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -470,34 +471,33 @@ def test_bad_k(store: Store, k: Any, message: str) -> None:
         open_attributor(store).top_k(QUERIES, k)
 
 
-def test_bad_queries(store: Store, attributor: Attributor) -> None:
-    with pytest.raises(ValueError, match=r"mode: expected one of dot, l-relatif, l2, .* got 'l1'"):
-        attributor.scores(QUERIES, "l1")
-    with pytest.raises(TypeError, match="queries: expected float32, got float16"):
-        attributor.scores(QUERIES.half())
-    refused(f"queries: expected [Q, {DIM}], got [4, 3]", attributor.scores, QUERIES[:, :3])
-    refused(f"queries: expected [Q, {DIM}], got [{DIM}]", attributor.scores, QUERIES[0])
-    with pytest.raises(TypeError, match=r"queries: expected a tensor \[Q, D\], got ndarray"):
-        attributor.scores(QUERIES.numpy())  # type: ignore[arg-type]
+def test_bad_queries(attributor: Attributor) -> None:
+    scores, half, array = attributor.scores, QUERIES.half(), QUERIES.numpy()
+    modes = "dot, l-relatif, l2, theta-relatif, whitened-cosine"
+    refused(f"mode: expected one of {modes}", scores, QUERIES, "l1")
+    refused("got 'l1'", scores, QUERIES, "l1")
+    refused("queries: expected float32, got float16", scores, half, error=TypeError)
+    refused(f"queries: expected [Q, {DIM}], got [4, 3]", scores, QUERIES[:, :3])
+    refused(f"queries: expected [Q, {DIM}], got [{DIM}]", scores, QUERIES[0])
+    refused("queries: expected a tensor [Q, D], got ndarray", scores, array, error=TypeError)
     bad = QUERIES.clone()
     bad[2, SIZES[0] + 1] = float("nan")
-    with pytest.raises(ValueError, match=r"queries: 'c' is not finite in module 'layer\.0\.down'"):
-        attributor.top_k(bad, 2, query_ids=list("abcd"))
-    with pytest.raises(ValueError, match="query_ids: expected 4, one per query, got 1"):
-        attributor.scores(QUERIES, query_ids=["a"])
+    named = partial(attributor.top_k, query_ids=list("abcd"))
+    refused("queries: 'c' is not finite in module 'layer.0.down'", named, bad, 2)
+    refused("query_ids: expected 4, one per query, got 1", scores, QUERIES, query_ids=["a"])
 
 
 def test_no_queries_give_no_scores(store: Store) -> None:
     assert open_attributor(store).scores(QUERIES[:0], "l-relatif").scores.shape == (0, 150)
 
 
-def test_bad_groups(store: Store, attributor: Attributor) -> None:
-    with pytest.raises(ValueError, match=r"groups: 'x' \(attn\) matches none of the modules layer"):
-        attributor.scores(QUERIES, "l-relatif", groups={"x": "attn"})
-    with pytest.raises(ValueError, match="groups: the name 'total' is taken"):
-        attributor.scores(QUERIES, "l-relatif", groups={"total": "up"})
-    with pytest.raises(TypeError, match="groups: expected a list or a mapping of substrings"):
-        attributor.scores(QUERIES, "l-relatif", groups="up")
+def test_bad_groups(attributor: Attributor) -> None:
+    scores = partial(attributor.scores, QUERIES, "l-relatif")
+    unknown = "groups: 'x' (attn) matches none of the modules layer"
+    refused(unknown, scores, groups={"x": "attn"})
+    refused("groups: the name 'total' is taken", scores, groups={"total": "up"})
+    mapping = "groups: expected a list or a mapping of substrings"
+    refused(mapping, scores, groups="up", error=TypeError)
 
 
 def test_bad_attributor(tmp_path: Path, store: Store) -> None:
