@@ -26,6 +26,7 @@ from toy_run import (
     loss_of,
     make_run,
     refuse,
+    refused,
 )
 
 import logra_kernels as logix
@@ -124,10 +125,8 @@ def test_start_and_end(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run.start(data_id=["a", "b"])
     loss_of(model, data, slice(2)).backward()
     run.end(save=True)
-    with refuse("end: no pass is open", RuntimeError):
-        run.end()
-    with refuse("log: the model is hooked only inside", RuntimeError):
-        run.log(["a"])
+    refused("end: no pass is open", run.end, error=RuntimeError)
+    refused("log: the model is hooked only inside", run.log, ["a"], error=RuntimeError)
     run.finalize()
     assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "b"]
 
@@ -182,8 +181,7 @@ def test_setup_forms(
 )  # fmt: skip
 def test_setup_refuses(tmp_path: Path, model: nn.Module, options: Any, message: str) -> None:
     run = make_run(tmp_path, model)
-    with refuse(message):
-        run.setup(options)
+    refused(message, run.setup, options)
 
 
 def test_statistic_without_saving(tmp_path: Path, model: nn.Module, data: Data) -> None:
@@ -199,8 +197,7 @@ def test_statistic_without_saving(tmp_path: Path, model: nn.Module, data: Data) 
     reader.initialize_from_log()
     log_queries(reader, model, data, slice(2))
     assert reader.compute_self_influence()["influence"].shape == (2,)
-    with refuse("the store holds no rows"):
-        reader.compute_influence_all()
+    refused("the store holds no rows", reader.compute_influence_all)
 
 
 def test_resume_refuses_other_weights_rank_or_modules(
@@ -217,21 +214,17 @@ def test_resume_refuses_other_weights_rank_or_modules(
     with refuse("cannot resume: projection.seed: the store has 0, this run has 1") as caught:
         log(resumed(seed=1))
     assert isinstance(caught.value, logix.StoreError)
-    with refuse("cannot resume: modules[0].ko: the store has 3, this run has 2"):
-        log(resumed(rank=2))
-    with refuse("cannot resume: dtype"):
-        log(resumed(dtype="float32"))
+    refused("cannot resume: modules[0].ko: the store has 3, this run has 2", log, resumed(rank=2))
+    refused("cannot resume: dtype", log, resumed(dtype="float32"))
     with torch.no_grad():
         model.first.weight += 1
-    with refuse("cannot resume: fingerprints.weights"):
-        log(resumed())
+    refused("cannot resume: fingerprints.weights", log, resumed())
 
 
 def test_a_store_is_not_overwritten(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
     run = begun(tmp_path, model)
-    with refuse("there is a store already; resume=True goes on with it"):
-        log_all(run, model, data)
+    refused("there is a store already; resume=True goes on with it", log_all, run, model, data)
     assert Store.open(tmp_path / "toy").num_rows == COUNT
 
 
@@ -258,8 +251,7 @@ def test_duplicate_ids(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = begun(tmp_path, model)
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    with refuse("data_id: expected 3 different ids, got 'a' twice"):
-        run(data_id=["a", "b", "a"])
+    refused("data_id: expected 3 different ids, got 'a' twice", run, data_id=["a", "b", "a"])
     with run(data_id=["a", "b"]):
         loss_of(model, data, slice(2)).backward()
     with refuse("data_id: expected new ids, got 'b', which was logged already"):  # noqa: SIM117
@@ -307,16 +299,14 @@ def test_ids_come_in_many_forms(given: Any, want: list[str]) -> None:
     ],
 )
 def test_ids_that_are_refused(given: Any, message: str) -> None:
-    with refuse(message):
-        check_ids(given)
+    refused(message, check_ids, given)
 
 
 def test_too_few_ids_or_metadata(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = begun(tmp_path, model)
     with refuse("with N = 2 (one per data_id), got [3, 7]"), run(data_id=["a", "b"]):
         loss_of(model, data, slice(3)).backward()
-    with refuse("metadata: expected 2, one per data_id, got 1"):
-        run(data_id=["a", "b"], metadata=[{}])
+    refused("metadata: expected 2, one per data_id, got 1", run, data_id=["a", "b"], metadata=[{}])
     with refuse("mask: expected shape [N, T] with N = 2 (one row per data_id), got [3, 4]"):
         run(data_id=["a", "b"], mask=torch.ones(3, 4))
 
@@ -329,10 +319,8 @@ def test_averaged_loss_and_unused_modules(tmp_path: Path, data: Data) -> None:
         with run(data_id=[0, 1], **options):
             nn.functional.cross_entropy(model["used"](data[0][:2]), data[1][:2]).backward()
 
-    with refuse("loss: expected a sum over examples and tokens, got a mean"):
-        step()
-    with refuse("no gradient reached: spare", RuntimeError):
-        step(averaged_loss="allow")
+    refused("loss: expected a sum over examples and tokens, got a mean", step)
+    refused("no gradient reached: spare", step, averaged_loss="allow", error=RuntimeError)
     step(averaged_loss="allow", allow_unused=True)
     assert run.get_log()[1]["spare"]["grad"].abs().max() == 0
     run = make_run(tmp_path, model, rank=None, averaged_loss="warn", allow_unused=True)
@@ -510,8 +498,7 @@ def test_a_pass_inside_a_pass_of_the_same_model_is_refused(
     run.start(["a", "b"])
     with refuse("run(data_id, mask): a pass on this model is open already", RuntimeError):
         run(["c", "d"]).__enter__()
-    with refuse("start: a pass is open already", RuntimeError):
-        run.start(["c", "d"])
+    refused("start: a pass is open already", run.start, ["c", "d"], error=RuntimeError)
     loss_of(model, data, slice(2)).backward()
     run.end()
     run.finalize()

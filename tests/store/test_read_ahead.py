@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_samples import append, wide_store, writer_of
+from store_samples import append, refused, wide_store, writer_of
 from system_state import evict, left_behind
 
 from logra_kernels.store import (
@@ -106,8 +106,7 @@ def test_an_empty_store_and_some_shards_only(tmp_path: Path) -> None:
             seen.append((block.shard, block.start))
             block.release()
     assert seen == [(1, 0), (1, 4), (3, 0)]
-    with pytest.raises(StoreError, match="block_rows: expected at least 1, got 0"):
-        BlockReader(store, 0)
+    refused("block_rows: expected at least 1, got 0", BlockReader, store, 0)
 
 
 def test_streaming_leaves_the_page_cache_as_it_was(tmp_path: Path) -> None:
@@ -303,8 +302,7 @@ def test_a_buffer_in_use_is_not_filled_again(tmp_path: Path) -> None:
     with BlockReader(store, 1, in_place=False) as blocks:
         stream = iter(blocks)
         keep = [next(stream) for _ in range(BLOCKS_AHEAD)]
-        with pytest.raises(RuntimeError, match="more than 3 blocks are held unreleased"):
-            next(stream)
+        refused("more than 3 blocks are held unreleased", next, stream, error=RuntimeError)
         assert [block.start for block in keep] == [0, 1, 2, 3]
 
 
