@@ -110,7 +110,8 @@ def test_covariance_is_additive_over_shards() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_merge_of_very_different_sizes(order: int, dtype: torch.dtype) -> None:
-    parts = [gradients(40) * 1e-18, gradients(40, seed=1) * 1e18][::order]
+    # more rows than are folded into sums at a time
+    parts = [gradients(300) * 1e-18, gradients(300, seed=1) * 1e18][::order]
     merged = curvature_of(parts[0], dtype=dtype).merge(curvature_of(parts[1], dtype=dtype))
     assert_moments(merged, torch.cat(parts), FLOAT32)
 

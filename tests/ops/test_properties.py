@@ -174,7 +174,8 @@ FLOATS = "expected float16 or bfloat16 or float32 or float64"
 FALLS = "cu_seqlens: expected values that never fall, from 0 to 5 at most, got"
 SIZES = "module_sizes: expected sizes of at least 0 that sum to 20, got"
 X0, DY0, COV = X[0], DY[0], torch.zeros(20, 20)
-WRAPS = torch.tensor([0, 2**31 - 1, -(2**31), 5]).int()  # a difference is positive in int32
+# no difference is negative in int32
+WRAPS = torch.tensor([0, 2**31 - 1, -(2**31), -1, 5]).int()
 INT_IDS = [STATE[0], STATE[1].int(), *STATE[2:]]
 
 # {op: {message: arguments}}: the public functions and `torch.ops.logra` say the same.
