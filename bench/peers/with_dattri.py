@@ -72,14 +72,13 @@ class Logger:
             cache_dir=str(folder),
         )
 
-    def __call__(self, folder: Path) -> Path:
+    def __call__(self, folder: Path) -> None:
         """Log every example into the folder."""
         with silenced(), torch.enable_grad():
             attributor = self._attributor(folder)
             attributor.compressors = self.compressors
             attributor.cache(self.loader)
         self.attributors = {folder: attributor}  # the last one only
-        return folder
 
     def rows(self, folder: Path) -> Tensor:
         """The logged rows [N, D]."""
