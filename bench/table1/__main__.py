@@ -134,7 +134,7 @@ def of_logra(setting: Setting, args: argparse.Namespace, work: Path) -> Iterator
 def run(args: argparse.Namespace, work: Path) -> None:
     """Check both systems, measure them, and print the table."""
     sides = [of_ekfac, of_logra] if importlib.util.find_spec("kronfluence") else [of_logra]
-    tiny = step(check.tiny, work / "tiny")
+    tiny = step(check.tiny, work / "tiny", *((64, 8, 100) if args.quick else (256, 8, 300)))
     theirs = step(check.their_scores, tiny, work / "tiny") if of_ekfac in sides else None
     checked = check.compare(step(check.our_scores, tiny, work / "tiny"), theirs)
     sizes = {"width": 128, "inner": 352, "blocks": 2}

@@ -23,7 +23,7 @@ WHOLE = 1 << 30  # a rank that no width exceeds: no projection
 RANK = 8
 
 
-def tiny(folder: Path, num_train: int = 256, num_queries: int = 8, steps: int = 300) -> Setting:
+def tiny(folder: Path, num_train: int, num_queries: int, steps: int) -> Setting:
     """A tiny model, trained on its own training examples."""
     model = random_llama(folder / "model", width=32, inner=48, blocks=2)
     tokens = windows(None, model, num_train + num_queries, 24)

@@ -1,6 +1,7 @@
 """The peers' bench: what it compares with is right, and so are the peers where they are installed.
 
-What needs one: `make peers-env`, then `.venv-peers/bin/python -m pytest tests/bench/test_peers.py`.
+What needs one: `make peers-env`, then its Python with -m pytest --import-mode=importlib, for
+tests/triton must not be taken for triton, which that environment lacks.
 """
 
 from __future__ import annotations
