@@ -6,7 +6,6 @@ its own, by its module: python -m bench.grid --help.
 """
 
 import argparse
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -15,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.harness.cases import Case, options, run_cases
+from bench.harness.cases import OPTIONS, Case, options, run_cases
+from bench.harness.results import ROOT
 from bench.ops import TABLES
 from bench.paths import attribution
 
-ROOT = Path(__file__).parents[1]
 # The interpreter of the peers' environment; `make peers-env` makes the default one.
 PEERS_PYTHON = Path(os.environ.get("LOGRA_PEERS_PYTHON") or ROOT / ".venv-peers" / "bin" / "python")
 
@@ -36,14 +35,15 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "logging": logging,
     "attribution": attribution.cases,
 }
+SHARED = tuple(OPTIONS)
 # Modules in processes of their own, with --full: each changes what others would be measured in.
-MODULES = {
-    "streaming": "bench.paths.streaming",  # queries of a store on disk
-    "targets": "bench.targets",  # what this package holds itself to
-    "grid": "bench.grid",  # every op, dtype and shape against torch
-    "peers": "bench.peers",  # LogIX, Bergson, dattri, dattri-llm
-    "table1": "bench.table1",  # LoGra beside EKFAC
-    "plots": "bench.plots",  # pictures of the stored results
+MODULES: dict[str, tuple[str, tuple[str, ...]]] = {  # and the options that they are handed
+    "streaming": ("bench.paths.streaming", SHARED),  # queries of a store on disk
+    "targets": ("bench.targets", ("threads", "json")),  # what this package holds itself to
+    "grid": ("bench.grid", SHARED),  # every op, dtype and shape against torch
+    "peers": ("bench.peers", SHARED),  # LogIX, Bergson, dattri, dattri-llm
+    "table1": ("bench.table1", SHARED),  # LoGra beside EKFAC
+    "plots": ("bench.plots", ()),  # pictures of the stored results
 }
 NEEDS = {"logging": "transformers", "plots": "matplotlib"}  # beyond the package
 
@@ -62,8 +62,13 @@ def run(name: str, args: argparse.Namespace) -> str | None:
     python = PEERS_PYTHON if name in ("peers", "table1") else Path(sys.executable)
     if not python.exists():
         return "the peers are not installed (make peers-env, or LOGRA_PEERS_PYTHON)"
-    given = [f"--{option}" for option in ("quick", "json") if getattr(args, option)]
-    if subprocess.run([str(python), "-m", MODULES[name], *given], cwd=ROOT).returncode:
+    module, taken = MODULES[name]
+    given = []
+    for option in taken:
+        value = getattr(args, option)
+        if value:
+            given += [f"--{option}"] if value is True else [f"--{option}", str(value)]
+    if subprocess.run([str(python), "-m", module, *given], cwd=ROOT).returncode:
         raise Failed
     return None
 

@@ -258,7 +258,7 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Target]]] = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    known = options(__doc__)
+    known = options(__doc__, "threads", "json")
     known.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     known.add_argument("--held", action="store_true", help=argparse.SUPPRESS)
     return known.parse_args(argv)

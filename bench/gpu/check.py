@@ -197,7 +197,7 @@ def describe() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run every check on the GPU; exit with 1 if one fails."""
-    args = options(__doc__).parse_args(argv)
+    args = options(__doc__, "json").parse_args(argv)
     about = describe()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     failed = {name: run_check(name, check, "cuda") for name, check in CHECKS.items()}

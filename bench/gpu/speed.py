@@ -98,10 +98,10 @@ def run(device: str, timer: Timer, limits: Limits, quick: bool) -> Iterator[dict
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every case on the GPU."""
-    args = options(__doc__).parse_args(argv)
+    args = options(__doc__, "quick", "json").parse_args(argv)
     about = describe()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    prepare(args.threads)
+    prepare()
     timer = Timer()
     limits = Limits.measure(timer, "cuda")
     print(table([asdict(limits)]))

@@ -37,6 +37,12 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "quick": {"action": "store_true", "help": "small problems, few rounds"},
+    "threads": {"type": int, "help": "threads (default: torch's)"},
+    "rounds": {"type": int, "help": "rounds of timing in turns"},
+    "json": {"action": "store_true", "help": "append to bench/results/"},
+}
 
 
 @dataclass
@@ -88,15 +94,13 @@ def is_ours(name: str) -> bool:
     return name.startswith(OURS)
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+def options(description: str | None, *names: str) -> argparse.ArgumentParser:
+    """A parser with the options that benchmarks share; names: those of them that this one has."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--quick", action="store_true", help="small problems, few rounds")
-    made.add_argument("--threads", type=int, help="threads (default: torch's)")
-    made.add_argument("--rounds", type=int, help="rounds of timing in turns")
-    made.add_argument("--json", action="store_true", help="append to bench/results/")
+    for name in names or OPTIONS:
+        made.add_argument(f"--{name}", **OPTIONS[name])
     return made
 
 

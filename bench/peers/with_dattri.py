@@ -42,6 +42,8 @@ class AveragedLoss(nn.Module):
 class Logger:
     """`LoGraAttributor.cache`: rows, and with curvature a preconditioned copy of them."""
 
+    row_files = "none: rows are kept in memory"
+
     def __init__(self, setting: LoggingSetting, curvature: bool) -> None:
         self.setting, self.curvature = setting, curvature
         self.task = AttributionTask(

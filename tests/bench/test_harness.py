@@ -163,7 +163,8 @@ def test_a_part_that_fails_or_is_missing(
     ran: list[tuple[Any, ...]] = []
     monkeypatch.setattr(parts, "run_cases", lambda cases, args: ran.append((args.threads,)))
     monkeypatch.setattr(parts, "CASES", {"good": lambda quick: iter(()), "lost": lambda quick: 0})
-    monkeypatch.setattr(parts, "MODULES", {"peers": "bench.peers", "bad": "bench.peers.setting"})
+    modules = {"peers": ("bench.peers", ()), "bad": ("bench.bad", ("threads", "json"))}
+    monkeypatch.setattr(parts, "MODULES", modules)
     monkeypatch.setattr(parts, "NEEDS", {"lost": "no_such_library"})
     monkeypatch.setattr(parts, "PEERS_PYTHON", Path("/nowhere/python"))
     assert parts.main(["--quick", "--threads", "2"]) == 0
@@ -178,8 +179,8 @@ def test_a_part_that_fails_or_is_missing(
         return Ended()
 
     monkeypatch.setattr(subprocess, "run", failing)
-    assert parts.main(["--full", "--json"]) == 1
-    assert ran[-1] == ("-m", "bench.peers.setting", "--json")
+    assert parts.main(["--full", "--json", "--threads", "2", "--rounds", "9"]) == 1
+    assert ran[-1] == ("-m", "bench.bad", "--threads", "2", "--json")  # no option that it lacks
     out = capsys.readouterr().out
     assert "peers is left out: the peers are not installed" in out
     assert out.endswith("failed: bad\n")

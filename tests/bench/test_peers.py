@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
+from bench.harness import results
+from bench.peers import __main__ as command
 from bench.peers import peer, replaced, setting
 from bench.peers.setting import DAMPING_SCALE, InfluenceSetting, Logger, LoggingSetting
 
@@ -105,6 +107,25 @@ def test_a_replacement_is_undone_after_an_error() -> None:
     with pytest.raises(KeyError):
         fail_inside()
     assert (setting.attributor, Logger.rows) == before
+
+
+def test_every_part_times_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the libraries that are installed; without any, our own logging and influence."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    command.main(["--quick", "--rounds", "1", "--json"])
+    out = capsys.readouterr().out
+    found: dict[str, set[str]] = {}
+    wrong = {"Bergson FAISS, hessian_path", "Bergson FAISS, two-sided"}
+    for record in results.read("peers"):
+        found.setdefault(record["params"]["part"], set()).update(results.rates(record))
+        assert set(record["left_out"]) <= wrong
+    assert "nothing kept" in found["logging"]
+    assert {"logra", "logra, top 10"} <= found["influence"]
+    for name, title in (("logix", "LogIX"), ("bergson", "Bergson"), ("dattri_llm", "dattri-llm")):
+        installed = f"left out: {name} is" not in out
+        assert (title in found["logging"]) == installed
 
 
 # the peers
