@@ -27,11 +27,7 @@ model, tokenizer = tiny_model.load()
 run = logix.init(project="figure3", config="config.yaml")
 run.watch(model, name_filter=["mlp"])
 run.add_lora()
-try:
-    run.setup({"stat": "kfac", "save": "grad"})  # as the figure has it
-except ValueError as error:
-    print(error)
-    run.setup({"stat": "raw", "save": "grad"})  # the exact curvature of the projected gradients
+run.setup({"stat": "kfac", "save": "grad"})
 
 for batch in tiny_model.batches(tokenizer, tiny_model.TRAIN, size=16):
     with run(data_id=ids_of(batch), mask=batch["attention_mask"]):

@@ -84,6 +84,5 @@ def test_listings_of_appendix_b(folder: Path) -> None:
 
 def test_figure_3(folder: Path) -> None:
     text = output(sys.executable, "figure3.py", cwd=folder)
-    assert text.startswith("stat: 'kfac' (Kronecker-factored curvature) is not available")
-    assert "[3, 48] scores" in text
+    assert text.startswith("[3, 48] scores")
     assert "a neighbour waters: a neighbour waters the roses before sunrise" in text
