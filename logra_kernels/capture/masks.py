@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -37,21 +38,38 @@ def refuse_one_mask(model: nn.Module, layers: Sequence[Layer]) -> None:
     and vision. Modules of a decoder alone do, too: cross-attention sees the encoder's.
     """
     names = [layer.name for layer in layers]
+    if model not in _sides_of:
+        _sides_of[model] = list(_sides(model))
+    for prefix, one, other, need_both in _sides_of[model]:
+        in_one, in_other = (
+            next((name for name in names if name.startswith(f"{prefix}{side}.")), "")
+            for side in (one, other)
+        )
+        if in_other and (in_one or not need_both):
+            raise ValueError(
+                f"mask: expected one for each part of a model with {one} and {other}, as "
+                f"{{{one!r}: [N, T] or None, {other!r}: [N, T] or None}}, got one for all; "
+                f"module {in_other} is in {other}"
+            )
+
+
+# Found once for each model: a walk over a thousand modules takes as long as a small layer's pass.
+_sides_of: WeakKeyDictionary[nn.Module, list[tuple[str, str, str, bool]]] = WeakKeyDictionary()
+
+
+def _sides(model: nn.Module) -> Iterator[tuple[str, str, str, bool]]:
+    """(prefix, a part, a part beside it that sees other tokens, whether only both do)."""
     for path, module in model.named_modules():
-        prefix = plain_name(path)
-        children = [name for name, _ in module.named_children()]
+        children = list(module._modules)
+        lowered = " ".join(children).lower()
         for words in _SIDES:
-            # The first part of each side, and the first watched module in one of the side's parts.
-            sides = [[n for n in children if any(w in n.lower() for w in side)] for side in words]
-            within = [tuple(f"{prefix}.{n}.".lstrip(".") for n in side) for side in sides]
-            inside = [next((n for n in names if n.startswith(parts)), "") for parts in within]
-            if all(sides) and inside[1] and (inside[0] or words == _SIDES[0]):
-                one, other = sides[0][0], sides[1][0]
-                raise ValueError(
-                    f"mask: expected one for each part of a model with {one} and {other}, as "
-                    f"{{{one!r}: [N, T] or None, {other!r}: [N, T] or None}}, got one for all; "
-                    f"module {inside[1]} is in {other}"
+            if all(any(word in lowered for word in side) for side in words):
+                one, other = (
+                    next(name for name in children if any(word in name.lower() for word in side))
+                    for side in words
                 )
+                prefix = f"{plain_name(path)}." if path else ""
+                yield prefix, one, other, words != _SIDES[0]
 
 
 @dataclass(frozen=True)
