@@ -91,12 +91,15 @@ def register(
         )
 
     def call(*args: Any) -> R:
-        tensors = list(tensors_in(args))
-        if direct(*tensors):
+        if direct(*tensors_in(args)):
             return checked_cpu(*args)
-        if not tensors and not torch.compiler.is_compiling():
-            check(*args)  # the dispatcher would only say that it found no tensor
-        return dispatched(*args)
+        if torch.compiler.is_compiling():
+            return dispatched(*args)
+        try:
+            return dispatched(*args)
+        except RuntimeError:
+            check(*args)  # the dispatcher speaks of its schema, not of what was expected
+            raise
 
     return call
 
