@@ -287,13 +287,13 @@ def _log(parser: argparse.ArgumentParser) -> None:
 def _doctor(parser: argparse.ArgumentParser) -> None:
     need = parser.add_argument_group("required")
     need.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
-    need.add_argument("--data", required=True, metavar="FILE", help=".txt, .jsonl or .parquet")
+    need.add_argument("--data", required=True, metavar="PATH", help="a file, a folder, or -")
     _log_data(parser.add_argument_group("data"))
     _log_rows(parser.add_argument_group("rows"))
     running = parser.add_argument_group("running")
     _log_model(running)
     _count(running, "--examples", "run in their batches and alone; default: 8", 8)
-    running.add_argument("--json", metavar="FILE", help="write the findings as JSON")
+    _outputs(running, json="the findings as JSON")
 
 
 def _log_data(group: argparse._ArgumentGroup) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from logra_kernels.capture.layers import Layer, layer_kind, plain_name
+from logra_kernels.run.bypassed import is_bypassed
 
 LEFT_BY_FILTERS = "layers that the filters leave out"
 BIASES = "biases of watched layers, logged with bias=True"
+BYPASSED = "layers whose weight is used without calling them"
 FROZEN = "frozen, while other parameters are trained"
 EMBEDDINGS = "embeddings, watched where type_filter names nn.Embedding"
 NORMS = "norms, which have no layer kind"
@@ -133,11 +135,14 @@ def coverage_of(model: nn.Module, layers: Sequence[Layer]) -> Coverage:
     logged = {parameter for layer in layers for parameter in _logged_by(layer)}
     trained = {parameter for parameter in owners if parameter.requires_grad}
     sizes = {parameter: _size(parameter, places[0][1]) for parameter, places in owners.items()}
+    paths = {module: path for path, module in model.named_modules()}
     left: dict[str, list[Tensor]] = {}
     for parameter, places in owners.items():
         if parameter not in logged:
             module = places[0][1]
             reason = _why_left_out(parameter, module, module in watched, bool(trained))
+            if reason == LEFT_BY_FILTERS and is_bypassed(model, paths[module]):
+                reason = BYPASSED
             left.setdefault(reason, []).append(parameter)
 
     def count(parameters: Iterable[Tensor]) -> int:

@@ -69,6 +69,12 @@ def test_a_healthy_corpus(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (written["findings"], written["unchecked"], written["dtype"]) == ([], {}, "bfloat16")
 
 
+def test_findings_on_standard_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words(folder), "--rank", "32", "--json", "-"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)["findings"]
+    assert found["name"] == "more-columns-than-rows"
+
+
 def test_copies_and_a_large_rank(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

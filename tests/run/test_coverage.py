@@ -94,6 +94,18 @@ def test_fused_experts() -> None:
     assert left_out(coverage)[reasons.OTHERS] == (5, ("*.scale",))
 
 
+@pytest.mark.filterwarnings("ignore:watch. left out 1.out_proj")
+def test_a_weight_that_is_used_without_its_layer() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4), nn.MultiheadAttention(4, 2)])
+    coverage = logra.init("toy").watch(model)
+    check_sums(coverage, model)
+    assert left_out(coverage)[reasons.BYPASSED] == (
+        20,
+        ("*.out_proj.weight", "*.out_proj.bias"),
+    )
+    assert left_out(coverage)[reasons.OTHERS][1] == ("*.in_proj_weight", "*.in_proj_bias")
+
+
 def test_a_tied_weight_counts_once() -> None:
     model = tiny_gpt2()
     run = logra.init("toy")
