@@ -219,6 +219,18 @@ def test_resume_refuses_other_weights_rank_or_modules(
     refused("cannot resume: fingerprints.weights", log, resumed())
 
 
+def test_what_is_logged_is_known_after_a_resume(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
+    finished(tmp_path, model, data)
+    run = begun(tmp_path, model, resume=True)
+    assert run.logged_ids == {f"row{n}" for n in range(COUNT)}
+    with run(data_id=["more"]):
+        loss_of(model, data, slice(1)).backward()
+    assert [run.is_logged(name) for name in ("row7", "more", "less")] == [True, True, False]
+    run.finalize()
+
+
 def test_a_store_is_not_overwritten(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
     run = begun(tmp_path, model)
