@@ -6,96 +6,82 @@ its own, by its module: python -m bench.grid --help.
 """
 
 import argparse
-import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.harness.cases import parser, run_cases
+from bench.harness.cases import OPTIONS, Case, options, run_cases
+from bench.harness.results import ROOT
+from bench.ops import TABLES
+from bench.paths import attribution
 
-ROOT = Path(__file__).parents[1]
 # The interpreter of the peers' environment; `make peers-env` makes the default one.
 PEERS_PYTHON = Path(os.environ.get("LOGRA_PEERS_PYTHON") or ROOT / ".venv-peers" / "bin" / "python")
 
-# Which runs have a part: --quick, --full, or neither.
-ALL, FULL = ("quick", "normal", "full"), ("full",)
+
+def logging(quick: bool) -> Iterator[Case]:
+    from bench.paths.logging import cases  # transformers, which it needs, takes seconds
+
+    return cases(quick)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One benchmark of the run: its name, what it measures, its module and in which runs it is."""
-
-    name: str
-    what: str
-    module: str
-    when: tuple[str, ...] = ALL
-
-    def run(self, args: argparse.Namespace) -> str | None:
-        """Why the part was left out, or None."""
-        if importlib.util.find_spec(self.module) is None:
-            return f"there is no {self.module}"
-        if self.when is ALL:
-            run_cases(importlib.import_module(self.module).cases(args.quick), args)
-            return None
-        return self.run_alone([f"--{name}" for name in ("quick", "json") if getattr(args, name)])
-
-    def run_alone(self, options: list[str]) -> str | None:
-        """In a process of its own: the part changes what others would be measured in."""
-        python = Path(sys.executable)
-        if self.name == "peers":
-            python = PEERS_PYTHON
-            if not python.exists():
-                return "the peers are not installed (make peers-env, or LOGRA_PEERS_PYTHON)"
-        if self.name in ("grid", "targets", "plots") and "--quick" in options:
-            options.remove("--quick")
-        if self.name == "plots":
-            options = []
-            if importlib.util.find_spec("matplotlib") is None:
-                return "matplotlib is not installed (pip install '.[bench]')"
-        command = [str(python), "-m", self.module, *options]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            raise Failed(self.name)
-        return None
+# Cases of the harness, timed in this process.
+CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    **TABLES,
+    "logging": logging,
+    "attribution": attribution.cases,
+}
+SHARED = tuple(OPTIONS)
+# Modules in processes of their own, with --full: each changes what others would be measured in.
+MODULES: dict[str, tuple[str, tuple[str, ...]]] = {  # and the options that they are handed
+    "streaming": ("bench.paths.streaming", SHARED),  # queries of a store on disk
+    "targets": ("bench.targets", ("threads", "json")),  # what this package holds itself to
+    "grid": ("bench.grid", SHARED),  # every op, dtype and shape against torch
+    "peers": ("bench.peers", SHARED),  # LogIX, Bergson, dattri, dattri-llm
+    "table1": ("bench.table1", SHARED),  # LoGra beside EKFAC
+    "plots": ("bench.plots", ()),  # pictures of the stored results
+}
+NEEDS = {"logging": "transformers", "plots": "matplotlib"}  # beyond the package
 
 
 class Failed(Exception):
     """A part that ran, and found something wrong."""
 
 
-PARTS = (
-    Part("project", "tokens times P", "bench.ops.project"),
-    Part("per_sample_gradients", "sums of outer products", "bench.ops.per_sample_gradients"),
-    Part("projected_gradients", "both projections and the sum", "bench.ops.projected_gradients"),
-    Part("covariance_update", "second moments", "bench.ops.covariance_update"),
-    Part("scores", "the scan; numpy and FAISS too", "bench.ops.scores"),
-    Part("topk_scores", "the scan that keeps the ends", "bench.ops.topk_scores"),
-    Part("self_influence", "norms of rows", "bench.ops.self_influence"),
-    Part("pack_rows", "rows to fp16 and back", "bench.ops.pack_rows"),
-    Part("logging", "rows of a language model", "bench.paths.logging"),
-    Part("attribution", "queries of a store in memory", "bench.paths.attribution"),
-    Part("streaming", "queries of a store on disk", "bench.paths.streaming", FULL),
-    Part("targets", "what this package holds itself to", "bench.targets", FULL),
-    Part("grid", "every op, dtype and shape against torch", "bench.grid", FULL),
-    Part("peers", "LogIX, Bergson, dattri, dattri-llm", "bench.peers", FULL),
-    Part("table1", "LoGra beside EKFAC", "bench.table1", FULL),
-    Part("plots", "pictures of the stored results", "bench.plots", FULL),
-)
+def run(name: str, args: argparse.Namespace) -> str | None:
+    """Why the part was left out, or None."""
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        return f"{NEEDS[name]} is not installed (pip install '.[bench,test]')"
+    if name in CASES:
+        run_cases(CASES[name](args.quick), args)
+        return None
+    python = PEERS_PYTHON if name in ("peers", "table1") else Path(sys.executable)
+    if not python.exists():
+        return "the peers are not installed (make peers-env, or LOGRA_PEERS_PYTHON)"
+    module, taken = MODULES[name]
+    given = []
+    for option in taken:
+        value = getattr(args, option)
+        if value:
+            given += [f"--{option}"] if value is True else [f"--{option}", str(value)]
+    if subprocess.run([str(python), "-m", module, *given], cwd=ROOT).returncode:
+        raise Failed
+    return None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line's options; the parts are checked."""
-    known = parser(__doc__)
+    known = options(__doc__)
     known.prog = "python -m bench"
-    known.epilog = "parts:\n" + "\n".join(f"  {part.name:<22}{part.what}" for part in PARTS)
+    known.epilog = f"parts: {', '.join(CASES)}; with --full also {', '.join(MODULES)}"
     known.add_argument("parts", nargs="*", metavar="part", help="default: by --quick, --full")
     known.add_argument("--full", action="store_true", help="every part there is")
     args = known.parse_args(argv)
-    unknown = sorted(set(args.parts) - {part.name for part in PARTS})
-    if unknown:
+    if unknown := sorted(set(args.parts) - {*CASES, *MODULES}):
         known.error(f"no part {', '.join(unknown)}; --help lists them")
     if args.quick and args.full:
         known.error("--quick and --full: expected at most one of them")
@@ -105,26 +91,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the chosen parts, and return 1 if one failed."""
     args = parse(argv)
-    size = "quick" if args.quick else "full" if args.full else "normal"
-    chosen = [part for part in PARTS if part.name in args.parts]
-    chosen = chosen or [part for part in PARTS if size in part.when]
     left_out, failed = [], []
-    for part in chosen:
-        print(f"== {part.name}: {part.what}", flush=True)
+    for name in args.parts or [*CASES, *(MODULES if args.full else {})]:
+        print(f"== {name}", flush=True)
         start = time.perf_counter()
         try:
-            why = part.run(args)
+            if why := run(name, args):
+                left_out.append(f"{name} is left out: {why}")
         except Failed:
-            failed.append(part.name)
-            why = None
-        if why is not None:
-            left_out.append(f"{part.name} is left out: {why}")
-            print(left_out[-1])
-        print(f"-- {part.name}: {time.perf_counter() - start:.0f} s\n", flush=True)
-    for line in left_out:
-        print(line)
-    if failed:
-        print(f"failed: {', '.join(failed)}")
+            failed.append(name)
+        print(f"-- {name}: {time.perf_counter() - start:.0f} s\n", flush=True)
+    print("\n".join(left_out + ([f"failed: {', '.join(failed)}"] if failed else [])))
     return 1 if failed else 0
 
 

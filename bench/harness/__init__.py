@@ -1,1 +1,1 @@
-"""What every benchmark needs: cases, timing, limits, memory, results."""
+"""What every benchmark needs: cases, timing in turns, limits, tables, memory, results."""

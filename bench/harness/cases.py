@@ -1,13 +1,12 @@
 """Check, then time: providers in turns in one process, beside limits measured in the same run.
 
-Columns: median and interquartile range of the wall time of a call; `x best`, the time of the best
-provider that is not ours and solves the same problem, over this one's; GB/s of the bytes that the
-op must read and write once; GFLOP/s of the multiplications and additions in the op's definition
-(two for each product, half of them where only a triangle is wanted); `of limit`, the share of the
+Columns: median and spread (interquartile range) of the wall time of a call; `x_best`, the time of
+the best provider that is not ours and solves the same problem, over this one's; GB/s of the bytes
+that must be read and written once; GFLOP/s of the multiplications and additions in the definition
+(two for each product, half of them where only a triangle is wanted); `of_limit`, the share of the
 time that those bytes take at the read bandwidth, or those FLOP at the fp32 FMA rate, whichever is
 longer; and the error as a share of the largest value (of the largest |q||x| for scans). More than
-100 % means cache, a cheaper way to compute the same, or instructions with a higher rate than fp32
-FMA.
+1 means cache, a cheaper way to compute the same, or instructions with a higher rate than fp32 FMA.
 
 A call shorter than 5 ms is repeated until a sample takes that long, so its operands are in cache.
 """
@@ -16,21 +15,19 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness import limits as machine_limits
-from bench.harness import results as stored
-from bench.harness.limits import Limits
+from bench.harness import results
+from bench.harness.limits import Limits, probes
+from bench.harness.tables import table
 from logra_kernels import ops
 
-Provider = Callable[[], Any]  # most return tensors; a case's `errors` know the others
+Call = Callable[[], Any]  # most return tensors; a case's `errors` know the others
 
 OURS = "logra"  # the names of our providers start with it
 SAMPLE_S = 5e-3
@@ -40,6 +37,12 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "quick": {"action": "store_true", "help": "small problems, few rounds"},
+    "threads": {"type": int, "help": "threads (default: torch's)"},
+    "rounds": {"type": int, "help": "rounds of timing in turns"},
+    "json": {"action": "store_true", "help": "append to bench/results/"},
+}
 
 
 @dataclass
@@ -48,17 +51,18 @@ class Case:
 
     op: str
     title: str
-    providers: dict[str, Provider]
+    providers: dict[str, Call]
     expected: Any  # a tensor or a tuple of tensors
     rtol: float  # in units of `unit`; a provider that is less accurate is not timed
-    num_bytes: float
-    flops: float
+    num_bytes: float = 0.0
+    flops: float = 0.0
+    our_rtol: float | None = None  # for our providers; None for rtol
     compare: Callable[[Tensor], Tensor] = lambda result: result  # the part that is compared
     unit: float | None = None  # what errors are divided by; None for the largest expected value
-    our_rtol: float | None = None  # for our providers; None for rtol
     # for providers that return something else: a function from their result to their error
     errors: dict[str, Callable[[Any], float]] = field(default_factory=dict)
-    apart: frozenset[str] = frozenset()  # providers that solve another problem: not in `x best`
+    apart: frozenset[str] = frozenset()  # providers that solve another problem: not in `x_best`
+    before: Call | None = None  # done before each sample, outside the timing
     params: dict[str, object] = field(default_factory=dict)  # for readers of the results
 
     def error(self, name: str, result: Any) -> float:
@@ -69,9 +73,7 @@ class Case:
 
     def allowed(self, name: str) -> float:
         """The largest error that the provider may have."""
-        if is_ours(name) and self.our_rtol is not None:
-            return self.our_rtol
-        return self.rtol
+        return self.our_rtol if is_ours(name) and self.our_rtol is not None else self.rtol
 
     def best(self, seconds: dict[str, float]) -> str | None:
         """The fastest provider that is not ours and solves the same problem."""
@@ -79,57 +81,36 @@ class Case:
         return min(rivals, key=seconds.__getitem__, default=None)
 
 
-@dataclass
-class Row:
-    """One provider's times and error for one case."""
-
-    provider: str
-    isa: str | None  # of our kernels; None for others
-    median_ms: float
-    least_ms: float
-    quartile_range_ms: float
-    samples: int
-    gb_per_s: float
-    gflop_per_s: float
-    of_limit: float
-    limit: str
-    error: float
-    x_best: float | None  # the best rival's median over this one; None without a rival
-
-
 @dataclass(frozen=True)
-class Held:
-    """A provider under one instruction set, which is chosen outside the timed calls."""
+class Effort:
+    """How many samples of a provider: `least` to `most`, until they have taken budget_s."""
 
-    call: Provider
-    isa: str
-
-    def __call__(self) -> Any:
-        """Call the provider; the instruction set is chosen beforehand."""
-        return self.call()
+    least: int = 5
+    most: int = 15
+    budget_s: float = 0.6
 
 
 def is_ours(name: str) -> bool:
-    """Whether a provider is this package."""
     return name.startswith(OURS)
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+def options(description: str | None, *names: str) -> argparse.ArgumentParser:
+    """A parser with the options that benchmarks share; names: those of them that this one has."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--quick", action="store_true", help="small problems, few rounds")
-    made.add_argument("--threads", type=int, help="threads (default: torch's)")
-    made.add_argument("--rounds", type=int, help="rounds of timing in turns")
-    made.add_argument(
-        "--isas", action="store_true", help="every instruction set, not the best only"
-    )
-    made.add_argument("--json", action="store_true", help="append to bench/results/<op>.jsonl")
+    for name in names or OPTIONS:
+        made.add_argument(f"--{name}", **OPTIONS[name])
     return made
 
 
-def prepare(threads: int | None) -> None:
+def effort(args: argparse.Namespace) -> Effort:
+    if args.rounds:
+        return Effort(args.rounds, args.rounds, float("inf"))
+    return Effort(5, 9, 0.25) if args.quick else Effort()
+
+
+def prepare(threads: int | None = None) -> None:
     """Set torch's threads, and the random generators to the same start in every run."""
     if threads:
         torch.set_num_threads(threads)
@@ -137,180 +118,133 @@ def prepare(threads: int | None) -> None:
     random.seed(0)
 
 
-def every_isa(providers: dict[str, Provider]) -> dict[str, Provider]:
-    """Each of our providers once under each instruction set that this machine has."""
-    found: dict[str, Provider] = {}
-    for name, call in providers.items():
-        if is_ours(name):
-            found |= {f"{name} {isa}": Held(call, isa) for isa in ops.available_isas()}
-        else:
-            found[name] = call
-    return found
-
-
-@contextmanager
-def instruction_set(provider: Provider) -> Iterator[None]:
-    """Inside, the provider's instruction set is active; afterwards the one that was before."""
-    if not isinstance(provider, Held):
-        yield
-        return
-    before = ops.isa()
-    ops.set_isa(provider.isa)
-    try:
-        yield
-    finally:
-        ops.set_isa(str(before))
-
-
-def run_cases(
-    cases: Iterable[Case], args: argparse.Namespace, folder: Path = stored.RESULTS
-) -> list[Row]:
-    """Run the cases under the machine's measured limits, one row a provider."""
+def run_cases(cases: Iterable[Case], args: argparse.Namespace) -> None:
+    """Check, time and print the cases; append them to the stored results."""
     prepare(args.threads)
     with torch.no_grad():
-        limits = machine_limits.measure(5 if args.quick else 9)
-        print(machine_limits.header(limits))
-        return [row for case in cases for row in run_case(case, limits, args, folder)]
+        for case in cases:
+            publish(measure(case, effort(args)), args.json)
 
 
-def run_case(
-    case: Case, limits: Limits, args: argparse.Namespace, folder: Path = stored.RESULTS
-) -> list[Row]:
-    """Check, time and print one case; append it to the stored results."""
-    print(f"\n{case.op}: {case.title}")
-    print(
-        f"  {'provider':<28}{'median ms':>10}{'± ms':>9}{'x best':>9}"
-        f"{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>12}{'error':>9}"
-    )
-    if args.isas:
-        case.providers = every_isa(case.providers)
-    good, errors, left_out = check(case)
-    for name, why in left_out.items():
-        print(f"  {name:<28} not timed: {why}")
-    timed = {**good, **{name: call for name, (_, call) in machine_limits.probes().items()}}
-    if args.rounds:
-        times = time_providers(timed, args.rounds, args.rounds, budget_s=float("inf"))
-    else:
-        times = time_providers(
-            timed, 5, 9 if args.quick else 15, budget_s=0.25 if args.quick else 0.6
-        )
-    limits = machine_limits.refined(limits, times)
-    rows = summarise(case, times, errors, limits)
-    for row in rows:
-        ratio = "" if row.x_best is None else f"{row.x_best:.2f}"
-        print(
-            f"  {row.provider:<28}{row.median_ms:>10.3f}{row.quartile_range_ms:>9.3f}{ratio:>9}"
-            f"{row.gb_per_s:>8.1f}{row.gflop_per_s:>9.1f}"
-            f"{f'{row.of_limit:.0%} {row.limit}':>12}{row.error:>9.0e}"
-        )
-    if args.json:
-        record = {
-            "bench": case.op,
-            "case": f"{case.title}, {torch.get_num_threads()} threads",
-            "params": case.params,
-            "limits": asdict(limits),
-            "providers": [asdict(row) for row in rows],
-            "left_out": left_out,
+def measure(case: Case, spend: Effort, limited: bool = True) -> dict[str, Any]:
+    """The record of one case: a row for each provider that is right, why others are left out.
+
+    Without `limited` the machine's limits are not measured, and no row is beside them.
+    """
+    errors, left_out = check(case)
+    calls = {name: case.providers[name] for name in errors}
+    beside = {name: call for name, (_, call) in probes().items()} if limited else {}
+    times = time_in_turns({**calls, **beside}, spend, case.before)
+    limits = Limits.of(times) if limited else None
+    seconds = medians({name: times[name] for name in errors})
+    best = case.best(seconds)
+    rows = []
+    for name, median_s in seconds.items():
+        row: dict[str, Any] = {
+            "provider": name,
+            "median_ms": median_s * 1e3,
+            "spread_ms": spread(times[name]) * 1e3,
+            "x_best": None if best is None else seconds[best] / median_s,
+            "gb_per_s": case.num_bytes / median_s / 1e9 if case.num_bytes else None,
+            "gflop_per_s": case.flops / median_s / 1e9 if case.flops else None,
         }
-        stored.append(case.op, record, folder)
-    return rows
+        if limits is not None:
+            floor_s, limit = limits.floor(case.num_bytes, case.flops)
+            row |= {"of_limit": floor_s / median_s, "limit": limit}
+        rows.append({**row, "error": errors[name]})
+    return {
+        "bench": case.op,
+        "case": f"{case.title}, {torch.get_num_threads()} threads",
+        "isa": ops.isa(),
+        "params": case.params,
+        "limits": None if limits is None else asdict(limits),
+        "best": best,
+        "providers": rows,
+        "left_out": left_out,
+    }
 
 
-def check(case: Case) -> tuple[dict[str, Provider], dict[str, float], dict[str, str]]:
-    """Call every provider once: those that are right, their errors, and what the others lack."""
-    good, errors, left_out = {}, {}, {}
-    for name, provider in case.providers.items():
-        with instruction_set(provider):
-            error = case.error(name, provider())
+def publish(record: dict[str, Any], store: bool) -> None:
+    """Print a record's table; append it to bench/results/<bench>.jsonl if it is to be stored."""
+    print(f"\n{record['bench']}: {record['case']}")
+    print(table(record["providers"]))
+    for name, why in record["left_out"].items():
+        print(f"{name} is not timed: {why}")
+    if store:
+        results.append(record["bench"], record)
+
+
+def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
+    """Call every provider once: the errors of those that are right, and what the others lack."""
+    errors, left_out = {}, {}
+    for name, call in case.providers.items():
+        if case.before is not None:
+            case.before()
+        error = case.error(name, call())
         if error <= case.allowed(name):  # False for a NaN
-            good[name], errors[name] = provider, error
+            errors[name] = error
         else:
             left_out[name] = f"wrong by {error:.1e}, {case.allowed(name):.0e} allowed"
-    return good, errors, left_out
+    return errors, left_out
 
 
-def time_providers(
-    providers: dict[str, Provider], least: int, most: int, budget_s: float
+def time_in_turns(
+    calls: dict[str, Call], spend: Effort, before: Call | None = None
 ) -> dict[str, list[float]]:
-    """Seconds a call, `least` to `most` samples each; a provider stops when its budget is used up.
+    """Seconds a call; each stops when its budget is used up, those far beyond after two samples.
 
     The order is drawn anew in each round: a provider that follows one that empties the cache pays
     for it.
     """
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    loops, spent = {}, dict.fromkeys(providers, 0.0)
-    for name, provider in providers.items():
-        loops[name], sample_s = loops_of(provider)
-        if sample_s > budget_s:  # so slow that this is one of its samples
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    loops, spent = {}, dict.fromkeys(calls, 0.0)
+    for name, call in calls.items():
+        loops[name], sample_s = loops_of(call, before)
+        if sample_s > spend.budget_s:  # so slow that this is one of its samples
             times[name].append(sample_s)
             spent[name] = sample_s
-    for _ in range(most):
+    for _ in range(spend.most):
         order = [
             name
-            for name in providers
-            if spent[name] < budget_s
-            or len(times[name]) < (2 if spent[name] > 4 * budget_s else least)
+            for name in calls
+            if spent[name] < spend.budget_s
+            or len(times[name]) < (2 if spent[name] > 4 * spend.budget_s else spend.least)
         ]
         random.shuffle(order)
         for name in order:
-            taken_s = sample(providers[name], loops[name])
+            taken_s = sample(calls[name], loops[name], before)
             times[name].append(taken_s / loops[name])
             spent[name] += taken_s
     return times
 
 
-def loops_of(provider: Provider) -> tuple[int, float]:
+def loops_of(call: Call, before: Call | None = None) -> tuple[int, float]:
     """How many calls make a sample of 5 ms, and the seconds of one call."""
-    sample_s = sample(provider, 1)
+    sample_s = sample(call, 1, before)
     if sample_s < SAMPLE_S:  # once more: the first call may set things up
-        sample_s = sample(provider, 1)
-    return max(1, round(SAMPLE_S / max(sample_s, 1e-7))), sample_s
+        sample_s = sample(call, 1, before)
+    # what is done before a sample holds for one call only
+    return 1 if before else max(1, round(SAMPLE_S / max(sample_s, 1e-7))), sample_s
 
 
-def sample(provider: Provider, loops: int) -> float:
+def sample(call: Call, loops: int, before: Call | None = None) -> float:
     """The seconds that so many calls take."""
-    with instruction_set(provider):
-        call = provider.call if isinstance(provider, Held) else provider
-        start = time.perf_counter()
-        for _ in range(loops):
-            call()
-        return time.perf_counter() - start
+    if before is not None:
+        before()
+    start = time.perf_counter()
+    for _ in range(loops):
+        call()
+    return time.perf_counter() - start
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
-    """The median seconds of each provider."""
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def summarise(
-    case: Case, times: dict[str, list[float]], errors: dict[str, float], limits: Limits
-) -> list[Row]:
-    """A row for each provider that was timed."""
-    seconds = medians({name: times[name] for name in errors})
-    best = case.best(seconds)
-    floor_s, limit = limits.floor(case.num_bytes, case.flops)
-    rows = []
-    for name, median_s in seconds.items():
-        samples = times[name]
-        quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [0.0] * 3
-        provider = case.providers[name]
-        isa = provider.isa if isinstance(provider, Held) else ops.isa()
-        row = Row(
-            provider=name,
-            isa=isa if is_ours(name) else None,
-            median_ms=median_s * 1e3,
-            least_ms=min(samples) * 1e3,
-            quartile_range_ms=(quartiles[2] - quartiles[0]) * 1e3,
-            samples=len(samples),
-            gb_per_s=case.num_bytes / median_s / 1e9,
-            gflop_per_s=case.flops / median_s / 1e9,
-            of_limit=floor_s / median_s,
-            limit=limit,
-            error=errors[name],
-            x_best=None if best is None else seconds[best] / median_s,
-        )
-        rows.append(row)
-    return rows
+def spread(samples: list[float]) -> float:
+    """The interquartile range."""
+    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [0.0] * 3
+    return quartiles[2] - quartiles[0]
 
 
 def largest_error(

@@ -1,99 +1,107 @@
-"""Peak memory, sizes of folders, and a clock that waits for the device.
+"""Memory of this process, sizes of folders, and a page cache that is empty or too small."""
 
-Nothing here imports logra_kernels: an environment of other libraries may lack it.
-"""
-
-import resource
+import contextlib
+import os
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 
+from logra_kernels.store import Store
+from logra_kernels.store.maps import cached_bytes
+
 SAMPLE_S = 0.005
-KINDS = {"RssAnon": "anonymous", "RssFile": "mapped", "VmRSS": "resident"}
+GROUPS = Path("/sys/fs/cgroup")
 
 
 class PeakMemory:
-    """How far the memory of this process rises above what it was when this was made.
+    """How far this process's own memory rises above what it was when this was made.
 
-    `anonymous` is what the process has allocated, `mapped` the pages of files that it maps, both
-    sampled every 5 ms. `resident` is the system's own maximum of both since the process began.
+    What it has allocated on the CPU, sampled every 5 ms; on a GPU, what torch has allocated there.
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        self.device = torch.device(device)
-        self._before = status_bytes()
-        self._most = dict(self._before)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._on_device = 0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._on_device = torch.cuda.memory_allocated(self.device)
-        self._thread.start()
+        self.on_gpu = torch.device(device).type == "cuda"
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.before = self.most = self._now()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+        self.thread.start()
 
-    def stop(self) -> dict[str, int]:
-        """{"anonymous", "mapped", "resident", "device"}: bytes above the start."""
-        self._stop.set()
-        self._thread.join()
-        self._most["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        risen = {kind: max(0, most - self._before[kind]) for kind, most in self._most.items()}
-        risen["device"] = 0
-        if self.device.type == "cuda":
-            risen["device"] = torch.cuda.max_memory_allocated(self.device) - self._on_device
-        return risen
+    def stop(self) -> int:
+        """Bytes above the start."""
+        self.ended.set()
+        self.thread.join()
+        return (torch.cuda.max_memory_allocated() if self.on_gpu else self.most) - self.before
+
+    def _now(self) -> int:
+        return torch.cuda.memory_allocated() if self.on_gpu else allocated_bytes()
 
     def _sample(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            for kind, num_bytes in status_bytes().items():
-                self._most[kind] = max(self._most[kind], num_bytes)
+        while not self.ended.wait(SAMPLE_S):
+            self.most = max(self.most, self._now())
 
 
-def status_bytes() -> dict[str, int]:
-    """{"anonymous", "mapped", "resident"} of this process now; 0 where there is no /proc."""
-    found = dict.fromkeys(KINDS.values(), 0)
+def allocated_bytes() -> int:
+    """What this process has allocated, without the pages of files that it maps; 0 without /proc."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
-        return found
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name in KINDS:
-            found[KINDS[name]] = int(value.split()[0]) * 1024
-    return found
-
-
-def now(device: str) -> float:
-    """Seconds, after the device has done what it was told to do."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def folder_bytes(path: Path) -> int:
     """The sizes of all files in a folder, or of one file."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
-@contextmanager
-def timed(module: Any, name: str, device: str) -> Iterator[list[float]]:
-    """Inside, calls of module.name are timed: the list grows by their seconds."""
-    seconds: list[float] = []
-    function: Callable[..., Any] = getattr(module, name)
+def evict(store: Store) -> None:
+    """Drop the shards from the page cache. Pages that this process has mapped would stay."""
+    for shard in store.shards:
+        shard.__dict__.pop("_rows", None)
+        descriptor = os.open(shard.path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        start = now(device)
+
+def cached(store: Store) -> int:
+    """Bytes of the shards in the page cache."""
+    return sum(cached_bytes(shard.path) for shard in store.shards)
+
+
+@contextlib.contextmanager
+def limited(num_bytes: int) -> Iterator[str]:
+    """Put this process in a control group with `num_bytes` more memory than it has allocated.
+
+    Pages that it reads through the page cache count, so a larger store is evicted as it is read.
+    Gives the group's kind, or "no limit" where this process may not make a group.
+    """
+    most = num_bytes + allocated_bytes()
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, name = (GROUPS, "memory.max") if controllers == "" else (
+            GROUPS / "memory", "memory.limit_in_bytes"
+        )  # fmt: skip
+        folder = top / path.lstrip("/") / f"logra-bench-{os.getpid()}"
         try:
-            return function(*args, **kwargs)
+            folder.mkdir()
+            (folder / name).write_text(str(most))
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
+        except OSError:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            continue
+        try:
+            yield f"control group {'v1' if controllers else 'v2'}"
         finally:
-            seconds.append(now(device) - start)
-
-    with patch.object(module, name, wrapper):
-        yield seconds
+            (folder.parent / "cgroup.procs").write_text(str(os.getpid()))
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        return
+    yield "no limit"

@@ -39,14 +39,10 @@ class Setting:
     def __init__(
         self, model: nn.Module, batch: Tensor, rank: int, precision: str = "fp32", only: str = ""
     ) -> None:
-        self.model = model.bfloat16() if precision == "bf16" else model
-        self.batch = batch
-        self.autocast = precision == "autocast"
-        self.layers: list[Layer] = []
-        for name, module in self.model.named_modules():
-            kind = layer_kind(module)
-            if only in name and kind is not None:
-                self.layers.append(kind(name, module))
+        self.model = (model.bfloat16() if precision == "bf16" else model).to(batch.device)
+        self.batch, self.rank, self.precision = batch, rank, precision
+        kinds = {n: (layer_kind(m), m) for n, m in self.model.named_modules() if only in n}
+        self.layers = [kind(name, module) for name, (kind, module) in kinds.items() if kind]
         widths = {layer.name: (layer.in_features, layer.out_features) for layer in self.layers}
         projections = build_projections(widths, rank)
         for layer in self.layers:
@@ -56,7 +52,8 @@ class Setting:
 
     def loss(self) -> Tensor:
         """The summed loss of the batch."""
-        with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
+        autocast = torch.autocast(self.batch.device.type, torch.bfloat16)
+        with autocast if self.precision == "autocast" else nullcontext():
             if isinstance(self.model, Perceptron):
                 output: Tensor = self.model(self.batch)
                 return output.square().sum()
@@ -94,7 +91,7 @@ class Setting:
             proj_in, proj_out = layer.projection.proj_in, layer.projection.proj_out
             assert proj_in is not None
             assert proj_out is not None
-            x, dy = x @ proj_in.to(x.dtype).T, dy @ proj_out.to(dy.dtype).T
+            x, dy = x @ proj_in.to(x).T, dy @ proj_out.to(dy).T
             gradients[layer.name] = torch.einsum("nto,nti->noi", dy.float(), x.float())
 
         def hook(layer: Layer, _: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -107,11 +104,7 @@ class Setting:
 
     def floor(self) -> None:
         """A forward pass, and a backward pass of the activations alone."""
-
-        def hook(_: Layer, __: nn.Module, ___: tuple[Tensor], output: Tensor) -> Tensor:
-            return output.clone().requires_grad_()
-
-        self.hooked(hook, self.lowest)
+        self.hooked(lambda _, __, ___, output: output.clone().requires_grad_(), self.lowest)
 
     def full_backward(self) -> None:
         """A forward and a backward pass with weight gradients, as in training."""
@@ -121,47 +114,44 @@ class Setting:
             self.loss().backward()
         self.model.zero_grad()
 
-    def case(self, title: str, **params: object) -> Case:
-        """The setting as a case of the harness."""
-        expected = self.rows_of_hooks()
-
-        def pass_alone(run: Callable[[], None]) -> Tensor:
-            run()
-            return expected  # there is nothing to check: the pass gives no rows
-
-        num_tokens = self.batch.shape[0] * self.batch.shape[1]
+    def case(self, what: str, model: str) -> Case:
+        """The setting as a case of the harness; `what` it is, in words."""
+        apart = {"floor": self.floor, "full backward": self.full_backward}
+        n, t = self.batch.shape[:2]
         return Case(
             "logging",
-            title,
-            {
-                OURS: self.rows_of_capture,
-                "torch hooks, einsum": self.rows_of_hooks,
-                "floor": partial(pass_alone, self.floor),
-                "full backward": partial(pass_alone, self.full_backward),
-            },
-            expected,
+            f"{what}, N={n}, T={t}, rank {self.rank}, {self.precision}",
+            {OURS: self.rows_of_capture, "torch hooks, einsum": self.rows_of_hooks, **apart},
+            self.rows_of_hooks(),
             # float32 sums over T in another order; the hooks' bf16 products have 8 bits, twice
-            rtol=1e-4 if params["dtype"] == "fp32" else 3e-2,
-            num_bytes=0.0,
-            flops=4.0 * linear_weights(self.model) * num_tokens,
-            apart=frozenset({"floor", "full backward"}),
-            params=params,
+            rtol=1e-4 if self.precision == "fp32" else 3e-2,
+            flops=4.0 * linear_weights(self.model) * n * t,
+            errors=dict.fromkeys(apart, lambda _: 0.0),  # these passes give no rows
+            apart=frozenset(apart),
+            params={"model": model},
         )
 
 
-def language_model(blocks: int, n: int, t: int, rank: int, precision: str = "fp32") -> Case:
+def language_model(
+    blocks: int,
+    n: int,
+    t: int,
+    rank: int,
+    precision: str = "fp32",
+    width: int = 576,
+    device: str = "cpu",
+) -> Case:
     """N texts of T tokens through a small Llama."""
-    model = llama(blocks=blocks, key_value_heads=3)
-    setting = Setting(model, torch.randint(0, 8192, (n, t)), rank, precision, only="mlp")
-    title = f"Llama, {blocks} blocks of 576, N={n}, T={t}, rank {rank}, {precision}"
-    return setting.case(title, model="llama", blocks=blocks, N=n, T=t, rank=rank, dtype=precision)
+    model = llama(blocks=blocks, width=width, key_value_heads=max(1, width // 192))
+    ids = torch.randint(0, 8192, (n, t), device=device)
+    setting = Setting(model, ids, rank, precision, only="mlp")
+    return setting.case(f"Llama, {blocks} blocks of {width}", "llama")
 
 
 def small_layers(depth: int, width: int, n: int, t: int, rank: int) -> Case:
     """N examples of T tokens through `depth` linear layers."""
     setting = Setting(Perceptron(depth, width), torch.randn(n, t, width), rank)
-    title = f"{depth} linear layers of {width}, N={n}, T={t}, rank {rank}, fp32"
-    return setting.case(title, model="perceptron", blocks=depth, N=n, T=t, rank=rank, dtype="fp32")
+    return setting.case(f"{depth} linear layers of {width}", "perceptron")
 
 
 def cases(quick: bool) -> Iterator[Case]:

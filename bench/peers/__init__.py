@@ -13,9 +13,10 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar takes time of the call that is timed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,18 +24,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 NAMES = ("logix", "bergson", "dattri", "dattri_llm")
 
 
-def missing(name: str) -> str | None:
-    """Why the peer cannot be run here; None if it can."""
-    if name not in NAMES:
-        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
-    if importlib.util.find_spec(name) is None:
-        return f"{name} is not installed (make peers-env)"
-    return None
-
-
 def peer(name: str) -> ModuleType | None:
     """bench.peers.with_<name>; None where the peer is not installed."""
-    return None if missing(name) else importlib.import_module(f"bench.peers.with_{name}")
+    if importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(f"bench.peers.with_{name}")
 
 
 @contextlib.contextmanager
@@ -42,8 +36,8 @@ def silenced() -> Iterator[None]:
     """Inside, nothing that a peer prints or logs is shown."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    sink = io.StringIO()
     try:
-        sink = io.StringIO()
         with (
             contextlib.redirect_stdout(sink),
             contextlib.redirect_stderr(sink),
@@ -56,19 +50,9 @@ def silenced() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced(**attributes: Any) -> Iterator[None]:
-    """Inside, attributes of modules or classes: replaced(**{"package.module:name": value})."""
-    undo = []
-    try:
-        for path, value in attributes.items():
-            module, _, name = path.partition(":")
-            owner: Any = importlib.import_module(module)
-            *outer, last = name.split(".")
-            for part in outer:
-                owner = getattr(owner, part)
-            undo.append((owner, last, getattr(owner, last)))
-            setattr(owner, last, value)
+def replaced(attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, other values of attributes of modules or classes, by their full names."""
+    with contextlib.ExitStack() as stack:
+        for name, value in attributes.items():
+            stack.enter_context(patch(name, value))
         yield
-    finally:
-        for owner, last, value in reversed(undo):
-            setattr(owner, last, value)

@@ -13,6 +13,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,58 +65,39 @@ class Logger:
         self.data = Dataset.from_dict({"input_ids": ids, "length": [len(i) for i in ids]})
         self.batches = [indices for indices, _ in setting.batches()]
 
-    def __call__(self, folder: Path, scorer: Scorer | None = None) -> Path:
+    def __call__(self, folder: Path) -> None:
         """Log every example into the folder."""
         config = IndexConfig(
             run_path=str(folder), projection_dim=self.setting.rank, loss_reduction="sum"
         )
         config.partial_run_path.mkdir(parents=True)
         processor = prepared(self.setting, self.names)
+        common: dict[str, Any] = {"data": self.data, "target_modules": set(self.names)}
         with silenced(), torch.enable_grad():
             if self.curvature:
-                self._with_grams(config, processor)
+                sizes = dict.fromkeys(self.names, self.setting.rank**2)
+                path, how = config.partial_run_path, PreprocessConfig()
+                collector = InMemoryCollector(
+                    model=self.model.base_model,
+                    cfg=config,
+                    processor=processor,
+                    skip_hessians=False,
+                    builder=Builder(self.data, sizes, torch.float32, how, path=path),
+                    **common,
+                )
+                CollectorComputer(
+                    self.model, self.data, collector=collector, batches=self.batches, cfg=config
+                ).run_with_collector_hooks()
+                processor.save(path)
             else:
                 collect_gradients(
-                    self.model,
-                    self.data,
-                    processor,
-                    config,
-                    batches=self.batches,
-                    target_modules=set(self.names),
-                    scorer=scorer,
+                    self.model, processor=processor, cfg=config, batches=self.batches, **common
                 )
         shutil.move(config.partial_run_path, folder)
-        return folder
-
-    def _with_grams(self, config: IndexConfig, processor: GradientProcessor) -> None:
-        sizes = dict.fromkeys(self.names, self.setting.rank**2)
-        collector = InMemoryCollector(
-            model=self.model.base_model,
-            cfg=config,
-            processor=processor,
-            target_modules=set(self.names),
-            data=self.data,
-            skip_hessians=False,
-            builder=Builder(
-                self.data, sizes, torch.float32, PreprocessConfig(), path=config.partial_run_path
-            ),
-        )
-        CollectorComputer(
-            self.model, self.data, collector=collector, batches=self.batches, cfg=config
-        ).run_with_collector_hooks()
-        processor.save(config.partial_run_path)
 
     def rows(self, folder: Path) -> Tensor:
         """The logged rows [N, D]."""
         return torch.from_numpy(np.array(load_gradients(folder)))
-
-    def scores(self, folder: Path, queries: Tensor) -> Tensor:
-        """`bergson score`: dot products [Q, N] by running the model."""
-        parts = queries.split([module.size for module in self.setting.modules], dim=1)
-        asked = dict(zip(self.names, parts, strict=True))
-        writer = Kept(len(self.setting.ids), len(queries))
-        self(folder, Scorer(asked, self.names, writer, torch.device("cpu"), torch.float32))
-        return writer.scores.T
 
 
 class Kept(ScoreWriter):
@@ -166,8 +148,8 @@ class Influence:
     ) -> Attributor:
         """The whole index copied to memory as float32, or a FAISS index made of it and mapped."""
         faiss = FaissConfig(index_factory=factory, mmap_index=True) if factory else None
-        no_gpu = {"bergson.query.faiss_index:_is_gpu_resident": lambda index: False}
-        with silenced(), replaced(**no_gpu):
+        no_gpu = {"bergson.query.faiss_index._is_gpu_resident": lambda index: False}
+        with silenced(), replaced(no_gpu):
             return Attributor(
                 self.folder,
                 unit_norm=unit_norm,

@@ -42,6 +42,8 @@ class AveragedLoss(nn.Module):
 class Logger:
     """`LoGraAttributor.cache`: rows, and with curvature a preconditioned copy of them."""
 
+    row_files = "none: rows are kept in memory"
+
     def __init__(self, setting: LoggingSetting, curvature: bool) -> None:
         self.setting, self.curvature = setting, curvature
         self.task = AttributionTask(
@@ -72,14 +74,13 @@ class Logger:
             cache_dir=str(folder),
         )
 
-    def __call__(self, folder: Path) -> Path:
+    def __call__(self, folder: Path) -> None:
         """Log every example into the folder."""
         with silenced(), torch.enable_grad():
             attributor = self._attributor(folder)
             attributor.compressors = self.compressors
             attributor.cache(self.loader)
         self.attributors = {folder: attributor}  # the last one only
-        return folder
 
     def rows(self, folder: Path) -> Tensor:
         """The logged rows [N, D]."""

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from bench.harness.models import summed_loss
 from bench.peers import replaced, silenced
 from bench.peers.setting import LoggingSetting
-from logra_kernels import ops
 from logra_kernels.store import Module
 
 
@@ -36,16 +35,8 @@ def _dot_products(src: Tensor, tgt: Tensor) -> Tensor:
 
 
 REPAIRED = {
-    "logix.logging.logger:compute_per_sample_gradient": _gradient,
-    "logix.analysis.influence_function:cross_dot_product": _dot_products,
-}
-WITH_OUR_OPS = {
-    "logix.logging.logger:compute_per_sample_gradient": (
-        lambda fwd, bwd, module: ops.per_sample_gradients(fwd, bwd)
-    ),
-    "logix.analysis.influence_function:cross_dot_product": (
-        lambda src, tgt: ops.scores(src.flatten(1), tgt.flatten(1))
-    ),
+    "logix.logging.logger.compute_per_sample_gradient": _gradient,
+    "logix.analysis.influence_function.cross_dot_product": _dot_products,
 }
 
 
@@ -76,9 +67,9 @@ class Logger:
             parent, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(parent), last, lora)
 
-    def __call__(self, folder: Path) -> Path:
+    def __call__(self, folder: Path) -> None:
         """Log every example into the folder."""
-        with silenced(), replaced(**self.patches):
+        with silenced(), replaced(self.patches):
             run = start(folder, self.setting.rank)
             run.watch(self.model, name_filter=["mlp"])
             run.setup({"grad": list(self.kept)})
@@ -89,17 +80,11 @@ class Logger:
                     summed_loss(self.model, ids).backward()
             run.finalize()
             run.logger.clear()  # otherwise its hooks stay
-        return folder
 
     def rows(self, folder: Path) -> Tensor:
         """The logged rows [N, D]."""
-        return rows_of(folder)
-
-
-def rows_of(folder: Path) -> Tensor:
-    """The rows [N, D] of a folder that LogIX wrote."""
-    dataset = LogDataset(str(folder), flatten=True)
-    return torch.stack([dataset[index][1] for index in range(len(dataset))])
+        dataset = LogDataset(str(folder), flatten=True)
+        return torch.stack([dataset[index][1] for index in range(len(dataset))])
 
 
 class Influence:
@@ -141,7 +126,7 @@ class Influence:
     ) -> Tensor:
         """[Q, N]; LogIX's loader takes 16 rows at a time by default."""
         asked = ([str(index) for index in range(len(queries))], self.nested(queries))
-        with silenced(), replaced(**(patches or {})):
+        with silenced(), replaced(patches or {}):
             self.run.log_dataloader = None  # the run would use its first loader again
             loader = self.run.build_log_dataloader(batch_size=batch_rows)
             result = self.run.compute_influence_all(asked, loader, mode="cosine")

@@ -1,8 +1,5 @@
 """Our side: logging into a store, and scans of it."""
 
-from __future__ import annotations
-
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import logra_kernels
-from bench.harness.memory import PeakMemory, folder_bytes, now
+from bench.harness.memory import PeakMemory, folder_bytes
 from bench.harness.models import summed_loss
+from bench.table1.ekfac import now
 from bench.table1.setting import Setting
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
@@ -22,11 +20,11 @@ from logra_kernels.store import Store, StoreWriter
 
 
 def watched_run(
-    setting: Setting, folder: Path, project: str, rank: int | None, dtype: str = "float16"
+    setting: Setting, store: Path, rank: int | None, dtype: str = "float16"
 ) -> tuple[Run, nn.Module]:
     """A run that watches the setting's modules; rank None leaves the projection to the store."""
     model = setting.load()
-    run = logra_kernels.init(project=project, root_dir=str(folder), dtype=dtype)
+    run = logra_kernels.init(project=store.name, root_dir=str(store.parent), dtype=dtype)
     run.watch(model, name_filter=setting.modules)
     if rank is not None:
         run.add_lora(rank=rank)
@@ -36,52 +34,38 @@ def watched_run(
     return run, model
 
 
-def log(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """One pass over the training examples: rows and the raw curvature, into a finished store.
-
-    options: batch, rank, project, dtype (of the store).
-    """
-    dtype = options.get("dtype", "float16")
-    project = options["project"]
-    shutil.rmtree(folder / project, ignore_errors=True)
-    run, model = watched_run(setting, folder, project, options["rank"], dtype)
+def log(
+    setting: Setting, path: Path, rank: int, batch: int, dtype: str = "float16"
+) -> dict[str, Any]:
+    """One pass over the training examples: rows and the raw curvature, into a finished store."""
+    run, model = watched_run(setting, path, rank, dtype)
     tokens = setting.train.to(setting.device)
     rows_of_queries(run, model, tokens[:1], 1)  # the first pass sets things up; it is not stored
     run.setup({"save": "grad", "statistic": "raw"})
     memory = PeakMemory(setting.device)
     start = now(setting.device)
-    for first in range(0, len(tokens), options["batch"]):
-        batch = tokens[first : first + options["batch"]]
-        with run(data_id=list(range(first, first + len(batch)))):
-            summed_loss(model, batch).backward()
+    for first in range(0, len(tokens), batch):
+        part = tokens[first : first + batch]
+        with run(data_id=list(range(first, first + len(part)))):
+            summed_loss(model, part).backward()
     run.finalize()
-    log_s = now(setting.device) - start
-    store = Store.open(run.path)
-    rows_bytes = sum(folder_bytes(file) for file in run.path.glob("shard-*"))
+    taken_s = now(setting.device) - start
     return {
-        "log_s": log_s,
-        "tokens": tokens.numel(),
-        "memory": memory.stop(),
-        "dim": store.dim,
+        "tokens_per_s": tokens.numel() / taken_s,
+        "memory_bytes": memory.stop(),
         "storage_bytes": folder_bytes(run.path),
-        "rows_bytes": rows_bytes,  # they grow with N; the curvature and the projection do not
     }
 
 
-def enlarge(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Write the store's rows several times into a copy, until it is as large as asked.
+def enlarge(path: Path, large: Path, num_bytes: int) -> int:
+    """Write the store's rows several times into a copy, until it is as large; how many rows it has.
 
     So that a scan meets rows that are not in the CPU's caches, without hours of logging.
-
-    options: project, large (the copy's name), num_bytes.
     """
-    store = Store.open(folder / options["project"])
-    shutil.rmtree(folder / options["large"], ignore_errors=True)
-    row_bytes = store.dim * np.dtype(store.dtype).itemsize
-    copies = max(1, -(-options["num_bytes"] // (row_bytes * store.num_rows)))
-    names = store.ids.to_pylist()
+    store = Store.open(path)
+    copies = -(-num_bytes // (store.dim * np.dtype(store.dtype).itemsize * store.num_rows))
     with StoreWriter.create(
-        folder / options["large"],
+        large,
         modules=store.modules,
         dtype=store.dtype,
         projection=store.projection,
@@ -90,63 +74,49 @@ def enlarge(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str
         if store.module_exponents is not None:
             writer.set_module_exponents(store.module_exponents)
         for copy in range(copies):
-            for first_row, rows, row_scale, own in store.blocks(1024):
-                ids = [f"{copy}:{name}" for name in names[first_row : first_row + len(rows)]]
+            for first, rows, row_scale, own in store.blocks(1024):
+                ids = [f"{copy}:{first + index}" for index in range(len(rows))]
                 scale = None if store.dtype == "float32" else row_scale
                 writer.append(ids, rows, scale, row_exponents=own)
-    return {"rows": copies * store.num_rows, "num_bytes": copies * store.num_rows * row_bytes}
+    return copies * store.num_rows
 
 
-def query(setting: Setting, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Scores of all rows of the large store for `test_batch` queries.
-
-    options: project, large, rank, train_batch (rows at a time; None: the package's choice),
-    test_batch, query_batch (queries differentiated at a time), repeats.
-    """
-    model_run, model = watched_run(setting, folder, options["project"], None)
-    model_run.initialize_from_log()
-    num_queries = options["test_batch"]
-    tokens = setting.queries[:num_queries].to(setting.device)
-    rows_of_queries(model_run, model, tokens[:1], 1)
+def query(
+    setting: Setting, path: Path, large: Path, test_batch: int, query_batch: int, rounds: int
+) -> dict[str, Any]:
+    """Scores of all rows of the large store for `test_batch` queries, `query_batch` at a time."""
+    run, model = watched_run(setting, path, None)
+    run.initialize_from_log()
+    tokens = setting.queries[:test_batch].to(setting.device)
+    rows_of_queries(run, model, tokens[:1], 1)
     memory = PeakMemory(setting.device)
-    start = now(setting.device)
-    queries = rows_of_queries(model_run, model, tokens, options["query_batch"])  # [Q, D]
-    query_s = now(setting.device) - start
-
-    small = Store.open(folder / options["project"])
-    large = Store.open(folder / options["large"])
-    start = now(setting.device)
-    with torch.no_grad():
-        curvature = RawCurvature.load(small)
-        known = Attributor(small, curvature, device=setting.device)
-    factorise_s = now(setting.device) - start
-    start = now(setting.device)
+    times = [now(setting.device)]
+    queries = rows_of_queries(run, model, tokens, query_batch)  # [Q, D]
+    times.append(now(setting.device))
+    store = Store.open(path)
+    known = Attributor(store, RawCurvature.load(store), device=setting.device)
+    times.append(now(setting.device))
     ready = known.precondition(queries)
-    precondition_s = now(setting.device) - start
+    times.append(now(setting.device))
 
-    block_rows = options.get("train_batch")
-    scan = Attributor(large, "none", device=setting.device, block_rows=block_rows)
+    scan = Attributor(large, "none", device=setting.device)
     result = scan.scores(ready, "dot").scores
     assert result is not None
     check_scores(known, queries, result)
     del result
-    times = []
-    for _ in range(options["repeats"]):
+    train_s = []
+    for _ in range(rounds):
         start = now(setting.device)
         scan.scores(ready, "dot")
-        times.append(now(setting.device) - start)
-    measured: dict[str, Any] = {
-        "train_s": statistics.median(times),
-        "train_times_s": times,
-        "query_s": query_s + precondition_s,
-        "precondition_s": precondition_s,
-        "factorise_s": factorise_s,
-        "num_train": large.num_rows,
-        "num_queries": num_queries,
+        train_s.append(now(setting.device) - start)
+    return {
+        "train_s": statistics.median(train_s),
+        "query_s": times[1] - times[0] + times[3] - times[2],
+        "once_s": times[2] - times[1],  # the factorisation
+        "num_train": scan.store.num_rows,
         "block_rows": scan.block_rows,
-        "memory": memory.stop(),
+        "memory_bytes": memory.stop(),
     }
-    return measured
 
 
 def rows_of_queries(run: Run, model: nn.Module, tokens: Tensor, batch: int) -> Tensor:

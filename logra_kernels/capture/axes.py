@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logra_kernels.capture.batch import Batch, BatchAxis
+from logra_kernels.capture.batch import Batch, BatchAxis, axis_in_doubt
 from logra_kernels.capture.layers import Layer, plain_name
 from logra_kernels.capture.masks import most_specific
 
-_VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "ToCopyBackward")
+_VIEWS = (
+    "ViewBackward",
+    "UnsafeViewBackward",
+    "ReshapeAliasBackward",
+    "CloneBackward",
+    "ToCopyBackward",
+)
 
 
 def set_batch_axes(
@@ -36,13 +42,16 @@ def set_batch_axes(
         if all(most_specific(layer.name, [key]) is None for layer in layers):
             shown = ", ".join(layer.name for layer in layers[:4])
             raise ValueError(f"batch_dim: no watched module's name has the parts {key!r}: {shown}")
-    first = (n for n, m in model.named_modules() if getattr(m, "batch_first", None) is False)
-    doubtful = next(first, None)
-    sequence_first = "" if doubtful is None else plain_name(doubtful) or "the model"
+    says = {name: getattr(m, "batch_first", None) for name, m in model.named_modules()}
+    doubtful = next((plain_name(name) for name, first in says.items() if first is False), None)
+    sequence_first = "" if doubtful is None else doubtful or "the model"
+    batch_first = any(first is True for first in says.values())
     for layer in layers:
         part = most_specific(layer.name, told)
         dim = None if part is None else told[part]
-        layer.axis = BatchAxis(dim, sequence_first, "expert" in layer.name.lower())
+        layer.axis = BatchAxis(
+            dim, sequence_first, batch_first, routed="expert" in layer.name.lower()
+        )
 
 
 def refuse_picked(module: str, x: Tensor, batch: Batch) -> None:
@@ -54,9 +63,7 @@ def refuse_picked(module: str, x: Tensor, batch: Batch) -> None:
     num_examples = batch.num_examples
     if x.ndim != 2 or len(x) != num_examples or num_examples < 2:
         return
-    node: Any = x.grad_fn
-    while node is not None and node.name().startswith(_VIEWS):
-        node = node.next_functions[0][0]
+    node = _behind_views(x)
     if node is None or not node.name().startswith(("IndexBackward", "IndexSelectBackward")):
         return
     sizes = node._saved_self_sym_sizes
@@ -65,8 +72,10 @@ def refuse_picked(module: str, x: Tensor, batch: Batch) -> None:
     else:
         indices = [(node._saved_dim, node._saved_index)]
     axis, index = next((axis, index) for axis, index in indices if index is not None)
-    if any(size != 1 for size in sizes[:axis]):
-        return  # the same tokens of every example
+    axis = _signed(axis)
+    table = node.next_functions[0][0].name()
+    if any(size != 1 for size in sizes[:axis]) or table.endswith("AccumulateGrad"):
+        return  # the same tokens of every example, or rows of a parameter
     index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.flatten() % sizes[axis]
     if batch.cu_seqlens is None:
         examples = index // max(sizes[axis] // num_examples, 1)
@@ -80,3 +89,96 @@ def refuse_picked(module: str, x: Tensor, batch: Batch) -> None:
             "it out by name_filter, or say watch(..., batch_dim={"
             f"{module!r}: 0}}) if its rows are the examples"
         )
+
+
+class SwappedAxes:
+    """Looks for a tensor whose first two axes were swapped, which may have put sequences first.
+
+    It is asked where T = N, and of tokens that were flattened, where a shape does not tell; and not
+    in a model with `batch_first=True`, whose modules swap axes in and out.
+    """
+
+    def __init__(self) -> None:
+        self._walked = set[Any]()  # nodes of the graph that were looked at, with all above them
+
+    def refuse_input(self, layer: Layer, x: Tensor, batch: Batch) -> None:
+        """ValueError if the graph of a linear layer's input, or its strides, show a swap."""
+        count, mask = batch.num_examples, batch.mask
+        if not _tells_nothing(layer) or count < 2:
+            return
+        if x.ndim == 2:
+            flattened = mask is not None and len(x) == mask.numel() and mask.shape[1] > 1
+            node = _behind_views(x) if flattened else None
+            found = node is not None and _swaps(node)
+        else:
+            found = _may_be_swapped(x, count) and (_is_transposed(x) or self._swap_above(x))
+        if found:
+            raise axis_in_doubt(layer.name, x.shape, _SWAPPED, "[T, N, ...]")
+
+    def refuse_gradient(self, layer: Layer, dy: Tensor, batch: Batch) -> None:
+        """ValueError if the strides of a linear layer's output gradient show a swap after it."""
+        count = batch.num_examples
+        if (
+            count > 1
+            and _tells_nothing(layer)
+            and _may_be_swapped(dy, count)
+            and _is_transposed(dy)
+        ):
+            raise axis_in_doubt(layer.name, dy.shape, _SWAPPED, "[T, N, ...]")
+
+    def forget(self) -> None:
+        """Let go of the graph."""
+        self._walked.clear()
+
+    def _swap_above(self, x: Tensor) -> bool:
+        waiting: list[Any] = [x.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in self._walked:
+                continue
+            self._walked.add(node)
+            if _swaps(node):
+                return True
+            waiting += [child for child, _ in node.next_functions]
+        return False
+
+
+_SWAPPED = "the first two axes of a tensor before or after it are swapped"
+
+
+def _tells_nothing(layer: Layer) -> bool:
+    """Whether a layer is linear, in a model none of whose modules says that the batch is first."""
+    return type(layer).count_tokens is Layer.count_tokens and not layer.axis.batch_first
+
+
+def _may_be_swapped(tensor: Tensor, count: int) -> bool:
+    return tensor.ndim > 2 and tensor.shape[0] == tensor.shape[1] == count
+
+
+def _is_transposed(tensor: Tensor) -> bool:
+    return 0 < tensor.stride(0) < tensor.stride(1)
+
+
+def _swaps(node: Any) -> bool:
+    """Whether a node of the graph swaps the first two of three axes or more."""
+    name = node.name()
+    if name.startswith("TransposeBackward"):
+        sizes = node._input_metadata[0].shape
+        axes = {_signed(dim) % len(sizes) for dim in (node._saved_dim0, node._saved_dim1)}
+        return len(sizes) > 2 and axes == {0, 1}
+    if name.startswith("PermuteBackward"):
+        return [_signed(dim) % len(node._saved_dims) for dim in node._saved_dims][:2] == [1, 0]
+    return False
+
+
+def _behind_views(x: Tensor) -> Any:
+    """The node that made a tensor's values, or None."""
+    node: Any = x.grad_fn
+    while node is not None and node.name().startswith(_VIEWS):
+        node = node.next_functions[0][0]
+    return node
+
+
+def _signed(axis: int) -> int:
+    """An axis as it was written; a graph saves it as an unsigned number of 64 bits."""
+    return axis - (1 << 64) if axis >= 1 << 63 else axis

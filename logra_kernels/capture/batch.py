@@ -14,11 +14,13 @@ class BatchAxis(NamedTuple):
 
     dim: the axis that the user told, 0 or 1; None: the first, unless that is in doubt.
     sequence_first: the name of a module that takes [T, N, ...], which raises a doubt.
+    batch_first: whether a module of the model says that it takes [N, T, ...].
     routed: whether the layer is an expert, whose input may be a list of tokens.
     """
 
     dim: int | None = None
     sequence_first: str = ""
+    batch_first: bool = False
     routed: bool = False
 
 
@@ -88,7 +90,9 @@ class Batch:
             if lead[0] == count:
                 one_token = mask is not None and mask.shape[1] == 1
                 if axis.routed and axis.dim is None and count > 1 and not one_token:
-                    raise _doubt(module, shape, f"{module} is an expert", "N tokens of its own")
+                    raise axis_in_doubt(
+                        module, shape, f"{module} is an expert", "N tokens of its own"
+                    )
                 return 1, one_token
             if mask is not None and lead[0] == mask.numel():
                 if mask.shape[1] > 1:
@@ -137,10 +141,10 @@ class Batch:
 def _refuse_doubt(module: str, count: int, shape: torch.Size, axis: BatchAxis) -> None:
     if axis.dim is None and axis.sequence_first and count > 1:
         why = f"{axis.sequence_first} has batch_first=False"
-        raise _doubt(module, shape, why, "[T, N, ...]")
+        raise axis_in_doubt(module, shape, why, "[T, N, ...]")
 
 
-def _doubt(module: str, shape: torch.Size, why: str, other: str) -> ValueError:
+def axis_in_doubt(module: str, shape: torch.Size, why: str, other: str) -> ValueError:
     """The error for an input whose batch axis cannot be told."""
     return ValueError(
         f"module {module}: {why}, so that its input {list(shape)} may hold {other}, and the "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from logra_kernels.capture.autograd_graph import hookable, plain_arithmetic, untraced
-from logra_kernels.capture.axes import refuse_picked
+from logra_kernels.capture.axes import SwappedAxes, refuse_picked
 from logra_kernels.capture.backward_passes import BackwardPasses
 from logra_kernels.capture.batch import Batch
 from logra_kernels.capture.gradient_queue import GradientQueue
@@ -115,6 +115,7 @@ class Capture:
         self.tokens = Tokens(self._loss_scale) if keep_tokens or tokens_alone else None
         self._tokens_alone = tokens_alone
         self._passes = BackwardPasses(partial(check_summed, averaged_loss, num_examples))
+        self._swapped = SwappedAxes()
         self._undo: list[Callable[[], object]] = []
         self._hooks: dict[str, int] = {}  # {module name: the number of its forward hook}
         self._watched = {layer.module for layer in self._layers}
@@ -203,6 +204,7 @@ class Capture:
         while self._undo:
             self._undo.pop()()
         self._raw.clear()
+        self._swapped.forget()
 
     def _hook(self, layer: Layer) -> None:
         """Put the forward hook on a module, before the hooks that it has."""
@@ -291,6 +293,7 @@ class Capture:
         batch = self._batch if self._part_masks is None else self._part_masks.of(layer, x)
         if layer.axis.dim is None:
             refuse_picked(layer.name, x, batch)
+            self._swapped.refuse_input(layer, x, batch)
         return batch
 
     def _at_output_gradient(
@@ -301,6 +304,8 @@ class Capture:
         if dy is None:
             return
         self._passes.reached(layer.name)
+        if layer.axis.dim is None and call.cu_seqlens is None:
+            self._swapped.refuse_gradient(layer, dy, self._batch)
         with plain_arithmetic(dy):
             dy = dy.detach()
             if self._tokens_alone:

@@ -124,7 +124,7 @@ def averaged_by(loss: Tensor, gradient: Tensor | None, num_examples: int) -> str
         value = _uniform(gradient)
         begin = begin._replace(shared=1.0 if value is None else abs(value), computed=True)
     if loss.grad_fn is None or loss.numel() != 1:
-        return None if loss.grad_fn is None else _verdict(begin)
+        return None if loss.grad_fn is None else _verdict(begin, num_examples)
     waiting, seen = [begin], set[_Path]()
     while waiting:
         path = waiting.pop()
@@ -138,19 +138,32 @@ def averaged_by(loss: Tensor, gradient: Tensor | None, num_examples: int) -> str
             return f"a function of the sum that is not linear ({name})"
         past = _past_factor(path, name)
         if past is None:
-            found = _verdict(_past_mean(path, name))
-            if found is not None:
-                return found
-            continue
+            past = _past_mean(path, name)
+            node = _stack_below(node, num_examples)
+            if node is None:
+                found = _verdict(past, num_examples)
+                if found is not None:
+                    return found
+                continue
         children = [child for child, _ in node.next_functions if child is not None]
         whole = past.whole and len(children) == 1
         waiting += [past._replace(node=child, whole=whole) for child in reversed(children)]
     return None
 
 
+def _stack_below(node: Any, num_examples: int) -> Any:
+    """The stack of scalars that a sum or mean is over, if it is not one scalar for each example."""
+    sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
+    stack = node.next_functions[0][0] if len(sizes) == 1 and sizes[0] != num_examples else None
+    if stack is None or not stack.name().startswith(("StackBackward", "CatBackward")):
+        return None
+    return stack if len(stack.next_functions) == sizes[0] else None
+
+
 def _past_factor(path: _Path, name: str) -> _Path | None:
     """The path past a node that hands its scalars on, with its factor; None at another node."""
-    if name.startswith(_SCALARS_PASS):
+    one = math.prod(getattr(path.node, "_saved_self_sym_sizes", (0,))) == 1
+    if name.startswith(_SCALARS_PASS) or (one and name.startswith(("SumBackward", "MeanBackward"))):
         return path
     if not name.startswith(("MulBackward", "DivBackward")):
         return None
@@ -187,11 +200,11 @@ def _past_mean(path: _Path, name: str) -> _Path:
     return path.divide(count, f"a mean ({name} with reduction='mean')")
 
 
-def _verdict(path: _Path) -> str | None:
+def _verdict(path: _Path, num_examples: int) -> str | None:
     """What the factors on a path make of the sum at its end, or None if it is kept.
 
     A constant that was written as a number is the user's wish, the same in all batches, unless it
-    is one over a count of tokens.
+    is one over what may be a count of examples or tokens.
     """
     scales = [path.divided * path.shared, path.divided * path.shared * path.own]
     if any(math.isclose(scale, 1, rel_tol=_ROUNDING) for scale in scales):
@@ -199,8 +212,11 @@ def _verdict(path: _Path) -> str | None:
     if path.by and not math.isclose(path.divided, 1, rel_tol=_ROUNDING):
         return f"{path.by}, which scales every row by the size of the batch"
     count = 1 / path.shared if path.shared else math.inf
-    is_whole = 1 < count < _MOST_TOKENS and math.isclose(count, round(count), rel_tol=_ROUNDING)
-    if not path.computed and not is_whole:
+    least = max(num_examples, 3)  # 0.5 is that of half a square
+    may_be_count = least - 0.5 < count < _MOST_TOKENS and math.isclose(
+        count, round(count), rel_tol=_ROUNDING
+    )
+    if not path.computed and not may_be_count:
         return None
     return f"a sum times {path.shared:.6g}"
 

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
             say(line)
     for count, what in (
         (corpus.num_truncated, f"cut to {arguments.max_tokens} tokens"),
-        (corpus.num_skipped, "records left out: fewer than two tokens"),
+        (corpus.num_skipped, "records left out: no token to predict"),
     ):
         if count:
             warn(f"{count:,} {what}")

@@ -44,6 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _refuse_existing_store(arguments: argparse.Namespace) -> None:
     if arguments.resume and arguments.data == STANDARD_INPUT:
         raise ValueError("resume: standard input cannot be read again; log from a file")
+    if Path(arguments.data).resolve() in Path(arguments.out).resolve().parents:
+        raise ValueError(
+            f"out: {arguments.out}: expected a folder outside --data {arguments.data}, whose files"
+            " would be taken for data"
+        )
     if (Path(arguments.out) / "manifest.json").exists() and not arguments.resume:
         raise ValueError(
             f"out: {arguments.out}: there is a store already; --resume goes on with it"
@@ -156,7 +161,7 @@ def _say_what_was_logged(
         (finished.nonfinite, "left out: their gradients are not finite"),
         (corpus.num_truncated, f"cut to {arguments.max_tokens} tokens"),
         (corpus.num_skipped, "records left out: no token to predict"),
-        (corpus.data.num_ignored, "other files in the folder"),
+        (corpus.data.num_ignored, "files of other kinds in the folder"),
     ):
         if count:
             say(f"  {count:,} {what}")

@@ -255,7 +255,7 @@ class Corpus:
             return "text", None
         rows = self.data.rows(source)
         first = next(rows, None)
-        if not self.data.again:
+        if not self.data.readable_again:
             self._held = rows, first
         names = () if first is None else first.values
         chats = [] if "text" in names else [name for name in chat.CHAT_FIELDS if name in names]

@@ -7,6 +7,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -68,8 +69,8 @@ class Data:
         if kind is not None and kind not in KINDS:
             raise ValueError(f"format: expected one of {', '.join(KINDS)}, got {kind!r}")
         self.name, self.is_folder, self.num_ignored = Path(data).name, False, 0
-        self.again = os.fspath(data) != STANDARD_INPUT  # whether it can be read a second time
-        if not self.again:
+        self.readable_again = os.fspath(data) != STANDARD_INPUT
+        if not self.readable_again:
             self.name, self.sources = STANDARD_INPUT, [_standard_input(kind)]
         elif Path(data).is_dir():
             self.is_folder = True
@@ -77,21 +78,22 @@ class Data:
             self.sources, self.num_ignored = _in_folder(Path(data), kind)
         else:
             self.sources = [_file(Path(data), kind)]
-        self._all_bytes = sum(source.size_bytes for source in self.sources)
-        self._done_bytes = 0
+        sizes = [source.size_bytes for source in self.sources]
+        # {source: the bytes of the sources up to it}
+        self._ends = dict(zip(self.sources, itertools.accumulate(sizes), strict=True))
+        self._all_bytes = max(sum(sizes), 1)
         self._position: Callable[[], float] = lambda: 0  # in the file that is being read, in bytes
 
     def fraction_read(self, source: Source) -> float | None:
-        """How much of the data has been read, up to where `source` is; None if that is unknown."""
-        if not self.again:
+        """How much has been read, if `source` is what is being read; None if that is unknown."""
+        if not self.readable_again:
             return None
-        before = self.sources[: self.sources.index(source)]
-        done = sum(other.size_bytes for other in before) + self._position()
-        return min(1.0, done / max(self._all_bytes, 1))
+        left = max(0, source.size_bytes - self._position())
+        return min(1.0, (self._ends[source] - left) / self._all_bytes)
 
     def digest(self) -> str | None:
         """SHA-256 of the file, or of the names and SHA-256 of a folder's; None if read once."""
-        if not self.again:
+        if not self.readable_again:
             return None
         found = {source.name: _sha256(source) for source in self.sources}
         if not self.is_folder:

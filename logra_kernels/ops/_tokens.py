@@ -1,6 +1,6 @@
 """Tokens of examples: dense [N, T] with a mask, or packed [T] with segments."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,9 @@ from logra_kernels._checks import (
 from logra_kernels.ops._direct import dense, direct, kernels
 from logra_kernels.ops._pointers import view
 
-
-class Tokens(NamedTuple):
-    """What the ops take: x and dy [N, T, *], mask [N, T]; with cu_seqlens [S+1], without the N."""
-
-    x: Tensor
-    dy: Tensor
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
+# What the ops take: x and dy [N, T, *], mask [N, T] and None; or packed x and dy [T, *], mask [T]
+# and cu_seqlens [S+1].
+Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def check_tokens(
@@ -72,7 +67,7 @@ def check_tokens(
     elif x.dim() == 2:  # one token an example
         x, dy = x.unsqueeze(1), dy.unsqueeze(1)
         mask = None if mask is None else mask.unsqueeze(1)
-    return Tokens(x, dy, mask, cu_seqlens)
+    return x, dy, mask, cu_seqlens
 
 
 def direct_gradients(
@@ -137,7 +132,7 @@ def pack_segments(
         ids, order = ids.sort(stable=True)
         x, dy, mask = x[order], dy[order], mask[order]
     bounds = torch.arange(num_segments + 1, device=ids.device, dtype=ids.dtype)
-    return Tokens(x, dy, mask, torch.searchsorted(ids, bounds))
+    return x, dy, mask, torch.searchsorted(ids, bounds)
 
 
 def check_token_values(*args: Any) -> tuple[Any, ...]:

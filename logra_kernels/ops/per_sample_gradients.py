@@ -34,9 +34,12 @@ def per_sample_gradients(
         dy: ``[N, T, Ko]`` output gradients, likewise; its dtype may differ from x's.
         mask: ``[N, T]`` 0 or 1 of any real dtype. A token masked by 0 is skipped, whatever it
             holds; None keeps all.
-        cu_seqlens, segment_ids: ``[S+1]``, or ``[T]`` or ``[N, T]``, int32 or int64: segments of
-            packed tokens ``x [T, Ki]``, ``dy [T, Ko]``, ``mask [T]``, as `projected_gradients` has
-            them; num_segments and out_dtype likewise.
+        cu_seqlens: ``[S+1]`` int32 or int64. Tokens are packed, ``x [T, Ki]``, ``dy [T, Ko]``,
+            ``mask [T]``; segment s holds the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s+1] - 1``.
+        segment_ids: ``[T]`` or ``[N, T]`` int32 or int64, instead of cu_seqlens: each token's
+            segment, -1 for none. Ids that do not grow along the tokens cost a sorted copy.
+        num_segments: S for segment_ids; None for the largest id + 1.
+        out_dtype: dtype of the result; None for the accumulator's.
 
     Returns:
         ``[N, Ko, Ki]`` (``[S, Ko, Ki]`` for segments), accumulated in float32 (float64 if an

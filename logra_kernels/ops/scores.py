@@ -25,7 +25,8 @@ def scores(
         queries: ``[Q, D]`` float32 (or float64), already preconditioned.
         rows: ``[R, D]`` float16, bfloat16, float32 or float64; a module's columns of a shard are
             read in place.
-        row_scale, row_bias: ``[R]`` float32, a and b; None for 1 and 0.
+        row_scale: ``[R]`` float32, a; None for 1.
+        row_bias: ``[R]`` float32, b; None for 0.
 
     Returns:
         ``[Q, R]`` float32, accumulated in float32 (float64 if queries or rows are float64).

@@ -49,7 +49,8 @@ def topk_scores(
         queries: ``[Q, D]`` float32 (or float64), already preconditioned.
         rows: ``[R, D]`` float16, bfloat16, float32 or float64.
         k: rows to keep at each end, 1 to 2**31 - 1; it may exceed R.
-        row_scale, row_bias: ``[R]`` float32, a and b; None for 1 and 0.
+        row_scale: ``[R]`` float32, a; None for 1.
+        row_bias: ``[R]`` float32, b; None for 0.
         state: the result of the blocks before, with the same Q and k; None to begin.
         row_offset: the id of the first row, at least 0; the last row's is at most 2**63 - 2.
 

@@ -58,7 +58,7 @@ class UsersLoop:
 
     loss_of: Callable[[Any], Tensor]
     batches: Iterable[Any]
-    mask_of: Callable[[Any], Tensor | None] = lambda batch: None
+    mask_of: Callable[[Any], Any] = lambda batch: None
     alone: Callable[[Any, int], Any] = example_alone
     num_rows: int | None = None
     bos_token_id: int | None = None
@@ -146,7 +146,7 @@ class _Examination:
     # Passes.
 
     def _pass(self, batch: Any, scale: float = 1.0) -> tuple[Tensor, str | None]:
-        """Rows [N, D] of `scale` times the loss, on the CPU; the node that averaged the loss."""
+        """Rows [N, D] of `scale` times the loss, on the CPU; what averaged the loss."""
         capture = Capture(
             self._watched.model,
             self._watched.layers,
@@ -333,7 +333,7 @@ class _Examination:
         self._unchecked.update(dict.fromkeys(names, why))
         if mean and self._loop.averaged_loss != "allow":
             del self._unchecked["averaged-loss"]
-            self._find("averaged-loss", f"the loss is a mean ({mean})")
+            self._find("averaged-loss", f"the loss is {mean}")
 
     def _row_alone(self, batch: Any, place: int) -> Tensor:
         one = self._loop.alone(batch, place)
@@ -348,7 +348,7 @@ class _Examination:
         squares = alone.double().square().sum(1)
         products = (alone.double() * together.double()).sum(1)
         factors = torch.where(squares > 0, products / squares, 1.0)  # [n]
-        by_mean = f": the loss is a mean ({mean})" if mean else ""
+        by_mean = f": the loss is {mean}" if mean else ""
         differences, module = self._differences(alone, together)
         others = differences > self._tolerance
         if not others.any():

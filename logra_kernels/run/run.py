@@ -359,7 +359,7 @@ class Run:
         loss_of: Callable[[Any], Tensor],
         batches: Iterable[Any],
         *,
-        mask: str | Callable[[Any], Tensor | None] | None = None,
+        mask: str | Callable[[Any], Any] | None = None,
         one: Callable[[Any, int], Any] | None = None,
         num_rows: int | None = None,
         bos_token_id: int | None = None,
@@ -377,7 +377,7 @@ class Run:
             loss_of: batch -> its summed loss, as in your loop, before backward().
             batches: your DataLoader, or a list of batches: tensors [N, ...], in dictionaries or
                 tuples if you like.
-            mask: what the passes are logged with: the batch's key, or batch -> [N, T].
+            mask: what the passes are logged with: the batch's key, or batch -> the mask.
             one: (batch, n) -> its n-th example as a batch of one. Without it every tensor [N, ...]
                 is cut, and padding is removed where the batch has an "attention_mask" [N, T].
             num_rows: how many examples will be logged; the loader's dataset says it if it can.

@@ -57,8 +57,8 @@ def example_alone(batch: Any, place: int, *, trim: bool = True) -> Any:
 
 
 def mask_reader(
-    mask: str | Callable[[Any], Tensor | None] | None,
-) -> Callable[[Any], Tensor | None]:
+    mask: str | Callable[[Any], Any] | None,
+) -> Callable[[Any], Any]:
     """A function from a batch to its mask [N, T]: by the batch's key, as it is given, or None."""
 
     def of_key(batch: Any) -> Tensor:
@@ -129,7 +129,7 @@ class ReadExamples:
 
 def read_examples(
     batches: Iterable[Any],
-    mask_of: Callable[[Any], Tensor | None],
+    mask_of: Callable[[Any], Any],
     alone: Callable[[Any, int], Any],
     bos_token_id: int | None,
     first: int,
@@ -147,7 +147,8 @@ def read_examples(
         if seen.count < first:
             seen.first.append(batch)
         mask = mask_of(batch)
-        counted = counted_tokens(batch, mask if isinstance(mask, Tensor) else None)
+        told = isinstance(mask, Tensor) and mask.ndim == 2  # one mask, not one for each part
+        counted = counted_tokens(batch, mask if told else None)
         if counted is not None:
             seen.tokens += list(zip(*(part.tolist() for part in counted), strict=True))
         for place in range(num_examples(batch)):

@@ -11,39 +11,6 @@ from logra_kernels.triton.launch import check_floating, choose, last_axis_contig
 from logra_kernels.triton.products import dot, precision, types_of
 
 
-@triton.jit
-def project_tile(
-    values,  # pointers to the tokens [TOKENS]
-    keep,  # [TOKENS]
-    proj,
-    width,
-    k,  # [RANK], rows of the projection
-    rank,
-    proj_stride,
-    PRECISION: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    """Tokens times P^T, [TOKENS, RANK] float32."""
-    acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
-    proj_rows = proj + k.to(tl.int64) * proj_stride  # [RANK]
-    for start in range(0, width, WIDTH):
-        i = start + tl.arange(0, WIDTH)
-        token_tile = tl.load(  # [TOKENS, WIDTH]
-            values[:, None] + i[None, :],
-            mask=keep[:, None] & (i < width)[None, :],
-            other=0.0,
-        )
-        proj_tile = tl.load(  # [WIDTH, RANK]
-            proj_rows[None, :] + i[:, None],
-            mask=(i < width)[:, None] & (k < rank)[None, :],
-            other=0.0,
-        )
-        acc = dot(token_tile, proj_tile, acc, PRECISION)
-    return acc
-
-
 @triton.jit(do_not_specialize=["tokens", "inner"])
 def _project_kernel(
     x,  # [tokens, I]; token m is at (m // inner) * x_outer + (m % inner) * x_inner
@@ -65,14 +32,25 @@ def _project_kernel(
     token = (tl.program_id(0) // rank_tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     k = (tl.program_id(0) % rank_tiles) * RANK + tl.arange(0, RANK)
     x_rows = x + (token // inner) * x_outer + (token % inner) * x_inner  # [TOKENS]
-    keep = token < tokens
-    acc = project_tile(
-        x_rows, keep, proj, width, k, rank, proj_stride, PRECISION, TOKENS, WIDTH, RANK
-    )
+    proj_rows = proj + k.to(tl.int64) * proj_stride  # [RANK]
+    acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
+    for start in range(0, width, WIDTH):
+        i = start + tl.arange(0, WIDTH)
+        x_tile = tl.load(  # [TOKENS, WIDTH]
+            x_rows[:, None] + i[None, :],
+            mask=(token < tokens)[:, None] & (i < width)[None, :],
+            other=0.0,
+        )
+        proj_tile = tl.load(  # [WIDTH, RANK]
+            proj_rows[None, :] + i[:, None],
+            mask=(i < width)[:, None] & (k < rank)[None, :],
+            other=0.0,
+        )
+        acc = dot(x_tile, proj_tile, acc, PRECISION)
     tl.store(
         out + token[:, None] * rank + k[None, :],
         acc,
-        mask=keep[:, None] & (k < rank)[None, :],
+        mask=(token < tokens)[:, None] & (k < rank)[None, :],
     )
 
 

@@ -26,8 +26,8 @@ from logra_kernels.triton.launch import (
     launch,
     tile,
 )
-from logra_kernels.triton.products import dot_of_transposed, precision, types_of
-from logra_kernels.triton.project import project, project_tile
+from logra_kernels.triton.products import dot, dot_of_transposed, precision, types_of
+from logra_kernels.triton.project import project
 
 _RECOMPUTE = 2  # the most times that one token may be projected
 
@@ -90,9 +90,21 @@ def _side(
 ):
     """One side of the outer product, [BLOCK, RANK]: tokens times P^T, or the tokens themselves."""
     if proj is not None:
-        out = project_tile(
-            values, keep, proj, width, k, rank, proj_stride, PRECISION, BLOCK, WIDTH, RANK
-        )
+        out = tl.zeros((BLOCK, RANK), dtype=tl.float32)
+        proj_rows = proj + k.to(tl.int64) * proj_stride
+        for start in range(0, width, WIDTH):
+            i = start + tl.arange(0, WIDTH)
+            token_tile = tl.load(  # [BLOCK, WIDTH]
+                values[:, None] + i[None, :],
+                mask=keep[:, None] & (i < width)[None, :],
+                other=0.0,
+            )
+            proj_tile = tl.load(  # [WIDTH, RANK]
+                proj_rows[None, :] + i[:, None],
+                mask=(i < width)[:, None] & (k < rank)[None, :],
+                other=0.0,
+            )
+            out = dot(token_tile, proj_tile, out, PRECISION)
     else:
         out = tl.load(
             values[:, None] + k[None, :], mask=keep[:, None] & (k < rank)[None, :], other=0.0

@@ -1,33 +1,42 @@
 """The peers' bench: what it compares with is right, and so are the peers where they are installed.
 
-What needs one: `make peers-env`, then `.venv-peers/bin/python -m pytest tests/bench/test_peers.py`.
+What needs one: `make peers-env`, then its Python with -m pytest --import-mode=importlib, for
+tests/triton must not be taken for triton, which that environment lacks.
 """
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
-from bench.peers import missing, ours, replaced
-from bench.peers.influence import DAMPING_SCALE, InfluenceSetting
-from bench.peers.setting import LoggingSetting
+from bench.harness import results
+from bench.peers import __main__ as command
+from bench.peers import peer, replaced, setting
+from bench.peers.setting import DAMPING_SCALE, InfluenceSetting, Logger, LoggingSetting
 
 HALF = 2.0**-11  # of a stored element: rows are rounded to 11 bits
+MODES = ("dot", "l-relatif", "whitened-cosine")
 FLOAT32 = 1e-5  # of the largest value: a few thousand float32 additions in another order
 
 
 def module_of(name: str) -> ModuleType:
     """bench.peers.with_<name>, or a skip that says what is not installed."""
-    why = missing(name)
-    if why is not None:
-        pytest.skip(why)
-    return importlib.import_module(f"bench.peers.with_{name}")
+    module = peer(name)
+    if module is None:
+        pytest.skip(f"{name} is not installed (make peers-env)")
+    return module
+
+
+def logged(logger: Any, folder: Path) -> Tensor:
+    logger(folder)
+    rows: Tensor = logger.rows(folder)
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +60,20 @@ def error(got: Tensor | None, expected: Tensor) -> float:
 
 def test_our_rows_are_those_of_autograd(logging_setting: LoggingSetting, tmp_path: Path) -> None:
     for curvature in (False, True):
-        logger = ours.Logger(logging_setting, curvature)
-        rows = logger.rows(logger(tmp_path / f"store{curvature}"))
+        rows = logged(Logger(logging_setting, curvature), tmp_path / f"store{curvature}")
         assert error(rows[:4], logging_setting.first_rows) < HALF
 
 
-@pytest.mark.parametrize("mode", ["identity", "dot", "l-relatif", "whitened-cosine"])
+@pytest.mark.parametrize("mode", MODES)
 def test_expected_scores_are_the_definition(influence_setting: InfluenceSetting, mode: str) -> None:
-    setting = influence_setting
+    given = influence_setting
     expected = torch.zeros(3, 150, dtype=torch.float64)
     sigma, query_sigma = torch.zeros(150).double(), torch.zeros(3).double()
     for index in range(3):
         columns = slice(index * 36, (index + 1) * 36)
-        rows, queries = setting.rows[:, columns].double(), setting.queries[:, columns].double()
+        rows, queries = given.rows[:, columns].double(), given.queries[:, columns].double()
         moment = rows.T @ rows / 150
         inverse = torch.linalg.inv(moment + DAMPING_SCALE * moment.trace() / 36 * torch.eye(36))
-        if mode == "identity":
-            inverse = torch.eye(36).double()
         expected += queries @ inverse @ rows.T
         sigma += ((rows @ inverse) * rows).sum(1)
         query_sigma += ((queries @ inverse) * queries).sum(1)
@@ -76,39 +82,50 @@ def test_expected_scores_are_the_definition(influence_setting: InfluenceSetting,
     if mode == "whitened-cosine":
         expected /= query_sigma.sqrt()[:, None]
     # the setting's covariances are float32 products
-    assert error(setting.expected(3, mode), expected) < FLOAT32
-    assert torch.equal(setting.expected(2, mode), setting.expected(3, mode)[:2])
+    assert error(given.expected(3, mode), expected) < FLOAT32
+    assert torch.equal(given.expected(2, mode), given.expected(3, mode)[:2])
 
 
 def test_our_scores(influence_setting: InfluenceSetting, tmp_path: Path) -> None:
-    setting = influence_setting
-    curved = ours.attributor(tmp_path / "curved", setting.modules, setting.rows, curvature=True)
-    for mode in ("dot", "l-relatif", "whitened-cosine"):
-        scores = curved.scores(setting.queries, mode).scores
-        assert error(scores, setting.expected(3, mode)) < 2 * HALF  # rows, and their covariance
-    plain = ours.attributor(tmp_path / "plain", setting.modules, setting.rows, curvature=False)
-    scores = plain.scores(setting.queries, "dot").scores
-    assert error(scores, setting.expected(3, "identity")) < HALF
+    given = influence_setting
+    asked = setting.attributor(tmp_path / "store", given.modules, given.rows)
+    for mode in MODES:
+        scores = asked.scores(given.queries, mode).scores
+        assert error(scores, given.expected(3, mode)) < 2 * HALF  # rows, and their covariance
 
 
 def test_a_replacement_is_undone_after_an_error() -> None:
-    before = ours.attributor, ours.Logger.rows
-    paths = {"bench.peers.ours:attributor": None, "bench.peers.ours:Logger.rows": None}
+    before = setting.attributor, Logger.rows
+    names = ("bench.peers.setting.attributor", "bench.peers.setting.Logger.rows")
 
     def fail_inside() -> None:
-        with replaced(**paths):
-            assert ours.attributor is None
-            assert ours.Logger.rows is None
+        with replaced(dict.fromkeys(names)):
+            now: list[object] = [setting.attributor, Logger.rows]
+            assert now == [None, None]
             raise KeyError
 
     with pytest.raises(KeyError):
         fail_inside()
-    assert (ours.attributor, ours.Logger.rows) == before
+    assert (setting.attributor, Logger.rows) == before
 
 
-def test_a_peer_that_is_none() -> None:
-    with pytest.raises(ValueError, match=r"expected one of logix, bergson, dattri, dattri_llm"):
-        missing("torch")
+def test_every_part_times_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the libraries that are installed; without any, our own logging and influence."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    command.main(["--quick", "--rounds", "1", "--json"])
+    out = capsys.readouterr().out
+    found: dict[str, set[str]] = {}
+    wrong = {"Bergson FAISS, hessian_path", "Bergson FAISS, two-sided"}
+    for record in results.read("peers"):
+        found.setdefault(record["params"]["part"], set()).update(results.rates(record))
+        assert set(record["left_out"]) <= wrong
+    assert "nothing kept" in found["logging"]
+    assert {"logra", "logra, top 10"} <= found["influence"]
+    for name, title in (("logix", "LogIX"), ("bergson", "Bergson"), ("dattri_llm", "dattri-llm")):
+        installed = f"left out: {name} is" not in out
+        assert (title in found["logging"]) == installed
 
 
 # the peers
@@ -119,49 +136,37 @@ def test_a_peer_that_is_none() -> None:
 def test_rows_of_a_peer_are_ours(
     name: str, curvature: bool, logging_setting: LoggingSetting, tmp_path: Path
 ) -> None:
-    peer = module_of(name)
+    module = module_of(name)
     if name == "dattri_llm":
         if curvature:
             pytest.skip("dattri-llm has no curvature of rows")
-        logger = peer.Logger(logging_setting)
+        logger = module.Logger(logging_setting)
     else:
-        logger = peer.Logger(logging_setting, curvature)
-    rows = logger.rows(logger(tmp_path / "theirs"))
+        logger = module.Logger(logging_setting, curvature)
+    rows = logged(logger, tmp_path / "theirs")
     assert error(rows[:4], logging_setting.first_rows) < FLOAT32
-    own = ours.Logger(logging_setting, curvature)
-    assert error(own.rows(own(tmp_path / "ours")), rows.double()) < HALF
+    own = logged(Logger(logging_setting, curvature), tmp_path / "ours")
+    assert error(own, rows.double()) < HALF
 
 
-@pytest.mark.parametrize("patches", ["REPAIRED", "WITH_OUR_OPS"])
-def test_logix_with_functions_replaced_gives_its_own_results(
-    patches: str,
-    logging_setting: LoggingSetting,
-    influence_setting: InfluenceSetting,
-    tmp_path: Path,
+def test_logix_repaired_gives_its_own_results(
+    logging_setting: LoggingSetting, influence_setting: InfluenceSetting, tmp_path: Path
 ) -> None:
-    peer = module_of("logix")
-    replacements = getattr(peer, patches)
-    released = peer.Logger(logging_setting, curvature=True)
-    patched = peer.Logger(logging_setting, curvature=True, patches=replacements)
-    rows = released.rows(released(tmp_path / "released"))
-    assert error(patched.rows(patched(tmp_path / "patched")), rows.double()) < FLOAT32
+    module, given = module_of("logix"), influence_setting
+    released = logged(module.Logger(logging_setting, True), tmp_path / "released")
+    repaired = module.Logger(logging_setting, True, module.REPAIRED)
+    assert error(logged(repaired, tmp_path / "repaired"), released.double()) < FLOAT32
 
-    setting = influence_setting
-    influence = peer.Influence(
-        tmp_path / "rows", setting.modules, setting.rows, setting.covariances
-    )
-    scores = influence.scores(setting.queries)
-    assert error(scores, setting.expected(3, "l-relatif")) < FLOAT32
-    assert error(influence.scores(setting.queries, replacements), scores.double()) < FLOAT32
+    influence = module.Influence(tmp_path / "rows", given.modules, given.rows, given.covariances)
+    scores = influence.scores(given.queries)
+    assert error(scores, given.expected(3, "l-relatif")) < FLOAT32
+    assert error(influence.scores(given.queries, module.REPAIRED), scores.double()) < FLOAT32
 
 
 def test_bergson_scores_as_we_do(influence_setting: InfluenceSetting, tmp_path: Path) -> None:
-    peer = module_of("bergson")
-    setting, queries = influence_setting, influence_setting.queries
-    bergson = peer.Influence(
-        tmp_path / "bergson", setting.modules, setting.rows, setting.covariances
-    )
-    dot, whitened = setting.expected(3, "dot"), setting.expected(3, "whitened-cosine")
+    module, given, queries = module_of("bergson"), influence_setting, influence_setting.queries
+    bergson = module.Influence(tmp_path / "bergson", given.modules, given.rows, given.covariances)
+    dot, whitened = given.expected(3, "dot"), given.expected(3, "whitened-cosine")
     assert error(bergson.stream(queries, block_rows=64), dot) < FLOAT32
     assert error(bergson.stream(queries, block_rows=64, whitened=True), whitened) < FLOAT32
     nested = bergson.nested(queries)
@@ -175,14 +180,10 @@ def test_bergson_faiss_is_right_only_without_its_hessian(
     influence_setting: InfluenceSetting, tmp_path: Path
 ) -> None:
     """The bench leaves these two out as wrong; with a release that mends them it should not."""
-    peer = module_of("bergson")
-    pytest.importorskip("faiss")
-    setting, queries = influence_setting, influence_setting.queries
-    bergson = peer.Influence(
-        tmp_path / "bergson", setting.modules, setting.rows, setting.covariances
-    )
-    dot = setting.expected(3, "dot").topk(5).values
-    whitened = setting.expected(3, "whitened-cosine").topk(5).values
+    module, given, queries = module_of("bergson"), influence_setting, influence_setting.queries
+    bergson = module.Influence(tmp_path / "bergson", given.modules, given.rows, given.covariances)
+    dot = given.expected(3, "dot").topk(5).values
+    whitened = given.expected(3, "whitened-cosine").topk(5).values
     nested, by_hand = bergson.nested(queries), bergson.preconditioned(queries)
     assert error(bergson.opened(factory="Flat").search(by_hand, 5)[0], dot) < FLOAT32
     assert error(bergson.opened(factory="IVF1,SQfp16").search(by_hand, 5)[0], dot) < HALF
@@ -192,12 +193,7 @@ def test_bergson_faiss_is_right_only_without_its_hessian(
     assert error(unnormalised.search(nested, 5)[0], whitened) > 0.1
 
 
-@pytest.mark.parametrize("name", ["dattri", "dattri_llm"])
-def test_dattri_scores_as_we_do(
-    name: str, influence_setting: InfluenceSetting, tmp_path: Path
-) -> None:
-    peer = module_of(name)
-    setting = influence_setting
-    influence = peer.Influence(tmp_path / name, setting.modules, setting.rows)
-    mode = "dot" if name == "dattri" else "identity"
-    assert error(influence.scores(setting.queries), setting.expected(3, mode)) < FLOAT32
+def test_dattri_scores_as_we_do(influence_setting: InfluenceSetting, tmp_path: Path) -> None:
+    given = influence_setting
+    influence = module_of("dattri").Influence(tmp_path / "dattri", given.modules, given.rows)
+    assert error(influence.scores(given.queries), given.expected(3, "dot")) < FLOAT32

@@ -142,6 +142,66 @@ def test_modules_of_torch_that_take_sequences_first(kind: str) -> None:
     assert_rows(model, layers, capture.rows(), [partial(loss, x[:, n : n + 1]) for n in range(N)])
 
 
+class ByHand(nn.Module):
+    """Puts sequences first by itself, and says so nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = nn.Linear(4, 4)
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, flat: bool = False, permute: bool = False) -> Tensor:
+        x = self.below(x)
+        x = x.permute(1, 0, 2) if permute else x.transpose(-3, 1)
+        hidden = nn.functional.layer_norm(self.first(x).tanh(), (4,))
+        y = self.second(hidden.flatten(0, 1)).view(*x.shape[:2], 3) if flat else self.second(hidden)
+        y = y.transpose(0, 1).contiguous()  # [N, T, 3]
+        loss: Tensor = (y.exp() * torch.arange(y.shape[1])[:, None]).sum()
+        return loss
+
+
+@pytest.mark.parametrize("permute", [False, True])
+@pytest.mark.parametrize("names", [["below", "first"], ["below", "second"], ["first"], ["second"]])
+def test_sequences_put_first_by_hand_are_refused(names: list[str], permute: bool) -> None:
+    """By the graph of a layer's input, its strides, or those of its output's gradient."""
+    torch.manual_seed(0)
+    model, x = ByHand().double(), torch.randn(N, T, 4, dtype=torch.float64)
+    layers = make_layers(model, names)
+    set_batch_axes(model, layers, None)
+    with (
+        refuse(
+            f"module {names[-1]}: the first two axes of a tensor before or after it are swapped, "
+            "so that its input [5, 5, "
+        ),
+        Capture(model, layers, N),
+    ):
+        model(x, permute=permute).backward()
+    layers = make_layers(model, names)
+    set_batch_axes(model, layers, {name: int(name != "below") for name in names})
+    with Capture(model, layers, N) as capture:
+        model(x, permute=permute).backward()
+    losses = [partial(model, x[n : n + 1], permute=permute) for n in range(N)]
+    assert_rows(model, layers, capture.rows(), losses)
+
+
+def test_tokens_flattened_after_a_swap_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 3)}).double()
+    x = torch.randn(N, 3, 4, dtype=torch.float64)
+    layers = make_layers(model)
+    set_batch_axes(model, layers, None)
+    with (
+        refuse("module b: the first two axes of a tensor before or after it are swapped"),
+        Capture(model, layers, N, torch.ones(N, 3)),
+    ):
+        model["b"](model["a"](x).transpose(0, 1).reshape(-1, 4))
+    with Capture(model, layers, N, torch.ones(N, 3)) as capture:
+        model["b"](model["a"](x).reshape(-1, 4)).exp().sum().backward()
+    losses = [lambda n=n: model["b"](model["a"](x[n])).exp().sum() for n in range(N)]
+    assert_rows(model, layers, capture.rows(), losses)
+
+
 def test_batch_first_raises_no_doubt() -> None:
     torch.manual_seed(0)
     model = SequenceFirst(batch_first=True).double()
@@ -226,13 +286,15 @@ def picked(hidden: Tensor, wanted: Tensor, way: str) -> Tensor:
         return flat.index_select(0, places)
     if way == "bool":
         return hidden[wanted]
+    if way == "select from behind":
+        return flat.index_select(-2, places)
     return flat[wanted.flatten()] if way == "flat bool" else hidden[wanted.nonzero(as_tuple=True)]
 
 
 ROUTE = torch.tensor([[0, 0, 1], [1, 1, 0]])  # three tokens for each expert, two examples
 ROUTE_OF_TWO = torch.tensor([[0, 0, 1], [1, 1, 1]])  # expert 0 has the first example's alone
 ONE_EACH = torch.tensor([[0, 1, 1], [1, 1, 0]])  # expert 0 has one token of each example
-WAYS = ["index", "hugging face", "select", "bool", "flat bool", "axes"]
+WAYS = ["index", "hugging face", "select", "select from behind", "bool", "flat bool", "axes"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -330,3 +392,20 @@ def test_pooled_heads_are_no_experts(pool: str) -> None:
         loss(x, last).backward()
     losses = [partial(loss, x[n : n + 1], last[n : n + 1]) for n in range(3)]
     assert_rows(model, layers, capture.rows(), losses)
+
+
+def test_rows_of_a_table_are_no_tokens() -> None:
+    """A table that is indexed by hand, and requires a gradient while training."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"head": nn.Linear(4, 3)}).double()
+    model.register_parameter("table", nn.Parameter(torch.randn(6, 4).double()))
+    layers = watched(model)
+
+    def loss(ids: Tensor) -> Tensor:
+        out: Tensor = model["head"](model.get_parameter("table")[ids]).exp().sum()
+        return out
+
+    ids = torch.tensor([5, 0, 3])
+    with Capture(model, layers, 3, weight_gradients=True) as capture:
+        loss(ids).backward()
+    assert_rows(model, layers, capture.rows(), [partial(loss, ids[n : n + 1]) for n in range(3)])

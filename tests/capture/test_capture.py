@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refuse
+from refusals import refuse, refused
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import (
@@ -41,6 +41,16 @@ def mlp_batch(count: int = 4) -> tuple[Mlp, Tensor]:
     return Mlp(), torch.randn(count, 7)
 
 
+@pytest.fixture
+def model() -> Mlp:
+    return mlp_batch()[0]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return mlp_batch()[1]
+
+
 def traces(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that a capture could leave behind."""
     return {
@@ -65,8 +75,7 @@ def same_traces(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("fails_at", [None, "forward", "backward", "body", "never"])
-def test_model_is_left_as_found(fails_at: str | None) -> None:
-    model, x = mlp_batch()
+def test_model_is_left_as_found(fails_at: str | None, model: Mlp, x: Tensor) -> None:
     model.second.weight.requires_grad_(False)
     model.head.weight.grad = torch.ones_like(model.head.weight)
     model.second.eval()
@@ -102,15 +111,13 @@ def test_model_is_left_as_found(fails_at: str | None) -> None:
     assert same_traces(before, traces(model))
 
 
-def test_no_weight_gradient_is_computed() -> None:
-    model, x = mlp_batch()
+def test_no_weight_gradient_is_computed(model: Mlp, x: Tensor) -> None:
     capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_pass_stops_at_the_lowest_watched_module() -> None:
+def test_the_pass_stops_at_the_lowest_watched_module(model: Mlp, x: Tensor) -> None:
     """Nothing below it is in the autograd graph, so that nothing there costs a backward pass."""
-    model, x = mlp_batch()
     layers = make_layers(model, ["head"])
     below: list[bool] = []
     with Capture(model, layers, 4):
@@ -119,8 +126,7 @@ def test_the_pass_stops_at_the_lowest_watched_module() -> None:
     assert below == [False]
 
 
-def test_weight_gradients_on_request() -> None:
-    model, x = mlp_batch()
+def test_weight_gradients_on_request(model: Mlp, x: Tensor) -> None:
     layers = make_layers(model, bias=True)
     loss = lambda: model(x).square().sum()  # noqa: E731
     rows = capture_rows(model, layers, 4, loss)
@@ -134,9 +140,8 @@ def test_weight_gradients_on_request() -> None:
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_activations_are_let_go_with_the_pass() -> None:
+def test_activations_are_let_go_with_the_pass(model: Mlp, x: Tensor) -> None:
     """A loss that the user keeps keeps its graph alive, and with it the hooks."""
-    model, x = mlp_batch()
     layers = make_layers(model, rank=3)
     seen: list[Any] = []
 
@@ -153,8 +158,7 @@ def test_activations_are_let_go_with_the_pass() -> None:
     assert [call.projected is None for call in seen] == [True] * 3
 
 
-def test_zero_grad_inside_is_harmless() -> None:
-    model, x = mlp_batch()
+def test_zero_grad_inside_is_harmless(model: Mlp, x: Tensor) -> None:
     layers = make_layers(model)
     want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
     with Capture(model, layers, 4) as capture:
@@ -198,8 +202,7 @@ def test_token_layer_followed_by_an_inplace_activation(bias: bool, weight_gradie
     assert torch.equal(rows[0], rows[1])
 
 
-def test_input_that_requires_grad_keeps_its_gradient() -> None:
-    model, x = mlp_batch()
+def test_input_that_requires_grad_keeps_its_gradient(model: Mlp, x: Tensor) -> None:
     x.requires_grad_()
     capture_rows(model, make_layers(model), 4, lambda: model(x).square().sum())
     assert x.grad is not None
@@ -209,8 +212,7 @@ def test_input_that_requires_grad_keeps_its_gradient() -> None:
     assert torch.allclose(inside, x.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_autograd_grad_in_place_of_backward() -> None:
-    model, x = mlp_batch()
+def test_autograd_grad_in_place_of_backward(model: Mlp, x: Tensor) -> None:
     layers = make_layers(model)
     want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
     x.requires_grad_()
@@ -299,9 +301,8 @@ OLD_DYNAMO = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2,
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])
-def test_compiled_model(compiled_before: bool) -> None:
+def test_compiled_model(compiled_before: bool, model: Mlp, x: Tensor) -> None:
     """Dynamo goes round the hooks; they see the same as without it."""
-    model, x = mlp_batch()
     layers = make_layers(model, rank=3)
     want = capture_rows(model, layers, 4, lambda: model(x).square().sum())
     torch._dynamo.reset()
@@ -366,15 +367,13 @@ def test_captures_of_two_threads() -> None:
 # what it refuses
 
 
-def test_no_backward() -> None:
-    model, x = mlp_batch()
+def test_no_backward(model: Mlp, x: Tensor) -> None:
     with refuse("call loss.backward() once inside the `with`", RuntimeError):  # noqa: SIM117
         with Capture(model, make_layers(model), 4):
             model(x)
 
 
-def test_forward_without_gradients() -> None:
-    model, x = mlp_batch()
+def test_forward_without_gradients(model: Mlp, x: Tensor) -> None:
     with refuse("first ran with gradients turned off", RuntimeError):  # noqa: SIM117
         with Capture(model, make_layers(model, ["first"]), 4), torch.no_grad():
             model(x)
@@ -387,8 +386,7 @@ def test_an_error_of_the_user_is_not_replaced() -> None:
 
 
 @pytest.mark.parametrize("again", ["same graph", "new forward"])
-def test_backward_twice(again: str) -> None:
-    model, x = mlp_batch()
+def test_backward_twice(again: str, model: Mlp, x: Tensor) -> None:
     with refuse("a second backward pass inside one `with`", RuntimeError):  # noqa: SIM117
         with Capture(model, make_layers(model), 4):
             loss = model(x).square().sum()
@@ -396,8 +394,7 @@ def test_backward_twice(again: str) -> None:
             (loss if again == "same graph" else model(x).square().sum()).backward()
 
 
-def test_backward_twice_by_autograd_grad() -> None:
-    model, x = mlp_batch()
+def test_backward_twice_by_autograd_grad(model: Mlp, x: Tensor) -> None:
     x.requires_grad_()
     with refuse("a second backward pass inside one `with`", RuntimeError):  # noqa: SIM117
         with Capture(model, make_layers(model), 4):
@@ -406,8 +403,7 @@ def test_backward_twice_by_autograd_grad() -> None:
             torch.autograd.grad(loss, [x])
 
 
-def test_a_backward_pass_that_no_watched_module_sees_does_not_count() -> None:
-    model, x = mlp_batch()
+def test_a_backward_pass_that_no_watched_module_sees_does_not_count(model: Mlp, x: Tensor) -> None:
     other = nn.Linear(7, 1)
     with Capture(model, make_layers(model), 4) as capture:
         other(x).sum().backward()
@@ -444,8 +440,7 @@ def test_unused_modules() -> None:
 )  # fmt: skip
 def test_masks_that_do_not_fit(mask: Tensor | None, message: str) -> None:
     model, x = Recurrent(), torch.randn(4, 6, 6)
-    with refuse(message):
-        capture_rows(model, make_layers(model), 4, lambda: model(x).sum(), mask)
+    refused(message, capture_rows, model, make_layers(model), 4, lambda: model(x).sum(), mask)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float32])
@@ -469,8 +464,7 @@ def test_token_mask_does_not_apply_to_two_dimensional_input() -> None:
     )
 
 
-def test_wrong_number_of_examples() -> None:
-    model, x = mlp_batch()
+def test_wrong_number_of_examples(model: Mlp, x: Tensor) -> None:
     with refuse(
         "module first: expected an input of shape [N, ...], or [N*T, ...] with a mask [N, T] with "
         "N = 3 (one per data_id), got [4, 7]"
@@ -542,8 +536,7 @@ def averaged_losses() -> dict[str, Callable[[Tensor], Tensor]]:
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize("name", averaged_losses())
-def test_averaged_loss_is_an_error_before_the_pass(name: str) -> None:
-    model, x = mlp_batch()
+def test_averaged_loss_is_an_error_before_the_pass(name: str, model: Mlp, x: Tensor) -> None:
     layers = make_layers(model)
     loss = averaged_losses()[name]
     with refuse("loss: expected a sum over examples and tokens, got a mean"):
@@ -553,8 +546,7 @@ def test_averaged_loss_is_an_error_before_the_pass(name: str) -> None:
     capture_rows(model, layers, 4, lambda: loss(model(x)), averaged_loss="allow")
 
 
-def test_summed_losses_pass() -> None:
-    model, x = mlp_batch()
+def test_summed_losses_pass(model: Mlp, x: Tensor) -> None:
     y = torch.tensor([0, 1, 2, 1])
     layers = make_layers(model)
     losses: list[Callable[[Tensor], Tensor]] = [
@@ -582,15 +574,13 @@ def test_unknown_averaged_loss() -> None:
         Capture(model, make_layers(model), 4, averaged_loss="ignore")
 
 
-def test_token_scores_refuse_what_they_cannot_give() -> None:
-    model, x = mlp_batch()
+def test_token_scores_refuse_what_they_cannot_give(model: Mlp, x: Tensor) -> None:
     layers = make_layers(model)
     with refuse("token_queries: expected [Q, 212], got [1, 3]"):
         Capture(model, layers, 4, token_queries=torch.ones(1, 3))
     with Capture(model, layers, 4) as capture:
         model(x).sum().backward()
-    with refuse("token scores: give token_queries", RuntimeError):
-        capture.token_scores()
+    refused("token scores: give token_queries", capture.token_scores, error=RuntimeError)
     mixed, tokens = Recurrent(), torch.randn(4, 6, 6)
     with refuse("token scores: module token has 6 tokens, another watched module has 1"):
         capture_rows(

@@ -96,9 +96,11 @@ def watched_gpt2(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("make", "rank"), [(tiny_gpt2, (4, 6)), (tiny_llama, (4, 6))])
+@pytest.mark.parametrize(
+    ("make", "rank"), [(tiny_gpt2, None), (tiny_gpt2, (4, 6)), (tiny_llama, (4, 6))]
+)
 def test_ragged_language_models(
-    make: Callable[[torch.dtype], Any], rank: tuple[int, int], side: str, dtype: torch.dtype
+    make: Callable[[torch.dtype], Any], rank: tuple[int, int] | None, side: str, dtype: torch.dtype
 ) -> None:
     """The truth is computed on the bare examples, without any padding."""
     model = make(dtype)
@@ -117,15 +119,6 @@ def test_ragged_language_models(
     assert_rows(model, layers, rows, singles, dtype)
     assert rows[-1].abs().max() == 0
     assert all(rows[:-1].abs().amax(dim=1) > 0)
-
-
-def test_unprojected_gpt2_float64() -> None:
-    model = tiny_gpt2(torch.float64)
-    layers = make_layers(model, watched_gpt2(model), bias=True)
-    ids, mask = ragged_batch(61, LENGTHS[:2], "right")
-    rows = capture_rows(model, layers, 2, lambda: causal_loss(model, ids, mask), mask)
-    singles = [lambda n=n: causal_loss(model, ids[n : n + 1], mask[n : n + 1]) for n in range(2)]
-    assert_rows(model, layers, rows, singles, torch.float64)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -279,3 +272,42 @@ def test_token_scores_sum_to_the_row_score(rank: int | None) -> None:
     want = queries @ capture.rows().T
     assert torch.allclose(scores.sum(dim=2), want, rtol=1e-10, atol=1e-10 * float(want.abs().max()))
     assert (scores[:, mask == 0] == 0).all()
+
+
+class AddOn(nn.Module):
+    """LoGra's own form (§3.1): y = W x + P_oᵀ B P_i x, whose bottleneck B is zero."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.bottleneck = nn.Parameter(torch.zeros(layer.ko, layer.ki, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p_in, p_out = self.layer.projection.proj_in, self.layer.projection.proj_out
+        assert p_in is not None
+        assert p_out is not None
+        out: Tensor = self.layer.module(x)
+        return out + x @ p_in.double().T @ self.bottleneck.T @ p_out.double()
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_rows_are_the_gradients_of_the_bottlenecks_of_add_on_layers(make: Any) -> None:
+    """Which are Σ_t (P_o dy_t)(P_i x_t)ᵀ; the model computes what it always did."""
+    model = make(torch.float64)
+    watched = watched_gpt2(model) if make is tiny_gpt2 else None
+    layers = [
+        layer for layer in make_layers(model, watched, rank=(2, 3)) if "wpe" not in layer.name
+    ]
+    ids, mask = ragged_batch(61, LENGTHS[:3], "left")
+    loss = partial(causal_loss, model, ids, mask)
+    rows, value = capture_rows(model, layers, 3, loss, mask), loss().item()
+    additions = [AddOn(layer) for layer in layers]
+    for layer, addition in zip(layers, additions, strict=True):
+        parent, _, child = layer.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, addition)
+    assert loss().item() == pytest.approx(value, rel=1e-12)
+    weights = [addition.bottleneck for addition in additions]
+    for n, row in enumerate(rows):
+        alone = causal_loss(model, ids[n : n + 1], mask[n : n + 1])
+        want = torch.cat([g.flatten() for g in torch.autograd.grad(alone, weights)])
+        assert (row - want).abs().max() <= 1e-10 * want.abs().max()

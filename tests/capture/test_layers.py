@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import prune
@@ -80,8 +81,7 @@ def test_embeddings_that_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_lazy_linear_is_refused() -> None:
-    with pytest.raises(ValueError, match="module lazy: its shape is not known yet"):
-        LinearLayer("lazy", nn.LazyLinear(3))
+    refused("module lazy: its shape is not known yet", LinearLayer, "lazy", nn.LazyLinear(3))
 
 
 def test_projection_of_other_width_is_refused() -> None:

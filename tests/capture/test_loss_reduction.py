@@ -90,6 +90,15 @@ NOT_SUMMED: dict[str, tuple[Loss, str]] = {
     "many terms": (long_sum, "a mean (MeanBackward0)"),
     "a norm": (lambda out: out.norm(), "a function of the sum that is not linear (LinalgVector"),
     "perplexity": (lambda out: summed(out).exp(), "a function of the sum that is not linear (Exp"),
+    "the sum of a mean": (lambda out: out.square().mean().sum(), "a mean (MeanBackward0)"),
+    "the mean of a quotient": (lambda out: (summed(out) / 7)[None].mean(0), "a sum divided by 7"),
+    "means in a stack": (
+        lambda out: torch.stack([out[:2].square().mean(), out[2:].square().mean()]).sum(),
+        "a mean (MeanBackward0)",
+    ),
+    "the mean of a stack": (
+        lambda out: torch.stack([summed(out), out.square().sum()]).mean(), "a mean (MeanBackward0)"
+    ),
     "1 - mean": (lambda out: 1 - out.square().mean(), "a mean (MeanBackward0)"),
 }  # fmt: skip
 
@@ -159,12 +168,26 @@ RIGHT: dict[str, tuple[PairLoss, PairLoss]] = {  # {name: (the batch's loss, a s
     "numbers": (
         lambda out, y: -0.3 * sum_of(out, y) * 2.0, lambda out, y: -0.6 * sum_of(out, y)
     ),
+    "half a square": (
+        lambda out, y: 0.5 * squares(out, y), lambda out, y: squares(out, y) / 2
+    ),
+    "a third of more than three": (
+        lambda out, y: (1 / 3) * squares(out, y), lambda out, y: squares(out, y) / 3
+    ),
     "a small term": (
         lambda out, y: sum_of(out, y) + 0.01 * squares(out, y),
         lambda out, y: sum_of(out, y) + 0.01 * squares(out, y),
     ),
     "norms, one by one": (
         lambda out, y: torch.stack([one.norm() for one in out]).sum(), lambda out, y: out.norm()
+    ),
+    "a stack of terms": (
+        lambda out, y: torch.cat([sum_of(out, y)[None], squares(out, y)[None]]).sum(),
+        lambda out, y: sum_of(out, y) + squares(out, y),
+    ),
+    "means of examples": (
+        lambda out, y: torch.stack([one.square().mean() for one in out]).sum(),
+        lambda out, y: out.square().mean(),
     ),
     "a loop": (
         lambda out, y: sum((one.norm() for one in out), torch.zeros(())),

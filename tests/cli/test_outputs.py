@@ -305,6 +305,32 @@ def test_standard_input(files: Path, tmp_path: Path) -> None:
     assert main(["info", str(tmp_path / "s")]) == 0
 
 
+def test_a_folder(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    for name, text in (("b.txt", "one two\n\nthree four"), ("sub/a.txt", "five six"), ("x.md", "")):
+        (tmp_path / "data" / name).write_text(text, encoding="utf-8")
+    words = [
+        "log",
+        "--model",
+        str(files / "model"),
+        "--data",
+        str(tmp_path / "data"),
+        "--rank",
+        "4",
+    ]
+    words += ["--documents", "blank-lines"]
+    assert main([*words, "--out", str(tmp_path / "data" / "s")]) == 2
+    assert "expected a folder outside --data" in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "s")]) == 0
+    assert "1 files of other kinds in the folder" in capsys.readouterr().out
+    store = Store.open(tmp_path / "s")
+    assert sorted(store.ids.to_pylist()) == ["b.txt:0", "b.txt:1", "sub/a.txt:0"]
+    assert main([*words, "--out", str(tmp_path / "s"), "--resume"]) == 0
+    (tmp_path / "data" / "sub" / "a.txt").write_text("seven eight", encoding="utf-8")
+    assert main([*words, "--out", str(tmp_path / "s"), "--resume"]) == 2
+    assert "sha256" in capsys.readouterr().err
+
+
 def test_conversations_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import tokenizers
 

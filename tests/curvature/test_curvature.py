@@ -110,7 +110,8 @@ def test_covariance_is_additive_over_shards() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_merge_of_very_different_sizes(order: int, dtype: torch.dtype) -> None:
-    parts = [gradients(40) * 1e-18, gradients(40, seed=1) * 1e18][::order]
+    # more rows than are folded into sums at a time
+    parts = [gradients(300) * 1e-18, gradients(300, seed=1) * 1e18][::order]
     merged = curvature_of(parts[0], dtype=dtype).merge(curvature_of(parts[1], dtype=dtype))
     assert_moments(merged, torch.cat(parts), FLOAT32)
 
@@ -234,25 +235,6 @@ def test_lambda_is_relative_to_the_mean_eigenvalue_per_module() -> None:
 def test_default_damping_is_a_tenth_of_the_mean_eigenvalue() -> None:
     curvature = curvature_of(gradients(50))
     assert curvature.damped().key == curvature.damped(damping_scale=0.1).key
-
-
-def test_another_damping_gives_another_result_and_another_key() -> None:
-    curvature, queries = curvature_of(gradients(200)), gradients(2, seed=1)
-    asked: list[dict[str, Any]] = [
-        {"damping": 1e-3},
-        {"damping": 10.0},
-        {"damping_scale": 0.1},
-        {"damping_scale": 1.0},
-    ]
-    made = [curvature.damped(**kwargs) for kwargs in asked]
-    results = [p.precondition(queries) for p in made]
-    again = curvature.damped(damping=1e-3)
-    assert torch.equal(again.precondition(queries), results[0])
-    assert again.key == made[0].key
-    assert len({p.key for p in made}) == 4
-    for i in range(4):
-        for j in range(i):
-            assert not torch.allclose(results[i], results[j], rtol=1e-2)
 
 
 @pytest.mark.parametrize(

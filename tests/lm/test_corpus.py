@@ -1,6 +1,5 @@
 """Readers, tokenisation, splitting and batching of text, JSONL and Parquet files."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from refusals import refused
+from tiny_lm import make_tokenizer, write_jsonl
 
 from logra_kernels.lm.corpus import (
     Corpus,
@@ -24,34 +24,15 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 
-def byte_tokenizer(bos: bool = False) -> Any:
-    """One token per UTF-8 byte, so that lengths can be counted by eye."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<s>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    if bos:
-        inner.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return byte_tokenizer()
+    return make_tokenizer()
 
 
 def read(
     path: Path, tokenizer: Any, settings: TokenSettings | None = None, **fields: Any
 ) -> list[Example]:
     return list(Corpus(path, tokenizer, settings or TokenSettings(), **fields))
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -63,26 +44,23 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stride", "starts"), [(None, [0, 4, 8]), (2, [0, 2, 4, 6]), (3, [0, 3, 6])]
+    ("text", "stride", "starts"),
+    [
+        ("abcdefghij", None, [0, 4, 8]),
+        ("abcdefghij", 2, [0, 2, 4, 6]),
+        ("abcdefghij", 3, [0, 3, 6]),
+        ("abcdefgh", 2, [0, 2, 4]),  # nothing new at the end, no short tail
+    ],
 )
 def test_text_windows_cover_every_token(
-    tmp_path: Path, tokenizer: Any, stride: int | None, starts: list[int]
+    tmp_path: Path, tokenizer: Any, text: str, stride: int | None, starts: list[int]
 ) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("abcdefghij", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     examples = read(path, tokenizer, TokenSettings(max_tokens=4, stride=stride))
-    assert [e.text for e in examples] == ["abcdefghij"[s : s + 4] for s in starts]
+    assert [e.text for e in examples] == [text[s : s + 4] for s in starts]
     assert [e.id for e in examples] == [str(i) for i in range(len(starts))]
     assert all(e.loss_start == 1 for e in examples)
-
-
-def test_text_with_nothing_new_at_the_end_gives_no_short_tail(
-    tmp_path: Path, tokenizer: Any
-) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("abcdefgh", encoding="utf-8")
-    examples = read(path, tokenizer, TokenSettings(max_tokens=4, stride=2))
-    assert [e.text for e in examples] == ["abcd", "cdef", "efgh"]
 
 
 def test_text_windows_do_not_depend_on_the_block_size(
@@ -99,7 +77,7 @@ def test_text_windows_do_not_depend_on_the_block_size(
 def test_bos_stands_before_every_window_and_counts_as_a_token(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("abcdef", encoding="utf-8")
-    examples = read(path, byte_tokenizer(bos=True), TokenSettings(max_tokens=4))
+    examples = read(path, make_tokenizer(bos=True), TokenSettings(max_tokens=4))
     assert [e.text for e in examples] == ["abc", "def"]
     assert all(e.tokens[0] == 0 and len(e.tokens) == 4 for e in examples)
 

@@ -106,6 +106,16 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path, tokenizer: Any) 
     assert Corpus(tmp_path, tokenizer, TokenSettings()).fingerprint() != before
 
 
+def test_what_is_read_grows_over_a_folder(tmp_path: Path, tokenizer: Any) -> None:
+    for name in ("a.jsonl", "b.csv", "c.json"):
+        write(tmp_path / name, WRITERS[name[2:]](ROWS))
+    corpus = Corpus(tmp_path, tokenizer, TokenSettings())
+    read_so_far = [corpus.fraction_read for _ in corpus]
+    assert read_so_far == sorted(read_so_far, key=lambda part: part or 0)
+    assert 0 < (read_so_far[0] or 0) < 0.5
+    assert corpus.fraction_read == 1.0
+
+
 def test_documents_between_blank_lines(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "a.txt", "\n\none\n two\n  \t\n\nthree\r\n\r\nfour")
     examples = read(path, tokenizer, documents="blank-lines")

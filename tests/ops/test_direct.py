@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from op_cases import CALLS, DTYPES, DY, PROJ_IN, X, randn, same_bits, strided
+from op_cases import CALLS, DY, PROJ_IN, X, same_bits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -132,27 +130,3 @@ def test_without_the_kernels_there_is_no_short_way(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_native, "C", None)
     assert not direct(X)
     assert ops.project(X, PROJ_IN).shape == (3, 5, 6)
-
-
-sizes = st.integers(0, 3)
-kinds = st.sampled_from(DTYPES)
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.tuples(*[sizes] * 4), st.none() | sizes, kinds, kinds, st.booleans(), st.booleans())
-def test_both_ways_give_the_same_bits(
-    shape: tuple[int, ...], k: int | None, x_kind: Any, dy_kind: Any, gaps: bool, masked: bool
-) -> None:
-    n, t, i, o = shape
-    x, dy = randn(n, t, i, dtype=x_kind), randn(n, t, o, dtype=dy_kind, seed=1)
-    if gaps:
-        x, dy = strided(x), strided(dy)
-    proj = None if k is None else randn(k, i, seed=2)
-    mask = torch.rand(n, t, generator=torch.Generator().manual_seed(0)) > 0.4 if masked else None
-    short = ops.projected_gradients(x, dy, proj, None, mask)
-    long = torch.ops.logra.projected_gradients(x, dy, proj, None, mask, None, None)
-    assert short.shape == long.shape
-    assert same_bits(short, long)
-    if i:
-        wide = randn(2, i, seed=3)
-        assert same_bits(ops.project(x, wide), torch.ops.logra.project(x, wide))

@@ -162,10 +162,7 @@ def test_a_covariance_is_not_differentiated_and_its_change_is_counted() -> None:
         product.backward()
 
 
-def test_an_op_called_by_torch_takes_what_its_function_takes() -> None:
-    """Strided rows and a cov that is among the rows give what copies of them give."""
-    wide = randn(7, 40, seed=8)[:, ::2]
-    assert_same(torch.ops.logra.scores(QUERIES, wide), ops.scores(QUERIES, wide.contiguous()))
+def test_a_covariance_that_is_among_the_rows_counts_as_a_copy() -> None:
     square = randn(300, 300, seed=9)
     for update in (ops.covariance_update_, torch.ops.logra.covariance_update_):
         own = square.clone()

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -219,40 +218,35 @@ def test_bad_results_files(results: dict[str, Any], tmp_path: Path) -> None:
     refused("no key 'curvature', which a report needs", render, results)
 
 
-MALFORMED = [
-    (lambda r: r.update(queries=7), "queries: expected a list, got 7"),
-    (lambda r: r["queries"].append(None), r"queries\[1\]: expected an object, got None"),
-    (lambda r: r["queries"][0].pop("modes"), r"no key 'queries\[0\]\.modes', which a report needs"),
-    (
-        lambda r: r["queries"][0]["modes"][0]["top"][0].update(score="1"),
-        r"queries\[0\]\.modes\[0\]\.top\[0\]\.score: expected a number, got '1'",
-    ),
-    (
-        lambda r: r["queries"][0]["modes"][0]["top"][0].update(score=float("nan")),
-        r"score: expected a number, got nan",
-    ),
-    (
-        lambda r: r["queries"][0]["modes"][0]["top"][0].update(tokens=[["a"]]),
-        r"tokens\[0\]: expected 2 entries, got 1",
-    ),
-    (lambda r: r["store"].update(modules=[]), r"store\.modules: expected at least one, got none"),
-    (
-        lambda r: r["store"].update(projection="p"),
-        r"store\.projection: expected an object, got 'p'",
-    ),
-    (lambda r: r["store"].update(rows=True), r"store\.rows: expected an integer, got True"),
-    (lambda r: r.update(model=None), "model: expected an object, got None"),
-    (lambda r: r.update(notes="n"), "notes: expected a list, got 'n'"),
+FIRST = ("queries", 0, "modes", 0, "top", 0)
+MALFORMED: list[tuple[tuple[Any, ...], Any, str]] = [
+    (("queries",), 7, "queries: expected a list, got 7"),
+    (("queries", 0), None, "queries[0]: expected an object, got None"),
+    (("queries", 0, "modes"), ..., "no key 'queries[0].modes', which a report needs"),
+    ((*FIRST, "score"), "1", "queries[0].modes[0].top[0].score: expected a number, got '1'"),
+    ((*FIRST, "score"), float("nan"), "score: expected a number, got nan"),
+    ((*FIRST, "tokens"), [["a"]], "tokens[0]: expected 2 entries, got 1"),
+    (("store", "modules"), [], "store.modules: expected at least one, got none"),
+    (("store", "projection"), "p", "store.projection: expected an object, got 'p'"),
+    (("store", "rows"), True, "store.rows: expected an integer, got True"),
+    (("model",), None, "model: expected an object, got None"),
+    (("notes",), "n", "notes: expected a list, got 'n'"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), MALFORMED)
+@pytest.mark.parametrize(("place", "value", "message"), MALFORMED)
 def test_results_that_no_query_wrote(
-    results: dict[str, Any], tmp_path: Path, change: Callable[[Any], Any], message: str
+    results: Any, tmp_path: Path, place: tuple[Any, ...], value: Any, message: str
 ) -> None:
-    change(results)
+    """A value replaced, or taken out (...)."""
+    inner = results
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    if value is ...:
+        del inner[place[-1]]
     (tmp_path / "r.json").write_text(json.dumps(results), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"r\.json: (.*\.)?{message}"):
+    with pytest.raises(ValueError, match=rf"r\.json: (.*\.)?{re.escape(message)}"):
         read_results(tmp_path / "r.json")
 
 

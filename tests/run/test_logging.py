@@ -15,7 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from toy_models import Mlp, autograd_rows, causal_loss, make_layers, ragged_batch, tiny_llama
-from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import (
+    COUNT,
+    RAW,
+    Data,
+    begun,
+    finished,
+    log_all,
+    log_queries,
+    loss_of,
+    make_run,
+    refuse,
+    refused,
+)
 
 import logra_kernels as logix
 from logra_kernels import Attributor, Covariance, RawCurvature, Store
@@ -44,8 +56,7 @@ def test_float32_store_holds_the_gradients(
 def test_float16_store_loses_half_a_unit_in_the_last_place(
     tmp_path: Path, model: nn.Module, data: Data
 ) -> None:
-    run = make_run(tmp_path, model)
-    run.setup(RAW)
+    run = begun(tmp_path, model)
     rows = []
     for n in range(COUNT):
         with run(data_id=[n], metadata=[{"number": n}]) as capture:
@@ -96,8 +107,7 @@ def test_a_module_that_is_zero_in_the_first_row_is_not_lost(tmp_path: Path, size
 def test_gradients_beyond_fp16s_range_are_scaled_not_lost(
     tmp_path: Path, model: nn.Module, data: Data
 ) -> None:
-    run = make_run(tmp_path, model)
-    run.setup(RAW)
+    run = begun(tmp_path, model)
     rows = []
     for n, scale in enumerate([1.0, 1e12, 1e-12, 1e20]):
         with run(data_id=[n]) as capture:
@@ -115,10 +125,8 @@ def test_start_and_end(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run.start(data_id=["a", "b"])
     loss_of(model, data, slice(2)).backward()
     run.end(save=True)
-    with refuse("end: no pass is open", RuntimeError):
-        run.end()
-    with refuse("log: the model is hooked only inside", RuntimeError):
-        run.log(["a"])
+    refused("end: no pass is open", run.end, error=RuntimeError)
+    refused("log: the model is hooked only inside", run.log, ["a"], error=RuntimeError)
     run.finalize()
     assert Store.open(tmp_path / "toy").ids.to_pylist() == ["a", "b"]
 
@@ -171,8 +179,7 @@ def test_setup_forms(
 )  # fmt: skip
 def test_setup_refuses(tmp_path: Path, model: nn.Module, options: Any, message: str) -> None:
     run = make_run(tmp_path, model)
-    with refuse(message):
-        run.setup(options)
+    refused(message, run.setup, options)
 
 
 def test_statistic_without_saving(tmp_path: Path, model: nn.Module, data: Data) -> None:
@@ -188,8 +195,7 @@ def test_statistic_without_saving(tmp_path: Path, model: nn.Module, data: Data) 
     reader.initialize_from_log()
     log_queries(reader, model, data, slice(2))
     assert reader.compute_self_influence()["influence"].shape == (2,)
-    with refuse("the store holds no rows"):
-        reader.compute_influence_all()
+    refused("the store holds no rows", reader.compute_influence_all)
 
 
 def test_resume_refuses_other_weights_rank_or_modules(
@@ -201,29 +207,22 @@ def test_resume_refuses_other_weights_rank_or_modules(
         log_all(run, model, data)
 
     def resumed(rank: int = 3, **options: Any) -> LogixRun:
-        run = make_run(tmp_path, model, rank, resume=True, **options)
-        run.setup(RAW)
-        return run
+        return begun(tmp_path, model, rank=rank, resume=True, **options)
 
     with refuse("cannot resume: projection.seed: the store has 0, this run has 1") as caught:
         log(resumed(seed=1))
     assert isinstance(caught.value, logix.StoreError)
-    with refuse("cannot resume: modules[0].ko: the store has 3, this run has 2"):
-        log(resumed(rank=2))
-    with refuse("cannot resume: dtype"):
-        log(resumed(dtype="float32"))
+    refused("cannot resume: modules[0].ko: the store has 3, this run has 2", log, resumed(rank=2))
+    refused("cannot resume: dtype", log, resumed(dtype="float32"))
     with torch.no_grad():
         model.first.weight += 1
-    with refuse("cannot resume: fingerprints.weights"):
-        log(resumed())
+    refused("cannot resume: fingerprints.weights", log, resumed())
 
 
 def test_a_store_is_not_overwritten(tmp_path: Path, model: nn.Module, data: Data) -> None:
     finished(tmp_path, model, data)
-    run = make_run(tmp_path, model)
-    run.setup(RAW)
-    with refuse("there is a store already; resume=True goes on with it"):
-        log_all(run, model, data)
+    run = begun(tmp_path, model)
+    refused("there is a store already; resume=True goes on with it", log_all, run, model, data)
     assert Store.open(tmp_path / "toy").num_rows == COUNT
 
 
@@ -247,12 +246,10 @@ def test_batch_normalisation_in_training_is_warned_of(tmp_path: Path) -> None:
 
 
 def test_duplicate_ids(tmp_path: Path, model: nn.Module, data: Data) -> None:
-    run = make_run(tmp_path, model)
-    run.setup(RAW)
+    run = begun(tmp_path, model)
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    with refuse("data_id: expected 3 different ids, got 'a' twice"):
-        run(data_id=["a", "b", "a"])
+    refused("data_id: expected 3 different ids, got 'a' twice", run, data_id=["a", "b", "a"])
     with run(data_id=["a", "b"]):
         loss_of(model, data, slice(2)).backward()
     with refuse("data_id: expected new ids, got 'b', which was logged already"):  # noqa: SIM117
@@ -300,17 +297,14 @@ def test_ids_come_in_many_forms(given: Any, want: list[str]) -> None:
     ],
 )
 def test_ids_that_are_refused(given: Any, message: str) -> None:
-    with refuse(message):
-        check_ids(given)
+    refused(message, check_ids, given)
 
 
 def test_too_few_ids_or_metadata(tmp_path: Path, model: nn.Module, data: Data) -> None:
-    run = make_run(tmp_path, model)
-    run.setup(RAW)
+    run = begun(tmp_path, model)
     with refuse("with N = 2 (one per data_id), got [3, 7]"), run(data_id=["a", "b"]):
         loss_of(model, data, slice(3)).backward()
-    with refuse("metadata: expected 2, one per data_id, got 1"):
-        run(data_id=["a", "b"], metadata=[{}])
+    refused("metadata: expected 2, one per data_id, got 1", run, data_id=["a", "b"], metadata=[{}])
     with refuse("mask: expected shape [N, T] with N = 2 (one row per data_id), got [3, 4]"):
         run(data_id=["a", "b"], mask=torch.ones(3, 4))
 
@@ -323,10 +317,8 @@ def test_averaged_loss_and_unused_modules(tmp_path: Path, data: Data) -> None:
         with run(data_id=[0, 1], **options):
             nn.functional.cross_entropy(model["used"](data[0][:2]), data[1][:2]).backward()
 
-    with refuse("loss: expected a sum over examples and tokens, got a mean"):
-        step()
-    with refuse("no gradient reached: spare", RuntimeError):
-        step(averaged_loss="allow")
+    refused("loss: expected a sum over examples and tokens, got a mean", step)
+    refused("no gradient reached: spare", step, averaged_loss="allow", error=RuntimeError)
     step(averaged_loss="allow", allow_unused=True)
     assert run.get_log()[1]["spare"]["grad"].abs().max() == 0
     run = make_run(tmp_path, model, rank=None, averaged_loss="warn", allow_unused=True)
@@ -338,8 +330,7 @@ def test_averaged_loss_and_unused_modules(tmp_path: Path, data: Data) -> None:
 def test_nonfinite_gradients_raise(
     tmp_path: Path, model: nn.Module, data: Data, value: float
 ) -> None:
-    run = make_run(tmp_path, model)
-    run.setup(RAW)
+    run = begun(tmp_path, model)
     data[0][1, 2] = value
     with refuse("gradients: NaN or infinite in module first"), run(data_id=["a", "b", "c"]):
         loss_of(model, data, slice(3)).backward()
@@ -355,8 +346,7 @@ def test_nonfinite_gradients_raise(
 def test_nonfinite_gradients_are_skipped_on_request(
     tmp_path: Path, model: nn.Module, data: Data
 ) -> None:
-    run = make_run(tmp_path, model, on_nonfinite="skip")
-    run.setup(RAW)
+    run = begun(tmp_path, model, on_nonfinite="skip")
     data[0][1, 2] = torch.nan
     data[0][5, 2] = torch.inf
     with pytest.warns(UserWarning, match="for data_id row1: left out, as all later ones"):
@@ -383,8 +373,7 @@ def test_queries_of_a_finished_store_do_not_reach_its_curvature(
 def test_an_error_in_the_users_code_leaves_the_store_good(
     tmp_path: Path, model: nn.Module, data: Data
 ) -> None:
-    run = make_run(tmp_path, model)
-    run.setup(RAW)
+    run = begun(tmp_path, model)
     log_all(run, model, data, size=4)
     with pytest.raises(KeyError), run(data_id=["broken"]):
         raise KeyError
@@ -412,8 +401,7 @@ def test_save_is_a_switch(tmp_path: Path, model: nn.Module, data: Data) -> None:
 
 
 def test_weight_gradients_while_training(tmp_path: Path, model: Mlp, data: Data) -> None:
-    run = make_run(tmp_path, model, check_weights=False)
-    run.setup(RAW)
+    run = begun(tmp_path, model, check_weights=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = model.first.weight.clone()
     for n in range(2):
@@ -501,16 +489,14 @@ def test_training_beside_logging_is_not_warned_of(tmp_path: Path, model: Any, da
 def test_a_pass_inside_a_pass_of_the_same_model_is_refused(
     tmp_path: Path, model: Any, data: Data
 ) -> None:
-    run = make_run(tmp_path, model)
-    run.setup(RAW)
+    run = begun(tmp_path, model)
     nested = refuse("a pass on this model is open already, for data_id a, b; a", RuntimeError)
     with nested, run(["a", "b"]), run(["c", "d"]):
         loss_of(model, data, slice(2)).backward()
     run.start(["a", "b"])
     with refuse("run(data_id, mask): a pass on this model is open already", RuntimeError):
         run(["c", "d"]).__enter__()
-    with refuse("start: a pass is open already", RuntimeError):
-        run.start(["c", "d"])
+    refused("start: a pass is open already", run.start, ["c", "d"], error=RuntimeError)
     loss_of(model, data, slice(2)).backward()
     run.end()
     run.finalize()

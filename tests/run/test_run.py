@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_run import COUNT, RAW, Data, log_all, loss_of, refuse
+from toy_run import COUNT, RAW, Data, log_all, loss_of, refuse, refused
 
 from logra_kernels import Config, Covariance, Run, Store, curvature
 from logra_kernels.curvature import RawCurvature, register_curvature
@@ -130,5 +130,4 @@ def test_examples_that_are_not_finite(run: Run, count: int) -> None:
     assert kept.ids == batch.ids[count:]
     assert kept.rows.isfinite().all()
     assert policy.skipped == batch.ids[:count]
-    with refuse("on_nonfinite: expected one of raise, skip, got 'drop'"):
-        FinitePolicy("drop")
+    refused("on_nonfinite: expected one of raise, skip, got 'drop'", FinitePolicy, "drop")

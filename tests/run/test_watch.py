@@ -12,7 +12,18 @@ import pytest
 import torch
 from torch import nn
 from toy_models import Mlp, ragged_batch, tiny_gpt2
-from toy_run import COUNT, RAW, Data, finished, log_all, log_queries, loss_of, make_run, refuse
+from toy_run import (
+    COUNT,
+    RAW,
+    Data,
+    finished,
+    log_all,
+    log_queries,
+    loss_of,
+    make_run,
+    refuse,
+    refused,
+)
 
 import logra_kernels as logix
 from logra_kernels import Store
@@ -50,8 +61,7 @@ def test_watch_filters() -> None:
         run.watch(model, type_filter=[nn.LayerNorm])
     with refuse("watch: the model has no nn.Linear, nn.Conv2d, Conv1D or nn.Embedding"):
         run.watch(nn.Sequential(nn.ReLU()))
-    with refuse("name_filter: expected a list, got 'mlp'"):
-        run.watch(model, name_filter="mlp")
+    refused("name_filter: expected a list, got 'mlp'", run.watch, model, name_filter="mlp")
     with refuse("type_filter: expected a list, got <class"):
         run.watch(model, type_filter=nn.Linear)  # type: ignore[arg-type]
     with refuse("type_filter: expected a list of classes, got Linear(in_features=2, "):
@@ -106,8 +116,7 @@ def test_model_that_differs_from_the_store(tmp_path: Path, model: nn.Module, dat
         opened(model, bias=True)
     wider = Mlp()
     wider.head = nn.Linear(9, 5)
-    with refuse("modules: head: expected the store's widths (I, O) = (9, 4)"):
-        opened(wider)
+    refused("modules: head: expected the store's widths (I, O) = (9, 4)", opened, wider)
     extra = Mlp()
     extra.more = nn.Linear(2, 2)
     with refuse("modules: the store has 3, 4 are watched; the first that only one of them has is "
@@ -126,8 +135,7 @@ def test_add_lora_that_differs_from_the_store(tmp_path: Path, model: nn.Module, 
     ):
         run = make_run(tmp_path, model, rank=None)
         run.add_lora(**options)
-        with refuse(f"add_lora: {message}"):
-            run.initialize_from_log()
+        refused(f"add_lora: {message}", run.initialize_from_log)
     run = make_run(tmp_path, model, rank=3)
     run.initialize_from_log()
     log_queries(run, model, data, slice(1))
@@ -140,11 +148,9 @@ def test_watch_after_initialize_from_log(tmp_path: Path, model: nn.Module, data:
     run = logix.init("toy", root_dir=str(tmp_path))
     run.initialize_from_log()
     assert [m.name for m in run.modules] == ["first", "second", "head"]
-    with refuse("modules: the store's module 0 is first"):
-        run.watch(model, name_filter=["head"])
+    refused("modules: the store's module 0 is first", run.watch, model, name_filter=["head"])
     run.watch(model)
-    with refuse("add_lora: the projection is the store's", RuntimeError):
-        run.add_lora()
+    refused("add_lora: the projection is the store's", run.add_lora, error=RuntimeError)
     log_queries(run, model, data, slice(1))
     assert run.compute_influence_all()["influence"].shape == (1, COUNT)
 
@@ -166,12 +172,10 @@ def test_bias_and_identity_stores_open_again(tmp_path: Path, model: nn.Module, d
 def test_order_of_calls(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = logix.init("toy", root_dir=str(tmp_path))
     for call in (run.add_lora, lambda: run(data_id=["a"])):
-        with refuse("no model is watched; call watch(model, ...) first", RuntimeError):
-            call()
+        refused("no model is watched; call watch(model, ...) first", call, error=RuntimeError)
     with refuse("no store is open; call initialize_from_log() first", RuntimeError):
         run.build_log_dataloader()
-    with refuse(f"{tmp_path / 'toy'}"):
-        run.initialize_from_log()
+    refused(f"{tmp_path / 'toy'}", run.initialize_from_log)
     run.finalize()  # nothing was begun, nothing is to be done
     run.watch(model)
     run.setup(RAW)
@@ -182,8 +186,7 @@ def test_order_of_calls(tmp_path: Path, model: nn.Module, data: Data) -> None:
         pass
     calls: list[Any] = [partial(run.watch, model), run.initialize_from_log, run.add_lora]
     for call in calls:
-        with refuse("rows are being logged already; call finalize() first", RuntimeError):
-            call()
+        refused("rows are being logged already; call finalize() first", call, error=RuntimeError)
     with refuse("rows are still being logged; call finalize() first", RuntimeError):
         run.compute_influence_all(run.get_log())
     logix.finalize()
@@ -220,8 +223,7 @@ def test_a_module_with_a_forward_of_its_own_is_refused_by_name(model: Any) -> No
 
     model.second = Doubled(11, 9)
     run = logix.init("toy")
-    with refuse("module second: its class Doubled has a forward of its own"):
-        run.watch(model)
+    refused("module second: its class Doubled has a forward of its own", run.watch, model)
     run.watch(model, name_filter=["first", "head"])
     with refuse("module second: its class Doubled has a forward of its own"):
         WatchedLayers.named(model, ["second"])

@@ -1,4 +1,6 @@
-"""SIGKILL at any moment: no committed shard is lost, and what resumes ends as if nothing had been.
+"""SIGKILL at any system call: no committed shard is lost, and a resumed store ends as if whole.
+
+run/test_kill_run.py kills whole runs, at random moments.
 
 The writer is a process of its own that imports the numpy side only, so that it starts in 0.2 s. Its
 rows follow from their ids (store_samples), so every one of them can be checked at the end.
@@ -10,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +109,6 @@ def finish_and_check(path: Path, rows: int) -> None:
     assert store.metadata(ids) == [{"row": row} for row in ids]
     assert set(os.listdir(path)) == {"lock", "manifest.json", "projection", *listed_files(store)}
     assert len(os.listdir(path / "projection")) == 1
-
-
-def test_killed_from_outside_at_random_moments(in_memory: Path) -> None:
-    path, kills, rows = in_memory / "s", 15, 3000
-    random_ = random.Random(20261122)
-    for _ in range(kills):
-        with start_writer(path, rows) as child:
-            assert wait_until_ready(child)
-            target = len(committed(path)) + random_.randint(0, 12)
-            while len(committed(path)) < target and child.poll() is None:
-                time.sleep(0.001)
-            time.sleep(random_.uniform(0, 0.01))  # a commit takes about 5 ms
-            before = committed(path)
-            child.send_signal(signal.SIGKILL)
-            assert child.wait() == -signal.SIGKILL, "the writer was done before it was killed"
-        assert len(before) >= target
-        check_survivors(path, before)
-    finish_and_check(path, rows)
 
 
 def test_killed_while_committing(in_memory: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_samples import append, wide_store, writer_of
+from store_samples import append, refused, wide_store, writer_of
 from system_state import evict, left_behind
 
 from logra_kernels.store import (
@@ -54,6 +54,11 @@ def drain(blocks: Iterable[RowBlock], last: tuple[int, int]) -> None:
     for block in blocks:
         assert (block.shard, block.start) <= last
         block.release()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return wide_store(tmp_path / "s")
 
 
 WAYS = {
@@ -101,8 +106,7 @@ def test_an_empty_store_and_some_shards_only(tmp_path: Path) -> None:
             seen.append((block.shard, block.start))
             block.release()
     assert seen == [(1, 0), (1, 4), (3, 0)]
-    with pytest.raises(StoreError, match="block_rows: expected at least 1, got 0"):
-        BlockReader(store, 0)
+    refused("block_rows: expected at least 1, got 0", BlockReader, store, 0)
 
 
 def test_streaming_leaves_the_page_cache_as_it_was(tmp_path: Path) -> None:
@@ -160,9 +164,8 @@ def flags_of(descriptor: int) -> str:
 
 @pytest.mark.parametrize("refuse", [refuse_direct_open, refuse_direct_read])
 def test_a_file_system_that_refuses_direct_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[pytest.MonkeyPatch], None]
+    store: Store, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    store = wide_store(tmp_path / "s")
     want = all_rows(store)
     evict(store)
     refuse(monkeypatch)
@@ -181,9 +184,8 @@ def test_a_store_in_memory(tmp_path: Path) -> None:
             assert np.array_equal(read(store, 3, **options), want)
 
 
-def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_continued(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read may give less than it was asked for, also in the middle of a page."""
-    store = wide_store(tmp_path / "s")
     want = all_rows(store)
     evict(store)
     real = os.preadv
@@ -198,8 +200,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("cold", [True, False])
-def test_a_file_cut_short_while_it_is_read(tmp_path: Path, options: Any, cold: bool) -> None:
-    store = wide_store(tmp_path / "s")
+def test_a_file_cut_short_while_it_is_read(store: Store, options: Any, cold: bool) -> None:
     for shard in store.shards:
         _ = shard.rows  # mapped before it is cut
     if cold:
@@ -219,9 +220,8 @@ def test_a_file_cut_short_while_it_is_read(tmp_path: Path, options: Any, cold: b
 
 @pytest.mark.parametrize("options", [{}, {"in_place": False}], ids=["in place", "buffers"])
 def test_an_error_of_the_disk_is_raised_in_the_caller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    store: Store, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    store = wide_store(tmp_path / "s")
     evict(store)
     if options == {} and evict(store):
         pytest.skip("this file system keeps its files in memory")
@@ -241,8 +241,7 @@ def test_an_error_of_the_disk_is_raised_in_the_caller(
     assert left_behind() == before
 
 
-def test_a_file_that_is_gone(tmp_path: Path) -> None:
-    store = wide_store(tmp_path / "s")
+def test_a_file_that_is_gone(store: Store) -> None:
     bad = store.shards[1].path
     bad.unlink()
     message = f"{bad}: cannot be read: No such file"
@@ -250,8 +249,7 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
         drain(blocks, last=(0, 6))
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
-    store = wide_store(tmp_path / "s")
+def test_an_interrupt_leaves_nothing_behind(store: Store) -> None:
     evict(store)
     before = left_behind()
 
@@ -304,16 +302,14 @@ def test_a_buffer_in_use_is_not_filled_again(tmp_path: Path) -> None:
     with BlockReader(store, 1, in_place=False) as blocks:
         stream = iter(blocks)
         keep = [next(stream) for _ in range(BLOCKS_AHEAD)]
-        with pytest.raises(RuntimeError, match="more than 3 blocks are held unreleased"):
-            next(stream)
+        refused("more than 3 blocks are held unreleased", next, stream, error=RuntimeError)
         assert [block.start for block in keep] == [0, 1, 2, 3]
 
 
 def test_a_file_of_someone_else_is_not_taken_for_cached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a file that it may not write, a process is told that every page is in memory."""
-    store = wide_store(tmp_path / "s")
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     monkeypatch.setattr(os, "access", lambda *args: False)
     with BlockReader(store, 3) as blocks:

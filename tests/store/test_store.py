@@ -87,8 +87,7 @@ def test_shards_do_not_depend_on_the_batches(tmp_path: Path) -> None:
             assert left.read_bytes() == right.read_bytes(), name
 
 
-def test_numpy_opens_the_shards(tmp_path: Path) -> None:
-    full_store(tmp_path)
+def test_numpy_opens_the_shards(tmp_path: Path, store: Store) -> None:
     rows = np.load(tmp_path / "shard-00001.npy", mmap_mode="r")
     assert isinstance(rows, np.memmap)
     assert rows.offset == 4096
@@ -97,8 +96,7 @@ def test_numpy_opens_the_shards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "shard-00002.scale.npy"), scales_of([6, 7]))
 
 
-def test_blocks_are_views_of_the_mapped_files(tmp_path: Path) -> None:
-    store = full_store(tmp_path)
+def test_blocks_are_views_of_the_mapped_files(tmp_path: Path, store: Store) -> None:
     blocks = list(store.blocks(2))
     assert [first for first, *_ in blocks] == [0, 2, 3, 5, 6]
     for first, rows, row_scale, row_exponents in blocks:
@@ -369,8 +367,7 @@ class TestResume:
             append(writer, [0])
         assert Store.open(tmp_path / "deep" / "s").num_rows == 1
 
-    def test_keeps_curvature_and_unknown_keys(self, tmp_path: Path) -> None:
-        full_store(tmp_path)
+    def test_keeps_curvature_and_unknown_keys(self, tmp_path: Path, store: Store) -> None:
         edit_manifest(tmp_path, lambda manifest: manifest.update(future={"a": 1}))
         with resumed(tmp_path) as writer:
             append(writer, [8])
@@ -381,8 +378,7 @@ class TestResume:
         assert store.self_influence_cache("raw-01", {"damping_scale": 0.1}).missing() == [3]
         assert store.verify() == []
 
-    def test_removes_what_a_kill_left(self, tmp_path: Path) -> None:
-        full_store(tmp_path)
+    def test_removes_what_a_kill_left(self, tmp_path: Path, store: Store) -> None:
         rubbish = [
             "shard-00003.npy",
             "shard-00003.ids.arrow",
@@ -438,8 +434,7 @@ class TestResume:
         with writer_of(tmp_path / "s", resume=True, **options):
             pass  # the refusal has let go of the lock
 
-    def test_projection_matrices_come_back(self, tmp_path: Path) -> None:
-        store = full_store(tmp_path)
+    def test_projection_matrices_come_back(self, tmp_path: Path, store: Store) -> None:
         tensors = store.load_tensors("projection")
         assert list(tensors) == ["layers.0.mlp.in"]
         np.testing.assert_array_equal(tensors["layers.0.mlp.in"], [[0, 1, 2], [3, 4, 5]])
@@ -450,8 +445,7 @@ class TestResume:
 
 
 class TestCreate:
-    def test_refuses_an_existing_store(self, tmp_path: Path) -> None:
-        full_store(tmp_path)
+    def test_refuses_an_existing_store(self, tmp_path: Path, store: Store) -> None:
         before = (tmp_path / "manifest.json").read_bytes()
         with pytest.raises(StoreExistsError, match="there is a store already; resume=True goes on"):
             writer_of(tmp_path)
@@ -655,8 +649,7 @@ class TestQueue:
 
 
 class TestCurvature:
-    def test_comes_back_bit_for_bit(self, tmp_path: Path) -> None:
-        store = full_store(tmp_path)
+    def test_comes_back_bit_for_bit(self, tmp_path: Path, store: Store) -> None:
         tensors = {
             "layers.0.mlp": np.random.default_rng(0).standard_normal((6, 6)),
             "layers.1.mlp": np.array([[np.pi]], np.float32).T,
@@ -672,8 +665,7 @@ class TestCurvature:
                 np.testing.assert_array_equal(got[name], value)
         assert store.verify() == []
 
-    def test_replaces_the_older_one(self, tmp_path: Path) -> None:
-        store = full_store(tmp_path)
+    def test_replaces_the_older_one(self, tmp_path: Path, store: Store) -> None:
         store.save_curvature("raw", {"a": np.ones(2)}, 1)
         store.save_curvature("other", {"a": np.ones(2)}, 2)
         store.save_curvature("raw", {"a": np.ones(2)}, 3)  # the same content under the same name
@@ -685,8 +677,7 @@ class TestCurvature:
         }
         assert store.verify() == []
 
-    def test_refuses_bad_input(self, tmp_path: Path) -> None:
-        store = full_store(tmp_path)
+    def test_refuses_bad_input(self, tmp_path: Path, store: Store) -> None:
         good = {"a": np.ones(2)}
         bad: list[tuple[str, Any, Any, str]] = [
             ("../raw", good, None, r"name: expected 1 to 64 letters, digits, '-' or '_', got"),
@@ -703,8 +694,7 @@ class TestCurvature:
 
 
 class TestSelfInfluence:
-    def test_missing_shards_are_known(self, tmp_path: Path) -> None:
-        store = full_store(tmp_path)
+    def test_missing_shards_are_known(self, tmp_path: Path, store: Store) -> None:
         cache = store.self_influence_cache("new", {"damping": 1})
         assert cache.missing() == [0, 1, 2]
         assert not (tmp_path / "self_influence" / "new").exists()  # asking writes nothing
@@ -716,8 +706,7 @@ class TestSelfInfluence:
         refused("expected the values of shard 0, got none", again.read, 0)
         assert store.verify() == []
 
-    def test_new_values_replace_old_ones(self, tmp_path: Path) -> None:
-        store = full_store(tmp_path)
+    def test_new_values_replace_old_ones(self, tmp_path: Path, store: Store) -> None:
         cache = store.self_influence_cache("raw-01", {"damping_scale": 0.1})
         cache.write(0, np.full((3, 2), 9, np.float32))
         np.testing.assert_array_equal(cache.read(0), 9)
@@ -734,8 +723,7 @@ class TestSelfInfluence:
         assert cache.missing() == []
         assert store.verify() == []
 
-    def test_a_key_means_one_thing(self, tmp_path: Path) -> None:
-        store = full_store(tmp_path)
+    def test_a_key_means_one_thing(self, tmp_path: Path, store: Store) -> None:
         with pytest.raises(
             StoreMismatchError, match=r"meta.damping_scale: the store has 0.1, this run has 0.2"
         ):

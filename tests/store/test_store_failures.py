@@ -1,15 +1,18 @@
 """The disk fills, the system refuses: the user hears of it, and committed shards stay whole."""
 
+import contextlib
 import errno
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from store_samples import append, full_store, listed_files, rows_of, stored_rows, writer_of
+from refusals import refuse
+from store_samples import append, listed_files, rows_of, stored_rows, writer_of
 from tree import environment, output
 
 from logra_kernels.store import Store, StoreError, StoreWriteError, StoreWriter
@@ -32,6 +35,19 @@ class Refusal:
         if self.calls >= self.number:
             raise OSError(self.code, os.strerror(self.code))
         return self.real(*arguments)
+
+
+@contextlib.contextmanager
+def full_disk(
+    message: str = "the disk is full",
+    name: str = "write",
+    number: int = 1,
+    code: int = errno.ENOSPC,
+) -> Iterator[None]:
+    """What is inside fails by an error that says the message; then the disk has room again."""
+    with pytest.MonkeyPatch.context() as patch, refuse(message, StoreWriteError):
+        Refusal(patch, name, number, code)
+        yield
 
 
 def fill(writer: StoreWriter) -> None:
@@ -83,17 +99,14 @@ def test_a_full_disk_at_any_call(
     [
         (errno.ENOSPC, "the disk is full"),
         (errno.EDQUOT, "the disk quota is used up"),
-        (errno.EFBIG, r"the file would be larger than the system allows \(ulimit -f\)"),
+        (errno.EFBIG, "the file would be larger than the system allows (ulimit -f)"),
         (errno.EIO, "Input/output error"),
     ],
 )
-def test_the_reason_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, why: str
-) -> None:
+def test_the_reason_is_said(tmp_path: Path, code: int, why: str) -> None:
     writer = writer_of(tmp_path / "s")
     append(writer, [1])
-    Refusal(monkeypatch, "write", 1, code)
-    with pytest.raises(StoreWriteError, match=why):
+    with full_disk(why, code=code):
         writer.flush()
 
 
@@ -117,40 +130,28 @@ def test_an_error_of_the_thread_is_raised_by_every_call_after_it(
         append(writer, [3])
 
 
-def test_an_error_wakes_a_waiting_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_wakes_a_waiting_append(tmp_path: Path) -> None:
     writer = writer_of(tmp_path / "s", queue_bytes=1)
-    Refusal(monkeypatch, "write", 1)
-
-    def append_many() -> None:
+    with full_disk():
         for value in range(1000):
             append(writer, [value])
-
-    with pytest.raises(StoreWriteError, match="the disk is full"):
-        append_many()
     writer.abort()
 
 
-def test_with_raises_the_threads_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def body() -> None:
-        with writer_of(tmp_path / "s") as writer:
-            append(writer, [1])
-            Refusal(monkeypatch, "write", 1)
-
-    with pytest.raises(StoreWriteError, match="the disk is full"):
-        body()
-    monkeypatch.undo()
+def test_with_raises_the_threads_error(tmp_path: Path) -> None:
+    writer = writer_of(tmp_path / "s")
+    with full_disk(), writer:
+        append(writer, [1])
     with writer_of(tmp_path / "s", resume=True) as writer:
         assert writer.committed_rows == 0
 
 
-def test_a_full_disk_while_finalizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_finalizing(tmp_path: Path) -> None:
     writer = writer_of(tmp_path / "s")
     append(writer, [0, 1])
     writer.flush()
-    Refusal(monkeypatch, "write", 1)
-    with pytest.raises(StoreWriteError, match="cannot finalize the store: the disk is full"):
+    with full_disk("cannot finalize the store: the disk is full"):
         writer.close()
-    monkeypatch.undo()
     store = Store.open(tmp_path / "s")
     assert (store.num_rows, store.finalized, store.verify()) == (2, False, [])
     writer_of(tmp_path / "s", resume=True).close()
@@ -158,42 +159,30 @@ def test_a_full_disk_while_finalizing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_a_full_disk_while_creating(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_full_disk_while_creating(tmp_path: Path, number: int) -> None:
     options = {"projection_tensors": {"p": np.ones((2, 2), np.float32)}}
-    Refusal(monkeypatch, "open", number)
-    with pytest.raises(StoreWriteError, match="s: cannot make the store: the disk is full"):
+    with full_disk("s: cannot make the store: the disk is full", "open", number):
         writer_of(tmp_path / "s", **options)
-    monkeypatch.undo()
     with writer_of(tmp_path / "s", **options) as writer:
         append(writer, [1])
     assert Store.open(tmp_path / "s").verify() == []
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_a_full_disk_while_saving_curvature(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    store = full_store(tmp_path)
-    Refusal(monkeypatch, "write", number)
+def test_a_full_disk_while_saving_curvature(tmp_path: Path, store: Store, number: int) -> None:
     tensors = {"layers.0.mlp": np.full((3, 3), 2.0), "layers.1.mlp": np.ones(2)}
-    with pytest.raises(StoreWriteError, match="cannot save the curvature: the disk is full"):
+    with full_disk("cannot save the curvature: the disk is full", "write", number):
         store.save_curvature("raw", tensors, {"count": 9})
-    monkeypatch.undo()
     store = Store.open(tmp_path)
     assert store.load_curvature("raw")[1] == {"count": 8, "kind": "raw"}
     assert store.verify() == []
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_full_disk_while_caching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = full_store(tmp_path)
+def test_a_full_disk_while_caching(store: Store) -> None:
     cache = store.self_influence_cache("new", None)
-    Refusal(monkeypatch, "write", 3)
-    with pytest.raises(StoreWriteError, match=r"shard-00000-.*npy: cannot write: the disk is full"):
+    with full_disk("npy: cannot write: the disk is full", "write", 3):
         cache.write(0, np.ones((3, 2), np.float32))
-    monkeypatch.undo()
     assert cache.missing() == [0, 1, 2]
     assert store.verify() == []
     cache.write(0, np.ones((3, 2), np.float32))
@@ -202,6 +191,7 @@ def test_a_full_disk_while_caching(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 FILL_UNTIL_REFUSED = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from store_samples import append, writer_of
 from logra_kernels.store import Store, StoreWriteError

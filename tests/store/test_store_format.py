@@ -121,9 +121,8 @@ def test_golden_store(tmp_path: Path) -> None:
     ]
 
 
-def test_safetensors_opens_our_tensors(tmp_path: Path) -> None:
+def test_safetensors_opens_our_tensors(tmp_path: Path, store: Store) -> None:
     """The header is written here, not by the library: it must agree, byte for byte in the data."""
-    store = full_store(tmp_path)
     tensors = {"c": np.arange(3.0), "a": np.array([[1, 2]], np.float32), "empty": np.zeros((2, 0))}
     store.save_curvature("mixed", tensors, None)
     path = find(tmp_path, "curvature/mixed-*.safetensors")
@@ -136,8 +135,7 @@ def test_safetensors_opens_our_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", LISTED)
 @pytest.mark.parametrize("keep", [0, 1, 0.5, -1])
-def test_a_cut_file_is_named(tmp_path: Path, pattern: str, keep: float) -> None:
-    full_store(tmp_path)
+def test_a_cut_file_is_named(tmp_path: Path, pattern: str, keep: float, store: Store) -> None:
     path = find(tmp_path, pattern)
     data = path.read_bytes()
     size = int(len(data) * keep) if 0 < keep < 1 else int(keep) % len(data)
@@ -152,8 +150,7 @@ def test_a_cut_file_is_named(tmp_path: Path, pattern: str, keep: float) -> None:
 
 
 @pytest.mark.parametrize("pattern", LISTED[1:])
-def test_a_file_that_has_grown_or_gone_is_named(tmp_path: Path, pattern: str) -> None:
-    full_store(tmp_path)
+def test_a_file_that_has_grown_or_gone_is_named(tmp_path: Path, pattern: str, store: Store) -> None:
     path = find(tmp_path, pattern)
     size = path.stat().st_size
     with open(path, "ab") as file:
@@ -166,8 +163,7 @@ def test_a_file_that_has_grown_or_gone_is_named(tmp_path: Path, pattern: str) ->
 
 
 @pytest.mark.parametrize("pattern", [*LISTED, *CACHED])
-def test_a_flipped_bit_is_found_and_named(tmp_path: Path, pattern: str) -> None:
-    full_store(tmp_path)
+def test_a_flipped_bit_is_found_and_named(tmp_path: Path, pattern: str, store: Store) -> None:
     path = find(tmp_path, pattern)
     data = path.read_bytes()
     places = {0, 5, 9, 20, len(data) // 2, len(data) - 1}
@@ -183,8 +179,7 @@ def test_a_flipped_bit_is_found_and_named(tmp_path: Path, pattern: str) -> None:
     assert verify_store(tmp_path) == []
 
 
-def test_verify_names_every_bad_file(tmp_path: Path) -> None:
-    store = full_store(tmp_path)
+def test_verify_names_every_bad_file(tmp_path: Path, store: Store) -> None:
     (tmp_path / "shard-00000.npy").unlink()
     cut = tmp_path / "shard-00001.ids.arrow"
     cut.write_bytes(cut.read_bytes()[:-3])
@@ -199,8 +194,7 @@ def test_verify_names_every_bad_file(tmp_path: Path) -> None:
     assert "damaged: expected crc32" in problems[2]
 
 
-def test_verify_reports_progress(tmp_path: Path) -> None:
-    store = full_store(tmp_path)
+def test_verify_reports_progress(tmp_path: Path, store: Store) -> None:
     calls: list[tuple[int, int]] = []
     assert store.verify(progress=lambda done, total: calls.append((done, total))) == []
     done = [call[0] for call in calls]
@@ -234,9 +228,8 @@ def reseal_shard(folder: Path, key: str, name: str, start: int) -> None:
     edit_manifest(folder, change)
 
 
-def test_verify_looks_at_the_values_too(tmp_path: Path) -> None:
+def test_verify_looks_at_the_values_too(tmp_path: Path, store: Store) -> None:
     """A buggy writer's checksum agrees with its wrong values."""
-    full_store(tmp_path)
     rows = tmp_path / "shard-00001.npy"
     overwrite(rows, 4096 + 2 * 13, b"\x00\x7c")  # an infinity in the second row
     reseal_shard(tmp_path, "data", rows.name, 4096)
@@ -279,8 +272,7 @@ def test_verify_looks_into_the_ids(tmp_path: Path, table: pa.Table, message: str
     assert problems[0].startswith(f"{path}: {message}")
 
 
-def test_an_ids_file_that_is_not_arrow(tmp_path: Path) -> None:
-    full_store(tmp_path)
+def test_an_ids_file_that_is_not_arrow(tmp_path: Path, store: Store) -> None:
     path = tmp_path / "shard-00001.ids.arrow"
     path.write_bytes(b"not arrow" * 20)
     reseal_shard(tmp_path, "ids", path.name, 0)
@@ -341,8 +333,7 @@ def test_folders_that_are_no_store(tmp_path: Path) -> None:
     unreadable("expected a folder with a store, got a file", Store.open, tmp_path / "file")
 
 
-def test_a_newer_version_is_refused_before_anything_else(tmp_path: Path) -> None:
-    full_store(tmp_path)
+def test_a_newer_version_is_refused_before_anything_else(tmp_path: Path, store: Store) -> None:
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_bytes())
     path.write_text(json.dumps({**manifest, "version": 3, "shards": "elsewhere"}))
@@ -357,8 +348,7 @@ def test_a_newer_version_is_refused_before_anything_else(tmp_path: Path) -> None
     unreadable("install a newer logra_kernels", writer_of, tmp_path, resume=True)
 
 
-def test_unknown_keys_columns_and_files_are_ignored(tmp_path: Path) -> None:
-    full_store(tmp_path)
+def test_unknown_keys_columns_and_files_are_ignored(tmp_path: Path, store: Store) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "shard-00099.npy").write_text("x")
     (tmp_path / "shard-00003.npy.tmp").write_text("x")
@@ -400,9 +390,8 @@ def test_file_names_stay_inside_the_store(tmp_path: Path, place: str, name: Any)
     unreadable("file: expected a plain file name in", writer_of, tmp_path, resume=True)
 
 
-def test_no_manifest_makes_the_reader_stumble(tmp_path: Path) -> None:
+def test_no_manifest_makes_the_reader_stumble(tmp_path: Path, store: Store) -> None:
     """Every value replaced by every nasty one: a StoreError, or a store that reads as it says."""
-    full_store(tmp_path)
     good = json.loads((tmp_path / "manifest.json").read_bytes())
     nasty = [None, True, -1, 0, 1, 2**80, 1.5, "x", "../x", [], {}, [None], {"file": 1}]
     refused = accepted = 0

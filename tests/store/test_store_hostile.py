@@ -85,8 +85,7 @@ class TestArrow:
         with pytest.raises(StoreFormatError, match=r"ids\.arrow: is not a readable Arrow file"):
             Store.open(tmp_path).metadata([4])
 
-    def test_metadata_that_is_no_text(self, tmp_path: Path) -> None:
-        full_store(tmp_path)
+    def test_metadata_that_is_no_text(self, tmp_path: Path, store: Store) -> None:
         path = tmp_path / "shard-00001.ids.arrow"
         path.write_bytes(path.read_bytes().replace(b"passage 4", b"passage \xff"))
         store = Store.open(tmp_path)
@@ -98,8 +97,7 @@ class TestArrow:
 class TestNoRegularFile:
     @pytest.mark.parametrize("pattern", [*LISTED, *CACHED])
     @pytest.mark.parametrize("what", ["fifo", "device", "folder"])
-    def test_is_named_at_once(self, tmp_path: Path, pattern: str, what: str) -> None:
-        store = full_store(tmp_path)
+    def test_is_named_at_once(self, tmp_path: Path, pattern: str, what: str, store: Store) -> None:
         path = find(tmp_path, pattern)
         path.unlink()
         if what == "fifo":
@@ -132,8 +130,7 @@ class TestNoRegularFile:
         assert store.ids.to_pylist() == [str(row) for row in range(8)]
         assert store.load_tensors()
 
-    def test_a_lock_that_is_a_pipe(self, tmp_path: Path) -> None:
-        full_store(tmp_path)
+    def test_a_lock_that_is_a_pipe(self, tmp_path: Path, store: Store) -> None:
         (tmp_path / "lock").unlink()
         os.mkfifo(tmp_path / "lock")
         with soon(), pytest.raises(StoreError, match="lock"):
@@ -214,8 +211,7 @@ class TestForeignFiles:
         resumed(tmp_path).close()
         assert (tmp_path / "projection" / "model.safetensors").exists()
 
-    def test_between_the_caches_they_are_ignored(self, tmp_path: Path) -> None:
-        full_store(tmp_path)
+    def test_between_the_caches_they_are_ignored(self, tmp_path: Path, store: Store) -> None:
         root = tmp_path / "self_influence"
         (root / "notes.txt").write_text("x")
         os.mkfifo(root / "pipe")
@@ -281,9 +277,8 @@ except StoreError as error:
 
 
 @pytest.mark.parametrize("use", ["take", "blocks", "metadata", "id_of"])
-def test_a_mapped_file_that_was_cut(tmp_path: Path, use: str) -> None:
+def test_a_mapped_file_that_was_cut(tmp_path: Path, use: str, store: Store) -> None:
     """A signal would end the process."""
-    full_store(tmp_path)
     printed = output(sys.executable, "-c", CUT, tmp_path, use)
     assert "the file was cut short while it was read" in printed
 
@@ -322,8 +317,7 @@ class TestJson:
         with pytest.raises(StoreError, match="deeper in each other than 100"):
             writer_of(tmp_path / "t", fingerprints=nested(101))
 
-    def test_deep_metadata(self, tmp_path: Path) -> None:
-        full_store(tmp_path)
+    def test_deep_metadata(self, tmp_path: Path, store: Store) -> None:
         path = tmp_path / "shard-00001.ids.arrow"
         with writer_of(tmp_path / "deep", shard_rows=1) as writer:
             append(writer, [1], metadata=[{"a": nested(900)}])
@@ -334,8 +328,7 @@ class TestJson:
             Store.open(tmp_path / "deep").metadata([0])
 
 
-def test_a_tensor_that_numpy_has_no_type_for(tmp_path: Path) -> None:
-    full_store(tmp_path)
+def test_a_tensor_that_numpy_has_no_type_for(tmp_path: Path, store: Store) -> None:
     path = find(tmp_path, "projection/*.safetensors")
     data = path.read_bytes().replace(b'"F32"', b'"BF16"')
     size = int.from_bytes(data[:8], "little") + 1

@@ -11,8 +11,8 @@ WORDS += ["log", "tree", "and", "then", "it", "was", "very", "happy", "sad", "bi
 WORDS += ["red", "blue", "saw", "ate", "met", "my", "your", "old", "new"]
 
 
-def make_tokenizer() -> Any:
-    """Byte-level BPE, one token per byte: every text can be encoded."""
+def make_tokenizer(bos: bool = False) -> Any:
+    """Byte-level BPE, one token per byte: every text can be encoded; bos puts <s> before it."""
     import tokenizers
     import transformers
 
@@ -21,6 +21,10 @@ def make_tokenizer() -> Any:
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
+    if bos:
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
     )

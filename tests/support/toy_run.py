@@ -69,9 +69,15 @@ def log_queries(run: Run, model: nn.Module, data: Data, part: slice) -> None:
         loss_of(model, data, part).backward()
 
 
-def finished(folder: Path, model: nn.Module, data: Data, size: int = 5, **options: Any) -> LogixRun:
+def begun(folder: Path, model: nn.Module, **options: Any) -> LogixRun:
+    """A run that saves rows and sums their covariance."""
     run = make_run(folder, model, **options)
     run.setup(RAW)
+    return run
+
+
+def finished(folder: Path, model: nn.Module, data: Data, size: int = 5, **options: Any) -> LogixRun:
+    run = begun(folder, model, **options)
     log_all(run, model, data, size)
     run.finalize()
     return run

@@ -14,8 +14,9 @@ _REFUSED = {
     "huggingface": (
         "override the Trainer's training_step, which runs the backward pass: `with run(data_id, "
         "mask, weight_gradients=True): return super().training_step(...)`, and compute_loss, which "
-        "must return a loss summed over the batch, with gradient_accumulation_steps=1; without "
-        "weight_gradients nothing is trained"
+        "must return a loss summed over the batch, with gradient_accumulation_steps=1; or leave "
+        "compute_loss, and give run loss_scale=1 / num_items_in_batch; without weight_gradients "
+        "nothing is trained"
     ),
     "lightning": (
         "call run.start(data_id, mask, weight_gradients=True) in on_train_batch_start and "
