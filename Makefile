@@ -21,7 +21,7 @@ help:
 	@echo "make demo          explain a real language model's answers by its corpus (report in $(DEMO)/)"
 	@echo "make test          all tests"
 	@echo "make install       the package and its tools, into $(VENV)/"
-	@echo "make fuzz          random calls of the ops and damaged stores, many of them (half an hour)"
+	@echo "make fuzz          random calls of the ops and damaged stores, 100,000 and 20,000 (quarter of an hour)"
 	@echo "make lint          ruff, mypy, clang-format, clang-tidy"
 	@echo "make format        rewrite Python and C++ in the house style"
 	@echo "make docs          the documentation as a site, in build/site/index.html"
