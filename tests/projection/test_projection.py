@@ -172,7 +172,7 @@ def test_a_registered_kind_needs_no_other_change(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rank": 4, "init": "pca"}, "init: 'pca' needs the kfac statistic"),
+        ({"rank": 4, "init": "pca"}, "init: 'pca' is made from a pilot"),
         ({"rank": 4, "init": "xavier"}, "init: expected one of random, normal, rademacher"),
         ({"rank": 0}, "rank: expected an integer >= 1 or (rank_out, rank_in), got 0"),
         ({"rank": (1, 2, 3)}, "got (1, 2, 3)"),
