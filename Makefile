@@ -14,7 +14,7 @@ CUDA_OPTIONS ?=
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc/include csrc/src python -type f)
 CPP_FILES := $(shell find csrc python tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: help install demo test fuzz lint format docs sanitize coverage bench bench-full gpu-report gpu-check gpu-bench \
+.PHONY: help install demo test fuzz lint format docs sanitize coverage bench bench-full accuracy accuracy-full gpu-report gpu-check gpu-bench \
 	cuda-library cuda-check peers-env clean
 
 help:
@@ -29,6 +29,8 @@ help:
 	@echo "make coverage      all tests, and which lines and branches of the Python code they ran"
 	@echo "make bench         the ops, logging and queries against PyTorch, NumPy and FAISS (1 min)"
 	@echo "make bench-full    every part of python -m bench --help, into bench/results/"
+	@echo "make accuracy      LDS of some methods by retraining an MLP, quick (5 min; needs dataset-fashion-mnist)"
+	@echo "make accuracy-full the same, all methods, 100 halves, three seeds (half an hour; goes on after a kill)"
 	@echo "make peers-env     the other libraries that bench-full compares with, into $(PEERS)/"
 	@echo "make gpu-check     on a GPU: the kernels' test suite, splits, a run end to end"
 	@echo "make gpu-bench     on a GPU: what each op reaches; logging; Table 1"
@@ -121,6 +123,12 @@ bench-full: $(VENV)/bench-installed
 $(VENV)/bench-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev,bench]"
 	@touch $@
+
+accuracy: install
+	$(BIN)/python -m bench.accuracy --quick --threads 2
+
+accuracy-full: install
+	$(BIN)/python -m bench.accuracy --threads 2 --json
 
 peers-env: $(PEERS)/installed
 

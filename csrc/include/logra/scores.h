@@ -13,7 +13,8 @@ namespace logra {
 /// out        [Q, R] float32, contiguous, written in full
 ///
 /// Accumulates in float32. A float32 query may be as large as float32 goes: no partial sum overflows while
-/// D * |rows[r, d]| is below 2^63, as it is for every float16 row. Throws std::invalid_argument for other types or sizes that disagree.
+/// D * |rows[r, d]| is below 2^63, as it is for every float16 row. Throws std::invalid_argument for other
+/// types or sizes that disagree.
 void scores(const Matrix& queries, const Matrix& rows, const float* row_scale, const float* row_bias,
             float* out);
 

@@ -222,8 +222,8 @@ void topk_scores(const Matrix& queries, const Matrix& rows, const float* row_sca
         scale = bias = nullptr;
       }
       for (std::size_t q = 0; q < block.num_queries; q += kQueryBlock)
-        ends.offer(thread, line + q, block.first_query + q, std::min(kQueryBlock, block.num_queries - q), scale,
-                   bias, row_offset + static_cast<std::int64_t>(row));
+        ends.offer(thread, line + q, block.first_query + q, std::min(kQueryBlock, block.num_queries - q),
+                   scale, bias, row_offset + static_cast<std::int64_t>(row));
     }
   });
   // Merging and sorting takes some 20 ns an entry.

@@ -53,7 +53,8 @@ class BoundedQueries {
   }
 
   bool any_large() const {
-    // The sum reaches the sign's place, from which the value's own was taken, for 2^kLargestExponent and more.
+    // The sum reaches the sign's place, from which the value's own was taken, for 2^kLargestExponent and
+    // more.
     constexpr std::uint32_t kSign = 0x80000000u, kReach = kSign - ((127u + kLargestExponent) << 23);
     std::uint32_t any = 0;
     for (std::size_t q = 0; q < queries_.rows; ++q)
