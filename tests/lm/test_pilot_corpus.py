@@ -1,5 +1,6 @@
 """Which examples of a corpus are piloted, and that the pilot is `Run.pilot`'s."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_the_projection_is_that_of_run_pilot(
     lm: CausalLM, examples: list[Example], tmp_path: Path, init: str
 ) -> None:
     """The same examples in the same batches: the same bits."""
-    options = {"coordinates": 200} if init == "eigen" else {"rank": 5}
+    rank, coordinates = (None, 200) if init == "eigen" else (5, None)
     names = [name for name, _ in lm.model.named_modules() if name.endswith(tuple(PARTS))]
     gradients = LMGradients(lm, names, None)
     told: list[tuple[int, int]] = []
@@ -86,11 +87,12 @@ def test_the_projection_is_that_of_run_pilot(
         size=8,
         batch_size=3,
         progress=lambda done, total: told.append((done, total)),
-        **options,
+        rank=rank,
+        coordinates=coordinates,
     )
     run = Run("toy", Config(root_dir=str(tmp_path)))
     run.watch(lm.model, name_filter=PARTS)
-    for _ in run.pilot(init, **options):
+    for _ in run.pilot(init, rank=rank, coordinates=coordinates):
         for batch in batches(examples[::3], batch_tokens=1024, batch_size=3):
             inputs = lm.collate(batch)
             with run([example.id for example in batch], inputs["attention_mask"]):
@@ -123,8 +125,8 @@ def test_suspended_logging_keeps_the_tokens_moments(
     names = [name for name, _ in lm.model.named_modules() if name.endswith(tuple(PARTS))]
     gradients = LMGradients(lm, names, ProjectionSpec(rank=6))
     found = []
-    for folder, stops in (("whole", False), ("stopped", True)):
-        for stop in (True, False) if stops else (False,):
+    for folder, stops in (("whole", [False]), ("stopped", [True, False])):
+        for stop in stops:
             log_corpus(
                 gradients,
                 examples,
@@ -134,7 +136,7 @@ def test_suspended_logging_keeps_the_tokens_moments(
                 batch_size=7,
                 curvature="kfac",
                 resume=True,
-                stop=lambda stop=stop: stop,
+                stop=partial(bool, stop),
             )
         store = Store.open(tmp_path / folder)
         assert store.curvatures["kfac"]["rows"] == len(examples)
