@@ -64,7 +64,8 @@ def _refuse_existing_store(arguments: argparse.Namespace) -> None:
 def complete_row_options(arguments: argparse.Namespace) -> None:
     """Give --rank, --seed and --curvature their defaults; refuse what does not go with --init.
 
-    Raises: ValueError that names the option.
+    Raises:
+        ValueError: names the option.
     """
     init, piloted, eigen = arguments.init, arguments.init in PILOTED, arguments.init == "eigen"
     goes = {"rank": not eigen, "coordinates": eigen, "seed": not piloted, "pilot": piloted}

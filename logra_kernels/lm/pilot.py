@@ -23,7 +23,8 @@ def pilot_size(total: int, asked: int | float | None = None) -> int:
         asked: a number (an integer) or a share (a float) of them; None: a tenth, of which at most
             2,000 and at least 32, or the whole corpus if it has fewer.
 
-    Raises: ValueError for a share outside (0, 1], or a number that the corpus has not.
+    Raises:
+        ValueError: a share outside (0, 1], or a number that the corpus has not.
     """
     if asked is None:
         tenth = round(PILOT_SHARE * total)
@@ -74,8 +75,9 @@ def pilot_corpus(
         batch_tokens, batch_size, on_nonfinite: as in `log_corpus`.
         progress: True draws bars on stderr; a callback is told (examples passed, in all passes).
 
-    Raises: ValueError for another init, an option that is missing or not its own, a size that the
-        corpus has not, or a gradient that is not finite.
+    Raises:
+        ValueError: another init, an option that is missing or not its own, a size that the corpus
+            has not, or a gradient that is not finite.
     """
     finite = FinitePolicy(on_nonfinite)
     pilot = Pilot(gradients.watched, init, rank, coordinates)

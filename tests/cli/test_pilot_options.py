@@ -59,6 +59,8 @@ def test_eigenbasis_rows(files: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert store.projection["pilot_examples"] == 32  # of 40: the fewest
     assert {name: held["rows"] for name, held in store.curvatures.items()} == {"diagonal": COUNT}
     finds_itself(files, files / "eigen", tmp_path)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "eigen, coordinates 300, pilot examples 32" in page
     capsys.readouterr()
     assert main(["info", str(files / "eigen")]) == 0
     assert "eigen, coordinates 300, pilot examples 32" in capsys.readouterr().out
