@@ -4,7 +4,7 @@ import argparse
 
 from tqdm import tqdm
 
-from logra_kernels.cli.log import open_corpus, project_layers
+from logra_kernels.cli.log import complete_row_options, open_corpus, project_layers
 from logra_kernels.cli.outputs import check_outputs
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.doctor import diagnose
@@ -16,9 +16,10 @@ from logra_kernels.report.results import STANDARD_OUTPUT, write_json
 def run(arguments: argparse.Namespace) -> int:
     """Print what was found; 1 if that is anything."""
     check_outputs(arguments)
+    complete_row_options(arguments)
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = open_corpus(arguments, lm)
-    gradients = project_layers(arguments, lm)
+    gradients = project_layers(arguments, lm, corpus)
     found = diagnose(
         gradients,
         tqdm(corpus, unit="ex", desc="read", dynamic_ncols=True),

@@ -6,7 +6,7 @@ from typing import Any
 
 from logra_kernels.cli.outputs import check_outputs
 from logra_kernels.report.console import say
-from logra_kernels.report.render import format_bytes, plural
+from logra_kernels.report.render import format_bytes, plural, projection_line
 from logra_kernels.report.results import STANDARD_OUTPUT, write_json
 from logra_kernels.run.coverage import lines_of
 from logra_kernels.store import Store
@@ -35,7 +35,7 @@ def facts(store: Store) -> list[tuple[str, str]]:
         ("rows", f"{store.num_rows:,} in {plural(len(store.shards), 'shard')}"),
         ("row", f"{store.dim:,} numbers, {store.dtype}"),
         ("size", f"{format_bytes(size_bytes)} ({size_bytes:,} bytes)"),
-        ("projection", _projection(store.projection)),
+        ("projection", projection_line(store.projection)),
         ("curvature", _curvatures(store)),
     ]
     lines += _fingerprints(store.fingerprints)
@@ -65,18 +65,6 @@ def described(store: Store) -> dict[str, Any]:
 
 def _size_bytes(store: Store) -> int:
     return sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
-
-
-def _projection(projection: Any) -> str:
-    if not isinstance(projection, dict) or "kind" not in projection:
-        return "not described"
-    said = [str(projection["kind"])]
-    if isinstance(projection.get("rank"), list):
-        said.append(f"rank {' × '.join(map(str, projection['rank']))}")
-    for name in ("coordinates", "seed", "pilot_examples"):
-        if name in projection:
-            said.append(f"{name.replace('_', ' ')} {projection[name]}")
-    return ", ".join(said)
 
 
 def _curvatures(store: Store) -> str:

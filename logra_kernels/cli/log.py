@@ -13,24 +13,30 @@ from typing import Any
 
 from tqdm import tqdm
 
+from logra_kernels.defaults import CURVATURE, NO_CURVATURE, RANK, SEED
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.chat import has_template
 from logra_kernels.lm.corpus import Corpus, TokenSettings
 from logra_kernels.lm.gradients import LMGradients
 from logra_kernels.lm.log import LoggingProgress, log_corpus
+from logra_kernels.lm.pilot import pilot_corpus
 from logra_kernels.lm.sources import STANDARD_INPUT
-from logra_kernels.projection import ProjectionSpec
+from logra_kernels.projection import PILOTED, ProjectionSpec
 from logra_kernels.report.console import say, warn
 from logra_kernels.report.render import format_bytes
-from logra_kernels.store import row_codec
+from logra_kernels.run import check_curvature
+from logra_kernels.store import Store, StoreMismatchError, row_codec
+from logra_kernels.store.manifest import first_difference
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
     _refuse_existing_store(arguments)
+    complete_row_options(arguments)
+    store = _store_to_resume(arguments)
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = open_corpus(arguments, lm)
-    gradients = project_layers(arguments, lm)
+    gradients = project_layers(arguments, lm, corpus, store)
     started = time.monotonic()
     with _signals() as received:
         finished = _log(arguments, gradients, corpus, lambda: bool(received))
@@ -53,6 +59,51 @@ def _refuse_existing_store(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"out: {arguments.out}: there is a store already; --resume goes on with it"
         )
+
+
+def complete_row_options(arguments: argparse.Namespace) -> None:
+    """Give --rank, --seed and --curvature their defaults; refuse what does not go with --init.
+
+    Raises:
+        ValueError: names the option.
+    """
+    init, piloted, eigen = arguments.init, arguments.init in PILOTED, arguments.init == "eigen"
+    goes = {"rank": not eigen, "coordinates": eigen, "seed": not piloted, "pilot": piloted}
+    for option, fits in goes.items():
+        if getattr(arguments, option) is not None and not fits:
+            raise ValueError(f"{option}: does not go with --init {init}")
+    if eigen and arguments.coordinates is None:
+        raise ValueError("coordinates: expected a number with --init eigen, got none")
+    if piloted and arguments.data == STANDARD_INPUT:
+        raise ValueError(
+            f"init: '{init}' is made from the data before they are logged, and standard input can"
+            " be read once; take a file, or another --init"
+        )
+    if arguments.curvature is None:
+        arguments.curvature = "diagonal" if eigen else CURVATURE
+    if arguments.curvature != NO_CURVATURE:
+        check_curvature(arguments.curvature, chosen=eigen)
+    if not eigen and arguments.rank is None:
+        arguments.rank = RANK
+    if not piloted and arguments.seed is None:
+        arguments.seed = SEED
+
+
+def _store_to_resume(arguments: argparse.Namespace) -> Store | None:
+    """The store whose projection is taken, since its pilot has run; None if there is none."""
+    if arguments.init not in PILOTED or not (Path(arguments.out) / "manifest.json").exists():
+        return None
+    store = Store.open(arguments.out)
+    told: dict[str, Any] = {"kind": arguments.init}
+    if arguments.coordinates is not None:
+        told["coordinates"] = arguments.coordinates
+    else:
+        told["rank"] = [arguments.rank, arguments.rank]
+    held = store.projection if isinstance(store.projection, dict) else {}
+    found = first_difference({key: held.get(key) for key in told}, told, "projection")
+    if found is not None:
+        raise StoreMismatchError(f"{store.path}: cannot resume: {found}")
+    return store
 
 
 def open_corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
@@ -78,13 +129,27 @@ def open_corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
     return corpus
 
 
-def project_layers(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
-    """The layers of --modules, projected; says on stderr which they are."""
+def project_layers(
+    arguments: argparse.Namespace, lm: CausalLM, corpus: Corpus, store: Store | None = None
+) -> LMGradients:
+    """The layers of --modules, projected; says on stderr which they are.
+
+    Args:
+        arguments: of `logra log` or `logra doctor`.
+        lm: the model.
+        corpus: what a pilot is made of.
+        store: of a pilot that has run, its projection is taken.
+    """
     names = lm.linear_modules(
         arguments.modules, arguments.last_blocks, note=lambda sentence: warn(f"note: {sentence}")
     )
-    projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
-    gradients = LMGradients(lm, names, projection)
+    if arguments.init in PILOTED:
+        gradients = LMGradients(lm, names, store)
+        if store is None:
+            _pilot(arguments, gradients, corpus)
+    else:
+        projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
+        gradients = LMGradients(lm, names, projection)
     row_bytes = row_codec(arguments.store_dtype).row_bytes(gradients.watched.layout)
     warn(
         f"{lm.name}: {len(names)} layers, {names[0]} … {names[-1]};"
@@ -95,6 +160,21 @@ def project_layers(arguments: argparse.Namespace, lm: CausalLM) -> LMGradients:
     return gradients
 
 
+def _pilot(arguments: argparse.Namespace, gradients: LMGradients, corpus: Corpus) -> None:
+    """Make the projection from a part of the corpus, under a bar."""
+    running = ("batch_tokens", "batch_size", "on_nonfinite")  # `logra doctor` has none of them
+    pilot_corpus(
+        gradients,
+        corpus,
+        arguments.init,
+        rank=arguments.rank,
+        coordinates=arguments.coordinates,
+        size=arguments.pilot,
+        progress=True,
+        **{name: getattr(arguments, name) for name in running if hasattr(arguments, name)},
+    )
+
+
 def _log(
     arguments: argparse.Namespace,
     gradients: LMGradients,
@@ -102,13 +182,16 @@ def _log(
     stop: Callable[[], bool],
 ) -> LoggingProgress | None:
     """Log the corpus under a bar; None if `stop` ended it."""
+    data = corpus.fingerprint()
+    if arguments.pilot is not None:
+        data["pilot"] = arguments.pilot  # refuses to resume with another
     with tqdm(unit="ex", desc="log", smoothing=0, dynamic_ncols=True) as bar:
         return log_corpus(
             gradients,
             corpus,
             arguments.out,
             settings=corpus.settings.as_dict(),
-            data=corpus.fingerprint(),
+            data=data,
             store_dtype=arguments.store_dtype,
             shard_rows=arguments.shard_rows,
             batch_tokens=arguments.batch_tokens,

@@ -51,6 +51,10 @@ Conversations: where the first record has no field text, but messages or convers
 written by the model's chat template, or as "User: …" where it has none. The loss is on what the
 assistant wrote; --chat-loss all puts it on every token.
 
+--init pca and eigen make the projection from the model's activations: first, evenly spaced examples
+of the data (--pilot) are run, once or twice, and nothing is stored. A resumed run takes it from
+the store.
+
 Ctrl-C commits what is finished and prints the command that goes on from there. Standard input
 cannot be read again, so that such a run cannot go on.
 """
@@ -64,6 +68,11 @@ Example: the MLP layers of the last eight blocks, answers of an instruction set,
 Example: conversations that come from another program.
 
   zcat chats.jsonl.gz | logra log --model ./SmolLM2-135M --data - --format jsonl --out ./store
+
+Example: the 32,768 most telling coordinates of an eigenbasis, made from 1,000 of the examples.
+
+  logra log --model ./SmolLM2-135M --data train.jsonl --out ./store \\
+      --init eigen --coordinates 32768 --pilot 1000
 
 How large is the store? modules × rank² × 2 bytes a row: 24 × 64² × 2 = 197 kB.
 """
@@ -221,6 +230,20 @@ def _not_negative(text: str) -> float:
     return value
 
 
+def _number_or_share(text: str) -> int | float:
+    if text.isascii() and text.isdigit() and int(text):
+        return int(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 1, or a share up to 1.0, got {text!r}"
+        )
+    return value
+
+
 def _one_of(*allowed: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in allowed:
@@ -231,12 +254,15 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def _projection_kind(text: str) -> str:
-    from logra_kernels.projection import ProjectionSpec
+    from logra_kernels.projection import PILOTED, ProjectionSpec
 
+    if text in PILOTED:
+        return text
     try:
         return ProjectionSpec(text).kind
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("init: ")) from None
+        known = str(error).removeprefix("init: ")
+        raise argparse.ArgumentTypeError(f"{known}; from a pilot: {', '.join(PILOTED)}") from None
 
 
 def _curvature_kind(text: str) -> str:
@@ -332,23 +358,30 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
         " blocks outside attention",
     )
     _count(group, "--last-blocks", "of these, the last N blocks only")
-    _count(group, "--rank", f"of the projection; default: {RANK}", RANK, "K")
+    _count(group, "--rank", f"of the projection; default: {RANK}", metavar="K")
     group.add_argument(
         "--init",
         type=_projection_kind,
         default="random",
-        metavar="random|rademacher",
-        help="kind of projection; default: random (normal)",
+        metavar="random|rademacher|pca|eigen",
+        help="kind of projection; pca and eigen are made from a pilot; default: random (normal)",
     )
-    group.add_argument("--seed", type=int, default=SEED, help=f"of the projection; default: {SEED}")
+    _count(group, "--coordinates", "of a row, with --init eigen", metavar="D")
+    group.add_argument(
+        "--pilot",
+        type=_number_or_share,
+        metavar="N|SHARE",
+        help="of the examples, piloted; default: 0.1, of which at most 2,000 and at least 32",
+    )
+    group.add_argument("--seed", type=int, help=f"of a random projection; default: {SEED}")
     scaled = f"default: {STORE_DTYPE}, with a scale per row"
     _choice(group, "--store-dtype", f"{STORE_DTYPE}|float32", scaled)
     group.add_argument(
         "--curvature",
         type=_curvature_kind,
-        default=CURVATURE,
-        metavar=f"{CURVATURE}|{NO_CURVATURE}",
-        help=f"default: {CURVATURE}, the covariance of the rows, kept while logging",
+        metavar="KIND",
+        help="raw (the covariance of the rows), kfac, ekfac, ec-shampoo, diagonal, or none; kept"
+        f" while logging; default: {CURVATURE}, and diagonal with --init eigen",
     )
 
 

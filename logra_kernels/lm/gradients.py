@@ -20,18 +20,20 @@ class LMGradients:
     Args:
         lm: the model.
         names: the watched linear layers, in the row's order.
-        projection: how the gradients are projected, or the store whose projection is taken.
+        projection: how the gradients are projected, or the store whose projection is taken; None:
+            they are whole, until `pilot_corpus` gives them a projection.
 
     Raises:
         ValueError: a name that is no layer's, or layers that are not the store's.
     """
 
     def __init__(
-        self, lm: CausalLM, names: Sequence[str], projection: ProjectionSpec | Store
+        self, lm: CausalLM, names: Sequence[str], projection: ProjectionSpec | Store | None
     ) -> None:
         self.lm = lm
         self.watched = WatchedLayers.named(lm.model, names)
-        self.watched.project(projection)
+        if projection is not None:
+            self.watched.project(projection)
 
     @classmethod
     def of_store(cls, store: Store, lm: CausalLM) -> "LMGradients":
@@ -56,20 +58,21 @@ class LMGradients:
 
     def rows(self, examples: Sequence[Example]) -> Tensor:
         """One forward and one backward pass: [N, D] float32, on the CPU."""
-        return self._pass(examples).rows().float().cpu()
+        return self.passed(examples).rows().float().cpu()
 
     def token_scores(self, examples: Sequence[Example], queries: Tensor) -> Tensor:
         """[Q, N, T]: what each token adds to the dot product of query [Q, D] and example."""
-        return self._pass(examples, queries).token_scores().float().cpu()
+        return self.passed(examples, token_queries=queries).token_scores().float().cpu()
 
-    def _pass(self, examples: Sequence[Example], queries: Tensor | None = None) -> Capture:
+    def passed(self, examples: Sequence[Example], **options: Any) -> Capture:
+        """One forward and one backward pass of N examples; options as of `Capture`."""
         batch = self.lm.collate(examples)
         capture = Capture(
             self.lm.model,
             self.watched.layers,
             len(examples),
             batch["attention_mask"],
-            token_queries=queries,
+            **options,
         )
         with capture, torch.enable_grad():
             self.lm.summed_loss(batch).backward()

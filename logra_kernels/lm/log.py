@@ -162,10 +162,15 @@ def _log_batch(
     progress.resumed += len(batch) - len(new)
     if not new:
         return
+    kind = setup.curvature
+    keep_tokens = kind is not None and curvature_kind(kind).tokens is not None
+    capture = gradients.passed(new, keep_tokens=keep_tokens)
     logged = LoggedRows(
         [example.id for example in new],
-        gradients.rows(new),
+        capture.rows().float().cpu(),
         [example.metadata() for example in new],
+        capture.tokens,
+        range(len(new)),
     )
     kept = finite.check(logged, gradients.watched.layout)
     recorder.add(kept, setup)

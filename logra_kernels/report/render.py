@@ -68,17 +68,12 @@ def render(results: dict[str, Any]) -> str:
 def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     """What the store, the model and the settings were, as pairs of label and value."""
     store, model, curvature = results["store"], results["model"], results["curvature"]
-    projection = store["projection"] or {}
     rows = [
         ("Passages", f"{store['rows']:,}"),
         ("Row", f"{store['dim']:,} numbers, {store['dtype']}"),
         ("Store", format_bytes(store["bytes"])),
         ("Modules", _modules(store["modules"])),
-        (
-            "Projection",
-            f"{projection.get('kind', 'none')}, rank {_rank(projection.get('rank'))},"
-            f" seed {projection.get('seed', '–')}",
-        ),
+        ("Projection", projection_line(store["projection"])),
         ("Curvature", curvature["kind"]),
     ]
     if curvature["kind"] != "none":
@@ -100,10 +95,17 @@ def _modules(modules: Sequence[str]) -> str:
     return f"{len(modules)}: {shown}"
 
 
-def _rank(rank: Any) -> str:
-    if isinstance(rank, (list, tuple)):
-        return " × ".join(map(str, rank))
-    return "–" if rank is None else str(rank)
+def projection_line(projection: Any) -> str:
+    """A store's entry "projection" in words, whatever wrote it: kind, rank, coordinates, seed."""
+    if not isinstance(projection, dict) or "kind" not in projection:
+        return "not described"
+    said = [str(projection["kind"])]
+    if isinstance(projection.get("rank"), list):
+        said.append(f"rank {' × '.join(map(str, projection['rank']))}")
+    for name in ("coordinates", "seed", "pilot_examples"):
+        if name in projection:
+            said.append(f"{name.replace('_', ' ')} {projection[name]}")
+    return ", ".join(said)
 
 
 def _date(created: str) -> str:

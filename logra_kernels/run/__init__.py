@@ -6,7 +6,8 @@ from logra_kernels.run.diagnosis import Diagnosis, Finding
 from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
-from logra_kernels.run.recorder import Recorder
+from logra_kernels.run.pilot import Pilot
+from logra_kernels.run.recorder import Recorder, check_curvature
 from logra_kernels.run.run import Run
 from logra_kernels.run.statistic import CorrectedEigval, Covariance, Setup
 from logra_kernels.run.watched import WatchedLayers
@@ -23,12 +24,14 @@ __all__ = [
     "LeftOut",
     "LoggedPass",
     "LoggedRows",
+    "Pilot",
     "Recorder",
     "Run",
     "Setup",
     "UsersLoop",
     "WatchedLayers",
     "WatchedModule",
+    "check_curvature",
     "check_ids",
     "examine",
 ]

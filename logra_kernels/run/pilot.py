@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 
 import torch
 
@@ -20,7 +21,7 @@ class Pilot:
     """The moments of a model's activations, then the eigenvalues in their eigenbasis.
 
     Args:
-        watched: the layers; their projection is put aside until `finish`.
+        watched: the layers; their projection is put aside until `run` ends.
         init: "pca" or "eigen".
         rank: of "pca": K, or (rank_out, rank_in).
         coordinates: of "eigen": D, over all modules.
@@ -41,24 +42,45 @@ class Pilot:
         given = {"rank": rank, "coordinates": coordinates}
         if given[needed] is None or given[other] is not None:
             raise ValueError(f"{needed}: init={init!r} takes it, and no {other}")
-        if init == "eigen" and (type(coordinates) is not int or coordinates < len(watched.layers)):
+        whole = {layer.name: (layer.in_features, layer.out_features) for layer in watched.layers}
+        most = sum(width_in * width_out for width_in, width_out in whole.values())
+        if init == "eigen" and not (type(coordinates) is int and len(whole) <= coordinates <= most):
             raise ValueError(
-                f"coordinates: expected a whole number of at least {len(watched.layers)}, one a "
-                f"module, got {coordinates!r}"
+                f"coordinates: expected a whole number of at least {len(whole)}, one a module, and "
+                f"at most {most}, all of the weights, got {coordinates!r}"
             )
         self._watched = watched
         self._before = watched.projections
         self._rank, self._coordinates = rank, coordinates
         self.passes = 1 if init == "pca" else 2
         self.number = 0  # of the pass that runs
-        whole = {layer.name: (layer.in_features, layer.out_features) for layer in watched.layers}
-        watched.give({name: ModuleProjection(*widths) for name, widths in whole.items()})
         self._widths = whole
         self._moments = KfacCurvature([Module(name, o, i) for name, (i, o) in whole.items()])
         self._energies: dict[str, list[float]] = {name: [] for name in whole}  # ‖dL/dW‖² [N]
         self._bases: dict[str, Basis] = {}
         self._squares: Squares | None = None
         self._corners: dict[str, ModuleProjection] = {}
+
+    def run(self) -> Generator[int, None, None]:
+        """The numbers of the passes; after the last one the layers have the projection.
+
+        If it is closed before, or anything fails, they have the projection that they had.
+
+        Raises: RuntimeError if no example was added in a pass; ValueError for more coordinates than
+            there are.
+        """
+        done = False
+        whole = {name: ModuleProjection(*widths) for name, widths in self._widths.items()}
+        try:
+            self._watched.give(whole)
+            for number in range(self.passes):
+                yield number
+                self._end_pass()
+            self._watched.project(self._projection())
+            done = True
+        finally:
+            if not done:
+                self._watched.give(self._before)
 
     @property
     def tokens_alone(self) -> bool:
@@ -90,11 +112,8 @@ class Pilot:
             self._energies[name] += kept.rows[:, i].tolist()
         self._moments.update(kept.rows)
 
-    def end_pass(self) -> None:
-        """Make of a pass what the next one, or the projection, needs.
-
-        Raises: RuntimeError if no example was passed.
-        """
+    def _end_pass(self) -> None:
+        """Make of a pass what the next one, or the projection, needs."""
         if not self._moments.count or (self.number and not self._squares_count()):
             raise RuntimeError("pilot: no example was passed inside `for _ in run.pilot(...)`")
         if self.number == 0:
@@ -108,7 +127,7 @@ class Pilot:
             self._squares = Squares(self._watched.layout.dim)
         self.number += 1
 
-    def projection(self) -> PilotProjection:
+    def _projection(self) -> PilotProjection:
         """What the passes lead to."""
         count = self._moments.count
         if self._squares is None:
@@ -120,10 +139,6 @@ class Pilot:
         values = {m.name: p.view(m.ko, m.ki) for m, p in zip(layout, parts, strict=True)}
         energies = {name: math.fsum(each) / count for name, each in self._energies.items()}
         return staircase(self._bases, values, energies, self._coordinates, count)
-
-    def give_up(self) -> None:
-        """Give the layers the projection that they had."""
-        self._watched.give(self._before)
 
     def _squares_count(self) -> int:
         return 0 if self._squares is None else self._squares.count

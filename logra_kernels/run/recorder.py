@@ -179,12 +179,8 @@ class Recorder:
         return self.curvature is None or self.curvature.kind != kind
 
     def _curvature_so_far(self, kind: str) -> Curvature:
+        check_curvature(kind, self._chosen)
         found = curvature_kind(kind)
-        if found.tokens is not None and self._chosen:
-            raise ValueError(
-                f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
-                "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
-            )
         if self._resumed:
             store = Store.open(self._writer.path)
             if found.tokens is None:
@@ -211,6 +207,18 @@ class Recorder:
             self._exponents = [max(e - largest, SMALLEST_FIRST_EXPONENT) for e in filled]
         if setup.save and self._writer.module_exponents is None:
             self._writer.set_module_exponents(self._exponents)
+
+
+def check_curvature(kind: str, chosen: bool) -> None:
+    """Refuse a kind of curvature that rows do not go with, where they hold chosen coordinates.
+
+    Raises: ValueError that says which kind does; or for a kind that there is not.
+    """
+    if chosen and curvature_kind(kind).tokens is not None:
+        raise ValueError(
+            f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
+            "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
+        )
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -200,19 +201,12 @@ class Run:
         self._refuse_while_logging("pilot")
         if self._store is not None:
             raise RuntimeError("pilot: the projection is the store's, which was opened already")
-        watched = self._layers("pilot")
-        pilot = self._pilot = Pilot(watched, init, rank, coordinates)
-        done = False
+        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates)
         try:
-            for number in range(pilot.passes):
-                yield number
-                pilot.end_pass()
-            done = True
+            with closing(self._pilot.run()) as passes:
+                yield from passes
         finally:
             self._pilot = None
-            if not done:
-                pilot.give_up()
-        watched.project(pilot.projection())
 
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
