@@ -12,7 +12,7 @@ from logra_kernels.report.results import STANDARD_OUTPUT, write_json
 from logra_kernels.run.coverage import lines_of
 from logra_kernels.store import Store
 
-# Fewer rows for an effective dimension leave an error of about a third in it, √(d_λ/N).
+# N rows determine H + λI to an error of the order of √(d_λ/N): here a third.
 ROWS_PER_DIMENSION = 10
 
 
