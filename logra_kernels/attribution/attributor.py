@@ -36,7 +36,7 @@ from logra_kernels.attribution.sinks import (
     TopK,
     Upload,
 )
-from logra_kernels.curvature import Curvature, Preconditioner, preconditioner_of
+from logra_kernels.curvature import Curvature, DampingScale, Preconditioner, preconditioner_of
 from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
 from logra_kernels.progress import Progress, track
 from logra_kernels.store import Module, Store
@@ -54,7 +54,7 @@ class Attributor:
         curvature: a Curvature; a Preconditioner; the name of a registered kind that the store
             holds; None for the one that the store holds; or "none" for plain dot products.
         damping_scale: λ relative to the mean eigenvalue; `defaults.DAMPING_SCALE` where neither
-            is given.
+            is given; or "auto", see Curvature.damped.
         damping: λ itself; only one of the two.
         solver: "cholesky" or "eigh" (pseudo-inverse), see RawCurvature.damped.
         device: where the scan runs; the CPU by default, which reads the mapped file in place.
@@ -81,7 +81,7 @@ class Attributor:
         store: Store | str | PathLike[str],
         curvature: Curvature | Preconditioner | str | None = None,
         *,
-        damping_scale: float | None = None,
+        damping_scale: DampingScale | None = None,
         damping: float | None = None,
         solver: str = "cholesky",
         device: torch.device | str | None = None,

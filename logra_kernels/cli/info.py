@@ -5,22 +5,28 @@ import contextlib
 from typing import Any
 
 from logra_kernels.cli.outputs import check_outputs
+from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.report.console import say
 from logra_kernels.report.render import format_bytes, plural, projection_line
 from logra_kernels.report.results import STANDARD_OUTPUT, write_json
 from logra_kernels.run.coverage import lines_of
 from logra_kernels.store import Store
 
+# N rows determine H + λI to an error of the order of √(d_λ/N): here a third.
+ROWS_PER_DIMENSION = 10
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Print label and value, a line each, or write JSON."""
     check_outputs(arguments)
     store = Store.open(arguments.store)
+    found = _effective_dimensions(store) if arguments.curvature else None
     if arguments.json:
-        write_json(described(store), arguments.json)
+        more = {} if found is None else {"effective_dimensions": found}
+        write_json({**described(store), **more}, arguments.json)
     if arguments.json == STANDARD_OUTPUT:
         return 0
-    for label, value in facts(store):
+    for label, value in facts(store) + ([] if found is None else _dimension_lines(store, found)):
         say(f"{label:<13}{value}")
     return 0
 
@@ -61,6 +67,35 @@ def described(store: Store) -> dict[str, Any]:
         "coverage": store.coverage,
         "modules": [{"name": m.name, "ko": m.ko, "ki": m.ki} for m in store.modules],
     }
+
+
+def _effective_dimensions(store: Store) -> dict[str, Any]:
+    """d_λ of each module at the default damping, and the advice on it, as JSON values."""
+    # Without --curvature the command does not wait for torch.
+    from logra_kernels.curvature import curvature_kind, preconditioner_of
+
+    preconditioner = preconditioner_of(store)
+    modules = preconditioner.effective_dimensions()
+    largest = max(modules, key=lambda name: modules[name])
+    advice = None
+    by_rows = curvature_kind(preconditioner.kind).rank_by_rows
+    if by_rows and store.num_rows < ROWS_PER_DIMENSION * modules[largest]:
+        advice = (
+            f"{store.num_rows:,} rows are fewer than {ROWS_PER_DIMENSION} for each of the "
+            f"{modules[largest]:.1f} effective dimensions of {largest}: its curvature is a rough "
+            "estimate; more rows, a lower rank or a larger damping make it firmer"
+        )
+    scale = {"kind": preconditioner.kind, "damping_scale": DAMPING_SCALE}
+    return {**scale, "modules": modules, "advice": advice}
+
+
+def _dimension_lines(store: Store, found: dict[str, Any]) -> list[tuple[str, str]]:
+    sizes = dict(zip(store.layout.names, store.layout.sizes, strict=True))
+    kind = f"of {found['kind']}, λ = {found['damping_scale']} × mean eigenvalue"
+    lines = [("dimensions", f"effective, d_λ {kind}")]
+    for name, value in found["modules"].items():
+        lines.append(("", f"{name}  {value:.1f} of {sizes[name]:,}"))
+    return lines + ([("", found["advice"])] if found["advice"] else [])
 
 
 def _size_bytes(store: Store) -> int:

@@ -244,6 +244,17 @@ def _number_or_share(text: str) -> int | float:
     return value
 
 
+def _scale(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return _not_negative(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of at least 0 or auto, got {text!r}"
+        ) from None
+
+
 def _one_of(*allowed: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in allowed:
@@ -426,9 +437,10 @@ def _query(parser: argparse.ArgumentParser) -> None:
     damping = rank.add_mutually_exclusive_group()
     damping.add_argument(
         "--damping-scale",
-        type=_not_negative,
+        type=_scale,
         metavar="S",
-        help=f"λ = S × the mean eigenvalue of a module's curvature; default: {DAMPING_SCALE}",
+        help='λ = S × the mean eigenvalue of a module\'s curvature; "auto": S = 0.1 + columns of '
+        f"the module / rows, raw curvature only; default: {DAMPING_SCALE}",
     )
     damping.add_argument("--damping", type=_not_negative, metavar="λ", help="λ itself")
 
@@ -446,6 +458,12 @@ def _query(parser: argparse.ArgumentParser) -> None:
 
 def _info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="folder of the store")
+    parser.add_argument(
+        "--curvature",
+        action="store_true",
+        help="also the effective dimension of each module at the default damping; a raw curvature "
+        "takes the time that a query takes to factorise it",
+    )
     _outputs(parser, json="the same as JSON, to stdout if -")
 
 

@@ -8,7 +8,7 @@ from logra_kernels.curvature.base import (
     preconditioner_of,
     register_curvature,
 )
-from logra_kernels.curvature.damping import check_damping
+from logra_kernels.curvature.damping import DampingScale, check_damping
 from logra_kernels.curvature.diagonal import DiagonalCurvature
 from logra_kernels.curvature.kronecker import (
     EcShampooCurvature,
@@ -23,6 +23,7 @@ from logra_kernels.curvature.raw import RawCurvature
 
 __all__ = [
     "Curvature",
+    "DampingScale",
     "DiagonalCurvature",
     "EcShampooCurvature",
     "EkfacCurvature",

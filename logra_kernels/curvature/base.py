@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature.damping import check_damping, module_dampings
+from logra_kernels.curvature.damping import DampingScale, check_damping, module_dampings
 from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.progress import Progress, track
@@ -117,7 +117,7 @@ class Curvature(ABC):
     def damped(
         self,
         *,
-        damping_scale: float | None = None,
+        damping_scale: DampingScale | None = None,
         damping: float | None = None,
         solver: str = "cholesky",
     ) -> Preconditioner:
@@ -128,7 +128,8 @@ class Curvature(ABC):
 
         Args:
             damping_scale: λ of each module relative to the mean eigenvalue of its H; >= 0.
-                `defaults.DAMPING_SCALE` where neither is given.
+                `defaults.DAMPING_SCALE` where neither is given. "auto" is 0.1 + K/N, for N rows and
+                K columns of the module; for a kind with `rank_by_rows`.
             damping: λ of every module, >= 0; only one of the two.
             solver: "cholesky" refuses a singular H + λI. "eigh" takes its pseudo-inverse
                 (eigenvalues within rounding of zero are dropped), and keeps the eigendecomposition
@@ -143,7 +144,8 @@ class Curvature(ABC):
         if self.count == 0:
             raise ValueError("curvature: expected at least one row, got none")
         means = self.mean_eigenvalues()
-        dampings = module_dampings(means, damping_scale=damping_scale, damping=damping)
+        shares = [size / self.count for size in self.layout.sizes] if self.rank_by_rows else None
+        dampings = module_dampings(means, shares, damping_scale=damping_scale, damping=damping)
         each = zip(self.layout.names, means, dampings, strict=True)
         silent = [name for name, mean, value in each if mean + value == 0]
         if silent:
@@ -155,7 +157,9 @@ class Curvature(ABC):
         return self._preconditioner(means, dampings, solver)
 
     def sweep(
-        self, damping_scales: Sequence[float] | None = None, dampings: Sequence[float] | None = None
+        self,
+        damping_scales: Sequence[DampingScale] | None = None,
+        dampings: Sequence[float] | None = None,
     ) -> Iterator[Preconditioner]:
         """One preconditioner per damping, all from one eigendecomposition.
 
@@ -220,7 +224,7 @@ def preconditioner_of(
     store: Store,
     curvature: Curvature | Preconditioner | str | None = None,
     *,
-    damping_scale: float | None = None,
+    damping_scale: DampingScale | None = None,
     damping: float | None = None,
     solver: str = "cholesky",
 ) -> Preconditioner:

@@ -77,6 +77,31 @@ class Preconditioner(ABC):
         solved = each_module(len(blocks), lambda i: self._solve(i, blocks[i].T).T, work)
         return torch.cat(solved, dim=1).to(rows.dtype)
 
+    def effective_dimensions(self) -> dict[str, float]:
+        """d_λ = tr H(H + λI)⁻¹ = Σ e/(e + λ) of each module, {name: between 0 and K}.
+
+        It counts the directions in which H outweighs the damping. A module of a matrix costs its
+        inverse, one of known eigenvalues a sum.
+
+        Source: Zhang 2005, Learning Bounds for Kernel Regression Using Effective Data
+        Dimensionality.
+
+        Raises:
+            ValueError: there is no curvature.
+        """
+        if not self.dampings:
+            raise ValueError("d_λ: expected a curvature, got none")
+        return dict(
+            zip(self.layout.names, each_module(len(self.layout), self._dimension), strict=True)
+        )
+
+    def _dimension(self, i: int) -> float:
+        """d_λ of module i: K - λ tr (H + λI)⁻¹, which is 0 where H is."""
+        root = self._root(i)
+        kept = float(root.any(dim=1).sum())  # a pseudo-inverse leaves directions out
+        trace = float(root.square().sum())
+        return max(0.0, kept - self.dampings[self.layout.names[i]] * trace)
+
     @property
     def factors(self) -> dict[str, Tensor]:
         """W with WᵀW = (H + λI)⁻¹, {name: [K, K] float32}."""
@@ -304,6 +329,11 @@ class DiagonalPreconditioner(Preconditioner):
             if solver == "cholesky" and means[i] and not kept.all():
                 raise ValueError(_singular(name, damping, int(kept.sum()), kept.numel()))
             self._inverses.append(torch.where(kept, 1 / damped, 0.0))
+
+    def _dimension(self, i: int) -> float:
+        inverses = self._inverses[i]
+        damping = self.dampings[self.layout.names[i]]
+        return max(0.0, float((inverses > 0).sum() - damping * inverses.sum()))
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         return self._inverses[i].flatten()[:, None] * columns

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from logra_kernels.curvature import DampingScale
 from logra_kernels.defaults import MODES, RANKING_MODE
 from logra_kernels.lm import chat
 from logra_kernels.lm.causal_lm import CausalLM
@@ -71,7 +72,7 @@ def ask(
     *,
     modes: Sequence[str] = (RANKING_MODE,),
     top_k: int = 5,
-    damping_scale: float | None = None,
+    damping_scale: DampingScale | None = None,
     damping: float | None = None,
     token_scores: bool = True,
     expected: Mapping[str, str] | None = None,

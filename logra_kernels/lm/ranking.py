@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor, InfluenceResult, PreparedQueries
+from logra_kernels.curvature import DampingScale
 from logra_kernels.defaults import DAMPING_SCALE, GRADIENT_DOT, MATRIX_MODE, NO_CURVATURE
 from logra_kernels.store import Store
 
@@ -43,7 +44,7 @@ class Scans:
         rows: Tensor,
         names: Sequence[str],
         *,
-        damping_scale: float | None,
+        damping_scale: DampingScale | None,
         damping: float | None,
     ) -> None:
         self._store = store
@@ -98,6 +99,8 @@ class Scans:
         facts = {"kind": attributor.preconditioner.kind, "lambdas": attributor.dampings}
         if self._damping is not None:
             return {**facts, "damping": self._damping}
+        if isinstance(self._damping_scale, str):
+            return {**facts, "damping_rule": self._damping_scale}
         scale = DAMPING_SCALE if self._damping_scale is None else self._damping_scale
         return {**facts, "damping_scale": scale}
 

@@ -6,7 +6,7 @@ What a results file holds (JSON, written by `logra query --json`):
     title, created    text; ISO 8601
     model             path, dtype, fingerprint
     store             path, rows, dim, bytes, dtype, modules, projection, corpus
-    curvature         kind, and damping_scale or damping
+    curvature         kind, and damping_scale, damping or damping_rule ("auto")
     notes             sentences to stand under the heading
     queries           id, prompt, text, origin, expected, modes
       modes           mode, top, bottom: passages

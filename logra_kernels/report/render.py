@@ -77,11 +77,12 @@ def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("Curvature", curvature["kind"]),
     ]
     if curvature["kind"] != "none":
-        damping = (
-            f"λ = {curvature['damping']:g}"
-            if curvature.get("damping") is not None
-            else f"λ = {curvature['damping_scale']:g} × mean eigenvalue, per module"
-        )
+        if curvature.get("damping") is not None:
+            damping = f"λ = {curvature['damping']:g}"
+        elif curvature.get("damping_rule") is not None:
+            damping = f"λ by the rule “{curvature['damping_rule']}”, per module"
+        else:
+            damping = f"λ = {curvature['damping_scale']:g} × mean eigenvalue, per module"
         rows.append(("Damping", damping))
     rows += [
         ("Model", f"{model['path']}, {model['dtype']}"),

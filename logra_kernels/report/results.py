@@ -39,7 +39,12 @@ _RESULTS = {
         "modules": [str],
         "projection?": dict,
     },
-    "curvature": {"kind": str, "damping?": float, "damping_scale?": float},
+    "curvature": {
+        "kind": str,
+        "damping?": float,
+        "damping_scale?": float,
+        "damping_rule?": str,
+    },
     "notes": [str],
     "queries": [
         {

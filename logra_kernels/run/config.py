@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logra_kernels.capture import AVERAGED_LOSS
-from logra_kernels.curvature import check_damping
+from logra_kernels.curvature import DampingScale, check_damping
 from logra_kernels.defaults import (
     MATRIX_MODE,
     RANK,
@@ -29,7 +29,8 @@ class Config:
     rank, init, seed: of the projection that add_lora makes; rank is K or (rank_out, rank_in).
     dtype: of the stored rows, "float16" (packed, with a scale for each row) or "float32".
     shard_bytes: size of a finished shard; None leaves it to the store.
-    damping, damping_scale: λ, or λ relative to the mean eigenvalue of each module.
+    damping, damping_scale: λ, or λ relative to the mean eigenvalue of each module ("auto": see
+        `Curvature.damped`).
     mode: how influence is normalised, unless a call says otherwise; None: "dot" for a matrix of
         scores, "l-relatif" for the best of a ranking (defaults.py says why).
     averaged_loss: "raise", "warn" or "allow" a loss that was averaged.
@@ -46,7 +47,7 @@ class Config:
     dtype: str = STORE_DTYPE
     shard_bytes: int | None = None
     damping: float | None = None
-    damping_scale: float | None = None
+    damping_scale: DampingScale | None = None
     mode: str | None = None
     averaged_loss: str = "raise"
     on_nonfinite: str = "raise"

@@ -27,6 +27,7 @@ from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import unwrapped
 from logra_kernels.curvature import (
     Curvature,
+    DampingScale,
     IdentityPreconditioner,
     Preconditioner,
     curvature_kind,
@@ -509,7 +510,7 @@ class Run:
         precondition: bool = True,
         *,
         damping: float | None = None,
-        damping_scale: float | None = None,
+        damping_scale: DampingScale | None = None,
     ) -> Preconditioner:
         """(H + λI)⁻¹ of the curvature for one damping; with precondition=False the identity.
 
@@ -530,7 +531,7 @@ class Run:
         precondition: bool = True,
         *,
         damping: float | None = None,
-        damping_scale: float | None = None,
+        damping_scale: DampingScale | None = None,
     ) -> Attributor:
         """What scans the store; the same one for the same damping.
 
@@ -667,8 +668,8 @@ class Run:
             )
 
     def _dampings(
-        self, damping: float | None, damping_scale: float | None
-    ) -> tuple[float | None, float | None]:
+        self, damping: float | None, damping_scale: DampingScale | None
+    ) -> tuple[float | None, DampingScale | None]:
         if damping is None and damping_scale is None:
             return self.config.damping, self.config.damping_scale
         return damping, damping_scale

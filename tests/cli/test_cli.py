@@ -15,11 +15,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from dense_influence import gradients, make_store
 from tiny_lm import make_model, sentences, write_jsonl
 from tree import environment, output
 
 from logra_kernels import attribution
 from logra_kernels.cli import main
+from logra_kernels.curvature import DiagonalCurvature
 from logra_kernels.store import Store
 
 transformers = pytest.importorskip("transformers")
@@ -358,6 +360,10 @@ def test_bad_query_arguments(
         (["query", "--mode", "best"], "argument --mode: expected one of dot, l-relatif, l2"),
         (["query", "--top-k", "0"], "argument --top-k: expected a whole number of at least 1"),
         (["query", "--damping", "-1"], "argument --damping: expected a number of at least 0"),
+        (
+            ["query", "--damping-scale", "most"],
+            "argument --damping-scale: expected a number of at least 0 or auto, got 'most'",
+        ),
         (["query", "--damping", "1", "--damping-scale", "1"], "not allowed with argument"),
         (["log", "--dtype", "int8"], "argument --dtype: expected one of float32, bfloat16"),
         (["log"], "the following arguments are required: --model, --data, --out"),
@@ -417,7 +423,48 @@ def test_info_says_what_a_store_holds(files: Path, capsys: pytest.CaptureFixture
     assert "raw, of 40 rows" in out
     assert "model, float32, weights " in out
     assert "model.layers.1.mlp.down_proj  [4, 4]" in out
+    assert "effective" not in out
     assert main(["info", str(files)]) == 2
+
+
+def test_info_with_the_effective_dimensions(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store.open(files / "store")
+    words = ["info", str(files / "store"), "--curvature"]
+    want = attribution.Attributor(store).preconditioner.effective_dimensions()
+    assert main([*words, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["effective_dimensions"]
+    assert (found["kind"], found["damping_scale"]) == ("raw", 0.1)
+    assert found["modules"] == pytest.approx(want)
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "d_λ of raw, λ = 0.1 × mean eigenvalue" in out
+    name, largest = max(want.items(), key=lambda item: item[1])
+    assert f"{name}  {largest:.1f} of 16\n" in out
+    assert f"40 rows are fewer than 10 for each of the {largest:.1f} effective dimensions" in out
+    assert found["advice"] in out
+
+    # Each eigenvalue of a diagonal is a mean of its own: there is nothing to advise.
+    few = make_store(tmp_path / "few", gradients(30))
+    DiagonalCurvature.rebuild(few).save(few)
+    assert main(["info", str(tmp_path / "few"), "--curvature", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["effective_dimensions"]
+    assert (found["kind"], found["advice"]) == ("diagonal", None)
+
+
+def test_damping_by_the_rule(files: Path, tmp_path: Path) -> None:
+    words = [*query_words(files), "--text", "the cat sat on the mat", "--damping-scale", "auto"]
+    words += ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert main(words) == 0
+    curvature = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["curvature"]
+    assert curvature["damping_rule"] == "auto"
+    assert "damping_scale" not in curvature
+    want = attribution.Attributor(files / "store", damping_scale=0.1 + 16 / 40).dampings
+    assert curvature["lambdas"] == pytest.approx(want)
+    assert "λ by the rule “auto”" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    again = ["report", "--results", str(tmp_path / "r.json"), "--html", str(tmp_path / "b.html")]
+    assert main(again) == 0
 
 
 def test_verify_names_the_bad_file(

@@ -14,7 +14,12 @@ from dense_influence import DIM, MODULES, SIZES, gradients, make_store, unpacked
 from refusals import refused
 from torch import Tensor
 
-from logra_kernels.curvature import IdentityPreconditioner, RawCurvature, raw
+from logra_kernels.curvature import (
+    DiagonalCurvature,
+    IdentityPreconditioner,
+    RawCurvature,
+    raw,
+)
 from logra_kernels.curvature import preconditioner as preconditioner_module
 from logra_kernels.store import Module
 
@@ -232,6 +237,56 @@ def test_lambda_is_relative_to_the_mean_eigenvalue_per_module() -> None:
     assert absolute.dampings == {module.name: 3.0 for module in MODULES}
 
 
+@pytest.mark.parametrize("count", [5, 400])
+def test_auto_adds_columns_per_row_to_the_scale(count: int) -> None:
+    curvature = curvature_of(gradients(count))
+    auto = curvature.damped(damping_scale="auto")
+    for i, module in enumerate(MODULES):
+        scale = 0.1 + module.size / count
+        want = curvature.damped(damping_scale=scale)
+        assert auto.dampings[module.name] == want.dampings[module.name]
+        assert auto.mean_eigenvalues[i] == want.mean_eigenvalues[i]
+    (swept,) = curvature.sweep(damping_scales=["auto"])
+    assert swept.dampings == auto.dampings
+
+
+def test_auto_is_refused_where_no_whole_matrix_is_estimated() -> None:
+    curvature = DiagonalCurvature(MODULES)
+    curvature.update(gradients(5))
+    with pytest.raises(ValueError, match="damping_scale: 'auto' is for a curvature that"):
+        curvature.damped(damping_scale="auto")
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "eigh"])
+@pytest.mark.parametrize("damping", [{"damping_scale": 0.1}, {"damping": 3.0}, {}])
+def test_effective_dimensions_are_the_trace(solver: str, damping: dict[str, float]) -> None:
+    """d_λ = tr H(H+λI)⁻¹, against float64; relative to K 1e-12: the trace of a float64 inverse."""
+    rows = gradients(40)
+    found = curvature_of(rows).damped(solver=solver, **damping)
+    got = found.effective_dimensions()
+    for i, module in enumerate(MODULES):
+        part = rows.double().split(list(SIZES), dim=1)[i]
+        values = torch.linalg.eigvalsh(part.T @ part / len(part)).clamp(min=0)
+        want = float((values / (values + found.dampings[module.name])).sum())
+        assert got[module.name] == pytest.approx(want, abs=1e-12 * module.size)
+        assert 0 < got[module.name] < min(module.size, len(rows))
+
+
+def test_effective_dimension_without_damping_is_the_rank() -> None:
+    rows = gradients(4)
+    rows[:, : MODULES[0].size] = 0
+    curvature = curvature_of(rows)
+    with pytest.warns(UserWarning, match="no gradient ever reached"):
+        got = curvature.damped(damping=0.0, solver="eigh").effective_dimensions()
+    want = [0, *(min(4, module.size) for module in MODULES[1:])]
+    assert list(got.values()) == want
+    with pytest.warns(UserWarning, match="no gradient ever reached"):
+        assert curvature.damped().effective_dimensions()[MODULES[0].name] == 0
+    silent = curvature.damped(damping=2.0).effective_dimensions()[MODULES[0].name]
+    assert silent == pytest.approx(0, abs=1e-12)
+    refused("d_λ: expected a curvature", IdentityPreconditioner(MODULES).effective_dimensions)
+
+
 def test_default_damping_is_a_tenth_of_the_mean_eigenvalue() -> None:
     curvature = curvature_of(gradients(50))
     assert curvature.damped().key == curvature.damped(damping_scale=0.1).key
@@ -379,7 +434,16 @@ def test_none_is_the_identity() -> None:
     [
         ({"damping": -1.0}, "damping: expected a finite number >= 0, got -1.0"),
         ({"damping": float("nan")}, "damping: expected a finite number >= 0, got nan"),
-        ({"damping_scale": float("inf")}, "damping_scale: expected a finite number >= 0, got inf"),
+        (
+            {"damping_scale": float("inf")},
+            "damping_scale: expected a finite number >= 0 or 'auto', got inf",
+        ),
+        ({"damping_scale": "Auto"}, "expected a finite number >= 0 or 'auto', got 'Auto'"),
+        ({"damping": "auto"}, "damping: expected a finite number >= 0, got 'auto'"),
+        (
+            {"damping": 1.0, "damping_scale": "auto"},
+            "expected one of the two, got damping_scale=auto and damping=1.0",
+        ),
         (
             {"damping": 1.0, "damping_scale": 0.1},
             "expected one of the two, got damping_scale=0.1 and damping=1.0",

@@ -158,6 +158,10 @@ def test_moments_and_scores_are_those_of_the_definition(
         got = attributor.scores(queries, mode).scores
         assert ((got - dense.scores(mode)).abs() <= 1e-4 * dense.allowance(mode)).all(), mode
     assert torch.allclose(attributor.self_influence(), dense.sigma, rtol=1e-4, atol=0)
+    for key, dimension in attributor.preconditioner.effective_dimensions().items():
+        values = torch.linalg.eigvalsh(truth.matrices[key]).clamp(min=0)
+        trace = float((values / (values + 0.1 * values.mean())).sum())
+        assert dimension == pytest.approx(trace, rel=1e-4)
 
 
 def log_again(folder: Path, kind: str, batch: int, stop: int = COUNT) -> Run:
@@ -265,6 +269,8 @@ def test_what_a_kind_needs_is_said(tmp_path: Path) -> None:
     bare.update(torch.zeros(3, run.store.layout.dim))
     with pytest.raises(ValueError, match="kfac: expected tokens beside the rows, got none"):
         bare.damped()
+    with pytest.raises(ValueError, match="damping_scale: 'auto' is for a curvature that estimates"):
+        Attributor(logged(tmp_path / "c", "gpt", "kfac").store, damping_scale="auto")
     with pytest.raises(ValueError, match="has rank"):
         curvature_kind("kfac").load(logged(tmp_path / "b", "mlp", "kfac", None).store).damped(
             damping=0.0

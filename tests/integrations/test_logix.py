@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,13 @@ def test_damping_goes_in_and_the_result_comes_out(
         asked = None if scale == 0.5 else scale
         got = run.compute_influence_all(damping_scale=asked)["influence"]
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()  # 1e-3: worse conditioned
+    run.config = replace(run.config, damping_scale="auto")  # 9 columns of each module, 12 rows
+    want = dense(queries, rows, sizes, 0.1 + 9 / COUNT).dot
+    for got in (
+        run.compute_influence_all()["influence"],
+        run.compute_influence_all(damping_scale="auto")["influence"],
+    ):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     absolute = run.compute_influence_all(damping=1e9)["influence"].double()
     plain = run.compute_influence_all(precondition=False)["influence"].double()
     assert torch.allclose(plain, queries @ rows.T, rtol=1e-5, atol=1e-5)

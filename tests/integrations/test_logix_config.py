@@ -69,6 +69,8 @@ def test_keywords_win_over_the_file(tmp_path: Path) -> None:
     assert (config.rank, config.damping, config.damping_scale) == (4, None, 0.2)
     config = logix.init("a", path).config
     assert (config.rank, config.damping, config.damping_scale) == (8, 1e-3, None)
+    path = write_config(tmp_path, "influence: {damping_scale: auto}\n")
+    assert logix.init("a", path).config.damping_scale == "auto"
     assert config.root_dir == "./logra"
     assert logix.init("a", {"lora": {"rank": 5}}).config.rank == 5
 
@@ -115,7 +117,10 @@ def test_config_refuses(tmp_path: Path, text: str, message: str) -> None:
         ({"config": 5}, "config: expected a file's path or a dictionary, got 5"),
         ({"mode": "ratio"}, "mode: expected one of dot, l-relatif, l2, theta-relatif"),
         ({"damping": -1}, "damping: expected a finite number >= 0, got -1"),
-        ({"damping_scale": True}, "damping_scale: expected a finite number >= 0, got True"),
+        (
+            {"damping_scale": True},
+            "damping_scale: expected a finite number >= 0 or 'auto', got True",
+        ),
     ],
 )
 def test_options_refused(options: dict[str, Any], message: str) -> None:

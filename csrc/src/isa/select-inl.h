@@ -11,7 +11,8 @@ static void select_candidates(float* scores, std::size_t count, const float* sca
                               const float* floors, const float* ceilings, std::uint64_t* above,
                               std::uint64_t* below) {
   std::uint64_t high = 0, low = 0;
-  const V a = V::broadcast(scale ? *scale : 1.0f), b = V::broadcast(bias ? *bias : 0.0f);
+  const V a = V::broadcast(scale ? read<float>(scale) : 1.0f);
+  const V b = V::broadcast(bias ? read<float>(bias) : 0.0f);
   for (std::size_t q = 0; q < count; q += V::kLanes) {
     V score = V::load(scores + q);
     if (scale) score = mul(score, a);

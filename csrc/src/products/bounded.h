@@ -24,13 +24,14 @@ class BoundedQueries {
     factors_.assign(queries.rows, 1.0f);
     copy_ = Scratch<float>(checked_product(queries.rows, queries.cols));
     for (std::size_t q = 0; q < queries.rows; ++q) {
+      float* to = copy_.get() + q * queries.cols;
+      std::memcpy(to, row(q), queries.cols * sizeof(float));  // which may lie at any address
       float largest = 0.0f;
-      for (std::size_t d = 0; d < queries.cols; ++d) largest = std::max(largest, std::fabs(row(q)[d]));
+      for (std::size_t d = 0; d < queries.cols; ++d) largest = std::max(largest, std::fabs(to[d]));
       int exponent = 0;  // largest < 2^exponent
       std::frexp(largest, &exponent);
       if (std::isfinite(largest)) factors_[q] = std::ldexp(1.0f, std::max(0, exponent - kLargestExponent));
-      float* to = copy_.get() + q * queries.cols;
-      for (std::size_t d = 0; d < queries.cols; ++d) to[d] = row(q)[d] / factors_[q];
+      for (std::size_t d = 0; d < queries.cols; ++d) to[d] /= factors_[q];
     }
     queries_.data = copy_.get(), queries_.row_stride = queries.cols;
   }
@@ -42,12 +43,19 @@ class BoundedQueries {
   /// row's scale, which may be small, comes before the query's factor, the bias after it.
   void finish(float* scores, std::size_t first_query, std::size_t count, const float* scale,
               const float* bias) const {
-    for (std::size_t q = 0; scale != nullptr && q < count; ++q) scores[q] *= *scale;
+    const float row_scale = at(scale), row_bias = at(bias);
+    for (std::size_t q = 0; scale != nullptr && q < count; ++q) scores[q] *= row_scale;
     for (std::size_t q = 0; !all_as_given() && q < count; ++q) scores[q] *= factors_[first_query + q];
-    for (std::size_t q = 0; bias != nullptr && q < count; ++q) scores[q] += *bias;
+    for (std::size_t q = 0; bias != nullptr && q < count; ++q) scores[q] += row_bias;
   }
 
  private:
+  static float at(const float* address) {  // which may be any, or null
+    float value = 0.0f;
+    if (address != nullptr) std::memcpy(&value, address, sizeof value);
+    return value;
+  }
+
   const float* row(std::size_t q) const {
     return static_cast<const float*>(queries_.data) + q * queries_.row_stride;
   }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from logra_kernels.attribution import Groups, InfluenceResult, find_groups, influence_between
-from logra_kernels.curvature import RawCurvature
+from logra_kernels.curvature import DampingScale, RawCurvature
 from logra_kernels.integrations.logix.logs import (
     Log,
     LogDataset,
@@ -149,7 +149,7 @@ class LogixRun(Run):
         damping: float | None = None,
         hessian: str = "auto",
         *,
-        damping_scale: float | None = None,
+        damping_scale: DampingScale | None = None,
     ) -> Log:
         """(H + λI)⁻¹ g of each example of a log (None: the last batch), as a log.
 
@@ -170,7 +170,7 @@ class LogixRun(Run):
         influence_groups: Groups = None,
         damping: float | None = None,
         *,
-        damping_scale: float | None = None,
+        damping_scale: DampingScale | None = None,
         top_k: int | None = None,
         progress: Progress = None,
     ) -> InfluenceResult:
@@ -225,7 +225,7 @@ class LogixRun(Run):
         influence_groups: Groups = None,
         damping: float | None = None,
         *,
-        damping_scale: float | None = None,
+        damping_scale: DampingScale | None = None,
     ) -> InfluenceResult:
         """Influence of the examples of tgt_log on the queries src_log, both logs in memory.
 
@@ -252,7 +252,7 @@ class LogixRun(Run):
         influence_groups: Groups = None,
         damping: float | None = None,
         *,
-        damping_scale: float | None = None,
+        damping_scale: DampingScale | None = None,
     ) -> dict[str, Any]:
         """gᵀ (H + λI)⁻¹ g of each example of a log (None: the last batch), float64.
 
