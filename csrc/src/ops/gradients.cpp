@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/checks.h"
+#include "base/read.h"
 #include "base/threads.h"
 #include "products/projector.h"
 
@@ -34,7 +35,8 @@ struct KeptTokens {
     for (std::size_t n = 0; n < examples.num_examples; ++n) {
       std::size_t begin = 0, end = examples.num_tokens, x_start = 0, dy_start = 0, mask_start = 0;
       if (examples.cu_seqlens != nullptr) {
-        const std::int64_t first = examples.cu_seqlens[n], last = examples.cu_seqlens[n + 1];
+        const std::int64_t first = read(examples.cu_seqlens + n);
+        const std::int64_t last = read(examples.cu_seqlens + n + 1);
         expect(0 <= first && first <= last && static_cast<std::size_t>(last) <= examples.num_tokens,
                "cu_seqlens: expected values that never fall, from 0 to the number of tokens");
         begin = static_cast<std::size_t>(first), end = static_cast<std::size_t>(last);

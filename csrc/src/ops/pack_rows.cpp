@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/checks.h"
+#include "base/read.h"
 #include "base/threads.h"
 #include "isa/kernels.h"
 
@@ -86,7 +87,7 @@ void unpack_rows(const Matrix& packed, const float* row_scale, const ModuleColum
     for_modules(modules, [&](std::size_t m, std::size_t column, std::size_t size) {
       const void* from = element(packed.data, Dtype::kFloat16, r * packed.row_stride + column);
       const double scale =
-          std::ldexp(static_cast<double>(row_scale[r]), static_cast<int>(modules.exponents[m]));
+          std::ldexp(static_cast<double>(read(row_scale + r)), static_cast<int>(modules.exponents[m]));
       kernels.codecs.scale_f16(static_cast<const std::uint16_t*>(from), scale,
                                rows + r * packed.cols + column, size);
     });

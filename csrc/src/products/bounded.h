@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "base/read.h"
 #include "base/scratch.h"
 #include "logra/types.h"
 
@@ -43,19 +44,14 @@ class BoundedQueries {
   /// row's scale, which may be small, comes before the query's factor, the bias after it.
   void finish(float* scores, std::size_t first_query, std::size_t count, const float* scale,
               const float* bias) const {
-    const float row_scale = at(scale), row_bias = at(bias);
+    const float row_scale = scale == nullptr ? 1.0f : read(scale);
+    const float row_bias = bias == nullptr ? 0.0f : read(bias);
     for (std::size_t q = 0; scale != nullptr && q < count; ++q) scores[q] *= row_scale;
     for (std::size_t q = 0; !all_as_given() && q < count; ++q) scores[q] *= factors_[first_query + q];
     for (std::size_t q = 0; bias != nullptr && q < count; ++q) scores[q] += row_bias;
   }
 
  private:
-  static float at(const float* address) {  // which may be any, or null
-    float value = 0.0f;
-    if (address != nullptr) std::memcpy(&value, address, sizeof value);
-    return value;
-  }
-
   const float* row(std::size_t q) const {
     return static_cast<const float*>(queries_.data) + q * queries_.row_stride;
   }
@@ -67,8 +63,7 @@ class BoundedQueries {
     std::uint32_t any = 0;
     for (std::size_t q = 0; q < queries_.rows; ++q)
       for (std::size_t d = 0; d < queries_.cols; ++d) {
-        std::uint32_t bits;
-        std::memcpy(&bits, row(q) + d, sizeof bits);
+        const std::uint32_t bits = read(reinterpret_cast<const std::uint32_t*>(row(q) + d));
         any |= (bits & ~kSign) + kReach;
       }
     return (any & kSign) != 0;
