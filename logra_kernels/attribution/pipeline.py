@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logra_kernels.ops._threads import set_own_threads
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
-from logra_kernels.threads import set_own_threads
 
 DEVICE_BUFFERS = 2  # work reads one while the next block is copied into the other
 

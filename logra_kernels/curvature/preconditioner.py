@@ -16,8 +16,8 @@ from torch import Tensor
 from logra_kernels._checks import dtype_name
 from logra_kernels.curvature.whitening import Dense, Plain, Rotated, Scaled, Whitening
 from logra_kernels.defaults import DAMPING_SCALE
+from logra_kernels.ops._threads import set_own_threads
 from logra_kernels.store import Module, RowLayout
-from logra_kernels.threads import set_own_threads
 
 # Cholesky factors that take more memory than this are not kept but computed for each use.
 KEPT_FACTOR_BYTES = 2 << 30

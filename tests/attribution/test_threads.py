@@ -19,7 +19,7 @@ from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.curvature.preconditioner import each_module
 from logra_kernels.defaults import SCAN_MODES
-from logra_kernels.threads import set_own_threads
+from logra_kernels.ops._threads import set_own_threads
 
 QUERIES = gradients(3, seed=7)
 CALLS, THREADS = 1000, 8

@@ -30,7 +30,6 @@ TIERS = {
     "progress": 0,
     "reference": 0,
     "store": 0,
-    "threads": 0,
     "triton": 0,
     "ops": 1,
     "rows": 2,
@@ -47,7 +46,7 @@ TIERS = {
     "cli": 7,
 }
 # The modules of the package root; whatever else is there is a room, a folder.
-ROOT_MODULES = {"__init__", "_native", "_checks", "defaults", "rows", "progress", "threads"}
+ROOT_MODULES = {"__init__", "_native", "_checks", "defaults", "rows", "progress"}
 # Rooms that import nothing of the package but themselves, and of the world only this.
 CLOSED = {
     "reference": {"torch"},
