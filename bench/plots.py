@@ -3,6 +3,7 @@
 scan.png      time of a scan over the number of queries, with the least that the machine allows
 logging.png   time of logging beside the passes that no logging can do without
 pairs.png     influence scores a second beside the libraries' that do the same
+accuracy.png  LDS over the bytes of a row
 
 A picture without results is left out, with a line that says so. The pictures have a light
 background, so that they read alike on light and dark pages.
@@ -112,6 +113,41 @@ def pairs() -> Any:
     return _bars(title, record, groups, _count, log=True)
 
 
+def accuracy() -> Any:
+    """LDS over bytes a row, a line for each kind of rows, with 95 % intervals."""
+    records = results.latest("accuracy")
+    if not records:
+        return None
+    record = records[-1]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in record["methods"]:
+        kind = re.sub(r", rank \d+", "", row["method"])
+        lines.setdefault(kind, []).append(row)
+    whole = lines.pop("full EKFAC")[0]
+    title = "Linear datamodeling score over the bytes of a row"
+    figure, axis = _figure(title, record, 7.6, 4.6)
+    axis.axhspan(whole["low"], whole["high"], color="#f1f2f5", linewidth=0, zorder=0)
+    label = f"full EKFAC, {whole['bytes a row'] / 1e3:,.0f} kB a row"
+    axis.axhline(whole["LDS"], color=GREY, linewidth=1.2, linestyle="--", label=label)
+    colours = iter(("#1d4ed8", "#60a5fa", "#7e22ce", "#f59e0b", "#0f766e", "#94a3b8"))
+    for kind, rows in lines.items():
+        x, y = [row["bytes a row"] for row in rows], [row["LDS"] for row in rows]
+        spread = [
+            [row["LDS"] - row["low"] for row in rows],
+            [row["high"] - row["LDS"] for row in rows],
+        ]
+        ours = kind == "eigenbasis"
+        axis.errorbar(x, y, yerr=spread, marker="o", capsize=2, elinewidth=0.8,
+                      color=OUR_COLOUR if ours else next(colours), linewidth=3.0 if ours else 1.6,
+                      label=kind, zorder=3 if ours else 2)  # fmt: skip
+    axis.set(xscale="log", ylim=(0, None), xlabel="bytes a row, fp16 (gradients: fp32)")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.subplots_adjust(left=0.08, right=0.68, top=0.84, bottom=0.12)
+    return figure
+
+
 def _least(record: dict[str, Any], begins: str) -> float:
     """Of the providers whose names begin so; rows kept in bf16 are another store."""
     found = results.medians_ms(record).items()
@@ -168,7 +204,12 @@ def _count(value: float) -> str:
     return f"{value / 1e6:.3g} million" if value >= 1e6 else f"{value:,.0f}"
 
 
-PICTURES: dict[str, Callable[[], Any]] = {"scan": scan, "logging": logging, "pairs": pairs}
+PICTURES: dict[str, Callable[[], Any]] = {
+    "scan": scan,
+    "logging": logging,
+    "pairs": pairs,
+    "accuracy": accuracy,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
