@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.accuracy.mlp import Data
 from logra_kernels import Config, Run
+from logra_kernels.curvature import DampingScale
 
 LOG_BATCH = 250
 
@@ -28,13 +29,15 @@ class Method:
     dtype: str = "float16"
     pilot: float = 1.0  # share of the examples
     cosine: bool = False
+    damping_scale: DampingScale | None = None
 
     @property
     def label(self) -> str:
         """How the table calls it."""
         rank = "" if self.rank is None else f", rank {self.rank}"
         pilot = "" if self.pilot == 1 else f", pilot of {self.pilot:.0%}"
-        return f"{self.name}{rank}{pilot}"
+        scale = "" if self.damping_scale is None else f", damping {self.damping_scale}"
+        return f"{self.name}{rank}{pilot}{scale}"
 
     def logged(self, model: nn.Module, data: Data, folder: str) -> Run:
         """The finished run of all training examples."""
@@ -58,7 +61,9 @@ class Method:
                 with run([f"query {n}" for n in ids]):
                     _loss(model, x, y).backward()
                 found.append(run.last_rows()[1])
-            attributor = run.attributor(precondition=self.curvature != "none")
+            attributor = run.attributor(
+                precondition=self.curvature != "none", damping_scale=self.damping_scale
+            )
             mode = "whitened-cosine" if self.cosine else "dot"
             scores = attributor.scores(torch.cat(found), mode).scores
             size = sum(file.stat().st_size for file in Path(folder).rglob("shard-*.npy"))
@@ -90,6 +95,7 @@ METHODS = [
     Method("full EKFAC", "ekfac", dtype="float32"),
     Method("random, raw", "raw", rank=16),
     Method("random, raw", "raw", rank=64),
+    Method("random, raw", "raw", rank=64, damping_scale="auto"),
     Method("random, EKFAC", "ekfac", rank=64),
     Method("PCA, EKFAC", "ekfac", rank=16, init="pca"),
     Method("PCA, EKFAC", "ekfac", rank=64, init="pca"),

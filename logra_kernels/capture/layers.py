@@ -122,7 +122,10 @@ class Layer(ABC):
         if coordinates is None:
             return gradients
         flat = gradients.reshape(len(gradients), -1)
-        return flat[:, coordinates.to(flat.device)][:, None]  # [N, 1, n]
+        key = ("coordinates", flat.device, coordinates.dtype)
+        if key not in self._factors:
+            self._factors[key] = coordinates.to(flat.device)
+        return flat[:, self._factors[key]][:, None]  # [N, 1, n]
 
     # What a kind defines.
 

@@ -10,6 +10,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from logra_kernels._checks import dtype_name
 from logra_kernels.curvature.damping import DampingScale, check_damping, module_dampings
 from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
@@ -61,15 +62,23 @@ class Curvature(ABC):
 
     @abstractmethod
     def update(self, rows: Tensor) -> None:
-        """Add rows [R, D] float32, as the store holds them."""
+        """Add rows [R, D] float32, as the store holds them.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, a value that is not finite.
+        """
 
     def update_finite(self, rows: Tensor) -> None:
         """`update` for a caller that knows every value to be finite: a kind may look no more."""
         self.update(rows)
 
     def update_tokens(self, module: int, inputs: Tensor, outputs: Tensor) -> None:
-        """Add what a kind with `tokens` needs of a module: P_i x [n, Ki] and P_o dy [n, Ko]."""
-        raise NotImplementedError(f"{self.kind} needs no tokens")
+        """Add what a kind with `tokens` needs of a module: P_i x [n, Ki] and P_o dy [n, Ko].
+
+        Raises:
+            ValueError: the kind needs none.
+        """
+        raise ValueError(f"{self.kind}: expected rows alone, got tokens")
 
     def complete(self, store: Store, progress: Progress = None) -> None:  # noqa: B027
         """Find what needs all rows at once, when the store has them."""
@@ -172,6 +181,19 @@ class Curvature(ABC):
             yield self.damped(damping_scale=value, solver="eigh")
         for value in dampings or ():
             yield self.damped(damping=value, solver="eigh")
+
+    def _check_rows(self, rows: Tensor) -> None:
+        """Refuse what `update` refuses."""
+        if rows.dtype != torch.float32:
+            raise TypeError(f"rows: expected float32, got {dtype_name(rows.dtype)}")
+        if rows.ndim != 2 or rows.shape[1] != self.layout.dim:
+            raise ValueError(f"rows: expected [R, {self.layout.dim}], got {list(rows.shape)}")
+        finite = rows.isfinite()
+        if not finite.all():
+            row, column = (int(v) for v in (~finite).nonzero()[0])
+            raise ValueError(
+                f"rows: row {row} is not finite in module '{self.layout.module_of(column).name}'"
+            )
 
     def _check_layout(self, argument: str, layout: RowLayout) -> None:
         if self.layout.signature != layout.signature:

@@ -26,12 +26,18 @@ from logra_kernels.store import Module, Store
 
 @register_curvature
 class DiagonalCurvature(Curvature):
-    """Σ g² of each coordinate of the rows, in float64. Arguments as in `Curvature`."""
+    """Σ g² of each coordinate of the rows, in float64. Arguments as in `Curvature`.
+
+    Raises:
+        ValueError: also another dtype than float64 or None.
+    """
 
     kind = "diagonal"
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)
+        if dtype not in (None, torch.float64):
+            raise ValueError(f"dtype: expected float64 or None for 'diagonal', got {dtype}")
         self._squares = Squares(self.layout.dim)
         # Per module: coordinates of the weight's gradient, and the share of its energy in a row.
         self._whole = [(float(size), 1.0) for size in self.layout.sizes]
@@ -42,8 +48,17 @@ class DiagonalCurvature(Curvature):
         return self._squares.count
 
     def update(self, rows: Tensor) -> None:
-        """Add rows [R, D] float32, as the store holds them."""
-        self._squares.update(rows.detach().float().cpu())
+        """Add rows [R, D] float32, as the store holds them.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, a value that is not finite.
+        """
+        self._check_rows(rows)
+        self.update_finite(rows)
+
+    def update_finite(self, rows: Tensor) -> None:
+        """Add finite rows [R, D] float32."""
+        self._squares.update(rows.detach().cpu())
 
     def merge(self, other: DiagonalCurvature) -> DiagonalCurvature:
         """Add another curvature's sums and count (another shard's or rank's); returns self."""

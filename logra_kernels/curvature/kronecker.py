@@ -62,12 +62,23 @@ class KroneckerCurvature(Curvature):
         return self._count
 
     def update(self, rows: Tensor) -> None:
-        """Count rows [R, D]; what they are made of comes by `update_tokens`."""
+        """Count rows [R, D] float32; what they are made of comes by `update_tokens`.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, a value that is not finite.
+        """
+        self._check_rows(rows)
+        self.update_finite(rows)
+
+    def update_finite(self, rows: Tensor) -> None:
+        """Count finite rows [R, D] float32."""
         self._count += rows.shape[0]
         self._changed()
 
     def update_tokens(self, module: int, inputs: Tensor, outputs: Tensor) -> None:
         """Add the tokens that count of a module's calls: P_i x [n, Ki] and P_o dy [n, Ko]."""
+        if self.tokens is None:
+            super().update_tokens(module, inputs, outputs)
         for moment, vectors in zip(self._moments[module], (inputs, outputs), strict=True):
             moment.update(vectors.detach().float().cpu())
         self._changed()
@@ -304,16 +315,16 @@ class EcShampooCurvature(KroneckerCurvature):
 
     kind = "ec-shampoo"
 
-    def update(self, rows: Tensor) -> None:
-        """Add rows [R, D] float32, as the store holds them."""
-        rows = rows.detach().float().cpu()
+    def update_finite(self, rows: Tensor) -> None:
+        """Add finite rows [R, D] float32, as the store holds them."""
+        rows = rows.detach().cpu()
         for module, part, (inputs, outputs) in zip(
             self.layout, self.layout.split(rows), self._moments, strict=True
         ):
             gradients = part.reshape(-1, module.ko, module.ki)
             inputs.update(gradients.reshape(-1, module.ki))
             outputs.update(gradients.mT.reshape(-1, module.ko))
-        super().update(rows)
+        super().update_finite(rows)
 
 
 def _mean(moment: Moment) -> Tensor:

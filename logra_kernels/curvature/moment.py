@@ -88,10 +88,10 @@ class Squares(Folded):
         """Σ v², [K] float64; the sum itself stays as it is, as in `Moment.snapshot`."""
         if self._buffer is None or not self._buffered:
             return self._sums
-        return self._sums + _sum_rows(self._buffer[: self._buffered].double().square())
+        return self._sums + sum_by_halves(self._buffer[: self._buffered].double().square(), 0)
 
     def _fold(self, block: Tensor) -> None:
-        self._sums = self._sums + _sum_rows(block.double().square())
+        self._sums = self._sums + sum_by_halves(block.double().square(), 0)
 
 
 class Moment(Folded):
@@ -193,14 +193,14 @@ class Moment(Folded):
         return self._sums
 
 
-def _sum_rows(values: Tensor) -> Tensor:
-    """[n, K] -> [K], halves added to halves."""
-    while len(values) > 1:
-        half = (len(values) + 1) // 2
-        upper = values[half:]
-        values = values[:half].clone()
-        values[: len(upper)] += upper
-    return values[0]
+def sum_by_halves(values: Tensor, dim: int) -> Tensor:
+    """The sum along an axis, halves added to halves: the others' sizes do not change its bits."""
+    while values.shape[dim] > 1:
+        half = (values.shape[dim] + 1) // 2
+        upper = values.narrow(dim, half, values.shape[dim] - half)
+        values = values.narrow(dim, 0, half).clone()
+        values.narrow(dim, 0, upper.shape[dim]).add_(upper)
+    return values.select(dim, 0)
 
 
 def _exponent(block: Tensor) -> int | None:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels._checks import dtype_name
 from logra_kernels.curvature.base import Curvature, register_curvature
 from logra_kernels.curvature.moment import FOLD_ROWS, Moment
 from logra_kernels.curvature.preconditioner import (
@@ -57,11 +56,7 @@ class RawCurvature(Curvature):
         Raises:
             TypeError, ValueError: another dtype or shape, a value that is not finite.
         """
-        if rows.dtype != torch.float32:
-            raise TypeError(f"rows: expected float32, got {dtype_name(rows.dtype)}")
-        if rows.ndim != 2 or rows.shape[1] != self.layout.dim:
-            raise ValueError(f"rows: expected [R, {self.layout.dim}], got {list(rows.shape)}")
-        self._check_finite(rows)
+        self._check_rows(rows)
         self.update_finite(rows)
 
     def update_finite(self, rows: Tensor) -> None:
@@ -189,15 +184,6 @@ class RawCurvature(Curvature):
         if solver == "eigh":
             return EigenPreconditioner(matrices, dampings, self._eigendecompositions())
         return CholeskyPreconditioner(matrices, dampings)
-
-    def _check_finite(self, rows: Tensor) -> None:
-        finite = rows.isfinite()
-        if finite.all():
-            return
-        row, column = (int(v) for v in (~finite).nonzero()[0])
-        raise ValueError(
-            f"rows: row {row} is not finite in module '{self.layout.module_of(column).name}'"
-        )
 
     def _moment(self, i: int) -> Tensor:
         """H of module i, [K, K] float64."""

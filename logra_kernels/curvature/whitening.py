@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels import ops
+from logra_kernels.curvature.moment import sum_by_halves
 
 
 class Whitening(ABC):
@@ -35,7 +36,7 @@ class Plain(Whitening):
 
     def squares(self, columns: Tensor) -> Tensor:
         """|g|², [R] float32."""
-        return _sum_columns(columns.float().square())
+        return sum_by_halves(columns.float().square(), 1)
 
 
 class Scaled(Whitening):
@@ -46,7 +47,7 @@ class Scaled(Whitening):
 
     def squares(self, columns: Tensor) -> Tensor:
         """|scale ∘ g|², [R] float32."""
-        return _sum_columns((columns.float() * self._scale).square())
+        return sum_by_halves((columns.float() * self._scale).square(), 1)
 
     def to(self, device: torch.device) -> Scaled:
         """The same on a device."""
@@ -94,7 +95,7 @@ class Rotated(Whitening):
         """|D ∘ (Q_Bᵀ G Q_F)|², [R] float32."""
         vectors_in, vectors_out, scale = self._factors
         rotated = rotate(columns, vectors_in, vectors_out) * scale
-        return _sum_columns(rotated.flatten(1).square())
+        return sum_by_halves(rotated.flatten(1).square(), 1)
 
     def to(self, device: torch.device) -> Rotated:
         """The same on a device."""
@@ -116,13 +117,3 @@ def rotate(columns: Tensor, vectors_in: Tensor, vectors_out: Tensor) -> Tensor:
     inputs = ops.project(gradients, vectors_in.T.contiguous())  # G Q_F [R, Ko, Ki]
     both = ops.project(inputs.mT.contiguous(), vectors_out.T.contiguous())  # [R, Ki, Ko]
     return both.mT
-
-
-def _sum_columns(values: Tensor) -> Tensor:
-    """[R, n] -> [R], halves added to halves: a row's additions are the same in any block."""
-    while values.shape[1] > 1:
-        half = (values.shape[1] + 1) // 2
-        upper = values[:, half:]
-        values = values[:, :half].clone()
-        values[:, : upper.shape[1]] += upper
-    return values[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from logra_kernels.progress import Progress, track
+from logra_kernels.store.files import replace_file
 
 Train = Callable[[list[np.ndarray], list[int]], "np.ndarray"]
 
@@ -105,7 +107,9 @@ def retrain(
                 + ("" if np.isfinite(losses).all() else " with NaN or infinity")
             )
         for model, values in zip(part, losses, strict=True):
-            _write(files[model], values)
+            content = io.BytesIO()
+            np.save(content, values)
+            replace_file(files[model], content.getbuffer())
         done(len(part))
     found = [np.load(files[model]) for model in models]
     if len({values.shape for values in found}) > 1:
@@ -117,12 +121,3 @@ def _key(name: str, subset: np.ndarray) -> str:
     digest = hashlib.sha256(f"{name}\0{len(subset)}\0".encode())
     digest.update(np.packbits(subset).tobytes())
     return digest.hexdigest()[:20]
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, values)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

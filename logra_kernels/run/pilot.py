@@ -110,7 +110,7 @@ class Pilot:
         for i, name in enumerate(self._widths):
             self._moments.update_tokens(i, *tokens.of(name, "expand", kept.places))
             self._energies[name] += kept.rows[:, i].tolist()
-        self._moments.update(kept.rows)
+        self._moments.update_finite(kept.rows)
 
     def _end_pass(self) -> None:
         """Make of a pass what the next one, or the projection, needs."""

@@ -116,7 +116,8 @@ class Recorder:
         """
         self.check(logged.ids, setup)
         if setup.save:
-            self._add_lacking(logged)
+            if self._lacking:
+                self._add_lacking(logged)
             new = [n for n, name in enumerate(logged.ids) if name not in self._resumed]
             logged = logged.take(new)
         if not logged.ids:
@@ -161,7 +162,7 @@ class Recorder:
         """Add the tokens of examples whose rows a killed run saved without them."""
         again = logged.take([n for n, name in enumerate(logged.ids) if name in self._lacking])
         if self.curvature is not None and again.ids:
-            self.curvature.update(again.rows)
+            self.curvature.update_finite(again.rows)
             self._add_tokens(self.curvature, again)
             self._lacking.difference_update(again.ids)
             self.ids.update(again.ids)

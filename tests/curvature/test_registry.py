@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from dense_influence import MODULES, Dense, assert_influence, dense, gradients, unpacked
+from refusals import refused
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor
 from logra_kernels.curvature import (
     Curvature,
+    DiagonalCurvature,
     RawCurvature,
     base,
     curvature_kind,
@@ -141,3 +143,22 @@ def test_names_are_taken_once(diagonal: type[Diagonal]) -> None:
     assert curvature_kind("raw") is RawCurvature
     with pytest.raises(ValueError, match=r"raw, .*toy, got 'newton'"):
         curvature_kind("newton")
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_kind_refuses_rows_that_a_store_cannot_hold(kind: str) -> None:
+    curvature = curvature_kind(kind)(MODULES)
+    rows = gradients(3)
+    spoilt = rows.clone()
+    spoilt[1, 13] = torch.nan
+    refused("rows: row 1 is not finite in module 'layer.0.down'", curvature.update, spoilt)
+    refused(f"rows: expected [R, {rows.shape[1]}], got [3, 2]", curvature.update, rows[:, :2])
+    with pytest.raises(TypeError, match="rows: expected float32, got float64"):
+        curvature.update(rows.double())
+    assert curvature.count == 0
+    if curvature.tokens is None:
+        refused(f"{kind}: expected rows alone, got tokens", curvature.update_tokens, 0, rows, rows)
+
+
+def test_the_diagonal_has_sums_of_float64() -> None:
+    refused("dtype: expected float64 or None", DiagonalCurvature, MODULES, torch.float32)
