@@ -11,6 +11,7 @@ background, so that they read alike on light and dark pages.
 
 import argparse
 import io
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,8 @@ def accuracy() -> Any:
     axis.axhspan(whole["low"], whole["high"], color="#f1f2f5", linewidth=0, zorder=0)
     label = f"full EKFAC, {whole['bytes a row'] / 1e3:,.0f} kB a row"
     axis.axhline(whole["LDS"], color=GREY, linewidth=1.2, linestyle="--", label=label)
-    colours = iter(("#1d4ed8", "#60a5fa", "#7e22ce", "#f59e0b", "#0f766e", "#94a3b8"))
+    tones = ("#1d4ed8", "#60a5fa", "#0e7490", "#7e22ce", "#f59e0b", "#0f766e", "#94a3b8")
+    colours = itertools.cycle(tones)
     for kind, rows in lines.items():
         x, y = [row["bytes a row"] for row in rows], [row["LDS"] for row in rows]
         spread = [
@@ -144,7 +146,7 @@ def accuracy() -> Any:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.subplots_adjust(left=0.08, right=0.68, top=0.84, bottom=0.12)
+    figure.subplots_adjust(left=0.08, right=0.64, top=0.84, bottom=0.12)
     return figure
 
 
