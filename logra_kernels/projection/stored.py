@@ -40,7 +40,7 @@ def describe_projection(
 
 
 def projection_tensors(projections: Mapping[str, ModuleProjection]) -> dict[str, np.ndarray]:
-    """{"<module>.proj_in": [Ki, I], ".proj_out": [Ko, O], ".coordinates", ".scale": [n]} as given."""
+    """{"<module>.proj_in": [Ki, I], ".proj_out": [Ko, O], ".coordinates", ".scale": [n]}."""
     return {
         f"{name}.{part}": tensor.numpy()
         for name, projection in projections.items()
