@@ -25,6 +25,9 @@ from torch import Tensor
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.projection.spec import ModuleProjection, Rank, Widths, rank_pair
 
+# What the chosen coordinates keep at least of the largest Σ (Λ / (Λ + λ))² that as many could have.
+KEPT_GAIN = 0.98
+SMALLEST_SHARE = 0.1
 # A side of the block in which coordinates are chosen is at least this wide, and at least this many
 # times the side of a square with a module's share of the coordinates.
 SMALLEST_BLOCK, BLOCK_SIDES = 64, 4
@@ -119,7 +122,7 @@ def staircase(
         )
     dampings = {name: _damping(energies[name], basis) for name, basis in bases.items()}
     gains = [_gain(eigenvalues[name], dampings[name]) for name in bases]
-    kept = _largest(gains, coordinates)
+    kept = _chosen(gains, list(bases.values()), coordinates)
     projections, shares = {}, {}
     for (name, basis), places in zip(bases.items(), kept, strict=True):
         values = eigenvalues[name]
@@ -158,6 +161,49 @@ def _gain(values: Tensor, damping: float) -> Tensor:
     """(Λ / (Λ + λ))² [ko, ki]."""
     total = values + damping
     return torch.where(total > 0, values / total, 0.0).square()
+
+
+def _chosen(gains: Sequence[Tensor], bases: Sequence[Basis], count: int) -> list[Tensor]:
+    """Places [n] of each module, as `_largest` gives them, in corners that are cheap to project to.
+
+    A token's projections take ko·O + ki·I multiplications, its forward and backward pass 2·I·O. The
+    corners are those of the least share of these in which coordinates of `KEPT_GAIN` of the largest
+    gain lie: a few far coordinates are not worth the vectors that only they need.
+    """
+    largest = _largest(gains, count)
+    best = sum(
+        float(gain.flatten()[places].sum()) for gain, places in zip(gains, largest, strict=True)
+    )
+    share = SMALLEST_SHARE
+    while True:
+        inside, held = [], 0
+        for gain, places, basis in zip(gains, largest, bases, strict=True):
+            ko, ki = _corner(gain, places, basis, share)
+            inside.append(torch.full_like(gain, -1))
+            inside[-1][:ko, :ki] = gain[:ko, :ki]
+            held += ko * ki
+        if held >= count:
+            chosen = _largest(inside, count)
+            pairs = zip(inside, chosen, strict=True)
+            kept = sum(float(gain.flatten()[places].sum()) for gain, places in pairs)
+            if not kept < KEPT_GAIN * best:
+                return chosen
+        share *= 1.1
+
+
+def _corner(gain: Tensor, places: Tensor, basis: Basis, share: float) -> tuple[int, int]:
+    """(ko, ki) of the corner that holds most of the gain at `places`, at this share of the cost."""
+    wanted = torch.full((gain.numel(),), 1e-9, dtype=gain.dtype)  # of equal corners, the largest
+    wanted[places] += gain.flatten()[places]
+    sums = wanted.view(gain.shape).cumsum(0).cumsum(1)  # of each corner, [ko, ki]
+    width_in, width_out = len(basis.vectors_in), len(basis.vectors_out)
+    # Projections have whole vectors of 16, so the last vector of each side may as well be full.
+    rows, columns = (16 * ((torch.arange(size) + 16) // 16) for size in gain.shape)
+    cost = rows[:, None] * width_out + columns * width_in
+    sums[cost > share * 2 * width_in * width_out] = -1
+    sums[0, 0].clamp_(min=0)
+    best = int(sums.argmax())
+    return best // gain.shape[1] + 1, best % gain.shape[1] + 1
 
 
 def _largest(gains: Sequence[Tensor], count: int) -> list[Tensor]:

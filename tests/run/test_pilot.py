@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from summed_losses import COUNT, PARTS, SAMPLES, gpt, log, watch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logra_kernels import Config, Run
 from logra_kernels.attribution import Attributor
+from logra_kernels.capture import Capture
+from logra_kernels.capture.layers import make_layer
 from logra_kernels.curvature import KroneckerCurvature, RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.projection import PilotProjection
@@ -116,6 +118,42 @@ def test_staircase_gives_each_module_a_coordinate_and_keeps_to_d() -> None:
     for count in (1, 13):
         with pytest.raises(ValueError, match=rf"expected 2 \(one a module\) to 12, got {count}"):
             staircase({"a": eye, "b": eye}, values, {"a": 14.0, "b": 6.0}, count, 7)
+
+
+def test_a_few_far_coordinates_do_not_widen_the_corner() -> None:
+    """Vectors that only they need cost more than they keep; all coordinates need all vectors."""
+    basis = Basis(torch.eye(400).double(), torch.eye(300).double())
+    rows, columns = torch.arange(300)[:, None], torch.arange(400)
+    values = torch.where((rows < 16) & (columns < 24), 1.0, 1e-6).double()
+    values[290, 0] = values[0, 390] = 1.0
+    energy = float(values.sum())
+    for name, count in (("near", 386), ("whole", values.numel())):
+        pilot = staircase({"m": basis}, {"m": values}, {"m": energy}, count, 7)
+        made = pilot.projections["m"]
+        assert made.coordinates is not None
+        assert len(made.coordinates) == count
+        assert (made.ko, made.ki) == ((16, 26) if name == "near" else (300, 400))
+
+
+def test_a_basis_may_choose_tokens() -> None:
+    """The basis of an embedding is an order of its tokens: rows hold those tokens' gradients."""
+    torch.manual_seed(0)
+    embedding, order = nn.Embedding(30, 6), torch.randperm(30)
+    ids, dy = torch.randint(30, (4, 9)), torch.randn(4, 9, 6)
+    gradients = torch.einsum("nti,nto->noi", nn.functional.one_hot(ids, 30).float(), dy)
+    basis = Basis(torch.eye(30).double()[order].T, torch.eye(6).double())
+    values = gradients.double().square().mean(0)[:, order]  # [6, 30], in the basis
+    made = staircase({"e": basis}, {"e": values}, {"e": float(values.sum())}, 25, 4)
+    layer = make_layer("e", embedding)
+    assert layer is not None
+    layer.projection = projection = made.projections["e"]
+    with Capture(nn.Sequential(embedding), [layer], 4) as capture:
+        (embedding(ids) * dy).sum().backward()
+    assert projection.coordinates is not None
+    assert projection.scale is not None
+    rows, columns = projection.coordinates // projection.ki, projection.coordinates % projection.ki
+    want = gradients[:, rows, order[columns]] * projection.scale
+    torch.testing.assert_close(capture.rows(), want)
 
 
 def test_pca_is_the_first_eigenvectors(tmp_path: Path) -> None:
