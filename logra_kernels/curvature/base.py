@@ -279,11 +279,25 @@ def preconditioner_of(
         ValueError: no such curvature, one of other modules than the store's, a bad damping, or a
             damping beside a preconditioner or "none".
     """
-    none = isinstance(curvature, str) and curvature == NO_CURVATURE
-    if (none or isinstance(curvature, Preconditioner)) and (damping_scale, damping) != (None, None):
+    found = curvature_of(store, curvature)
+    if isinstance(found, Curvature):
+        return found.damped(damping_scale=damping_scale, damping=damping, solver=solver)
+    if (damping_scale, damping) != (None, None):
+        none = isinstance(found, IdentityPreconditioner)
         what = "no curvature" if none else "a preconditioner, which has its own"
         raise ValueError(f"damping: expected none with {what}, got one")
-    if none:
+    return found
+
+
+def curvature_of(
+    store: Store, curvature: Curvature | Preconditioner | str | None = None
+) -> Curvature | Preconditioner:
+    """The curvature of a store's rows, or the preconditioner that was given in its place.
+
+    Raises:
+        ValueError: no such curvature, or one of other modules than the store's.
+    """
+    if isinstance(curvature, str) and curvature == NO_CURVATURE:
         return IdentityPreconditioner(store.layout)
     if curvature is None:
         curvature = load_curvature(store)
@@ -299,12 +313,12 @@ def preconditioner_of(
             f"curvature: expected the store's modules {store.layout.names}, "
             f"got {curvature.layout.names} (names or sizes differ)"
         )
-    if isinstance(curvature, Preconditioner):
+    if isinstance(curvature, Preconditioner) or curvature.labels == "sampled":
         return curvature
-    if curvature.labels == "data" and curvature.count != store.num_rows:
+    if curvature.count != store.num_rows:
         warnings.warn(
             f"the curvature is of {curvature.count} rows, the store has {store.num_rows}; "
             f"{type(curvature).__name__}.rebuild(store).save(store) brings it up to date",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return curvature.damped(damping_scale=damping_scale, damping=damping, solver=solver)
+    return curvature
