@@ -22,6 +22,7 @@ from logra_kernels.curvature.kronecker import (
 )
 from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
 from logra_kernels.curvature.raw import RawCurvature
+from logra_kernels.curvature.statistic import Mean, Statistic, Variance
 
 __all__ = [
     "Curvature",
@@ -35,8 +36,11 @@ __all__ = [
     "KfacReduceCurvature",
     "KroneckerCurvature",
     "Labels",
+    "Mean",
     "Preconditioner",
     "RawCurvature",
+    "Statistic",
+    "Variance",
     "check_damping",
     "curvature_kind",
     "curvature_of",

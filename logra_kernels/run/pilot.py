@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logra_kernels.capture import Capture
 from logra_kernels.capture.tokens import Tokens
-from logra_kernels.curvature import KfacCurvature, KfacReduceCurvature
+from logra_kernels.curvature import KfacCurvature, KfacReduceCurvature, KroneckerCurvature
 from logra_kernels.curvature.moment import SequenceMoments, Squares
 from logra_kernels.curvature.preconditioner import each_module
 from logra_kernels.projection import PILOTED, ModuleProjection, PilotProjection
@@ -147,10 +147,7 @@ class Pilot:
     def _find_bases(self) -> dict[str, Basis]:
         """The eigenvectors of the moments, largest eigenvalue first."""
         if self._form != "sequence":
-            return {
-                name: Basis(_order(values) if into is None else into.flip(1), out.flip(1))
-                for name, (values, into, _, out) in self._kfac.bases.items()
-            }
+            return bases_of(self._kfac)
         found = {n: self._sequence.get(n, SequenceMoments(*w)) for n, w in self._widths.items()}
         sums = list(found.values())
 
@@ -198,6 +195,14 @@ class Pilot:
 
     def _squares_count(self) -> int:
         return 0 if self._squares is None else self._squares.count
+
+
+def bases_of(curvature: KroneckerCurvature) -> dict[str, Basis]:
+    """{module name: the eigenvectors of its moments}."""
+    return {
+        name: Basis(_order(values) if into is None else into.flip(1), out.flip(1))
+        for name, (values, into, _, out) in curvature.bases.items()
+    }
 
 
 def _products(vectors: Tensor) -> Tensor:
