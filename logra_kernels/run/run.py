@@ -301,6 +301,7 @@ class Run:
             keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
             tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
             loss_scale=loss_scale,
+            token_queries=None if self._streamed is None else self._streamed.token_queries,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -559,6 +560,7 @@ class Run:
         groups: Groups = None,
         query_ids: Sequence[Any] | None = None,
         ids: Collection[Any] | None = None,
+        tokens: bool = False,
         precondition: bool = True,
         damping: float | None = None,
         damping_scale: DampingScale | None = None,
@@ -582,6 +584,8 @@ class Run:
             groups, query_ids: as in `Attributor.scores`.
             ids: score these examples alone, whatever else is in a batch, and miss none of them:
                 such as the best of an earlier, rougher ranking.
+            tokens: also give the result's `token_scores`: of each example [Q, T], what its tokens
+                add to its scores. Masked tokens add 0.
             precondition, damping, damping_scale: as in `preconditioner`.
 
         Raises:
@@ -600,6 +604,7 @@ class Run:
             query_ids=query_ids,
             top_k=top_k,
             ids=ids,
+            tokens=tokens,
             device=next(layers[0].module.parameters()).device,
         )
         setup, self._setup = self._setup, Setup()
@@ -676,7 +681,9 @@ class Run:
         logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
         if self._streamed is not None:
-            self._streamed.add(self._last.ids, self._last.rows)
+            wanted = self._streamed.token_queries is not None
+            products = capture.token_scores()[:, list(self._last.places)] if wanted else None
+            self._streamed.add(self._last.ids, self._last.rows, products)
         if left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
 

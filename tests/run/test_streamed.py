@@ -222,3 +222,86 @@ def test_rows_in_memory_may_be_none_and_have_one_name(toy: Logged) -> None:
     assert none.scores.shape == (3, 0)
     same = influence_between(toy.queries, toy.queries, preconditioner, row_ids=["a", "a", "a"])
     assert same.row_ids == ["a", "a", "a"]
+
+
+# Tokens.
+
+TOKEN_MODES = [mode for mode in SCAN_MODES if mode != "l2"]
+
+
+def assert_sums(found: InfluenceResult, mask: Tensor) -> None:
+    """A document's tokens add up to its score, and masked ones add nothing."""
+    assert found.token_scores is not None
+    assert len(found.token_scores) == len(found.row_ids)
+    for n, (name, shares) in enumerate(zip(found.row_ids, found.token_scores, strict=True)):
+        assert shares.shape == (3, mask.shape[1])
+        assert shares.dtype == torch.float32
+        want = found.scores[:, n]
+        allowed = 1e-5 * shares.abs().sum(1)
+        assert ((shares.sum(1) - want).abs() <= allowed).all()
+        assert (shares[:, mask[IDS.index(name)] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("mode", TOKEN_MODES)
+@pytest.mark.parametrize(("kind", "rank"), [("ekfac", None), ("raw", 3), ("none", 3)])
+def test_the_tokens_of_a_document_sum_to_its_score(
+    kind: str, rank: int | None, mode: str, tmp_path: Path
+) -> None:
+    toy = Logged(tmp_path, "gpt", kind, rank)
+    assert toy.mask is not None
+    with toy.run.streamed(
+        toy.queries, mode, tokens=True, ids=["row7", "row2", "row3"], precondition=kind != "none"
+    ) as streamed:
+        toy.passes()
+    found = streamed.result()
+    want = toy.attributor().scores(toy.queries, mode).scores[:, [2, 3, 7]]
+    assert torch.allclose(found.scores, want, rtol=1e-6)
+    assert_sums(found, toy.mask)
+
+
+@pytest.mark.parametrize("mode", ["dot", "l-relatif"])
+def test_the_tokens_in_an_eigenbasis_of_chosen_coordinates(mode: str, tmp_path: Path) -> None:
+    model, loss, mask = SAMPLES["gpt"]()
+    assert mask is not None
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    watch(run, model, "gpt", None, bias=True)
+    for _ in run.pilot("eigen", coordinates=700):
+        log(run, model, loss, mask, 4)
+    run.setup({"save": "grad", "statistic": "diagonal"})
+    log(run, model, loss, mask, 4)
+    run.finalize()
+    run.eval()
+    with run(["a", "b", "c"], mask[:3]):
+        loss(model, [0, 1, 2]).backward()
+    with run.streamed(run.last_rows()[1], mode, tokens=True) as streamed:
+        log(run, model, loss, mask, 4)
+    found = streamed.result()
+    assert list(found.row_ids) == IDS
+    assert_sums(found, mask)
+
+
+def test_tokens_of_gradients_of_any_size(tmp_path: Path) -> None:
+    """Far beyond what float32 holds of their squares."""
+    toy = Logged(tmp_path, "gpt", "kfac", rank=3)
+    assert toy.mask is not None
+    ordinary = with_tokens(toy, 1.0)
+    for size in (1e-25, 1e25):
+        found = with_tokens(toy, size)
+        assert_sums(found, toy.mask)
+        for mine, theirs in zip(found.token_scores or (), ordinary.token_scores or (), strict=True):
+            assert torch.allclose(mine / size, theirs, rtol=1e-4, atol=1e-5)
+
+
+def with_tokens(toy: Logged, size: float) -> InfluenceResult:
+    """The scores of queries `size` times as large."""
+    with toy.run.streamed(toy.queries * size, "l-relatif", tokens=True) as streamed:
+        toy.passes()
+    return streamed.result()
+
+
+def test_modes_that_are_no_sums_have_no_tokens(toy: Logged) -> None:
+    with (
+        refuse("tokens: expected another mode than 'l2', which is no sum over them"),
+        toy.run.streamed(toy.queries, "l2", tokens=True),
+    ):
+        pass
