@@ -80,21 +80,29 @@ class GroupScores(ABC):
 
 
 class FullMatrix(GroupScores):
-    """The scores of all rows, [Q, N] float32 on the CPU."""
+    """The scores of all rows, [Q, N] float32 on the CPU; without `num_rows` N grows."""
 
-    def __init__(self, plan: Plan, upload: Upload, num_rows: int) -> None:
+    def __init__(self, plan: Plan, upload: Upload, num_rows: int = 0) -> None:
         super().__init__(plan, upload)
         self._scores = torch.empty(plan.queries.shape[0], num_rows)
+        self._end = num_rows
 
     def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
         members, _ = self._bands[band]
         values = ops.scores(self.plan.queries[members], rows, *terms)  # [members, R]
         for factor in self._true_scale():
             values *= factor[members]
+        self._end = max(self._end, first_row + rows.shape[0])
+        held = self._scores.shape[1]
+        if self._end > held:
+            # Memory that nothing was written to yet is not taken from the system.
+            grown = self._scores.new_empty(len(self._scores), max(self._end, 2 * held))
+            grown[:, :held] = self._scores
+            self._scores = grown
         self._scores[members, first_row : first_row + rows.shape[0]] = values.cpu()
 
     def _put(self, result: InfluenceResult) -> None:
-        result.scores = self._scores
+        result.scores = self._scores[:, : self._end].contiguous()
 
 
 class TopK(GroupScores):
@@ -115,8 +123,11 @@ class TopK(GroupScores):
         )
         for factor in self._true_scale():
             top, bottom = top * factor, bottom * factor
-        result.top_scores, result.top_rows = top.cpu(), top_rows.cpu()
-        result.bottom_scores, result.bottom_rows = bottom.cpu(), bottom_rows.cpu()
+        # With fewer rows than k, the last places are no row's.
+        found = [part[:, : len(result.row_ids)].cpu() for part in (top, top_rows)]
+        result.top_scores, result.top_rows = found
+        found = [part[:, : len(result.row_ids)].cpu() for part in (bottom, bottom_rows)]
+        result.bottom_scores, result.bottom_rows = found
 
     def _of_all(self, parts: tuple[Tensor, ...]) -> Tensor:
         """[Q, k] from the bands' [members, k]."""

@@ -13,8 +13,8 @@ run.finalize()
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from logra_kernels.attribution import Attributor
+from logra_kernels.attribution import Attributor, Groups, PreparedQueries, StreamedScores
 from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import unwrapped
 from logra_kernels.curvature import (
@@ -76,6 +76,7 @@ class Run:
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
         self._pilot: Pilot | None = None  # while its passes run
+        self._streamed: StreamedScores | None = None  # while passes are scored
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
         self._untrained_steps = UntrainedSteps()
@@ -548,6 +549,65 @@ class Run:
             self._attributor = (key, made)
         return self._attributor[1]
 
+    @contextmanager
+    def streamed(
+        self,
+        queries: Tensor | PreparedQueries,
+        mode: str | None = None,
+        *,
+        top_k: int | None = None,
+        groups: Groups = None,
+        query_ids: Sequence[Any] | None = None,
+        ids: Collection[Any] | None = None,
+        precondition: bool = True,
+        damping: float | None = None,
+        damping_scale: DampingScale | None = None,
+    ) -> Iterator[StreamedScores]:
+        """A context whose passes are scored instead of logged: no row is kept, nor written.
+
+            with run.streamed(queries, top_k=20) as streamed:
+                for batch in loader:
+                    with run(data_id=batch["id"], mask=...):
+                        loss_of(model, batch).backward()
+            result = streamed.result()
+
+        So whole gradients can be scored, without add_lora, and with any curvature that
+        `curvature` gives. The scores are those of an Attributor over a float32 store of the rows.
+
+        Args:
+            queries: [Q, D], rows of what is to be explained (`last_rows` of a pass).
+            mode: as in `Attributor.scores`; None: the configuration's, or "dot" for all scores and
+                "l-relatif" for a top k.
+            top_k: keep the k best and the k worst examples of each query; None: all scores [Q, N].
+            groups, query_ids: as in `Attributor.scores`.
+            ids: score these examples alone, whatever else is in a batch, and miss none of them:
+                such as the best of an earlier, rougher ranking.
+            precondition, damping, damping_scale: as in `preconditioner`.
+
+        Raises:
+            TypeError, ValueError: as `Attributor.scores`; an id that is passed twice.
+            RuntimeError: no model is watched, a pass, a pilot or another such context is open, or
+                no curvature was logged.
+        """
+        layers = self._layers("streamed").layers
+        if self._inside or self._pilot is not None or self._streamed is not None:
+            raise RuntimeError("streamed: a pass is open, a pilot or a `streamed`; leave it first")
+        self._streamed = StreamedScores(
+            queries,
+            self.preconditioner(precondition, damping=damping, damping_scale=damping_scale),
+            self.config.mode_for(top_k) if mode is None else mode,
+            groups=groups,
+            query_ids=query_ids,
+            top_k=top_k,
+            ids=ids,
+            device=next(layers[0].module.parameters()).device,
+        )
+        setup, self._setup = self._setup, Setup()
+        try:
+            yield self._streamed
+        finally:
+            self._setup, self._streamed = setup, None
+
     def token_scores(
         self,
         queries: Tensor,
@@ -615,6 +675,8 @@ class Run:
         rows = capture.rows().detach()
         logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
+        if self._streamed is not None:
+            self._streamed.add(self._last.ids, self._last.rows)
         if left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
 
