@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
     _refuse_existing_store(arguments)
     complete_row_options(arguments)
+    _check_labels(arguments)
     store = _store_to_resume(arguments)
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = open_corpus(arguments, lm)
@@ -87,6 +88,19 @@ def complete_row_options(arguments: argparse.Namespace) -> None:
         arguments.rank = RANK
     if not piloted and arguments.seed is None:
         arguments.seed = SEED
+
+
+def _check_labels(arguments: argparse.Namespace) -> None:
+    """Refuse sampled labels without a curvature, and of data that cannot be read again."""
+    if arguments.labels == "data":
+        return
+    if arguments.curvature == NO_CURVATURE:
+        raise ValueError("labels: 'sampled' is of a curvature; --curvature none has none")
+    if arguments.data == STANDARD_INPUT:
+        raise ValueError(
+            "labels: 'sampled' reads the data again, and standard input can be read once; take a"
+            " file"
+        )
 
 
 def _store_to_resume(arguments: argparse.Namespace) -> Store | None:
@@ -197,6 +211,7 @@ def _log(
             batch_tokens=arguments.batch_tokens,
             batch_size=arguments.batch_size,
             curvature=arguments.curvature,
+            labels=arguments.labels,
             on_nonfinite=arguments.on_nonfinite,
             resume=arguments.resume,
             stop=stop,
@@ -208,6 +223,8 @@ def _shown_by(bar: "tqdm[Any]") -> Callable[[LoggingProgress], None]:
     started = time.monotonic()
 
     def show(progress: LoggingProgress) -> None:
+        if progress.sampled_pass:
+            bar.set_description(f"sample {progress.sampled_pass}", refresh=False)
         bar.total = progress.total
         bar.initial = progress.resumed
         seconds = max(time.monotonic() - started, 1e-9)

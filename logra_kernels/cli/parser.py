@@ -315,6 +315,8 @@ def _log(parser: argparse.ArgumentParser) -> None:
     _log_data(parser.add_argument_group("data"))
     rows = parser.add_argument_group("rows")
     _log_rows(rows)
+    drawn = "of the curvature: the data's, or next tokens that the model draws; default: data"
+    _choice(rows, "--labels", "data|sampled", drawn)
     _count(rows, "--shard-rows", "default: 256 MB of rows")
     running = parser.add_argument_group("running")
     _log_model(running)

@@ -2,6 +2,7 @@
 
 from logra_kernels.curvature.base import (
     Curvature,
+    Labels,
     curvature_kind,
     kinds,
     load_curvature,
@@ -32,6 +33,7 @@ __all__ = [
     "KfacCurvature",
     "KfacReduceCurvature",
     "KroneckerCurvature",
+    "Labels",
     "Preconditioner",
     "RawCurvature",
     "check_damping",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from logra_kernels.rows import stored_rows
 from logra_kernels.store import Module, RowLayout, Store
 
 SOLVERS = ("cholesky", "eigh")
+Labels: TypeAlias = Literal["data", "sampled"]
 
 C = TypeVar("C", bound="Curvature")
 
@@ -54,6 +55,7 @@ class Curvature(ABC):
             raise ValueError(f"dtype: expected float32, float64 or None, got {dtype}")
         self.layout = RowLayout.of(modules)
         self.modules: list[Module] = list(self.layout)
+        self.labels: Labels = "data"  # whose gradients are summed: the data's, or sampled labels'
 
     @property
     @abstractmethod
@@ -79,6 +81,16 @@ class Curvature(ABC):
             ValueError: the kind needs none.
         """
         raise ValueError(f"{self.kind}: expected rows alone, got tokens")
+
+    def correct(self, rows: Tensor) -> None:
+        """Add finite rows [R, D] float32 to the corrected eigenvalues, in the basis seen so far.
+
+        This is the second pass over gradients that no store holds, such as sampled labels'.
+
+        Raises:
+            ValueError: the kind corrects none.
+        """
+        raise ValueError(f"{self.kind}: has no eigenvalues to correct")
 
     def complete(self, store: Store, progress: Progress = None) -> None:  # noqa: B027
         """Find what needs all rows at once, when the store has them."""
@@ -195,6 +207,17 @@ class Curvature(ABC):
                 f"rows: row {row} is not finite in module '{self.layout.module_of(column).name}'"
             )
 
+    def _described(self, checksum: str) -> dict[str, Any]:
+        """What `save` keeps beside the sums of every kind."""
+        described = {"kind": self.kind, "count": self.count, "checksum": checksum}
+        return described if self.labels == "data" else {**described, "labels": self.labels}
+
+    def _check_same(self, other: Curvature) -> None:
+        """Refuse what `merge` refuses."""
+        self._check_layout("other", other.layout)
+        if self.labels != other.labels:
+            raise ValueError(f"other: expected {self.labels} labels, got {other.labels}")
+
     def _check_layout(self, argument: str, layout: RowLayout) -> None:
         if self.layout.signature != layout.signature:
             raise ValueError(
@@ -278,7 +301,7 @@ def preconditioner_of(
         )
     if isinstance(curvature, Preconditioner):
         return curvature
-    if curvature.count != store.num_rows:
+    if curvature.labels == "data" and curvature.count != store.num_rows:
         warnings.warn(
             f"the curvature is of {curvature.count} rows, the store has {store.num_rows}; "
             f"{type(curvature).__name__}.rebuild(store).save(store) brings it up to date",

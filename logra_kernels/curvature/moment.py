@@ -193,6 +193,52 @@ class Moment(Folded):
         return self._sums
 
 
+class Counts:
+    """How often each place of one-hot vectors [K] is one: Σ v vᵀ, of which it is the diagonal.
+
+    Args:
+        size: K.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.count = 0
+        self._sums = torch.zeros(size, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, sums: Tensor, count: int) -> Counts:
+        """The counts whose sums [K] and number of vectors these are."""
+        counts = cls(len(sums))
+        counts._sums, counts.count = sums.double(), count
+        return counts
+
+    @property
+    def folded(self) -> tuple[Tensor, int, int, Tensor]:
+        """The sums, and what `Moment.folded` gives beside them."""
+        return self._sums, 0, self.count, torch.empty(0)
+
+    def update(self, places: Tensor) -> None:
+        """Add vectors by the places of their one, [n] int64; -1 for a vector that is zero."""
+        places = places.cpu()
+        self._sums = self._sums + torch.bincount(places[places >= 0], minlength=self.size)
+        self.count += len(places)
+
+    def merge(self, other: Counts) -> None:
+        """Add another's sums and count."""
+        self._sums = self._sums + other._sums
+        self.count += other.count
+
+    def snapshot(self) -> tuple[Tensor, int]:
+        """The sums, in units of 4**0."""
+        return self._sums, 0
+
+    def symmetric(self) -> Tensor:
+        """The diagonal of Σ v vᵀ, [K] float64."""
+        return self._sums
+
+
 def sum_by_halves(values: Tensor, dim: int) -> Tensor:
     """The sum along an axis, halves added to halves: the others' sizes do not change its bits."""
     while values.shape[dim] > 1:

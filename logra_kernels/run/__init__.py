@@ -4,6 +4,7 @@ from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage, LeftOut, WatchedModule
 from logra_kernels.run.diagnosis import Diagnosis, Finding
 from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
+from logra_kernels.run.labels import sample_labels
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.pilot import Pilot
@@ -34,4 +35,5 @@ __all__ = [
     "check_curvature",
     "check_ids",
     "examine",
+    "sample_labels",
 ]

@@ -76,6 +76,7 @@ class Run:
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
         self._pilot: Pilot | None = None  # while its passes run
+        self._sampling: Recorder | None = None  # while passes over sampled labels run
         self._streamed: StreamedScores | None = None  # while passes are scored
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
@@ -210,11 +211,43 @@ class Run:
         finally:
             self._pilot = None
 
+    def curvature_passes(self) -> Iterator[int]:
+        """Passes over labels that the model draws, for setup's "labels": "sampled".
+
+            for _ in run.curvature_passes():
+                for batch in batches:
+                    with run(data_id=batch["id"], mask=...):
+                        logits = model(batch)
+                        labels = sample_labels(logits, batch["id"])
+                        cross_entropy(logits, labels, reduction="sum").backward()
+
+        The gradients go into the curvature alone, and no row is stored: the curvature is then the
+        Fisher matrix, which is the Gauss-Newton matrix of such a loss. A kind that corrects its
+        eigenvalues takes two passes. The examples may be a part of those that are logged. A pass
+        that is left, or killed, is begun anew.
+
+        Raises:
+            RuntimeError: setup asked for no sampled labels, or no example was passed.
+            StoreError: as logging raises it.
+        """
+        setup = self._setup
+        if setup.curvature is None or setup.labels != "sampled":
+            raise RuntimeError('curvature_passes: setup({"labels": "sampled", ...}) comes first')
+        recorder = self._begin_recording(setup)
+        self._sampling = recorder
+        try:
+            with closing(recorder.sampled_passes(setup.curvature)) as passes:
+                yield from passes
+        finally:
+            self._sampling = None
+
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
 
         "log": the last pass's rows can be asked for (they always can). "save": rows go to the
         store. "statistic" (or "stat"): {"grad": Covariance}, or "raw", accumulates the curvature.
+        "labels": "sampled": the curvature is that of labels which the model draws
+        (`curvature_passes`).
 
         Raises: ValueError for what is not available, with what is.
         """
@@ -287,9 +320,9 @@ class Run:
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
         setup = self._setup if save is None else replace(self._setup, save=save)
-        if self._pilot is not None:
+        if self._pilot is not None or self._sampling is not None:
             setup = Setup()
-        kind = setup.curvature
+        sampled = self._sampling is not None and self._sampling.keeps_sampled_tokens
         capture = self._capture(
             len(ids),
             mask,
@@ -298,7 +331,7 @@ class Run:
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
-            keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
+            keep_tokens=setup.keeps_tokens or sampled,
             tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
             loss_scale=loss_scale,
             token_queries=None if self._streamed is None else self._streamed.token_queries,
@@ -417,6 +450,7 @@ class Run:
     def finalize(self) -> None:
         """Finish the store: the last rows, then the curvature. Queries may follow."""
         if self._recorder is not None:
+            self._recorder.check_sampled()
             recorder, self._recorder = self._recorder, None
             self._use(recorder.finish(), recorder.curvature)
 
@@ -684,7 +718,9 @@ class Run:
             wanted = self._streamed.token_queries is not None
             products = capture.token_scores()[:, list(self._last.places)] if wanted else None
             self._streamed.add(self._last.ids, self._last.rows, products)
-        if left.setup:
+        if self._sampling is not None:
+            self._sampling.add_sampled(self._last)
+        elif left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
 
     def _begin_recording(self, setup: Setup) -> Recorder:
@@ -712,9 +748,7 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        kind = self._setup.curvature
-        if kind is not None and curvature_kind(kind).tokens is None:
-            kind = None
+        kind = self._setup.curvature_of_rows if self._setup.keeps_tokens else None
         if kind not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():
