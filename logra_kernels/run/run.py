@@ -28,12 +28,14 @@ from logra_kernels.capture.layers import unwrapped
 from logra_kernels.curvature import (
     Curvature,
     DampingScale,
-    IdentityPreconditioner,
     Preconditioner,
     curvature_kind,
     kinds,
+    plain_preconditioner,
+    usual_kind,
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
+from logra_kernels.projection import stored_scales
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage
 from logra_kernels.run.diagnosis import Diagnosis
@@ -537,7 +539,7 @@ class Run:
                     "computed from them now and kept there",
                     stacklevel=3,
                 )
-                self._curvature = curvature_kind(CURVATURE).rebuild(store)
+                self._curvature = usual_kind(store).rebuild(store)
                 self._curvature.save(store)
         return self._curvature
 
@@ -559,7 +561,9 @@ class Run:
         """
         damping, damping_scale = self._dampings(damping, damping_scale)
         if not precondition:
-            return IdentityPreconditioner(self.modules)
+            watched = self._watched
+            scales = [p.scale for p in watched.projections.values()] if watched else None
+            return plain_preconditioner(self.modules, scales or stored_scales(self.store))
         return self.curvature.damped(damping=damping, damping_scale=damping_scale)
 
     def attributor(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from logra_kernels import Config, Run
 from logra_kernels.attribution import Attributor
-from logra_kernels.curvature import KroneckerCurvature
+from logra_kernels.curvature import KroneckerCurvature, RawCurvature
+from logra_kernels.defaults import SCAN_MODES
+from logra_kernels.projection import PilotProjection
 from logra_kernels.projection.pilot import Basis, staircase
 from logra_kernels.store import Store
 
@@ -61,7 +65,9 @@ def test_eigen_rows_of_all_coordinates_reproduce_full_ekfac(tmp_path: Path, name
     rows, rotated = rows_of(full), rows_of(run.store)
     for module, a in ekfac.dampings.items():
         assert eigen.dampings[module] == pytest.approx(a, rel=1e-5)
-    assert torch.allclose(rotated.norm(dim=1), rows.norm(dim=1), rtol=1e-5)
+    plain = run.preconditioner(False).precondition(rotated)  # g / s of the rows s·g
+    norms = (plain * rotated).sum(dim=1).sqrt()
+    assert torch.allclose(norms, rows.norm(dim=1), rtol=1e-5)
     allowed = ekfac.precondition(rows).norm(dim=1)[:, None] * rows.norm(dim=1)
     got, want = eigen.scores(rotated).scores, ekfac.scores(rows).scores
     assert ((got - want).abs() <= 1e-4 * allowed).all()
@@ -81,12 +87,13 @@ def test_the_staircase_is_what_keeps_most_of_the_preconditioned_gradient(tmp_pat
     run = piloted(tmp_path / "eigen", "mlp", coordinates=60)
     assert run.layout.dim == 60
     curvature = run.curvature
-    kept = torch.cat(
-        [
-            (values / (values + run.preconditioner().dampings[name])).square()
-            for name, values in curvature.eigenvalues.items()  # type: ignore[attr-defined]
-        ]
-    )
+    gains = []
+    for name, values in curvature.eigenvalues.items():  # type: ignore[attr-defined]
+        scale = run._watched.projections[name].scale  # type: ignore[union-attr]
+        assert scale is not None
+        damped = values + run.preconditioner().dampings[name] * scale.double().square()
+        gains.append((values / damped).square())
+    kept = torch.cat(gains)
     assert float(kept.sum()) == pytest.approx(float(best), rel=1e-4)
     widths = [p.ko * p.ki for p in run._watched.projections.values()]  # type: ignore[union-attr]
     assert sum(widths) < full.layout.dim  # the corners are cut to the stairs
@@ -129,6 +136,57 @@ def test_pca_is_the_first_eigenvectors(tmp_path: Path) -> None:
             kept = torch.einsum("ki,ij,kj->k", matrix.double(), moment, matrix.double())
             assert torch.allclose(kept, values, rtol=1e-5, atol=1e-6 * float(values[0]))
     assert run.store.projection["kind"] == "pca"
+
+
+def unwhitened(*arguments: Any) -> PilotProjection:
+    """`staircase` as it was before rows were whitened: a store of that time has no scale."""
+    made = staircase(*arguments)
+    bare = {name: replace(p, scale=None) for name, p in made.projections.items()}
+    return PilotProjection(bare, made.described)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_scores_of_whitened_rows_are_those_of_the_coordinates(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every mode and damping, and no curvature, to the rounding of float32 rows."""
+    white = piloted(tmp_path / "white", name, coordinates=90)
+    monkeypatch.setattr("logra_kernels.run.pilot.staircase", unwhitened)
+    bare = piloted(tmp_path / "bare", name, coordinates=90)
+    rows = [rows_of(run.store) for run in (white, bare)]
+    scales = [p.scale for p in white._watched.projections.values()]  # type: ignore[union-attr]
+    scale = torch.cat([s for s in scales if s is not None])
+    assert scale.shape == (90,)
+    assert torch.allclose(rows[0], rows[1] * scale, rtol=1e-5)
+    # All columns of all modules are of about one size: the pilot saw just these rows.
+    assert 0.3 < float(rows[0].square().mean()) < 1
+    for options in (
+        {},
+        {"damping_scale": 1.0},
+        {"damping_scale": 0.0},
+        {"damping": 1e-3},
+        {"curvature": "none"},
+    ):
+        ours, theirs = (Attributor(run.store, **options) for run in (white, bare))
+        assert ours.preconditioner.dampings == pytest.approx(theirs.preconditioner.dampings)
+        for mode in SCAN_MODES:
+            got, want = (
+                a.scores(r, mode).scores.double() for a, r in zip((ours, theirs), rows, strict=True)
+            )
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    dimensions = [run.preconditioner().effective_dimensions() for run in (white, bare)]
+    assert dimensions[0] == pytest.approx(dimensions[1], rel=1e-5)
+    one, other = (run.preconditioner(False) for run in (white, bare))
+    assert torch.allclose(one.precondition(rows[0]) * scale, other.precondition(rows[1]), 1e-5)
+
+
+def test_only_the_diagonal_goes_with_scaled_rows(tmp_path: Path) -> None:
+    store = piloted(tmp_path, "mlp", coordinates=90).store
+    with pytest.raises(ValueError, match="which 'raw' would damp by their scale; 'diagonal' is"):
+        Attributor(store, RawCurvature.rebuild(store))
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    run.initialize_from_log()
+    assert run.curvature.kind == "diagonal"
 
 
 @pytest.mark.parametrize("init", ["eigen", "pca"])
