@@ -424,7 +424,9 @@ class KroneckerPreconditioner(DiagonalPreconditioner):
         into, out = self._bases[i]
         if into is None:
             into = torch.eye(self._inverses[i].shape[1], dtype=torch.float64)
-        return super()._root(i).diagonal()[:, None] * torch.kron(out.T, into.T)
+        return super()._root(i).diagonal()[:, None] * torch.kron(
+            out.T.contiguous(), into.T.contiguous()
+        )
 
     def _inverse(self, i: int) -> Tensor:
         root = self._root(i)

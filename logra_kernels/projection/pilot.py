@@ -55,17 +55,26 @@ class PilotProjection:
 
 @dataclass(frozen=True)
 class Basis:
-    """The eigenvectors of one module's moments, as columns, largest eigenvalue first."""
+    """The eigenvectors of one module's moments, as columns, largest eigenvalue first.
 
-    vectors_in: Tensor  # Q_F [I, I] float64
+    Of one-hot inputs the eigenvectors are the inputs' own axes: `vectors_in` is their order.
+    """
+
+    vectors_in: Tensor  # Q_F [I, I] float64, or [I] int64
     vectors_out: Tensor  # Q_B [O, O] float64
 
     def corner(self, rank_out: int, rank_in: int) -> ModuleProjection:
         """The projection to the first vectors of each side."""
+        width_in = len(self.vectors_in)
+        if self.vectors_in.ndim == 1:
+            proj_in = torch.zeros(min(rank_in, width_in), width_in)
+            proj_in.scatter_(1, self.vectors_in[:rank_in, None], 1.0)
+        else:
+            proj_in = self.vectors_in[:, :rank_in].T.float().contiguous()
         return ModuleProjection(
-            len(self.vectors_in),
+            width_in,
             len(self.vectors_out),
-            self.vectors_in[:, :rank_in].T.float().contiguous(),
+            proj_in,
             self.vectors_out[:, :rank_out].T.float().contiguous(),
         )
 

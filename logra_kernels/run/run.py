@@ -180,6 +180,7 @@ class Run:
         *,
         coordinates: int | None = None,
         rank: int | tuple[int, int] | None = None,
+        moments: str = "expand",
     ) -> Iterator[int]:
         """Make the projection from the model's own activations: one pass or two over some examples.
 
@@ -197,16 +198,20 @@ class Run:
                 eigenvectors of each side (§3.2); one pass.
             coordinates: of "eigen": D, over all modules.
             rank: of "pca": K, or (rank_out, rank_in).
+            moments: whose eigenvectors are taken. "expand": E[x xᵀ] and E[dy dyᵀ] over tokens.
+                "reduce": the same of each example's mean x and summed dy. "sequence": E[Gᵀ G] and
+                E[G Gᵀ] of the examples' gradients.
 
         Raises:
-            ValueError: another init, an option that is missing or not its own.
+            ValueError: another init or other moments, an option that is missing or not its own, an
+                embedding with other moments than "expand".
             RuntimeError: no model is watched, rows are being logged, a store was opened, or no
                 example was passed.
         """
         self._refuse_while_logging("pilot")
         if self._store is not None:
             raise RuntimeError("pilot: the projection is the store's, which was opened already")
-        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates)
+        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates, moments)
         try:
             with closing(self._pilot.run()) as passes:
                 yield from passes
