@@ -77,7 +77,7 @@ class Recorder:
         self._lacking: set[str] = set()  # those whose tokens the curvature has not seen
         self.curvature: Curvature | None = None
         self._samples = setup.labels == "sampled"
-        self._sampled_pass: int | None = None  # that runs
+        self._pass: int | None = None  # that runs
         self._passed = 0  # its examples
         try:
             if setup.curvature is not None:
@@ -103,7 +103,8 @@ class Recorder:
         if kind is not None and curvature_kind(kind).corrected and not setup.save:
             raise RuntimeError(
                 f"statistic: '{kind}' corrects its eigenvalues by the rows in the "
-                'store; setup({"save": "grad", ...}) comes with it'
+                'store; setup({"save": "grad", ...}) comes with it, or two passes without stored '
+                "rows, inside `for _ in run.curvature_passes()`"
             )
         if setup.save:
             twice = [name for name in ids if name in self.ids and name not in self._resumed]
@@ -142,8 +143,8 @@ class Recorder:
             self.curvature.update_finite(rows)
             self._add_tokens(self.curvature, logged)
 
-    def sampled_passes(self, kind: str) -> Generator[int, None, None]:
-        """The passes over examples with sampled labels that make a curvature anew.
+    def curvature_passes(self, kind: str, labels: Labels) -> Generator[int, None, None]:
+        """The passes over examples that make a curvature anew, of rows that are not stored.
 
         One, or two for a kind that corrects its eigenvalues: in the second the eigenbasis is that
         of the first.
@@ -152,37 +153,37 @@ class Recorder:
         """
         check_curvature(kind, self._chosen)
         curvature = self._new_curvature(kind)
-        curvature.labels = "sampled"
-        self.curvature, self._samples = curvature, True
+        curvature.labels = labels
+        self.curvature, self._samples = curvature, labels == "sampled"
         done = False
         try:
             for number in range(2 if curvature.corrected else 1):
-                self._sampled_pass, self._passed = number, 0
+                self._pass, self._passed = number, 0
                 yield number
                 if not self._passed:
                     raise RuntimeError(
-                        "labels: no example was passed inside `for _ in run.curvature_passes()`"
+                        "no example was passed inside `for _ in run.curvature_passes()`"
                     )
             done = True
         finally:
-            self._sampled_pass = None
+            self._pass = None
             if not done:
                 self.curvature = None
 
     @property
-    def keeps_sampled_tokens(self) -> bool:
-        """Whether the pass over sampled labels that runs needs the tokens."""
+    def keeps_tokens(self) -> bool:
+        """Whether the curvature's pass that runs needs the tokens."""
         curvature = self.curvature
-        return curvature is not None and curvature.tokens is not None and self._sampled_pass == 0
+        return curvature is not None and curvature.tokens is not None and self._pass == 0
 
-    def add_sampled(self, logged: LoggedRows) -> None:
-        """Add finite rows of sampled labels to the curvature; they are not stored."""
+    def add_to_curvature(self, logged: LoggedRows) -> None:
+        """Add finite rows of a curvature's pass to it; they are not stored."""
         assert self.curvature is not None
         if not logged.ids:
             return
         self._passed += len(logged.ids)
         rows = logged.rows.float()
-        if self._sampled_pass:
+        if self._pass:
             self.curvature.correct(rows)
         else:
             self.curvature.update_finite(rows)

@@ -78,7 +78,7 @@ class Run:
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
         self._pilot: Pilot | None = None  # while its passes run
-        self._sampling: Recorder | None = None  # while passes over sampled labels run
+        self._curving: Recorder | None = None  # while passes make its curvature alone
         self._streamed: StreamedScores | None = None  # while passes are scored
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
@@ -219,7 +219,10 @@ class Run:
             self._pilot = None
 
     def curvature_passes(self) -> Iterator[int]:
-        """Passes over labels that the model draws, for setup's "labels": "sampled".
+        """Passes that make the curvature and store no row: as many as setup's statistic takes.
+
+        Where no rows are saved, they are over the data's own labels. For setup's "labels":
+        "sampled" they are over labels that the model draws:
 
             for _ in run.curvature_passes():
                 for batch in batches:
@@ -228,25 +231,30 @@ class Run:
                         labels = sample_labels(logits, batch["id"])
                         cross_entropy(logits, labels, reduction="sum").backward()
 
-        The gradients go into the curvature alone, and no row is stored: the curvature is then the
-        Fisher matrix, which is the Gauss-Newton matrix of such a loss. A kind that corrects its
-        eigenvalues takes two passes. The examples may be a part of those that are logged. A pass
-        that is left, or killed, is begun anew.
+        The curvature is then the Fisher matrix, which is the Gauss-Newton matrix of such a loss. A
+        kind that corrects its eigenvalues takes two passes. The examples may be a part of those
+        that are logged. A pass that is left, or killed, is begun anew.
 
         Raises:
-            RuntimeError: setup asked for no sampled labels, or no example was passed.
+            RuntimeError: setup asked for no curvature, or for that of the rows that are saved; or
+                no example was passed.
             StoreError: as logging raises it.
         """
         setup = self._setup
-        if setup.curvature is None or setup.labels != "sampled":
-            raise RuntimeError('curvature_passes: setup({"labels": "sampled", ...}) comes first')
+        if setup.curvature is None:
+            raise RuntimeError('curvature_passes: setup({"statistic": ...}) comes first')
+        if setup.save and setup.labels == "data":
+            raise RuntimeError(
+                "curvature_passes: the rows that are saved make the curvature; for that of labels "
+                'which the model draws, setup({"labels": "sampled", ...}) comes first'
+            )
         recorder = self._begin_recording(setup)
-        self._sampling = recorder
+        self._curving = recorder
         try:
-            with closing(recorder.sampled_passes(setup.curvature)) as passes:
+            with closing(recorder.curvature_passes(setup.curvature, setup.labels)) as passes:
                 yield from passes
         finally:
-            self._sampling = None
+            self._curving = None
 
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
@@ -327,9 +335,9 @@ class Run:
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
         setup = self._setup if save is None else replace(self._setup, save=save)
-        if self._pilot is not None or self._sampling is not None:
+        if self._pilot is not None or self._curving is not None:
             setup = Setup()
-        sampled = self._sampling is not None and self._sampling.keeps_sampled_tokens
+        curving = self._curving is not None and self._curving.keeps_tokens
         capture = self._capture(
             len(ids),
             mask,
@@ -338,7 +346,7 @@ class Run:
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
-            keep_tokens=setup.keeps_tokens or sampled,
+            keep_tokens=setup.keeps_tokens or curving,
             tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
             loss_scale=loss_scale,
             token_queries=None if self._streamed is None else self._streamed.token_queries,
@@ -633,12 +641,15 @@ class Run:
 
         Raises:
             TypeError, ValueError: as `Attributor.scores`; an id that is passed twice.
-            RuntimeError: no model is watched, a pass, a pilot or another such context is open, or
-                no curvature was logged.
+            RuntimeError: no model is watched; a pass, a pilot or another such context is open; the
+                curvature was not made.
         """
         layers = self._layers("streamed").layers
-        if self._inside or self._pilot is not None or self._streamed is not None:
-            raise RuntimeError("streamed: a pass is open, a pilot or a `streamed`; leave it first")
+        others = (self._pilot, self._curving, self._streamed)
+        if self._inside or any(other is not None for other in others):
+            raise RuntimeError(
+                "streamed: a pass is open, or passes of another kind; leave it first"
+            )
         self._streamed = StreamedScores(
             queries,
             self.preconditioner(precondition, damping=damping, damping_scale=damping_scale),
@@ -727,8 +738,8 @@ class Run:
             wanted = self._streamed.token_queries is not None
             products = capture.token_scores()[:, list(self._last.places)] if wanted else None
             self._streamed.add(self._last.ids, self._last.rows, products)
-        if self._sampling is not None:
-            self._sampling.add_sampled(self._last)
+        if self._curving is not None:
+            self._curving.add_to_curvature(self._last)
         elif left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
 

@@ -188,9 +188,12 @@ def test_what_streamed_refuses(toy: Logged) -> None:
         pass
     with refuse("queries: expected [Q, "), run.streamed(queries[:, 1:]):
         pass
-    with run.streamed(queries) as streamed, refuse("streamed: a pass is open", RuntimeError):  # noqa: SIM117
-        with run.streamed(queries):
-            pass
+    with (
+        run.streamed(queries) as streamed,
+        refuse("streamed: a pass is open, or passes of another kind", RuntimeError),
+        run.streamed(queries),
+    ):
+        pass
     with refuse("no example was scored: pass some inside the `with`", RuntimeError):
         streamed.result()
     with run.streamed(queries), refuse("expected new ids, got 'row0', which was scored already"):
@@ -222,6 +225,78 @@ def test_rows_in_memory_may_be_none_and_have_one_name(toy: Logged) -> None:
     assert none.scores.shape == (3, 0)
     same = influence_between(toy.queries, toy.queries, preconditioner, row_ids=["a", "a", "a"])
     assert same.row_ids == ["a", "a", "a"]
+
+
+# The curvature of rows that no store holds.
+
+
+def unstored(folder: Path, name: str, kind: str) -> tuple[Run, list[int]]:
+    """A run whose curvature is that of all examples, and the numbers of its passes."""
+    model, loss, mask = SAMPLES[name]()
+    run = Run("toy", Config(root_dir=str(folder), dtype="float32"))
+    watch(run, model, name, None, bias=True)
+    run.setup({"statistic": kind})
+    numbers = []
+    for number in run.curvature_passes():
+        numbers.append(number)
+        log(run, model, loss, mask, 4)
+    run.finalize()
+    return run, numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "passes"),
+    [
+        ("mlp", "raw", 1), ("gpt", "kfac", 1), ("gpt", "ekfac", 2), ("cnn", "ekfac", 2),
+        ("gpt", "ekfac-reduce", 2), ("mlp", "ec-shampoo", 2), ("mlp", "diagonal", 1),
+    ],
+)  # fmt: skip
+def test_no_row_is_stored_from_the_first_pass_to_the_last(
+    name: str, kind: str, passes: int, tmp_path: Path
+) -> None:
+    """Factors, corrected eigenvalues, scores: as with a store of all rows."""
+    toy = Logged(tmp_path / "stored", name, kind)
+    run, numbers = unstored(tmp_path / "unstored", name, kind)
+    assert numbers == list(range(passes))
+    assert run.store.num_rows == 0
+    assert run.curvature.count == COUNT
+    again = Run("toy", Config(root_dir=str(tmp_path / "unstored")))
+    model, loss, mask = SAMPLES[name]()
+    watch(again, model, name, None, bias=True)
+    again.initialize_from_log()
+    want = toy.attributor().scores(toy.queries, "l-relatif")
+    for asked in (run, again):
+        with asked.streamed(toy.queries, "l-relatif") as streamed:
+            log(asked, asked._watched.model, loss, mask, 4)  # type: ignore[union-attr]
+        found = streamed.result()
+        assert found.dampings == pytest.approx(want.dampings, rel=1e-6)
+        allowed = 1e-6 * want.scores.abs().amax(dim=1, keepdim=True)
+        assert ((found.scores - want.scores).abs() <= allowed).all()
+
+
+def test_what_passes_without_a_store_refuse(tmp_path: Path) -> None:
+    model, loss, mask = SAMPLES["mlp"]()
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    watch(run, model, "mlp", None, bias=True)
+    with refuse('curvature_passes: setup({"statistic": ...}) comes first', RuntimeError):
+        next(run.curvature_passes())
+    run.setup({"save": "grad", "statistic": "ekfac"})
+    with refuse("curvature_passes: the rows that are saved make the curvature", RuntimeError):
+        next(run.curvature_passes())
+    run.setup({"statistic": "ekfac"})
+    with refuse("or two passes without stored rows, inside `for _ in run.curv", RuntimeError):
+        log(run, model, loss, mask, 4)
+    with refuse("no example was passed inside `for _ in run.curv", RuntimeError):
+        list(run.curvature_passes())
+    for _ in run.curvature_passes():
+        with (
+            refuse("streamed: a pass is open, or passes of another kind", RuntimeError),
+            run.streamed(torch.zeros(1, run.layout.dim)),
+        ):
+            pass
+        log(run, model, loss, mask, 4)
+    run.finalize()
+    assert run.curvature.count == COUNT
 
 
 # Tokens.
