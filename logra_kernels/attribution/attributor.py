@@ -13,9 +13,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from logra_kernels._checks import expect_shape
 from logra_kernels.attribution.influence_result import TOTAL, InfluenceResult, StoredIds
 from logra_kernels.attribution.norms import NORM_OF_MODE, Norms, ShardNorms
 from logra_kernels.attribution.pipeline import lanes_of
@@ -41,6 +43,7 @@ from logra_kernels.attribution.streamed import result_of, use
 from logra_kernels.curvature import Curvature, DampingScale, Preconditioner, preconditioner_of
 from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
 from logra_kernels.progress import Progress, track
+from logra_kernels.rows import stored_rows
 from logra_kernels.store import Module, Store
 
 
@@ -129,6 +132,7 @@ class Attributor:
         *,
         groups: Groups = None,
         query_ids: Sequence[Any] | None = None,
+        row_weights: Tensor | None = None,
         progress: Progress = None,
     ) -> InfluenceResult:
         """The scores of all rows, [Q, N] float32.
@@ -143,15 +147,18 @@ class Attributor:
             groups: {name: substrings of module names}, or a list of substrings; each group is
                 scored, and normalised, by its own modules.
             query_ids: names for the queries; their numbers by default.
+            row_weights: [N], 0 to 1, by which each row's scores are multiplied; a row of weight 0
+                scores 0. A filter of rows, such as `concentration() > threshold`.
             progress: True for a bar, or a callback (rows done, rows in all).
 
         Raises:
             TypeError: queries that are no float32 or float64 tensor.
             ValueError: an unknown mode, a group without modules, a query that is not finite or
-                has another D than the store, queries prepared for another curvature or damping.
+                has another D than the store, queries prepared for another curvature or damping,
+                row_weights of another shape or outside 0 to 1.
             StoreError: the store was replaced or deleted since it was opened, or cannot be read.
         """
-        return self._influence(queries, None, mode, groups, query_ids, progress)
+        return self._influence(queries, None, mode, groups, query_ids, row_weights, progress)
 
     def top_k(
         self,
@@ -161,6 +168,7 @@ class Attributor:
         *,
         groups: Groups = None,
         query_ids: Sequence[Any] | None = None,
+        row_weights: Tensor | None = None,
         progress: Progress = None,
     ) -> InfluenceResult:
         """The k most and the k least influential rows; memory does not grow with the store.
@@ -176,7 +184,7 @@ class Attributor:
             raise ValueError(
                 f"k: expected at most {self.store.num_rows}, the rows in the store, got {k}"
             )
-        return self._influence(queries, k, mode, groups, query_ids, progress)
+        return self._influence(queries, k, mode, groups, query_ids, row_weights, progress)
 
     @overload
     def self_influence(self, groups: None = None, progress: Progress = None) -> Tensor: ...
@@ -198,6 +206,24 @@ class Attributor:
         """
         with self._scanning:
             return self._self_influence(groups, progress)
+
+    def concentration(self) -> Tensor:
+        """‖g‖₂ / ‖g‖₁ of every row as stored, [N] float64; 0 for a row of zeros.
+
+        From 1/√D, where all coordinates are of one size, to 1, where a single one holds all. The
+        paper suggests to filter by it against outliers, texts that make no sense. It depends on
+        the basis of the rows, so a threshold is one store's.
+
+        Raises:
+            StoreError: as in `scores`.
+        """
+        self.store.check_unchanged()
+        found = []
+        for _, *block in self.store.blocks(self.block_rows):
+            rows = stored_rows(self.store, *block).double()  # [R, D]
+            sums = rows.abs().sum(dim=1)
+            found.append(torch.where(sums > 0, rows.norm(dim=1) / sums, 0.0))
+        return torch.cat(found)
 
     def _self_influence(self, groups: Groups, progress: Progress) -> Tensor | dict[str, Tensor]:
         self.store.check_unchanged()
@@ -224,18 +250,20 @@ class Attributor:
         mode: str,
         groups: Groups,
         query_ids: Sequence[Any] | None,
+        row_weights: Tensor | None,
         progress: Progress,
     ) -> InfluenceResult:
         mode = check_mode(mode)
+        weights = _checked_weights(row_weights, self.store.num_rows)
         prepared = PreparedQueries.of(queries, query_ids, self.preconditioner)
         plans = plan_scan(prepared, mode, groups, self.store.layout, self._exponents, self.device)
         block_rows = self._reading.block_rows_for(len(prepared.names))
         with self._scanning, closing(lanes_of(self.device)) as lanes:
             self.store.check_unchanged()
             sinks: list[GroupScores] = [
-                FullMatrix(plan, lanes.upload, self.store.num_rows)
+                FullMatrix(plan, lanes.upload, self.store.num_rows, weights)
                 if k is None
-                else TopK(plan, lanes.upload, k)
+                else TopK(plan, lanes.upload, k, weights)
                 for plan in plans
             ]
             norm = NORM_OF_MODE[mode]
@@ -254,6 +282,17 @@ class Attributor:
         else:
             self._norms[norm].look_again()
         return self._norms[norm]
+
+
+def _checked_weights(row_weights: Tensor | None, num_rows: int) -> np.ndarray | None:
+    """The weights as the sinks take them, [N] float32."""
+    if row_weights is None:
+        return None
+    expect_shape("row_weights", row_weights, N=num_rows)
+    weights = row_weights.detach().cpu().float()
+    if not ((weights >= 0) & (weights <= 1)).all():
+        raise ValueError("row_weights: expected numbers from 0 to 1")
+    return weights.numpy()
 
 
 class _Scan:
