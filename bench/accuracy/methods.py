@@ -75,7 +75,7 @@ class Method:
         elif self.rank is not None or self.coordinates is not None:
             count = max(1, round(self.pilot * len(data.x)))
             init = "pca" if self.rank is not None else "eigen"
-            for _ in run.pilot(init, coordinates=self.coordinates, rank=self.rank):
+            with run.pilot(init, coordinates=self.coordinates, rank=self.rank):
                 for ids, x, y in _batches(data.x[:count], data.y[:count]):
                     with run(ids):
                         _loss(model, x, y).backward()
