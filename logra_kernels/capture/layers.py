@@ -118,14 +118,22 @@ class Layer(ABC):
 
     def chosen(self, gradients: Tensor) -> Tensor:
         """G [N, Ko, Ki] of the projected block -> the part that a row holds."""
-        coordinates = self._projection.coordinates
+        coordinates = self._on(gradients.device, "coordinates")
         if coordinates is None:
             return gradients
-        flat = gradients.reshape(len(gradients), -1)
-        key = ("coordinates", flat.device, coordinates.dtype)
+        kept = gradients.reshape(len(gradients), -1)[:, coordinates]
+        scale = self._on(gradients.device, "scale")
+        return (kept if scale is None else kept * scale)[:, None]  # [N, 1, n]
+
+    def _on(self, device: torch.device, part: str) -> Tensor | None:
+        """The projection's coordinates or its scale, on a device."""
+        tensor: Tensor | None = getattr(self._projection, part)
+        if tensor is None:
+            return None
+        key = (part, device, tensor.dtype)
         if key not in self._factors:
-            self._factors[key] = coordinates.to(flat.device)
-        return flat[:, self._factors[key]][:, None]  # [N, 1, n]
+            self._factors[key] = tensor.to(device)
+        return self._factors[key]
 
     # What a kind defines.
 
@@ -197,6 +205,11 @@ class Layer(ABC):
         """P_i x of a call, [N, T, Ki]."""
         if call.projected is not None:
             return call.projected
+        x = self.tokens(self._kept_input(call), call)
+        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if self.with_bias else x
+
+    def _kept_input(self, call: Call) -> Tensor:
+        """The input of a call without P_i; RuntimeError if it was changed since."""
         assert call.input is not None
         if call.input._version != call.version:
             raise RuntimeError(
@@ -204,8 +217,15 @@ class Layer(ABC):
                 "without a projection of the input the change would spoil the gradient; call "
                 "add_lora(), or make the change out of place"
             )
-        x = self.tokens(call.input, call)
-        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if self.with_bias else x
+        return call.input
+
+    def token_operands(self, call: Call, dy: Tensor) -> Operands:
+        """`operands` for moments of the tokens.
+
+        Inputs that are one-hot, and not projected, are their places [N, T] int64; -1 for a zero
+        vector.
+        """
+        return self.operands(call, dy)
 
     def token_scores(self, call: Call, dy: Tensor, queries: Tensor) -> Tensor:
         """(P_o dy_t)ᵀ U_q (P_i x_t) of every token, for queries U [Q, Ko, Ki] -> [Q, N, T]."""
@@ -224,7 +244,10 @@ class Layer(ABC):
         if projection.coordinates is None:
             return queries
         block = queries.new_zeros(len(queries), projection.ko * projection.ki)
-        block[:, projection.coordinates] = queries.flatten(1)
+        flat = queries.flatten(1)
+        if projection.scale is not None:  # the block's tokens give g, and the queries are of s·g
+            flat = flat * projection.scale.to(flat.device)
+        block[:, projection.coordinates] = flat
         return block.view(-1, projection.ko, projection.ki)
 
     # P on the device and in the precision where it is needed.

@@ -106,7 +106,10 @@ def _curvatures(store: Store) -> str:
     found = []
     for name, entry in store.curvatures.items():
         stale = "" if entry["rows"] == store.num_rows else " (rows were added since)"
-        found.append(f"{name}, of {entry['rows']:,} rows{stale}")
+        meta = entry["meta"]
+        drawn = isinstance(meta, dict) and meta.get("labels") == "sampled"
+        labels = " and sampled labels" if drawn else ""
+        found.append(f"{name}, of {entry['rows']:,} rows{labels}{stale}")
     return "; ".join(found) or "none"
 
 

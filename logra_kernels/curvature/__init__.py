@@ -2,11 +2,13 @@
 
 from logra_kernels.curvature.base import (
     Curvature,
+    Labels,
     curvature_kind,
     kinds,
     load_curvature,
     preconditioner_of,
     register_curvature,
+    usual_kind,
 )
 from logra_kernels.curvature.damping import DampingScale, check_damping
 from logra_kernels.curvature.diagonal import DiagonalCurvature
@@ -18,7 +20,11 @@ from logra_kernels.curvature.kronecker import (
     KfacReduceCurvature,
     KroneckerCurvature,
 )
-from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
+from logra_kernels.curvature.preconditioner import (
+    IdentityPreconditioner,
+    Preconditioner,
+    plain_preconditioner,
+)
 from logra_kernels.curvature.raw import RawCurvature
 
 __all__ = [
@@ -32,12 +38,15 @@ __all__ = [
     "KfacCurvature",
     "KfacReduceCurvature",
     "KroneckerCurvature",
+    "Labels",
     "Preconditioner",
     "RawCurvature",
     "check_damping",
     "curvature_kind",
     "kinds",
     "load_curvature",
+    "plain_preconditioner",
     "preconditioner_of",
     "register_curvature",
+    "usual_kind",
 ]

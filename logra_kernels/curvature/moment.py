@@ -193,6 +193,84 @@ class Moment(Folded):
         return self._sums
 
 
+class Counts:
+    """How often each place of one-hot vectors [K] is one: Σ v vᵀ, of which it is the diagonal.
+
+    Args:
+        size: K.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.count = 0
+        self._sums = torch.zeros(size, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, sums: Tensor, count: int) -> Counts:
+        """The counts whose sums [K] and number of vectors these are."""
+        counts = cls(len(sums))
+        counts._sums, counts.count = sums.double(), count
+        return counts
+
+    @property
+    def folded(self) -> tuple[Tensor, int, int, Tensor]:
+        """The sums, and what `Moment.folded` gives beside them."""
+        return self._sums, 0, self.count, torch.empty(0)
+
+    def update(self, places: Tensor) -> None:
+        """Add vectors by the places of their one, [n] int64; -1 for a vector that is zero."""
+        places = places.cpu()
+        self._sums = self._sums + torch.bincount(places[places >= 0], minlength=self.size)
+        self.count += len(places)
+
+    def merge(self, other: Counts) -> None:
+        """Add another's sums and count."""
+        self._sums = self._sums + other._sums
+        self.count += other.count
+
+    def snapshot(self) -> tuple[Tensor, int]:
+        """The sums, in units of 4**0."""
+        return self._sums, 0
+
+    def symmetric(self) -> Tensor:
+        """The diagonal of Σ v vᵀ, [K] float64."""
+        return self._sums
+
+
+class SequenceMoments:
+    """Σ Gᵀ G [I, I] and Σ G Gᵀ [O, O] over examples, whose gradients are G = Σ_t dy_t x_tᵀ.
+
+    Gᵀ G = Σ_st (dy_s·dy_t) x_s x_tᵀ, so that few tokens take no G. The products are of float64.
+
+    Args:
+        width_in: I.
+        width_out: O.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        self.inputs, self.outputs = (
+            torch.zeros(k, k, dtype=torch.float64 if k <= FLOAT64_LARGEST_K else torch.float32)
+            for k in (width_in, width_out)
+        )
+
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        """Add an example's tokens x [T, I] and dy [T, O]."""
+        x, dy = x.double(), dy.double()
+        (tokens, width_in), width_out = x.shape, dy.shape[1]
+        squares = width_in**2 + width_out**2
+        without = 2 * tokens**2 * (width_in + width_out) + tokens * squares
+        whole = width_in * width_out * (tokens + width_in + width_out)
+        if without < whole:
+            self.inputs += x.T @ (dy @ dy.T @ x)
+            self.outputs += dy.T @ (x @ x.T @ dy)
+        else:
+            gradient = dy.T @ x
+            self.inputs += gradient.T @ gradient
+            self.outputs += gradient @ gradient.T
+
+
 def sum_by_halves(values: Tensor, dim: int) -> Tensor:
     """The sum along an axis, halves added to halves: the others' sizes do not change its bits."""
     while values.shape[dim] > 1:

@@ -55,6 +55,7 @@ def pilot_corpus(
     *,
     rank: int | tuple[int, int] | None = None,
     coordinates: int | None = None,
+    moments: str = "expand",
     size: int | float | None = None,
     batch_tokens: int = 1024,
     batch_size: int | None = None,
@@ -70,7 +71,7 @@ def pilot_corpus(
         gradients: the model and its watched modules; if anything fails, they keep the projection
             that they have.
         corpus: what is to be logged; it is read twice, to count its examples and to choose.
-        init, rank, coordinates: as in `Run.pilot`.
+        init, rank, coordinates, moments: as in `Run.pilot`.
         size: as `asked` of `pilot_size`.
         batch_tokens, batch_size, on_nonfinite: as in `log_corpus`.
         progress: True draws bars on stderr; a callback is told (examples passed, in all passes).
@@ -80,7 +81,7 @@ def pilot_corpus(
             has not, or a gradient that is not finite.
     """
     finite = FinitePolicy(on_nonfinite)
-    pilot = Pilot(gradients.watched, init, rank, coordinates)
+    pilot = Pilot(gradients.watched, init, rank, coordinates, moments)
     bar = tqdm(corpus, desc="count", unit="ex", disable=progress is not True, dynamic_ncols=True)
     total = sum(1 for _ in bar)
     examples = list(evenly_spaced(corpus, total, pilot_size(total, size)))

@@ -7,7 +7,8 @@ the largest eigenvalues are P_i and P_o.
     eigen   a row holds the D coordinates, over all modules together, in which the damped inverse
             keeps most of the gradient: those with the largest (Λ / (Λ + λ))², Λ = E[G²] of the
             pilot and λ = 0.1 · mean of Λ over all coordinates of the module's weight. They lie in
-            a corner of G, below a staircase.
+            a corner of G, below a staircase. Each is stored times 1 / √(Λ + λ), so that all
+            columns of all modules are of about one size.
 
 Sources: Choe et al. 2024, §3.2 (PCA); the basis: EK-FAC (George et al. 2018; Grosse et al. 2023).
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,17 +55,26 @@ class PilotProjection:
 
 @dataclass(frozen=True)
 class Basis:
-    """The eigenvectors of one module's moments, as columns, largest eigenvalue first."""
+    """The eigenvectors of one module's moments, as columns, largest eigenvalue first.
 
-    vectors_in: Tensor  # Q_F [I, I] float64
+    Of one-hot inputs the eigenvectors are the inputs' own axes: `vectors_in` is their order.
+    """
+
+    vectors_in: Tensor  # Q_F [I, I] float64, or [I] int64
     vectors_out: Tensor  # Q_B [O, O] float64
 
     def corner(self, rank_out: int, rank_in: int) -> ModuleProjection:
         """The projection to the first vectors of each side."""
+        width_in = len(self.vectors_in)
+        if self.vectors_in.ndim == 1:
+            proj_in = torch.zeros(min(rank_in, width_in), width_in)
+            proj_in.scatter_(1, self.vectors_in[:rank_in, None], 1.0)
+        else:
+            proj_in = self.vectors_in[:, :rank_in].T.float().contiguous()
         return ModuleProjection(
-            len(self.vectors_in),
+            width_in,
             len(self.vectors_out),
-            self.vectors_in[:, :rank_in].T.float().contiguous(),
+            proj_in,
             self.vectors_out[:, :rank_out].T.float().contiguous(),
         )
 
@@ -116,7 +126,8 @@ def staircase(
         raise ValueError(
             f"coordinates: expected {len(eigenvalues)} (one a module) to {total}, got {coordinates}"
         )
-    gains = [_gain(eigenvalues[name], energies[name], basis) for name, basis in bases.items()]
+    dampings = {name: _damping(energies[name], basis) for name, basis in bases.items()}
+    gains = [_gain(eigenvalues[name], dampings[name]) for name in bases]
     kept = _largest(gains, coordinates)
     projections, shares = {}, {}
     for (name, basis), places in zip(bases.items(), kept, strict=True):
@@ -124,9 +135,8 @@ def staircase(
         rows, columns = places // values.shape[1], places % values.shape[1]
         corner = basis.corner(int(rows.max()) + 1, int(columns.max()) + 1)
         chosen = rows * corner.ki + columns
-        projections[name] = ModuleProjection(
-            corner.in_features, corner.out_features, corner.proj_in, corner.proj_out, chosen
-        )
+        whitening = _whitening(values.flatten()[places] + dampings[name])
+        projections[name] = replace(corner, coordinates=chosen, scale=whitening)
         energy = energies[name]
         shares[name] = min(1.0, float(values.flatten()[places].sum()) / energy) if energy else 1.0
     described = {
@@ -134,14 +144,27 @@ def staircase(
         "coordinates": coordinates,
         "pilot_examples": examples,
         "damping_scale": DAMPING_SCALE,
+        "scaling": "1/sqrt(E[g^2] + lambda), of the pilot",
         "energy_shares": {name: share or 1.0 for name, share in shares.items()},
     }
     return PilotProjection(projections, described)
 
 
-def _gain(values: Tensor, energy: float, basis: Basis) -> Tensor:
+def _damping(energy: float, basis: Basis) -> float:
+    """λ, relative to the mean of Λ over all coordinates."""
+    return DAMPING_SCALE * energy / (len(basis.vectors_in) * len(basis.vectors_out))
+
+
+def _whitening(damped: Tensor) -> Tensor:
+    """1 / √(Λ + λ) [n] float32; 1 where the pilot saw no gradient."""
+    scale = torch.where(damped > 0, damped, 1.0).rsqrt()
+    return scale.clamp(
+        2.0**-100, 2.0**100
+    ).float()  # whose squares float64 and products float32 hold
+
+
+def _gain(values: Tensor, damping: float) -> Tensor:
     """(Λ / (Λ + λ))² [ko, ki]."""
-    damping = DAMPING_SCALE * energy / (len(basis.vectors_in) * len(basis.vectors_out))
     total = values + damping
     return torch.where(total > 0, values / total, 0.0).square()
 

@@ -103,7 +103,7 @@ def projection_line(projection: Any) -> str:
     said = [str(projection["kind"])]
     if isinstance(projection.get("rank"), list):
         said.append(f"rank {' × '.join(map(str, projection['rank']))}")
-    for name in ("coordinates", "seed", "pilot_examples"):
+    for name in ("coordinates", "moments", "seed", "pilot_examples"):
         if name in projection:
             said.append(f"{name.replace('_', ' ')} {projection[name]}")
     return ", ".join(said)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from logra_kernels.capture.layers import plain_name
-from logra_kernels.curvature import Curvature, curvature_kind
+from logra_kernels.curvature import Curvature, Labels, curvature_kind
 from logra_kernels.projection import projection_tensors
 from logra_kernels.rows import decode, encode
 from logra_kernels.run.logged_rows import LoggedRows
 from logra_kernels.run.statistic import Setup
 from logra_kernels.run.watched import WatchedLayers
-from logra_kernels.store import DuplicateIdError, Store, StoreWriter
+from logra_kernels.store import DuplicateIdError, Store, StoreMismatchError, StoreWriter
 from logra_kernels.store.writer import append_finite
 
 SAMPLED_VALUES = 256
@@ -76,10 +76,13 @@ class Recorder:
         self.ids = set(committed)  # of the rows in the store and on their way there
         self._lacking: set[str] = set()  # those whose tokens the curvature has not seen
         self.curvature: Curvature | None = None
+        self._samples = setup.labels == "sampled"
+        self._pass: int | None = None  # that runs
+        self._passed = 0  # its examples
         try:
             if setup.curvature is not None:
-                self.curvature = self._curvature_so_far(setup.curvature)
-                if self.curvature.tokens:
+                self.curvature = self._curvature_so_far(setup.curvature, setup.labels)
+                if self.curvature.tokens and setup.labels == "data":
                     self._lacking.update(committed[self.curvature.count :])
                     self.ids -= self._lacking
         except BaseException:
@@ -92,15 +95,16 @@ class Recorder:
         Raises: RuntimeError if rows were saved before the curvature was asked for;
             DuplicateIdError for an id that was logged already.
         """
-        if setup.curvature is not None and self._lacks(setup.curvature) and self.ids:
+        kind = setup.curvature_of_rows
+        if kind is not None and self._lacks(kind) and self.ids:
             raise RuntimeError(
                 "statistic: rows were saved before it was asked for; setup comes first"
             )
-        kind = setup.curvature
         if kind is not None and curvature_kind(kind).corrected and not setup.save:
             raise RuntimeError(
                 f"statistic: '{kind}' corrects its eigenvalues by the rows in the "
-                'store; setup({"save": "grad", ...}) comes with it'
+                'store; setup({"save": "grad", ...}) comes with it, or two passes without stored '
+                "rows, inside `for _ in run.curvature_passes()`"
             )
         if setup.save:
             twice = [name for name in ids if name in self.ids and name not in self._resumed]
@@ -131,12 +135,72 @@ class Recorder:
             scale = None if row_scale is None else row_scale.numpy()
             append_finite(self._writer, logged.ids, stored.numpy(), scale, logged.metadata, own)
             self.ids.update(logged.ids)
-        if setup.curvature is not None:
-            if self.curvature is None or self._lacks(setup.curvature):
-                self.curvature = curvature_kind(setup.curvature)(self._layout)
+        kind = setup.curvature_of_rows
+        if kind is not None:
+            if self.curvature is None or self._lacks(kind):
+                self.curvature = self._new_curvature(kind)
             rows = decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
             self.curvature.update_finite(rows)
             self._add_tokens(self.curvature, logged)
+
+    def curvature_passes(self, kind: str, labels: Labels) -> Generator[int, None, None]:
+        """The passes over examples that make a curvature anew, of rows that are not stored.
+
+        One, or two for a kind that corrects its eigenvalues: in the second the eigenbasis is that
+        of the first.
+
+        Raises: RuntimeError if no example was passed in one.
+        """
+        check_curvature(kind, self._chosen)
+        curvature = self._new_curvature(kind)
+        curvature.labels = labels
+        self.curvature, self._samples = curvature, labels == "sampled"
+        done = False
+        try:
+            for number in range(2 if curvature.corrected else 1):
+                self._pass, self._passed = number, 0
+                yield number
+                if not self._passed:
+                    raise RuntimeError(
+                        "no example was passed inside `for _ in run.curvature_passes()`"
+                    )
+            done = True
+        finally:
+            self._pass = None
+            if not done:
+                self.curvature = None
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the curvature's pass that runs needs the tokens."""
+        curvature = self.curvature
+        return curvature is not None and curvature.tokens is not None and self._pass == 0
+
+    def add_to_curvature(self, logged: LoggedRows) -> None:
+        """Add finite rows of a curvature's pass to it; they are not stored."""
+        assert self.curvature is not None
+        if not logged.ids:
+            return
+        self._passed += len(logged.ids)
+        rows = logged.rows.float()
+        if self._pass:
+            self.curvature.correct(rows)
+        else:
+            self.curvature.update_finite(rows)
+            self._add_tokens(self.curvature, logged)
+
+    @property
+    def lacks_sampled(self) -> bool:
+        """Whether sampled labels were asked for, and no pass has sampled any."""
+        return self._samples and (self.curvature is None or not self.curvature.count)
+
+    def check_sampled(self) -> None:
+        """Raise RuntimeError if sampled labels were asked for, and no pass has sampled any."""
+        if self.lacks_sampled:
+            raise RuntimeError(
+                "labels: 'sampled' was asked for; pass the examples inside "
+                "`for _ in run.curvature_passes()` before finalize"
+            )
 
     def finish(self) -> Store:
         """Close the store, put the curvature into it, and open it for reading."""
@@ -155,7 +219,8 @@ class Recorder:
         self._writer.close(finalize=False)
         curvature = self.curvature
         # The first rows of the store must be those that the saved curvature has seen.
-        if curvature is not None and curvature.tokens and not self._lacking:
+        of_rows = curvature is not None and curvature.labels == "data"
+        if curvature is not None and of_rows and curvature.tokens and not self._lacking:
             curvature.save(Store.open(self._writer.path))
 
     def _add_lacking(self, logged: LoggedRows) -> None:
@@ -179,16 +244,29 @@ class Recorder:
     def _lacks(self, kind: str) -> bool:
         return self.curvature is None or self.curvature.kind != kind
 
-    def _curvature_so_far(self, kind: str) -> Curvature:
+    def _curvature_so_far(self, kind: str, labels: Labels) -> Curvature:
         check_curvature(kind, self._chosen)
         found = curvature_kind(kind)
         if self._resumed:
             store = Store.open(self._writer.path)
-            if found.tokens is None:
+            if found.tokens is None and labels == "data":
                 return found.rebuild(store)
             if kind in store.curvatures:
-                return found.load(store)
-        return found(self._layout)
+                held = found.load(store)
+                if held.labels == labels:
+                    return held
+                if labels == "data":
+                    raise StoreMismatchError(
+                        f"{store.path}: labels: its curvature '{kind}' is of {held.labels} labels, "
+                        "got 'data'; log the examples into a store of their own"
+                    )
+        return self._new_curvature(kind)
+
+    def _new_curvature(self, kind: str) -> Curvature:
+        curvature = curvature_kind(kind)(self._layout)
+        if curvature.of_coordinates:
+            curvature.complete(Store.open(self._writer.path))  # what its rows hold of a gradient
+        return curvature
 
     def _fix_exponents(self, row: Tensor, setup: Setup) -> None:
         """Take the modules' exponents from the run's first row, and give them to the store.
@@ -215,10 +293,10 @@ def check_curvature(kind: str, chosen: bool) -> None:
 
     Raises: ValueError that says which kind does; or for a kind that there is not.
     """
-    if chosen and curvature_kind(kind).tokens is not None:
+    if chosen and not curvature_kind(kind).of_coordinates:
         raise ValueError(
-            f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
-            "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
+            f"statistic: '{kind}' does not go with rows that hold chosen coordinates of an "
+            "eigenbasis; 'diagonal' is their curvature"
         )
 
 

@@ -13,8 +13,8 @@ run.finalize()
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,18 +22,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from logra_kernels.attribution import Attributor
+from logra_kernels.attribution import Attributor, Groups, PreparedQueries, StreamedScores
 from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import unwrapped
 from logra_kernels.curvature import (
     Curvature,
     DampingScale,
-    IdentityPreconditioner,
     Preconditioner,
     curvature_kind,
     kinds,
+    plain_preconditioner,
+    usual_kind,
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
+from logra_kernels.projection import stored_scales
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage
 from logra_kernels.run.diagnosis import Diagnosis
@@ -76,6 +78,8 @@ class Run:
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
         self._pilot: Pilot | None = None  # while its passes run
+        self._curving: Recorder | None = None  # while passes make its curvature alone
+        self._streamed: StreamedScores | None = None  # while passes are scored
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
         self._untrained_steps = UntrainedSteps()
@@ -176,6 +180,7 @@ class Run:
         *,
         coordinates: int | None = None,
         rank: int | tuple[int, int] | None = None,
+        moments: str = "expand",
     ) -> Iterator[int]:
         """Make the projection from the model's own activations: one pass or two over some examples.
 
@@ -193,27 +198,71 @@ class Run:
                 eigenvectors of each side (§3.2); one pass.
             coordinates: of "eigen": D, over all modules.
             rank: of "pca": K, or (rank_out, rank_in).
+            moments: whose eigenvectors are taken. "expand": E[x xᵀ] and E[dy dyᵀ] over tokens.
+                "reduce": the same of each example's mean x and summed dy. "sequence": E[Gᵀ G] and
+                E[G Gᵀ] of the examples' gradients.
 
         Raises:
-            ValueError: another init, an option that is missing or not its own.
+            ValueError: another init or other moments, an option that is missing or not its own, an
+                embedding with other moments than "expand".
             RuntimeError: no model is watched, rows are being logged, a store was opened, or no
                 example was passed.
         """
         self._refuse_while_logging("pilot")
         if self._store is not None:
             raise RuntimeError("pilot: the projection is the store's, which was opened already")
-        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates)
+        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates, moments)
         try:
             with closing(self._pilot.run()) as passes:
                 yield from passes
         finally:
             self._pilot = None
 
+    def curvature_passes(self) -> Iterator[int]:
+        """Passes that make the curvature and store no row: as many as setup's statistic takes.
+
+        Where no rows are saved, they are over the data's own labels. For setup's "labels":
+        "sampled" they are over labels that the model draws:
+
+            for _ in run.curvature_passes():
+                for batch in batches:
+                    with run(data_id=batch["id"], mask=...):
+                        logits = model(batch)
+                        labels = sample_labels(logits, batch["id"])
+                        cross_entropy(logits, labels, reduction="sum").backward()
+
+        The curvature is then the Fisher matrix, which is the Gauss-Newton matrix of such a loss. A
+        kind that corrects its eigenvalues takes two passes. The examples may be a part of those
+        that are logged. A pass that is left, or killed, is begun anew.
+
+        Raises:
+            RuntimeError: setup asked for no curvature, or for that of the rows that are saved; or
+                no example was passed.
+            StoreError: as logging raises it.
+        """
+        setup = self._setup
+        if setup.curvature is None:
+            raise RuntimeError('curvature_passes: setup({"statistic": ...}) comes first')
+        if setup.save and setup.labels == "data":
+            raise RuntimeError(
+                "curvature_passes: the rows that are saved make the curvature; for that of labels "
+                'which the model draws, setup({"labels": "sampled", ...}) comes first'
+            )
+        recorder = self._begin_recording(setup)
+        self._curving = recorder
+        try:
+            with closing(recorder.curvature_passes(setup.curvature, setup.labels)) as passes:
+                yield from passes
+        finally:
+            self._curving = None
+
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
 
         "log": the last pass's rows can be asked for (they always can). "save": rows go to the
         store. "statistic" (or "stat"): {"grad": Covariance}, or "raw", accumulates the curvature.
+        "labels": "sampled": the curvature is that of labels which the model draws
+        (`curvature_passes`).
 
         Raises: ValueError for what is not available, with what is.
         """
@@ -286,9 +335,9 @@ class Run:
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
         setup = self._setup if save is None else replace(self._setup, save=save)
-        if self._pilot is not None:
+        if self._pilot is not None or self._curving is not None:
             setup = Setup()
-        kind = setup.curvature
+        curving = self._curving is not None and self._curving.keeps_tokens
         capture = self._capture(
             len(ids),
             mask,
@@ -297,9 +346,10 @@ class Run:
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
-            keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
+            keep_tokens=setup.keeps_tokens or curving,
             tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
             loss_scale=loss_scale,
+            token_queries=None if self._streamed is None else self._streamed.token_queries,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -415,6 +465,7 @@ class Run:
     def finalize(self) -> None:
         """Finish the store: the last rows, then the curvature. Queries may follow."""
         if self._recorder is not None:
+            self._recorder.check_sampled()
             recorder, self._recorder = self._recorder, None
             self._use(recorder.finish(), recorder.curvature)
 
@@ -501,7 +552,7 @@ class Run:
                     "computed from them now and kept there",
                     stacklevel=3,
                 )
-                self._curvature = curvature_kind(CURVATURE).rebuild(store)
+                self._curvature = usual_kind(store).rebuild(store)
                 self._curvature.save(store)
         return self._curvature
 
@@ -523,7 +574,9 @@ class Run:
         """
         damping, damping_scale = self._dampings(damping, damping_scale)
         if not precondition:
-            return IdentityPreconditioner(self.modules)
+            watched = self._watched
+            scales = [p.scale for p in watched.projections.values()] if watched else None
+            return plain_preconditioner(self.modules, scales or stored_scales(self.store))
         return self.curvature.damped(damping=damping, damping_scale=damping_scale)
 
     def attributor(
@@ -547,6 +600,72 @@ class Run:
                 made = Attributor(store, self.curvature, damping=key[0], damping_scale=key[1])
             self._attributor = (key, made)
         return self._attributor[1]
+
+    @contextmanager
+    def streamed(
+        self,
+        queries: Tensor | PreparedQueries,
+        mode: str | None = None,
+        *,
+        top_k: int | None = None,
+        groups: Groups = None,
+        query_ids: Sequence[Any] | None = None,
+        ids: Collection[Any] | None = None,
+        tokens: bool = False,
+        precondition: bool = True,
+        damping: float | None = None,
+        damping_scale: DampingScale | None = None,
+    ) -> Iterator[StreamedScores]:
+        """A context whose passes are scored instead of logged: no row is kept, nor written.
+
+            with run.streamed(queries, top_k=20) as streamed:
+                for batch in loader:
+                    with run(data_id=batch["id"], mask=...):
+                        loss_of(model, batch).backward()
+            result = streamed.result()
+
+        So whole gradients can be scored, without add_lora, and with any curvature that
+        `curvature` gives. The scores are those of an Attributor over a float32 store of the rows.
+
+        Args:
+            queries: [Q, D], rows of what is to be explained (`last_rows` of a pass).
+            mode: as in `Attributor.scores`; None: the configuration's, or "dot" for all scores and
+                "l-relatif" for a top k.
+            top_k: keep the k best and the k worst examples of each query; None: all scores [Q, N].
+            groups, query_ids: as in `Attributor.scores`.
+            ids: score these examples alone, whatever else is in a batch, and miss none of them:
+                such as the best of an earlier, rougher ranking.
+            tokens: also give the result's `token_scores`: of each example [Q, T], what its tokens
+                add to its scores. Masked tokens add 0.
+            precondition, damping, damping_scale: as in `preconditioner`.
+
+        Raises:
+            TypeError, ValueError: as `Attributor.scores`; an id that is passed twice.
+            RuntimeError: no model is watched; a pass, a pilot or another such context is open; the
+                curvature was not made.
+        """
+        layers = self._layers("streamed").layers
+        others = (self._pilot, self._curving, self._streamed)
+        if self._inside or any(other is not None for other in others):
+            raise RuntimeError(
+                "streamed: a pass is open, or passes of another kind; leave it first"
+            )
+        self._streamed = StreamedScores(
+            queries,
+            self.preconditioner(precondition, damping=damping, damping_scale=damping_scale),
+            self.config.mode_for(top_k) if mode is None else mode,
+            groups=groups,
+            query_ids=query_ids,
+            top_k=top_k,
+            ids=ids,
+            tokens=tokens,
+            device=next(layers[0].module.parameters()).device,
+        )
+        setup, self._setup = self._setup, Setup()
+        try:
+            yield self._streamed
+        finally:
+            self._setup, self._streamed = setup, None
 
     def token_scores(
         self,
@@ -615,7 +734,13 @@ class Run:
         rows = capture.rows().detach()
         logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
-        if left.setup:
+        if self._streamed is not None:
+            wanted = self._streamed.token_queries is not None
+            products = capture.token_scores()[:, list(self._last.places)] if wanted else None
+            self._streamed.add(self._last.ids, self._last.rows, products)
+        if self._curving is not None:
+            self._curving.add_to_curvature(self._last)
+        elif left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
 
     def _begin_recording(self, setup: Setup) -> Recorder:
@@ -643,9 +768,7 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        kind = self._setup.curvature
-        if kind is not None and curvature_kind(kind).tokens is None:
-            kind = None
+        kind = self._setup.curvature_of_rows if self._setup.keeps_tokens else None
         if kind not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():

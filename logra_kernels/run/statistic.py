@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logra_kernels.curvature import kinds
+from logra_kernels.curvature import Labels, curvature_kind, kinds
 
 AVAILABLE = (
     "Covariance of 'grad' (raw), Covariance of 'forward' and 'backward' (kfac), and with them "
@@ -31,14 +31,30 @@ class CorrectedEigval:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is kept of a pass's rows. save: they are written. curvature: the kind they go into."""
+    """What is kept of a pass's rows.
+
+    save: they are written. curvature: the kind that is summed, of the rows where `labels` is
+    "data", or of passes of their own where it is "sampled" (`Run.curvature_passes`).
+    """
 
     save: bool = False
     curvature: str | None = None
+    labels: Labels = "data"
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""
-        return self.save or self.curvature is not None
+        return self.save or self.curvature_of_rows is not None
+
+    @property
+    def curvature_of_rows(self) -> str | None:
+        """The kind of curvature that the pass's own rows go into."""
+        return self.curvature if self.labels == "data" else None
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the pass's tokens go into the curvature."""
+        kind = self.curvature_of_rows
+        return kind is not None and curvature_kind(kind).tokens is not None
 
 
 def parse_setup(options: Mapping[str, Any]) -> Setup:
@@ -47,7 +63,8 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
     {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}, in any part: lists where
     there is one name (an empty one asks for nothing), "stat" for "statistic", a kind of curvature
     such as "raw" for {"grad": Covariance}. LogIX's later form {"grad": ["log", "covariance"]} means
-    the same, with saving switched on by run.save(True).
+    the same, with saving switched on by run.save(True). "labels": "sampled" makes the curvature of
+    labels that the model draws, in passes of their own; "data" is the default.
 
     Raises: ValueError for a key, a tensor or a statistic that is not available.
     """
@@ -67,15 +84,27 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
         elif key in ("grad", "forward", "backward"):
             for statistic in _listed(value):
                 _add(key, key, statistic, grad, sides)
-        else:
-            raise ValueError(f"setup: no key {key!r}; there are log, save, statistic (stat), grad")
+        elif key != "labels":
+            raise ValueError(
+                f"setup: no key {key!r}; there are log, save, statistic (stat), grad, labels"
+            )
     if len(sides) == 1:
         raise ValueError(f"statistic: expected forward and backward, got {sides.pop()} alone")
     if sides and not grad & {"kfac", "ekfac"}:
         grad.add("kfac")
     if len(grad) > 1:
         raise ValueError(f"setup: expected one curvature, got {' and '.join(sorted(grad))}")
-    return Setup(save, *grad)
+    kind = next(iter(grad), None)
+    return Setup(save, kind, _labels(options.get("labels", "data"), kind))
+
+
+def _labels(labels: Any, kind: str | None) -> Labels:
+    if labels not in ("data", "sampled"):
+        raise ValueError(f"labels: expected 'data' or 'sampled', got {labels!r}")
+    if labels == "sampled" and kind is None:
+        raise ValueError("labels: 'sampled' is of a curvature; name one under statistic")
+    found: Labels = labels
+    return found
 
 
 def _add(key: str, tensor: str, statistic: Any, grad: set[str], sides: set[str]) -> None:
