@@ -259,10 +259,8 @@ def methods_of(setting: Setting, quick: bool = False) -> list[Method]:
     methods += [Rows("PCA, EKFAC", "ekfac", "pca", rank=rank) for rank in quick_ranks]
     methods += [Rows("random, raw", "raw", rank=rank) for rank in quick_ranks]
     if not quick:
-        smallest = setting.coordinates[0]
         methods.append(Rows("random, raw", "raw", rank=ranks[1], damping_scale="auto"))
         methods += [Rows("PCA, raw", "raw", "pca", rank=rank) for rank in ranks[:2]]
         methods += [Rows("random, EKFAC", "ekfac", rank=rank) for rank in ranks]
-        methods.append(Rows("eigenbasis, raw", "raw", "eigen", coordinates=smallest))
         methods.append(kronfluence)
     return [*methods, trak, similarity, bm25, chance]
