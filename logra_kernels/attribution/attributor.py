@@ -293,8 +293,8 @@ class Attributor:
         """
         self.store.check_unchanged()
         found = []
-        for _, *block in self.store.blocks(self.block_rows):
-            rows = stored_rows(self.store, *block).double()  # [R, D]
+        for _, block, row_scale, own in self.store.blocks(self.block_rows):
+            rows = stored_rows(self.store, block, row_scale, own).double()  # [R, D]
             sums = rows.abs().sum(dim=1)
             found.append(torch.where(sums > 0, rows.norm(dim=1) / sums, 0.0))
         return torch.cat(found)
