@@ -37,6 +37,8 @@ class InfluenceResult(Mapping[str, Any]):
     bottom_scores: Tensor | Any = None
     bottom_rows: Tensor | Any = None
     groups: dict[str, InfluenceResult] = field(default_factory=dict)
+    # Of each row what its tokens add to its scores, [Q, T] float32, where that was asked for.
+    token_scores: list[Tensor] | None = None
 
     @property
     def top_ids(self) -> list[list[str]]:

@@ -9,6 +9,7 @@ from logra_kernels.curvature.base import (
     load_curvature,
     preconditioner_of,
     register_curvature,
+    usual_kind,
 )
 from logra_kernels.curvature.damping import DampingScale, check_damping
 from logra_kernels.curvature.diagonal import DiagonalCurvature
@@ -20,7 +21,11 @@ from logra_kernels.curvature.kronecker import (
     KfacReduceCurvature,
     KroneckerCurvature,
 )
-from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
+from logra_kernels.curvature.preconditioner import (
+    IdentityPreconditioner,
+    Preconditioner,
+    plain_preconditioner,
+)
 from logra_kernels.curvature.raw import RawCurvature
 from logra_kernels.curvature.statistic import Mean, Statistic, Variance
 
@@ -46,6 +51,8 @@ __all__ = [
     "curvature_of",
     "kinds",
     "load_curvature",
+    "plain_preconditioner",
     "preconditioner_of",
     "register_curvature",
+    "usual_kind",
 ]

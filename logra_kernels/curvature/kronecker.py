@@ -129,12 +129,13 @@ class KroneckerCurvature(Curvature):
     def complete(self, store: Store, progress: Progress = None) -> None:
         """Corrected eigenvalues: one pass over the rows of the store, rotated.
 
-        Those of sampled labels come by `correct`, and stay as they are.
+        Those of rows that no store holds come by `correct`, and stay as they are.
 
         Raises:
             ValueError: the store has other modules, or another number of rows than were seen.
         """
-        if not self.corrected or self.labels == "sampled":
+        of_no_store = self.labels == "sampled" or (self._squares and not store.num_rows)
+        if not self.corrected or of_no_store:
             return
         self._check_layout("store", store.layout)
         if store.num_rows != self._count:

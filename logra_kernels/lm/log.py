@@ -105,11 +105,11 @@ def log_corpus(
         if kind is not None and recorder.lacks_sampled:
             finite = FinitePolicy(on_nonfinite)
             shown = LoggingProgress(total=progress.examples)
-            for number in recorder.sampled_passes(kind):
+            for number in recorder.curvature_passes(kind, "sampled"):
                 shown.sampled_pass, shown.examples = number + 1, 0
                 for batch in cut(corpus):
-                    keep = recorder.keeps_sampled_tokens
-                    recorder.add_sampled(_passed(batch, gradients, finite, keep, sampled=True))
+                    keep = recorder.keeps_tokens
+                    recorder.add_to_curvature(_passed(batch, gradients, finite, keep, sampled=True))
                     shown.examples += len(batch)
                     report(shown)
                     if stop():

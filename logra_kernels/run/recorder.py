@@ -80,7 +80,7 @@ class Recorder:
         self.statistics: dict[str, Accumulated] = {}  # by their names in the store
         self._projections = watched.projections
         self._samples = setup.labels == "sampled"
-        self._sampled_pass: int | None = None  # that runs
+        self._pass: int | None = None  # that runs
         self._passed = 0  # its examples
         try:
             seen = 0
@@ -111,7 +111,8 @@ class Recorder:
         if kind is not None and curvature_kind(kind).corrected and not setup.save:
             raise RuntimeError(
                 f"statistic: '{kind}' corrects its eigenvalues by the rows in the "
-                'store; setup({"save": "grad", ...}) comes with it'
+                'store; setup({"save": "grad", ...}) comes with it, or two passes without stored '
+                "rows, inside `for _ in run.curvature_passes()`"
             )
         if setup.save:
             twice = [name for name in ids if name in self.ids and name not in self._resumed]
@@ -144,13 +145,13 @@ class Recorder:
             self.ids.update(logged.ids)
         kind = setup.curvature_of_rows
         if kind is not None and (self.curvature is None or self._lacks(kind)):
-            self.curvature = curvature_kind(kind)(self._layout)
+            self.curvature = self._new_curvature(kind)
         if kind is not None or setup.statistics:
             rows = decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
             self._accumulate(rows, logged, setup)
 
-    def sampled_passes(self, kind: str) -> Generator[int, None, None]:
-        """The passes over examples with sampled labels that make a curvature anew.
+    def curvature_passes(self, kind: str, labels: Labels) -> Generator[int, None, None]:
+        """The passes over examples that make a curvature anew, of rows that are not stored.
 
         One, or two for a kind that corrects its eigenvalues: in the second the eigenbasis is that
         of the first.
@@ -158,38 +159,38 @@ class Recorder:
         Raises: RuntimeError if no example was passed in one.
         """
         check_curvature(kind, self._chosen)
-        curvature = curvature_kind(kind)(self._layout)
-        curvature.labels = "sampled"
-        self.curvature, self._samples = curvature, True
+        curvature = self._new_curvature(kind)
+        curvature.labels = labels
+        self.curvature, self._samples = curvature, labels == "sampled"
         done = False
         try:
             for number in range(2 if curvature.corrected else 1):
-                self._sampled_pass, self._passed = number, 0
+                self._pass, self._passed = number, 0
                 yield number
                 if not self._passed:
                     raise RuntimeError(
-                        "labels: no example was passed inside `for _ in run.curvature_passes()`"
+                        "no example was passed inside `for _ in run.curvature_passes()`"
                     )
             done = True
         finally:
-            self._sampled_pass = None
+            self._pass = None
             if not done:
                 self.curvature = None
 
     @property
-    def keeps_sampled_tokens(self) -> bool:
-        """Whether the pass over sampled labels that runs needs the tokens."""
+    def keeps_tokens(self) -> bool:
+        """Whether the curvature's pass that runs needs the tokens."""
         curvature = self.curvature
-        return curvature is not None and curvature.tokens is not None and self._sampled_pass == 0
+        return curvature is not None and curvature.tokens is not None and self._pass == 0
 
-    def add_sampled(self, logged: LoggedRows) -> None:
-        """Add finite rows of sampled labels to the curvature; they are not stored."""
+    def add_to_curvature(self, logged: LoggedRows) -> None:
+        """Add finite rows of a curvature's pass to it; they are not stored."""
         assert self.curvature is not None
         if not logged.ids:
             return
         self._passed += len(logged.ids)
         rows = logged.rows.float()
-        if self._sampled_pass:
+        if self._pass:
             self.curvature.correct(rows)
         else:
             self.curvature.update_finite(rows)
@@ -311,7 +312,13 @@ class Recorder:
                         f"{store.path}: labels: its curvature '{kind}' is of {held.labels} labels, "
                         "got 'data'; log the examples into a store of their own"
                     )
-        return found(self._layout)
+        return self._new_curvature(kind)
+
+    def _new_curvature(self, kind: str) -> Curvature:
+        curvature = curvature_kind(kind)(self._layout)
+        if curvature.of_coordinates:
+            curvature.complete(Store.open(self._writer.path))  # what its rows hold of a gradient
+        return curvature
 
     def _fix_exponents(self, row: Tensor, setup: Setup) -> None:
         """Take the modules' exponents from the run's first row, and give them to the store.
@@ -338,10 +345,10 @@ def check_curvature(kind: str, chosen: bool) -> None:
 
     Raises: ValueError that says which kind does; or for a kind that there is not.
     """
-    if chosen and curvature_kind(kind).tokens is not None:
+    if chosen and not curvature_kind(kind).of_coordinates:
         raise ValueError(
-            f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
-            "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
+            f"statistic: '{kind}' does not go with rows that hold chosen coordinates of an "
+            "eigenbasis; 'diagonal' is their curvature"
         )
 
 

@@ -13,8 +13,8 @@ run.finalize()
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,21 +22,22 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from logra_kernels.attribution import Attributor
+from logra_kernels.attribution import Attributor, Groups, PreparedQueries, StreamedScores
 from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import unwrapped
 from logra_kernels.curvature import (
     Curvature,
     DampingScale,
-    IdentityPreconditioner,
     KfacCurvature,
     Preconditioner,
     Statistic,
     curvature_kind,
     kinds,
+    plain_preconditioner,
+    usual_kind,
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
-from logra_kernels.projection import PilotProjection, stored_projections
+from logra_kernels.projection import PilotProjection, stored_projections, stored_scales
 from logra_kernels.projection.pilot import pca
 from logra_kernels.run.accumulated import load_statistic, rows_seen
 from logra_kernels.run.config import Config
@@ -84,7 +85,8 @@ class Run:
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
         self._pilot: Pilot | None = None  # while its passes run
-        self._sampling: Recorder | None = None  # while passes over sampled labels run
+        self._curving: Recorder | None = None  # while passes make its curvature alone
+        self._streamed: StreamedScores | None = None  # while passes are scored
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
         self._untrained_steps = UntrainedSteps()
@@ -187,6 +189,7 @@ class Run:
             self._layers("add_lora").project(config.projection)
         self.config = config
 
+    @contextmanager
     def pilot(
         self,
         init: str = "eigen",
@@ -194,21 +197,21 @@ class Run:
         coordinates: int | None = None,
         rank: int | tuple[int, int] | None = None,
         moments: str = "expand",
-    ) -> Iterator[int]:
-        """Make the projection from the model's own activations: one pass or two over some examples.
+    ) -> Iterator[None]:
+        """Make the projection from the model's own activations: a pass over some examples.
 
-            for _ in run.pilot("eigen", coordinates=32768):
+            with run.pilot("eigen", coordinates=32768):
                 for batch in pilot_batches:                # 5 to 10 % of the data
                     with run(data_id=..., mask=...):
                         loss_of(model, batch).backward()
 
-        Nothing is stored meanwhile. After the loop the watched layers have the projection, in
-        place of what add_lora would give them.
+        Nothing is stored meanwhile. When it ends, the watched layers have the projection, in place
+        of what add_lora would give them.
 
         Args:
             init: "eigen": the eigenbasis of the activations' and output gradients' moments, of
-                which a row holds the D most telling coordinates; two passes. "pca": the first K
-                eigenvectors of each side (§3.2); one pass.
+                which a row holds the D most telling coordinates. "pca": the first K
+                eigenvectors of each side (§3.2).
             coordinates: of "eigen": D, over all modules.
             rank: of "pca": K, or (rank_out, rank_in).
             moments: whose eigenvectors are taken. "expand": E[x xᵀ] and E[dy dyᵀ] over tokens.
@@ -226,13 +229,16 @@ class Run:
             raise RuntimeError("pilot: the projection is the store's, which was opened already")
         self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates, moments)
         try:
-            with closing(self._pilot.run()) as passes:
-                yield from passes
+            with self._pilot.running():
+                yield
         finally:
             self._pilot = None
 
     def curvature_passes(self) -> Iterator[int]:
-        """Passes over labels that the model draws, for setup's "labels": "sampled".
+        """Passes that make the curvature and store no row: as many as setup's statistic takes.
+
+        Where no rows are saved, they are over the data's own labels. For setup's "labels":
+        "sampled" they are over labels that the model draws:
 
             for _ in run.curvature_passes():
                 for batch in batches:
@@ -241,25 +247,30 @@ class Run:
                         labels = sample_labels(logits, batch["id"])
                         cross_entropy(logits, labels, reduction="sum").backward()
 
-        The gradients go into the curvature alone, and no row is stored: the curvature is then the
-        Fisher matrix, which is the Gauss-Newton matrix of such a loss. A kind that corrects its
-        eigenvalues takes two passes. The examples may be a part of those that are logged. A pass
-        that is left, or killed, is begun anew.
+        The curvature is then the Fisher matrix, which is the Gauss-Newton matrix of such a loss. A
+        kind that corrects its eigenvalues takes two passes. The examples may be a part of those
+        that are logged. A pass that is left, or killed, is begun anew.
 
         Raises:
-            RuntimeError: setup asked for no sampled labels, or no example was passed.
+            RuntimeError: setup asked for no curvature, or for that of the rows that are saved; or
+                no example was passed.
             StoreError: as logging raises it.
         """
         setup = self._setup
-        if setup.curvature is None or setup.labels != "sampled":
-            raise RuntimeError('curvature_passes: setup({"labels": "sampled", ...}) comes first')
+        if setup.curvature is None:
+            raise RuntimeError('curvature_passes: setup({"statistic": ...}) comes first')
+        if setup.save and setup.labels == "data":
+            raise RuntimeError(
+                "curvature_passes: the rows that are saved make the curvature; for that of labels "
+                'which the model draws, setup({"labels": "sampled", ...}) comes first'
+            )
         recorder = self._begin_recording(setup)
-        self._sampling = recorder
+        self._curving = recorder
         try:
-            with closing(recorder.sampled_passes(setup.curvature)) as passes:
+            with closing(recorder.curvature_passes(setup.curvature, setup.labels)) as passes:
                 yield from passes
         finally:
-            self._sampling = None
+            self._curving = None
 
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
@@ -340,9 +351,9 @@ class Run:
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
         setup = self._setup if save is None else replace(self._setup, save=save)
-        if self._pilot is not None or self._sampling is not None:
+        if self._pilot is not None or self._curving is not None:
             setup = Setup()
-        sampled = self._sampling is not None and self._sampling.keeps_sampled_tokens
+        curving = self._curving is not None and self._curving.keeps_tokens
         capture = self._capture(
             len(ids),
             mask,
@@ -351,9 +362,10 @@ class Run:
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
-            keep_tokens=bool(setup.of_tokens) or sampled,
-            tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
+            keep_tokens=bool(setup.of_tokens) or curving,
+            tokens_alone=self._pilot is not None,
             loss_scale=loss_scale,
+            token_queries=None if self._streamed is None else self._streamed.token_queries,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -556,7 +568,7 @@ class Run:
                     "computed from them now and kept there",
                     stacklevel=3,
                 )
-                self._curvature = curvature_kind(CURVATURE).rebuild(store)
+                self._curvature = usual_kind(store).rebuild(store)
                 self._curvature.save(store)
         return self._curvature
 
@@ -597,7 +609,9 @@ class Run:
         """
         damping, damping_scale = self._dampings(damping, damping_scale)
         if not precondition:
-            return IdentityPreconditioner(self.modules)
+            watched = self._watched
+            scales = [p.scale for p in watched.projections.values()] if watched else None
+            return plain_preconditioner(self.modules, scales or stored_scales(self.store))
         return self.curvature.damped(damping=damping, damping_scale=damping_scale)
 
     def attributor(
@@ -621,6 +635,72 @@ class Run:
                 made = Attributor(store, self.curvature, damping=key[0], damping_scale=key[1])
             self._attributor = (key, made)
         return self._attributor[1]
+
+    @contextmanager
+    def streamed(
+        self,
+        queries: Tensor | PreparedQueries,
+        mode: str | None = None,
+        *,
+        top_k: int | None = None,
+        groups: Groups = None,
+        query_ids: Sequence[Any] | None = None,
+        ids: Collection[Any] | None = None,
+        tokens: bool = False,
+        precondition: bool = True,
+        damping: float | None = None,
+        damping_scale: DampingScale | None = None,
+    ) -> Iterator[StreamedScores]:
+        """A context whose passes are scored instead of logged: no row is kept, nor written.
+
+            with run.streamed(queries, top_k=20) as streamed:
+                for batch in loader:
+                    with run(data_id=batch["id"], mask=...):
+                        loss_of(model, batch).backward()
+            result = streamed.result()
+
+        So whole gradients can be scored, without add_lora, and with any curvature that
+        `curvature` gives. The scores are those of an Attributor over a float32 store of the rows.
+
+        Args:
+            queries: [Q, D], rows of what is to be explained (`last_rows` of a pass).
+            mode: as in `Attributor.scores`; None: the configuration's, or "dot" for all scores and
+                "l-relatif" for a top k.
+            top_k: keep the k best and the k worst examples of each query; None: all scores [Q, N].
+            groups, query_ids: as in `Attributor.scores`.
+            ids: score these examples alone, whatever else is in a batch, and miss none of them:
+                such as the best of an earlier, rougher ranking.
+            tokens: also give the result's `token_scores`: of each example [Q, T], what its tokens
+                add to its scores. Masked tokens add 0.
+            precondition, damping, damping_scale: as in `preconditioner`.
+
+        Raises:
+            TypeError, ValueError: as `Attributor.scores`; an id that is passed twice.
+            RuntimeError: no model is watched; a pass, a pilot or another such context is open; the
+                curvature was not made.
+        """
+        layers = self._layers("streamed").layers
+        others = (self._pilot, self._curving, self._streamed)
+        if self._inside or any(other is not None for other in others):
+            raise RuntimeError(
+                "streamed: a pass is open, or passes of another kind; leave it first"
+            )
+        self._streamed = StreamedScores(
+            queries,
+            self.preconditioner(precondition, damping=damping, damping_scale=damping_scale),
+            self.config.mode_for(top_k) if mode is None else mode,
+            groups=groups,
+            query_ids=query_ids,
+            top_k=top_k,
+            ids=ids,
+            tokens=tokens,
+            device=next(layers[0].module.parameters()).device,
+        )
+        setup, self._setup = self._setup, Setup()
+        try:
+            yield self._streamed
+        finally:
+            self._setup, self._streamed = setup, None
 
     def token_scores(
         self,
@@ -659,7 +739,7 @@ class Run:
         rows = self._store is not None and self._store.num_rows > 0
         if not isinstance(held, KfacCurvature) or not whole or rows or (recorder and recorder.ids):
             raise ValueError(
-                "init: 'pca' is made from a pilot: pass some examples inside `for _ in "
+                "init: 'pca' is made from a pilot: pass some examples inside `with "
                 "run.pilot('pca', rank=...)`; or in place of it, with setup({'statistic': "
                 "{'forward': Covariance, 'backward': Covariance}}), before add_lora"
             )
@@ -715,8 +795,12 @@ class Run:
         rows = capture.rows().detach()
         logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
-        if self._sampling is not None:
-            self._sampling.add_sampled(self._last)
+        if self._streamed is not None:
+            wanted = self._streamed.token_queries is not None
+            products = capture.token_scores()[:, list(self._last.places)] if wanted else None
+            self._streamed.add(self._last.ids, self._last.rows, products)
+        if self._curving is not None:
+            self._curving.add_to_curvature(self._last)
         elif left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
 

@@ -231,6 +231,27 @@ def test_curvature_and_scores_are_kronfluences(
     assert_kronfluences(run, of_kronfluence(tmp_path / "theirs", run, name, kind, rank))
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn", "llama"])
+def test_full_ekfac_without_a_stored_row_is_kronfluences(tmp_path: Path, name: str) -> None:
+    """Two passes for the curvature, one for the scores."""
+    model, loss, mask = SAMPLES[name]()
+    run = Run("ours", logra.Config(root_dir=str(tmp_path / "ours")))
+    run.watch(model, name_filter=PARTS.get(name), bias=True)
+    run.setup({"statistic": "ekfac"})
+    for _ in run.curvature_passes():
+        log(run, model, loss, mask, 4)
+    run.finalize()
+    run.eval()
+    log(run, model, loss, mask, COUNT)
+    groups = {name: [name] for name in run.layout.names}
+    with run.streamed(run.last_rows()[1], "dot", groups=groups) as streamed:
+        log(run, model, loss, mask, 4)
+    result = streamed.result()
+    expected = of_kronfluence(tmp_path / "theirs", run, name, "ekfac", None)
+    for module in run.layout.names:
+        assert_near(result.groups[module].scores, expected.scores[module])
+
+
 @pytest.mark.parametrize("kind", ["kfac", "ekfac"])
 def test_sampled_labels_give_kronfluences_default_factors(tmp_path: Path, kind: str) -> None:
     """use_empirical_fisher=False there, with the same drawn labels in every pass."""

@@ -324,7 +324,7 @@ def test_pca_from_statistics_in_two_passes(tmp_path: Path, model: nn.Module, dat
         )
         run.watch(model)
         if number == 2:  # the pilot's pass
-            for _ in run.pilot("pca", rank=3):
+            with run.pilot("pca", rank=3):
                 log_all(run, model, data)
         else:
             run.setup({"statistic": {"forward": Covariance, "backward": Covariance}})
@@ -350,12 +350,12 @@ def test_pca_from_statistics_in_two_passes(tmp_path: Path, model: nn.Module, dat
 
 def test_pca_without_statistics_is_refused(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model, rank=None)
-    with refuse("init: 'pca' is made from a pilot: pass some examples inside `for _ in"):
+    with refuse("init: 'pca' is made from a pilot: pass some examples inside `with "):
         run.add_lora(rank=3, init="pca")
     run.setup({"save": "grad", "statistic": {"forward": Covariance, "backward": Covariance}})
     log_all(run, model, data)
     for _ in range(2):
-        with refuse("init: 'pca' is made from a pilot: pass some examples inside `for _ in"):
+        with refuse("init: 'pca' is made from a pilot: pass some examples inside `with "):
             run.add_lora(rank=3, init="pca")
         run.finalize()
     assert Store.open(tmp_path / "toy").num_rows == COUNT

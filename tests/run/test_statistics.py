@@ -194,7 +194,7 @@ def test_eigenbasis_rows_have_statistics_of_their_sides(tmp_path: Path) -> None:
     model, loss, mask = mlp()
     run = Run("toy", logra.Config(root_dir=str(tmp_path)))
     run.watch(model)
-    for _ in run.pilot("eigen", coordinates=40):
+    with run.pilot("eigen", coordinates=40):
         log(run, model, loss, mask, 4)
     run.setup({"save": "grad", "statistic": {"grad": [Mean, "diagonal"], "forward": Mean}})
     log(run, model, loss, mask, 4)
