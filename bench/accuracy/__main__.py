@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--halves", type=int, help="of the training data (default: the setting's)")
     parser.add_argument("--seeds", type=int, help="of each half (default: the setting's)")
+    parser.add_argument("--asked", type=int, help="queries of the brittleness test")
     parser.add_argument(
         "--paper", action="store_true", help="the paper's settings, on a GPU if there is one"
     )
@@ -55,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{setting.title}: {len(data.x):,} examples, {len(data.queries)} queries")
         chosen = setting.smaller() if args.quick else setting
         chosen = dataclasses.replace(
-            chosen, halves=args.halves or chosen.halves, seeds=args.seeds or chosen.seeds
+            chosen,
+            halves=args.halves or chosen.halves,
+            seeds=args.seeds or chosen.seeds,
+            asked=args.asked or chosen.asked,
         )
         subject = Subject(chosen, data, trained_model(chosen, data))
         folder, found = args.folder / setting.name, []
