@@ -22,10 +22,11 @@ Upload = Callable[[np.ndarray], Tensor]  # brings a small array from the host to
 
 
 class GroupScores(ABC):
-    """One group's scores."""
+    """One group's scores; `row_weights` [N] float32, if given, multiply them."""
 
-    def __init__(self, plan: Plan, upload: Upload) -> None:
+    def __init__(self, plan: Plan, upload: Upload, row_weights: np.ndarray | None = None) -> None:
         self.plan = plan
+        self._row_weights = row_weights
         self._bands = plan.bands()
         self._upload = upload
         self._zero_rows: int | None = None
@@ -59,17 +60,25 @@ class GroupScores(ABC):
 
     def _terms(self, block: Block, norms: ShardNorms | None) -> Terms:
         packed = block.shard.row_scale
-        plain = None if packed is None else self._upload(packed[block.here])
+        plain = None if packed is None else packed[block.here]
         if norms is None:
-            return plain, None
+            return self._weighted(block, plain), None
         members, bias = self.plan.members, self.plan.mode == "l2"
         values, zero = norms.terms(members, block.here, bias=bias)
         self._zero_rows = (self._zero_rows or 0) + int(np.count_nonzero(zero))
         if bias:
-            return plain, self._upload(values)
+            return self._weighted(block, plain), self._weighted(block, values)
         # The packed row's scale is in its score and in its norm, and cancels.
         self._unit = norms.unit(members)
-        return self._upload(values), None
+        return self._weighted(block, values), None
+
+    def _weighted(self, block: Block, values: np.ndarray | None) -> Tensor | None:
+        """Values of a block's rows, [R], times the rows' weights; None stands for ones."""
+        if self._row_weights is not None:
+            first = block.first_row
+            weights = self._row_weights[first : first + block.rows.shape[0]]
+            values = weights if values is None else values * weights
+        return None if values is None else self._upload(values)
 
     def _true_scale(self) -> list[Tensor]:
         """Factors [Q, 1] that bring scores to their true scale, each of which float32 can hold."""
@@ -82,8 +91,14 @@ class GroupScores(ABC):
 class FullMatrix(GroupScores):
     """The scores of all rows, [Q, N] float32 on the CPU; without `num_rows` N grows."""
 
-    def __init__(self, plan: Plan, upload: Upload, num_rows: int = 0) -> None:
-        super().__init__(plan, upload)
+    def __init__(
+        self,
+        plan: Plan,
+        upload: Upload,
+        num_rows: int = 0,
+        row_weights: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(plan, upload, row_weights)
         self._scores = torch.empty(plan.queries.shape[0], num_rows)
         self._end = num_rows
 
@@ -133,8 +148,10 @@ class TokenShares(GroupScores):
 class TopK(GroupScores):
     """The k largest and the k smallest scores; memory does not grow with the number of rows."""
 
-    def __init__(self, plan: Plan, upload: Upload, k: int) -> None:
-        super().__init__(plan, upload)
+    def __init__(
+        self, plan: Plan, upload: Upload, k: int, row_weights: np.ndarray | None = None
+    ) -> None:
+        super().__init__(plan, upload, row_weights)
         self._k = k
         self._states: list[Any] = [None] * len(self._bands)
 

@@ -118,14 +118,22 @@ class Layer(ABC):
 
     def chosen(self, gradients: Tensor) -> Tensor:
         """G [N, Ko, Ki] of the projected block -> the part that a row holds."""
-        coordinates = self._projection.coordinates
+        coordinates = self._on(gradients.device, "coordinates")
         if coordinates is None:
             return gradients
-        flat = gradients.reshape(len(gradients), -1)
-        key = ("coordinates", flat.device, coordinates.dtype)
+        kept = gradients.reshape(len(gradients), -1)[:, coordinates]
+        scale = self._on(gradients.device, "scale")
+        return (kept if scale is None else kept * scale)[:, None]  # [N, 1, n]
+
+    def _on(self, device: torch.device, part: str) -> Tensor | None:
+        """The projection's coordinates or its scale, on a device."""
+        tensor: Tensor | None = getattr(self._projection, part)
+        if tensor is None:
+            return None
+        key = (part, device, tensor.dtype)
         if key not in self._factors:
-            self._factors[key] = coordinates.to(flat.device)
-        return flat[:, self._factors[key]][:, None]  # [N, 1, n]
+            self._factors[key] = tensor.to(device)
+        return self._factors[key]
 
     # What a kind defines.
 
@@ -236,7 +244,10 @@ class Layer(ABC):
         if projection.coordinates is None:
             return queries
         block = queries.new_zeros(len(queries), projection.ko * projection.ki)
-        block[:, projection.coordinates] = queries.flatten(1)
+        flat = queries.flatten(1)
+        if projection.scale is not None:  # the block's tokens give g, and the queries are of s·g
+            flat = flat * projection.scale.to(flat.device)
+        block[:, projection.coordinates] = flat
         return block.view(-1, projection.ko, projection.ki)
 
     # P on the device and in the precision where it is needed.

@@ -24,7 +24,7 @@ from logra_kernels.lm.sources import STANDARD_INPUT
 from logra_kernels.projection import PILOTED, ProjectionSpec
 from logra_kernels.report.console import say, warn
 from logra_kernels.report.render import format_bytes
-from logra_kernels.run import check_curvature
+from logra_kernels.run import MOMENTS, check_curvature
 from logra_kernels.store import Store, StoreMismatchError, row_codec
 from logra_kernels.store.manifest import first_difference
 
@@ -69,7 +69,8 @@ def complete_row_options(arguments: argparse.Namespace) -> None:
         ValueError: names the option.
     """
     init, piloted, eigen = arguments.init, arguments.init in PILOTED, arguments.init == "eigen"
-    goes = {"rank": not eigen, "coordinates": eigen, "seed": not piloted, "pilot": piloted}
+    goes = {"rank": not eigen, "coordinates": eigen, "seed": not piloted}
+    goes |= {"pilot": piloted, "moments": piloted}
     for option, fits in goes.items():
         if getattr(arguments, option) is not None and not fits:
             raise ValueError(f"{option}: does not go with --init {init}")
@@ -88,6 +89,8 @@ def complete_row_options(arguments: argparse.Namespace) -> None:
         arguments.rank = RANK
     if not piloted and arguments.seed is None:
         arguments.seed = SEED
+    if piloted and arguments.moments is None:
+        arguments.moments = MOMENTS[0]
 
 
 def _check_labels(arguments: argparse.Namespace) -> None:
@@ -113,7 +116,9 @@ def _store_to_resume(arguments: argparse.Namespace) -> Store | None:
         told["coordinates"] = arguments.coordinates
     else:
         told["rank"] = [arguments.rank, arguments.rank]
-    held = store.projection if isinstance(store.projection, dict) else {}
+    told["moments"] = arguments.moments
+    held: dict[str, Any] = {"moments": MOMENTS[0]}
+    held |= store.projection if isinstance(store.projection, dict) else {}
     found = first_difference({key: held.get(key) for key in told}, told, "projection")
     if found is not None:
         raise StoreMismatchError(f"{store.path}: cannot resume: {found}")
@@ -183,6 +188,7 @@ def _pilot(arguments: argparse.Namespace, gradients: LMGradients, corpus: Corpus
         arguments.init,
         rank=arguments.rank,
         coordinates=arguments.coordinates,
+        moments=arguments.moments,
         size=arguments.pilot,
         progress=True,
         **{name: getattr(arguments, name) for name in running if hasattr(arguments, name)},

@@ -386,6 +386,13 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
         metavar="N|SHARE",
         help="of the examples, piloted; default: 0.1, of which at most 2,000 and at least 32",
     )
+    group.add_argument(
+        "--moments",
+        type=_one_of("expand", "reduce", "sequence"),
+        metavar="expand|reduce|sequence",
+        help="that a pilot takes: of tokens, of examples' sums of them, or of gradients; default: "
+        "expand",
+    )
     group.add_argument("--seed", type=int, help=f"of a random projection; default: {SEED}")
     scaled = f"default: {STORE_DTYPE}, with a scale per row"
     _choice(group, "--store-dtype", f"{STORE_DTYPE}|float32", scaled)

@@ -4,10 +4,12 @@ from logra_kernels.curvature.base import (
     Curvature,
     Labels,
     curvature_kind,
+    curvature_of,
     kinds,
     load_curvature,
     preconditioner_of,
     register_curvature,
+    usual_kind,
 )
 from logra_kernels.curvature.damping import DampingScale, check_damping
 from logra_kernels.curvature.diagonal import DiagonalCurvature
@@ -19,7 +21,11 @@ from logra_kernels.curvature.kronecker import (
     KfacReduceCurvature,
     KroneckerCurvature,
 )
-from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
+from logra_kernels.curvature.preconditioner import (
+    IdentityPreconditioner,
+    Preconditioner,
+    plain_preconditioner,
+)
 from logra_kernels.curvature.raw import RawCurvature
 
 __all__ = [
@@ -38,8 +44,11 @@ __all__ = [
     "RawCurvature",
     "check_damping",
     "curvature_kind",
+    "curvature_of",
     "kinds",
     "load_curvature",
+    "plain_preconditioner",
     "preconditioner_of",
     "register_curvature",
+    "usual_kind",
 ]

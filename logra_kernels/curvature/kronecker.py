@@ -86,11 +86,19 @@ class KroneckerCurvature(Curvature):
         """
         if self.tokens is None:
             super().update_tokens(module, inputs, outputs)
+        if not len(inputs):
+            return
         moment_in, moment_out = self._moments[module]
-        if inputs.dtype == torch.int64 and not moment_in.count:
+        one_hot = inputs.dtype == torch.int64
+        if one_hot and not moment_in.count:
             moment_in = Counts(moment_in.size)
             self._moments[module] = moment_in, moment_out
-        moment_in.update(inputs if isinstance(moment_in, Counts) else inputs.detach().float().cpu())
+        if one_hot != isinstance(moment_in, Counts):
+            raise ValueError(
+                f"inputs: module '{self.layout.names[module]}': expected one-hot vectors in every "
+                "call, or in none"
+            )
+        moment_in.update(inputs if one_hot else inputs.detach().float().cpu())
         moment_out.update(outputs.detach().float().cpu())
         self._changed()
 

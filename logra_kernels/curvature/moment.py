@@ -239,6 +239,38 @@ class Counts:
         return self._sums
 
 
+class SequenceMoments:
+    """Σ Gᵀ G [I, I] and Σ G Gᵀ [O, O] over examples, whose gradients are G = Σ_t dy_t x_tᵀ.
+
+    Gᵀ G = Σ_st (dy_s·dy_t) x_s x_tᵀ, so that few tokens take no G. The products are of float64.
+
+    Args:
+        width_in: I.
+        width_out: O.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        self.inputs, self.outputs = (
+            torch.zeros(k, k, dtype=torch.float64 if k <= FLOAT64_LARGEST_K else torch.float32)
+            for k in (width_in, width_out)
+        )
+
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        """Add an example's tokens x [T, I] and dy [T, O]."""
+        x, dy = x.double(), dy.double()
+        (tokens, width_in), width_out = x.shape, dy.shape[1]
+        squares = width_in**2 + width_out**2
+        without = 2 * tokens**2 * (width_in + width_out) + tokens * squares
+        whole = width_in * width_out * (tokens + width_in + width_out)
+        if without < whole:
+            self.inputs += x.T @ (dy @ dy.T @ x)
+            self.outputs += dy.T @ (x @ x.T @ dy)
+        else:
+            gradient = dy.T @ x
+            self.inputs += gradient.T @ gradient
+            self.outputs += gradient @ gradient.T
+
+
 def sum_by_halves(values: Tensor, dim: int) -> Tensor:
     """The sum along an axis, halves added to halves: the others' sizes do not change its bits."""
     while values.shape[dim] > 1:

@@ -7,13 +7,14 @@ from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.labels import sample_labels
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
-from logra_kernels.run.pilot import Pilot
+from logra_kernels.run.pilot import MOMENTS, Pilot
 from logra_kernels.run.recorder import Recorder, check_curvature
 from logra_kernels.run.run import Run
 from logra_kernels.run.statistic import CorrectedEigval, Covariance, Setup
 from logra_kernels.run.watched import WatchedLayers
 
 __all__ = [
+    "MOMENTS",
     "NO_BOS",
     "Config",
     "CorrectedEigval",

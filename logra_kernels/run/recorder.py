@@ -138,7 +138,7 @@ class Recorder:
         kind = setup.curvature_of_rows
         if kind is not None:
             if self.curvature is None or self._lacks(kind):
-                self.curvature = curvature_kind(kind)(self._layout)
+                self.curvature = self._new_curvature(kind)
             rows = decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
             self.curvature.update_finite(rows)
             self._add_tokens(self.curvature, logged)
@@ -152,7 +152,7 @@ class Recorder:
         Raises: RuntimeError if no example was passed in one.
         """
         check_curvature(kind, self._chosen)
-        curvature = curvature_kind(kind)(self._layout)
+        curvature = self._new_curvature(kind)
         curvature.labels = labels
         self.curvature, self._samples = curvature, labels == "sampled"
         done = False
@@ -260,7 +260,13 @@ class Recorder:
                         f"{store.path}: labels: its curvature '{kind}' is of {held.labels} labels, "
                         "got 'data'; log the examples into a store of their own"
                     )
-        return found(self._layout)
+        return self._new_curvature(kind)
+
+    def _new_curvature(self, kind: str) -> Curvature:
+        curvature = curvature_kind(kind)(self._layout)
+        if curvature.of_coordinates:
+            curvature.complete(Store.open(self._writer.path))  # what its rows hold of a gradient
+        return curvature
 
     def _fix_exponents(self, row: Tensor, setup: Setup) -> None:
         """Take the modules' exponents from the run's first row, and give them to the store.
@@ -287,10 +293,10 @@ def check_curvature(kind: str, chosen: bool) -> None:
 
     Raises: ValueError that says which kind does; or for a kind that there is not.
     """
-    if chosen and curvature_kind(kind).tokens is not None:
+    if chosen and not curvature_kind(kind).of_coordinates:
         raise ValueError(
-            f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
-            "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
+            f"statistic: '{kind}' does not go with rows that hold chosen coordinates of an "
+            "eigenbasis; 'diagonal' is their curvature"
         )
 
 

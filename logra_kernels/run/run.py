@@ -28,12 +28,14 @@ from logra_kernels.capture.layers import unwrapped
 from logra_kernels.curvature import (
     Curvature,
     DampingScale,
-    IdentityPreconditioner,
     Preconditioner,
     curvature_kind,
     kinds,
+    plain_preconditioner,
+    usual_kind,
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
+from logra_kernels.projection import stored_scales
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage
 from logra_kernels.run.diagnosis import Diagnosis
@@ -172,42 +174,48 @@ class Run:
         self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
         self._layers("add_lora").project(self.config.projection)
 
+    @contextmanager
     def pilot(
         self,
         init: str = "eigen",
         *,
         coordinates: int | None = None,
         rank: int | tuple[int, int] | None = None,
-    ) -> Iterator[int]:
-        """Make the projection from the model's own activations: one pass or two over some examples.
+        moments: str = "expand",
+    ) -> Iterator[None]:
+        """Make the projection from the model's own activations: a pass over some examples.
 
-            for _ in run.pilot("eigen", coordinates=32768):
+            with run.pilot("eigen", coordinates=32768):
                 for batch in pilot_batches:                # 5 to 10 % of the data
                     with run(data_id=..., mask=...):
                         loss_of(model, batch).backward()
 
-        Nothing is stored meanwhile. After the loop the watched layers have the projection, in
-        place of what add_lora would give them.
+        Nothing is stored meanwhile. When it ends, the watched layers have the projection, in place
+        of what add_lora would give them.
 
         Args:
             init: "eigen": the eigenbasis of the activations' and output gradients' moments, of
-                which a row holds the D most telling coordinates; two passes. "pca": the first K
-                eigenvectors of each side (§3.2); one pass.
+                which a row holds the D most telling coordinates. "pca": the first K
+                eigenvectors of each side (§3.2).
             coordinates: of "eigen": D, over all modules.
             rank: of "pca": K, or (rank_out, rank_in).
+            moments: whose eigenvectors are taken. "expand": E[x xᵀ] and E[dy dyᵀ] over tokens.
+                "reduce": the same of each example's mean x and summed dy. "sequence": E[Gᵀ G] and
+                E[G Gᵀ] of the examples' gradients.
 
         Raises:
-            ValueError: another init, an option that is missing or not its own.
+            ValueError: another init or other moments, an option that is missing or not its own, an
+                embedding with other moments than "expand".
             RuntimeError: no model is watched, rows are being logged, a store was opened, or no
                 example was passed.
         """
         self._refuse_while_logging("pilot")
         if self._store is not None:
             raise RuntimeError("pilot: the projection is the store's, which was opened already")
-        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates)
+        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates, moments)
         try:
-            with closing(self._pilot.run()) as passes:
-                yield from passes
+            with self._pilot.running():
+                yield
         finally:
             self._pilot = None
 
@@ -340,7 +348,7 @@ class Run:
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
             keep_tokens=setup.keeps_tokens or curving,
-            tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
+            tokens_alone=self._pilot is not None,
             loss_scale=loss_scale,
             token_queries=None if self._streamed is None else self._streamed.token_queries,
         )
@@ -545,7 +553,7 @@ class Run:
                     "computed from them now and kept there",
                     stacklevel=3,
                 )
-                self._curvature = curvature_kind(CURVATURE).rebuild(store)
+                self._curvature = usual_kind(store).rebuild(store)
                 self._curvature.save(store)
         return self._curvature
 
@@ -567,7 +575,9 @@ class Run:
         """
         damping, damping_scale = self._dampings(damping, damping_scale)
         if not precondition:
-            return IdentityPreconditioner(self.modules)
+            watched = self._watched
+            scales = [p.scale for p in watched.projections.values()] if watched else None
+            return plain_preconditioner(self.modules, scales or stored_scales(self.store))
         return self.curvature.damped(damping=damping, damping_scale=damping_scale)
 
     def attributor(
