@@ -13,6 +13,7 @@ from torch import Tensor
 
 import logra_kernels as logra
 from logra_kernels import Covariance, Run
+from logra_kernels.cli import main
 from logra_kernels.curvature import KfacCurvature, Mean, Statistic, Variance
 from logra_kernels.store import Store
 
@@ -81,7 +82,7 @@ def tensors_of(store: Store) -> dict[str, dict[str, bytes]]:
     return {name: {k: v.tobytes() for k, v in tensors.items()} for name, tensors in kept.items()}
 
 
-def test_they_are_what_their_names_say(tmp_path: Path) -> None:
+def test_they_are_what_their_names_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of "grad" by the stored rows; of tokens by a kfac beside them, which has seen the same."""
     run = finished(tmp_path)
     rows = torch.from_numpy(run.store.take(range(COUNT))).double()
@@ -110,6 +111,10 @@ def test_they_are_what_their_names_say(tmp_path: Path) -> None:
         assert torch.allclose(out.value + means**2, second, rtol=1e-6)
         assert out.count == into.count == curvature._moments[0][1].count
     assert not run.store.verify()
+    assert main(["info", str(run.path)]) == 0
+    told = capsys.readouterr().out
+    assert "curvature    kfac, of 9 rows\n" in told
+    assert "statistics   grad-mean, of 9 rows; grad-variance, of 9 rows;" in told
 
 
 @pytest.mark.usefixtures("set_threads")
