@@ -200,6 +200,7 @@ class Attributor:
         mode: str | None = None,
         groups: Groups = None,
         query_ids: Sequence[Any] | None = None,
+        row_weights: Tensor | None = None,
         progress: Progress = None,
     ) -> list[InfluenceResult]:
         """`scores`, or with `k` `top_k`, under several dampings; the rows are read once.
@@ -213,7 +214,7 @@ class Attributor:
                 one of the two, in the results' order.
             k: as in `top_k`; None for the scores of all rows.
             mode: "dot" by default, with `k` "l-relatif".
-            groups, query_ids, progress: as in `scores`.
+            groups, query_ids, row_weights, progress: as in `scores`.
 
         Raises:
             ValueError: both or neither of the two lists, no damping in it, an Attributor without a
@@ -232,6 +233,7 @@ class Attributor:
                 "sweep: expected an Attributor of a curvature, got one of no curvature or of a "
                 "preconditioner, which has its own damping"
             )
+        weights = _checked_weights(row_weights, self.store.num_rows)
         name, norm = "damping_scale" if dampings is None else "damping", NORM_OF_MODE[mode]
         with self._scanning:
             self.store.check_unchanged()
@@ -243,10 +245,10 @@ class Attributor:
                 norms = None if norm is None else self._new_norms(one, norm)
                 asked.append(_Asked(prepared, norms, one.dampings))
             if norm is not None:
-                return self._scan(asked, k, mode, groups, progress)
+                return self._scan(asked, k, mode, groups, progress, weights)
             joined = PreparedQueries.joined([one.queries for one in asked])
             of_all = replace(asked[0], queries=joined)
-            (result,) = self._scan([of_all], k, mode, groups, progress)
+            (result,) = self._scan([of_all], k, mode, groups, progress, weights)
         count = len(asked[0].queries.names)
         return [
             result.of_queries(slice(n * count, (n + 1) * count), one.dampings)

@@ -27,6 +27,7 @@ from logra_kernels.curvature.preconditioner import (
     plain_preconditioner,
 )
 from logra_kernels.curvature.raw import RawCurvature
+from logra_kernels.curvature.statistic import Mean, Statistic, Variance
 
 __all__ = [
     "Curvature",
@@ -40,8 +41,11 @@ __all__ = [
     "KfacReduceCurvature",
     "KroneckerCurvature",
     "Labels",
+    "Mean",
     "Preconditioner",
     "RawCurvature",
+    "Statistic",
+    "Variance",
     "check_damping",
     "curvature_kind",
     "curvature_of",

@@ -176,7 +176,7 @@ def _log_batch(
     progress.resumed += len(batch) - len(new)
     if not new:
         return
-    kept = _passed(new, gradients, finite, setup.keeps_tokens)
+    kept = _passed(new, gradients, finite, bool(setup.of_tokens))
     recorder.add(kept, setup)
     progress.nonfinite = len(finite.skipped)
     lengths = {example.id: len(example.tokens) for example in new}

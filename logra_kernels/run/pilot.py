@@ -12,7 +12,7 @@ from torch import Tensor
 
 from logra_kernels.capture import Capture
 from logra_kernels.capture.tokens import Tokens
-from logra_kernels.curvature import KfacCurvature, KfacReduceCurvature
+from logra_kernels.curvature import KfacCurvature, KfacReduceCurvature, KroneckerCurvature
 from logra_kernels.curvature.moment import SequenceMoments
 from logra_kernels.curvature.preconditioner import each_module
 from logra_kernels.projection import PILOTED, ModuleProjection, PilotProjection
@@ -133,7 +133,7 @@ class Pilot:
     def _find_bases(self) -> dict[str, Basis]:
         """The eigenvectors of the moments, largest eigenvalue first."""
         if self._form != "sequence":
-            return {name: _basis(*sides) for name, sides in self._kfac.bases.items()}
+            return bases_of(self._kfac)
         found = {n: self._sequence.get(n, SequenceMoments(*w)) for n, w in self._widths.items()}
         sums = list(found.values())
 
@@ -166,6 +166,11 @@ def _basis(values_in: Tensor, into: Tensor | None, values_out: Tensor, out: Tens
     else:
         values_in, order = values_in.flip(0), into.flip(1)
     return Basis(values_in, order, values_out.flip(0), out.flip(1))
+
+
+def bases_of(curvature: KroneckerCurvature) -> dict[str, Basis]:
+    """{module name: the eigenvectors of its moments}."""
+    return {name: _basis(*sides) for name, sides in curvature.bases.items()}
 
 
 def _products(vectors: Tensor) -> Tensor:

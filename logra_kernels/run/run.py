@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -28,27 +28,34 @@ from logra_kernels.capture.layers import unwrapped
 from logra_kernels.curvature import (
     Curvature,
     DampingScale,
+    KfacCurvature,
     Preconditioner,
+    Statistic,
     curvature_kind,
     kinds,
     plain_preconditioner,
     usual_kind,
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
-from logra_kernels.projection import stored_scales
+from logra_kernels.projection import PilotProjection, stored_projections, stored_scales
+from logra_kernels.projection.pilot import pca
+from logra_kernels.run.accumulated import load_statistic, rows_seen
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage
 from logra_kernels.run.diagnosis import Diagnosis
 from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
-from logra_kernels.run.pilot import Pilot
+from logra_kernels.run.pilot import Pilot, bases_of
 from logra_kernels.run.recorder import Recorder, model_fingerprint
-from logra_kernels.run.statistic import Setup, parse_setup
+from logra_kernels.run.statistic import Setup, parse_setup, stored_name
 from logra_kernels.run.untrained_steps import UntrainedSteps
 from logra_kernels.run.user_batches import example_alone, mask_reader
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout, Store
+from logra_kernels.store.folder import discard_empty
+
+S = TypeVar("S", bound=Statistic)
 
 
 class Run:
@@ -88,7 +95,7 @@ class Run:
         self._store: Store | None = None
         self._curvature: Curvature | None = None
         self._attributor: tuple[Any, Attributor] | None = None  # the last one, with its damping
-        self._ids_to_resume: dict[str | None, frozenset[str]] = {}  # by a curvature with tokens
+        self._ids_to_resume: dict[tuple[str, ...], frozenset[str]] = {}  # by what needs tokens
 
     # What to log.
 
@@ -148,19 +155,23 @@ class Run:
 
         Args:
             rank: K, or (rank_out, rank_in); the configuration's (64) by default.
-            init: "random" (normal) or "rademacher"; the configuration's by default.
+            init: "random" (normal), "rademacher", or "pca" (§3.2) after a pass over some examples
+                with setup({"statistic": {"forward": Covariance, "backward": Covariance}}), as in
+                LogIX; nothing of that pass is kept. The configuration's by default.
             seed: of the projection; the configuration's (0) by default.
             type_filter, name_filter: watch these alone; watch's, where one is not given.
             model: watch this model instead.
 
         Raises:
-            ValueError: an unknown init, or a rank below 1.
+            ValueError: an unknown init, a rank below 1, or "pca" without the statistics.
             RuntimeError: no model is watched, rows are being logged, or a store was opened.
         """
-        self._refuse_while_logging("add_lora")
+        init = self.config.init if init is None else init
+        if init != "pca":
+            self._refuse_while_logging("add_lora")
         if model is None:
             model = self._layers("add_lora").model
-        if self._store is not None:
+        if self._store is not None and init != "pca":
             raise RuntimeError("add_lora: the projection is the store's, which was opened already")
         watched = self._watched
         filtered = type_filter is not None or name_filter is not None
@@ -171,8 +182,12 @@ class Run:
             bias = watched is not None and watched.bias
             self.watch(model, types, names, bias=bias, batch_dim=self._batch_dim)
         told: dict[str, Any] = {"rank": rank, "init": init, "seed": seed}
-        self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
-        self._layers("add_lora").project(self.config.projection)
+        config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
+        if init == "pca":
+            self._layers("add_lora").project(self._pca_of_statistics(config.rank))
+        else:
+            self._layers("add_lora").project(config.projection)
+        self.config = config
 
     @contextmanager
     def pilot(
@@ -347,7 +362,7 @@ class Run:
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
-            keep_tokens=setup.keeps_tokens or curving,
+            keep_tokens=bool(setup.of_tokens) or curving,
             tokens_alone=self._pilot is not None,
             loss_scale=loss_scale,
             token_queries=None if self._streamed is None else self._streamed.token_queries,
@@ -557,6 +572,25 @@ class Run:
                 self._curvature.save(store)
         return self._curvature
 
+    def statistic(self, tensor: str, statistic: type[S]) -> dict[str, S]:
+        """A statistic that setup asked for, of a running or a finished run.
+
+        Args:
+            tensor: "grad", "forward" or "backward".
+            statistic: Mean, Variance, or a subclass of Statistic.
+
+        Returns: {module name: the statistic}.
+
+        Raises: ValueError if the store keeps none; RuntimeError if no store is open.
+        """
+        recorder = self._recorder
+        if recorder is not None and stored_name(tensor, statistic) in recorder.statistics:
+            found = recorder.statistics[stored_name(tensor, statistic)].parts
+        else:
+            projections = stored_projections(self.store)
+            found = load_statistic(self.store, tensor, statistic, projections)
+        return cast(dict[str, S], found)
+
     def preconditioner(
         self,
         precondition: bool = True,
@@ -689,6 +723,32 @@ class Run:
 
     # Steps of the above.
 
+    def _pca_of_statistics(self, rank: int | tuple[int, int]) -> PilotProjection:
+        """The projection from a pass that kept statistics alone, which are deleted.
+
+        Raises: ValueError if there was no such pass.
+        """
+        recorder = self._recorder
+        held = self._curvature if recorder is None else recorder.curvature
+        if recorder is None and held is None and self._store is not None:
+            held = self.curvature
+        whole = all(
+            p.proj_in is None and p.proj_out is None
+            for p in self._layers("add_lora").projections.values()
+        )
+        rows = self._store is not None and self._store.num_rows > 0
+        if not isinstance(held, KfacCurvature) or not whole or rows or (recorder and recorder.ids):
+            raise ValueError(
+                "init: 'pca' is made from a pilot: pass some examples inside `with "
+                "run.pilot('pca', rank=...)`; or in place of it, with setup({'statistic': "
+                "{'forward': Covariance, 'backward': Covariance}}), before add_lora"
+            )
+        projection = pca(bases_of(held), rank, held.count)
+        self.finalize()
+        discard_empty(self.path)
+        self._store = self._curvature = self._attributor = None
+        return projection
+
     def _capture(
         self,
         num_examples: int,
@@ -769,16 +829,16 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        kind = self._setup.curvature_of_rows if self._setup.keeps_tokens else None
-        if kind not in self._ids_to_resume:
+        names = self._setup.of_tokens
+        if names not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():
                 store = Store.open(self.path)
             ids = [] if store is None else store.ids.to_pylist()
-            if store is not None and kind is not None:  # the others must be passed again
-                ids = ids[: store.curvatures[kind]["rows"] if kind in store.curvatures else 0]
-            self._ids_to_resume[kind] = frozenset(ids)
-        return self._ids_to_resume[kind]
+            if store is not None and names:  # the others must be passed again
+                ids = ids[: rows_seen(store, names)]
+            self._ids_to_resume[names] = frozenset(ids)
+        return self._ids_to_resume[names]
 
     def _use(self, store: Store, curvature: Curvature | None = None) -> None:
         self._store, self._curvature, self._attributor = store, curvature, None

@@ -52,6 +52,7 @@ def test_each_result_is_that_of_a_scan_of_its_own(store: Store, mode: str, k: in
     """Equal bits, for scores, top k and groups."""
     queries = torch.from_numpy(store.take(range(2)))
     options: dict[str, Any] = {"mode": mode, "groups": ["h.0", "c_proj"], "query_ids": ["a", "b"]}
+    options["row_weights"] = torch.linspace(0, 1, store.num_rows)
     swept = Attributor(store).sweep(queries, damping_scales=SCALES, k=k, **options)
     for scale, got in zip(SCALES, swept, strict=True):
         alone = Attributor(store, damping_scale=scale)
