@@ -100,18 +100,19 @@ class SideBySide:
         self.count = len(made)
         self.module = made[0]
         self.parameters, self.buffers = stack_module_state(made)
-        self._together: Callable[..., Tensor] = torch.func.vmap(
-            lambda state, x: functional_call(self.module, state, (x,))
-        )
+        self._together: Callable[..., Tensor] = torch.func.vmap(self._alone)
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, n, …] of x [B, n, …]; model b sees x[b]."""
         state = {**self.parameters, **self.buffers}
         if self.count == 1:
             one = {name: value[0] for name, value in state.items()}
-            found: Tensor = functional_call(self.module, one, (x[0],))
-            return found[None]
+            return self._alone(one, x[0])[None]
         return self._together(state, x)
+
+    def _alone(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        found: Tensor = functional_call(self.module, state, (x,))
+        return found
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
         """[B, n] of x and y [B, n, …]."""
