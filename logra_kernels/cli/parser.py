@@ -462,6 +462,8 @@ def _query(parser: argparse.ArgumentParser) -> None:
         metavar="all|ranked",
         help="every row, or the K most and least influential; default: all",
     )
+    shares = "shown with what they add to a score, in --json and --html; default: documents"
+    _choice(out, "--tokens", "documents|both|none", f"of documents, and of queries, {shares}")
     out.add_argument("--device", default="cpu", help="of the model; default: cpu")
 
 
