@@ -69,5 +69,4 @@ SETTING = Setting(
     coordinates=(2368, 8192, 16384),
     trak_dim=1024,
     representation="3",
-    watch={"bias": True},
 )
