@@ -3,7 +3,8 @@
 Settings: an MLP on Fashion-MNIST, a small GPT on WikiText-2, a ResNet-9 on CIFAR-10. One whose data
 are not there is left out, with a line that says what to set. Models are retrained on random halves
 of the examples (LDS), and without the examples that a method ranks first for a query (brittleness).
-They are kept in --folder, so that a run goes on after a kill.
+The parts "mislabelled" (flipped labels) and "lemma" (what gradients hold in their eigenbasis) train
+one model. Retrained models are kept in --folder, so that a run goes on after a kill.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.accuracy import gpt, mlp, paper, resnet9
+from bench.accuracy.lemma import lemma_part
 from bench.accuracy.methods import Subject, methods_of
 from bench.accuracy.parts import brittleness_part, lds_part, mislabelled_part
 from bench.accuracy.setting import trained_model
@@ -21,7 +23,7 @@ from bench.harness import results
 from bench.harness.cases import options, prepare
 
 SETTINGS = {one.SETTING.name: one.SETTING for one in (mlp, gpt, resnet9)}
-PARTS = ("lds", "brittleness", "mislabelled")
+PARTS = ("lds", "brittleness", "mislabelled", "lemma")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         subject = Subject(chosen, data, trained_model(chosen, data))
         folder, found = args.folder / setting.name, []
-        for method in methods_of(chosen, args.quick) if set(args.part) - {"mislabelled"} else []:
+        for method in (
+            methods_of(chosen, args.quick) if {"lds", "brittleness"} & set(args.part) else []
+        ):
             for one in method(subject):
                 print(f"  scores: {one.method}, D {one.dim}", flush=True)
                 found.append(one)
@@ -72,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             records.append(brittleness_part(subject, found, folder))
         if "mislabelled" in args.part and data.y.dim() == 1:
             records.append(mislabelled_part(subject))
+        if "lemma" in args.part:
+            records.append(lemma_part(subject))
         for record in records if args.json else []:
             results.append("accuracy", record)
     return 0

@@ -106,7 +106,7 @@ class Rows:
         run = subject.run(folder, self.dtype)
         if self.init in ("pca", "eigen"):
             count = max(1, round(self.pilot * len(subject.data.x)))
-            for _ in run.pilot(self.init, coordinates=self.coordinates, rank=self.rank):
+            with run.pilot(self.init, coordinates=self.coordinates, rank=self.rank):
                 for ids, x, y in subject.batches():
                     kept = [n for n in ids if n < count]
                     if kept:

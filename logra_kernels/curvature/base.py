@@ -290,11 +290,26 @@ def preconditioner_of(
         ValueError: no such curvature, one of other modules than the store's or that does not go
             with scaled rows, a bad damping, or a damping beside a preconditioner or "none".
     """
-    none = isinstance(curvature, str) and curvature == NO_CURVATURE
-    if (none or isinstance(curvature, Preconditioner)) and (damping_scale, damping) != (None, None):
+    found = curvature_of(store, curvature)
+    if isinstance(found, Curvature):
+        return found.damped(damping_scale=damping_scale, damping=damping, solver=solver)
+    if (damping_scale, damping) != (None, None):
+        none = isinstance(curvature, str)
         what = "no curvature" if none else "a preconditioner, which has its own"
         raise ValueError(f"damping: expected none with {what}, got one")
-    if none:
+    return found
+
+
+def curvature_of(
+    store: Store, curvature: Curvature | Preconditioner | str | None = None
+) -> Curvature | Preconditioner:
+    """The curvature of a store's rows, or the preconditioner that was given in its place.
+
+    Raises:
+        ValueError: no such curvature, one of other modules than the store's, or one that
+            does not go with scaled rows.
+    """
+    if isinstance(curvature, str) and curvature == NO_CURVATURE:
         return plain_preconditioner(store.layout, stored_scales(store))
     if curvature is None:
         curvature = load_curvature(store)
@@ -321,6 +336,6 @@ def preconditioner_of(
         warnings.warn(
             f"the curvature is of {curvature.count} rows, the store has {store.num_rows}; "
             f"{type(curvature).__name__}.rebuild(store).save(store) brings it up to date",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return curvature.damped(damping_scale=damping_scale, damping=damping, solver=solver)
+    return curvature

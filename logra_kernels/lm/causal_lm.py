@@ -164,19 +164,25 @@ class CausalLM:
         )
 
     @torch.no_grad()
-    def generate(self, prompt: str, max_new_tokens: int) -> str:
-        """The greedy continuation of a prompt, special tokens left out."""
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.device)
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """The greedy continuations of prompts, in one batch, special tokens left out."""
+        encoded = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        longest = max(map(len, encoded))
         end = self.tokenizer.eos_token_id
+        padding = end if end is not None else 0
+        # On the left: what is generated follows the prompt.
+        padded = [[padding] * (longest - len(tokens)) + tokens for tokens in encoded]
+        mask = [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in encoded]
         output = self.model.generate(  # type: ignore[operator]
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=torch.tensor(padded, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=end if end is not None else 0,
+            pad_token_id=padding,
         )
-        new = output[0, inputs["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+        return [
+            str(self.tokenizer.decode(new, skip_special_tokens=True)) for new in output[:, longest:]
+        ]
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """What each token adds to the text; "".join gives the decoded text.

@@ -1,7 +1,6 @@
 """A projection made from a part of the corpus, which is run through the model before logging."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from itertools import islice
 
 from tqdm import tqdm
@@ -74,7 +73,7 @@ def pilot_corpus(
         init, rank, coordinates, moments: as in `Run.pilot`.
         size: as `asked` of `pilot_size`.
         batch_tokens, batch_size, on_nonfinite: as in `log_corpus`.
-        progress: True draws bars on stderr; a callback is told (examples passed, in all passes).
+        progress: True draws bars on stderr; a callback is told (examples passed, of how many).
 
     Raises:
         ValueError: another init, an option that is missing or not its own, a size that the corpus
@@ -85,10 +84,9 @@ def pilot_corpus(
     bar = tqdm(corpus, desc="count", unit="ex", disable=progress is not True, dynamic_ncols=True)
     total = sum(1 for _ in bar)
     examples = list(evenly_spaced(corpus, total, pilot_size(total, size)))
-    with closing(pilot.run()) as passes:
-        done = track(progress, pilot.passes * len(examples), "pilot", "ex")
-        for _ in passes:
-            for batch in batches(examples, batch_tokens=batch_tokens, batch_size=batch_size):
-                capture = gradients.passed(batch, tokens_alone=pilot.tokens_alone)
-                pilot.add(capture, [example.id for example in batch], finite)
-                done(len(batch))
+    with pilot.running():
+        done = track(progress, len(examples), "pilot", "ex")
+        for batch in batches(examples, batch_tokens=batch_tokens, batch_size=batch_size):
+            capture = gradients.passed(batch, tokens_alone=True)
+            pilot.add(capture, [example.id for example in batch], finite)
+            done(len(batch))

@@ -109,7 +109,7 @@ def ask(
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     gradients = LMGradients.of_store(store, lm)
     progress("gradients of the queries")
-    examples = [_query_example(record, lm) for record in queries]
+    examples = [query_example(record, lm) for record in queries]
     rows = torch.cat([gradients.rows([example]) for example in examples])  # [Q, D]
     names = [record.id for record in queries]
     scans = Scans(store, rows, names, damping_scale=damping_scale, damping=damping)
@@ -154,8 +154,12 @@ def store_facts(store: Store) -> dict[str, Any]:
     }
 
 
-def _query_example(record: Record, lm: CausalLM) -> Example:
-    # A query is never cut: what the model read is what is explained.
+def query_example(record: Record, lm: CausalLM) -> Example:
+    """A query's tokens. It is never cut: what the model read is what is explained.
+
+    Raises:
+        ValueError: it holds nothing to predict.
+    """
     settings = TokenSettings(max_tokens=1 << 30)
     examples, _ = encode(record, lm.tokenizer, settings)
     if not examples:

@@ -8,6 +8,7 @@ What a results file holds (JSON, written by `logra query --json`):
     store             path, rows, dim, bytes, dtype, modules, projection, corpus
     curvature         kind, and damping_scale, damping or damping_rule ("auto")
     notes             sentences to stand under the heading
+    tables            optional: heading, text, columns, rows of as many texts
     queries           id, prompt, text, origin, expected, modes
       modes           mode, top, bottom: passages
         passage       rank, id, score, text, and optionally title, prompt, tokens

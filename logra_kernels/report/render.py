@@ -56,6 +56,7 @@ def render(results: dict[str, Any]) -> str:
             created=_date(results["created"]),
             facts=facts(results),
             notes=results["notes"],
+            tables=results.get("tables") or (),
             queries=[_query(query) for query in results["queries"]],
             # The package's own file: the only text that is not escaped.
             css=Markup((resources.files(__package__) / "report.css").read_text(encoding="utf-8")),

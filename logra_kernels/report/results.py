@@ -46,6 +46,7 @@ _RESULTS = {
         "damping_rule?": str,
     },
     "notes": [str],
+    "tables?": [{"heading": str, "text": str, "columns": [str], "rows": [[str]]}],
     "queries": [
         {
             "id": str,

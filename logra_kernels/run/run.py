@@ -174,6 +174,7 @@ class Run:
         self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
         self._layers("add_lora").project(self.config.projection)
 
+    @contextmanager
     def pilot(
         self,
         init: str = "eigen",
@@ -181,21 +182,21 @@ class Run:
         coordinates: int | None = None,
         rank: int | tuple[int, int] | None = None,
         moments: str = "expand",
-    ) -> Iterator[int]:
-        """Make the projection from the model's own activations: one pass or two over some examples.
+    ) -> Iterator[None]:
+        """Make the projection from the model's own activations: a pass over some examples.
 
-            for _ in run.pilot("eigen", coordinates=32768):
+            with run.pilot("eigen", coordinates=32768):
                 for batch in pilot_batches:                # 5 to 10 % of the data
                     with run(data_id=..., mask=...):
                         loss_of(model, batch).backward()
 
-        Nothing is stored meanwhile. After the loop the watched layers have the projection, in
-        place of what add_lora would give them.
+        Nothing is stored meanwhile. When it ends, the watched layers have the projection, in place
+        of what add_lora would give them.
 
         Args:
             init: "eigen": the eigenbasis of the activations' and output gradients' moments, of
-                which a row holds the D most telling coordinates; two passes. "pca": the first K
-                eigenvectors of each side (§3.2); one pass.
+                which a row holds the D most telling coordinates. "pca": the first K
+                eigenvectors of each side (§3.2).
             coordinates: of "eigen": D, over all modules.
             rank: of "pca": K, or (rank_out, rank_in).
             moments: whose eigenvectors are taken. "expand": E[x xᵀ] and E[dy dyᵀ] over tokens.
@@ -213,8 +214,8 @@ class Run:
             raise RuntimeError("pilot: the projection is the store's, which was opened already")
         self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates, moments)
         try:
-            with closing(self._pilot.run()) as passes:
-                yield from passes
+            with self._pilot.running():
+                yield
         finally:
             self._pilot = None
 
@@ -347,7 +348,7 @@ class Run:
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
             keep_tokens=setup.keeps_tokens or curving,
-            tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
+            tokens_alone=self._pilot is not None,
             loss_scale=loss_scale,
             token_queries=None if self._streamed is None else self._streamed.token_queries,
         )

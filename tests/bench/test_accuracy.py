@@ -14,6 +14,7 @@ from torch import nn
 
 from bench.accuracy import __main__ as command
 from bench.accuracy import gpt, mlp, paper, resnet9
+from bench.accuracy.lemma import lemma_part
 from bench.accuracy.methods import FULL, Found, Rows, Subject, methods_of
 from bench.accuracy.parts import brittleness_part, lds_part, mislabelled_part
 from bench.accuracy.setting import (
@@ -149,6 +150,28 @@ def test_flipped_labels_stand_out() -> None:
     setting, data = small("mlp", epochs=8), DATA["mlp"]()
     subject = Subject(setting, data, trained_model(setting, data))
     assert mislabelled_part(subject)["methods"][0]["AUC"] > 0.7
+
+
+def test_lemma_1_holds_exactly_where_the_queries_are_the_examples() -> None:
+    """E[c²] = 1 up to float32; the staircase keeps most at its size, and all of it with all D."""
+    images = images_of((784,))
+    data = dataclasses.replace(images, queries=images.x, answers=images.y)
+    setting = small("mlp")
+    model = trained_model(setting, data)
+    whole = sum(weight.numel() for weight in model.parameters())
+    setting = dataclasses.replace(setting, coordinates=(90, whole))
+    record = lemma_part(Subject(setting, data, model))
+    assert [row["E[c²]"] for row in record["bins"]] == pytest.approx(
+        [1] * len(record["bins"]), 1e-4
+    )
+    weights = [row["λ_i/(λ_i+λ)"] for row in record["bins"]]
+    assert weights == sorted(weights, reverse=True)
+    best, everything, *others = record["methods"]
+    assert everything["kept"] == pytest.approx(1)
+    for row in others:
+        if row["D"] >= best["D"]:
+            continue
+        assert row["kept"] < best["kept"]
 
 
 def test_the_removed_examples_are_those_that_score_highest(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_its_sums_are_kept_resumed_and_merged(tmp_path: Path) -> None:
 def test_pilots_select_tokens(tmp_path: Path) -> None:
     """PCA takes the ids that come most often; eigenbasis rows of all coordinates are full EKFAC."""
     run = begun(tmp_path / "pca", False)
-    for _ in run.pilot("pca", rank=3):
+    with run.pilot("pca", rank=3):
         passed(run)
     projection = run._watched.projections["embed"]  # type: ignore[union-attr]
     counts = torch.bincount(IDS[MASK], minlength=VOCABULARY)
@@ -148,7 +148,7 @@ def test_pilots_select_tokens(tmp_path: Path) -> None:
     assert torch.equal(projection.proj_in, nn.functional.one_hot(most, VOCABULARY).float())
     full = logged(tmp_path / "full", "ekfac", False)
     run = begun(tmp_path / "eigen", False)
-    for _ in run.pilot("eigen", coordinates=full.layout.dim):
+    with run.pilot("eigen", coordinates=full.layout.dim):
         passed(run)
     run.setup({"save": "grad", "statistic": "diagonal"})
     passed(run)
@@ -191,7 +191,7 @@ def test_no_matrix_of_the_vocabulary_squared_is_made(tmp_path: Path, way: str) -
             Attributor(run.store).top_k(torch.from_numpy(run.store.take([0])), 2)
         else:
             options: dict[str, Any] = {"rank": 9} if way == "pca" else {"coordinates": 50}
-            for _ in run.pilot(way, **options):
+            with run.pilot(way, **options):
                 passed(run, ids)
             run.setup({"save": "grad"})
             passed(run, ids)
@@ -205,7 +205,8 @@ def test_what_embeddings_have_no_diagonal_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="module embed: the mean of one-hot inputs has a moment"):
         passed(run)
     run = begun(tmp_path / "b", False)
-    passes = run.pilot("pca", rank=2, moments="sequence")
-    next(passes)
-    with pytest.raises(ValueError, match="moments: module embed has one-hot inputs"):
+    with (
+        pytest.raises(ValueError, match="moments: module embed has one-hot inputs"),
+        run.pilot("pca", rank=2, moments="sequence"),
+    ):
         passed(run)

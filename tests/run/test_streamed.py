@@ -340,7 +340,7 @@ def test_the_tokens_in_an_eigenbasis_of_chosen_coordinates(mode: str, tmp_path: 
     assert mask is not None
     run = Run("toy", Config(root_dir=str(tmp_path)))
     watch(run, model, "gpt", None, bias=True)
-    for _ in run.pilot("eigen", coordinates=700):
+    with run.pilot("eigen", coordinates=700):
         log(run, model, loss, mask, 4)
     run.setup({"save": "grad", "statistic": "diagonal"})
     log(run, model, loss, mask, 4)
