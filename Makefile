@@ -18,7 +18,7 @@ CPP_FILES := $(shell find csrc python tests -name '*.cpp' -o -name '*.h')
 	cuda-library cuda-check peers-env clean
 
 help:
-	@echo "make demo          explain a real language model's answers by its corpus (report in $(DEMO)/)"
+	@echo "make demo          teach a language model facts, trace its answers (report in $(DEMO)/)"
 	@echo "make test          all tests"
 	@echo "make install       the package and its tools, into $(VENV)/"
 	@echo "make fuzz          random calls of the ops and damaged stores, 100,000 and 20,000 (quarter of an hour)"

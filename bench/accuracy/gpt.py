@@ -112,5 +112,4 @@ SETTING = Setting(
     coordinates=(8192, 32768, 65536),
     trak_dim=512,
     representation="norm",
-    watch={"bias": False},
 )

@@ -60,7 +60,7 @@ class Subject:
     def run(self, folder: str, dtype: str = "float32") -> Run:
         """A run that watches the model's layers."""
         run = Run(self.setting.name, Config(root_dir=folder, dtype=dtype))
-        run.watch(self.model, **self.setting.watch)
+        run.watch(self.model, name_filter=self.setting.watched, bias=True)
         return run
 
     def query_rows(self, run: Run) -> Tensor:

@@ -67,7 +67,6 @@ SETTING = Setting(
     asked=20,
     ranks=(16, 32, 64),
     coordinates=(2368, 8192, 16384),
-    trak_dim=1024,
+    trak_dim=512,
     representation="3",
-    watch={"bias": True},
 )

@@ -118,6 +118,6 @@ _GPT2 = Setting(
     coordinates=(32768, 131072, 524288),
     trak_dim=2048,
     representation="model.transformer.ln_f",
-    watch={"name_filter": ["attn", "mlp"]},
+    watched=("attn", "mlp"),
 )
 SETTINGS = {one.name: one for one in (_MLP, _GPT2, _RESNET)}

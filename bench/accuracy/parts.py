@@ -24,6 +24,7 @@ from logra_kernels.evaluation import (
 )
 
 FLIPPED = 0.1  # of the labels
+RESAMPLES = 400  # of the bootstrap; a second for each method
 Record = dict[str, Any]
 
 
@@ -40,7 +41,7 @@ def lds_part(subject: Subject, found: Sequence[Found], folder: Path) -> Record:
         batch=setting.side_by_side,
         progress=True,
     )
-    values = [lds(one.scores, subsets, outcomes) for one in found]
+    values = [lds(one.scores, subsets, outcomes, resamples=RESAMPLES) for one in found]
     rows = [
         {
             "method": one.method,

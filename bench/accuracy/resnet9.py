@@ -117,6 +117,6 @@ SETTING = Setting(
     asked=10,
     ranks=(8, 16, 32),
     coordinates=(8192, 32768, 65536),
-    trak_dim=1024,
+    trak_dim=512,
     representation="7",
 )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,12 +65,12 @@ class Setting:
     coordinates: tuple[int, ...]  # of eigenbasis rows
     trak_dim: int
     representation: str  # the module before the last layer
-    watch: Mapping[str, Any] = field(default_factory=dict)  # of run.watch
+    watched: tuple[str, ...] | None = None  # parts of the layers' names; None: all layers
 
     def smaller(self) -> Setting:
         """What `make accuracy` runs: the same models, few of them."""
-        few = min(self.halves, 40 if self.side_by_side > 1 else 20)
-        return replace(self, halves=few, seeds=1, removed=self.removed[-1:], asked=8)
+        halves, asked = (40, 8) if self.side_by_side > 10 else (12, 2)
+        return replace(self, halves=halves, seeds=1, removed=self.removed[-1:], asked=asked)
 
     def key(self, data: Data) -> str:
         """Names what a retrained model depends on, beside its examples and its seed."""

@@ -106,7 +106,7 @@ class StreamedScores:
         if self._tokens is not None:
             assert products is not None
             self._tokens.products = products
-        self.score(rows)
+        self._score(rows)
         self._row_ids.update(dict.fromkeys(names))
 
     def result(self) -> InfluenceResult:
@@ -124,11 +124,11 @@ class StreamedScores:
             )
         if not self._row_ids:
             raise RuntimeError("no example was scored: pass some inside the `with`")
-        result = self.result_of(list(self._row_ids))
+        result = self._result(list(self._row_ids))
         result.token_scores = None if self._tokens is None else self._tokens.shares
         return result
 
-    def score(self, rows: Tensor) -> None:
+    def _score(self, rows: Tensor) -> None:
         """Score finite rows [R, D] whose names the caller knows."""
         shard = ShardRows(0, self._count, rows.shape[0])
         self._count += rows.shape[0]
@@ -139,7 +139,7 @@ class StreamedScores:
         for start in range(0, rows.shape[0], step):
             use(shard.block(start, rows[start : start + step]), self._norms, found, sinks)
 
-    def result_of(self, row_ids: Sequence[str]) -> InfluenceResult:
+    def _result(self, row_ids: Sequence[str]) -> InfluenceResult:
         """The scores of all rows so far, under these names."""
         return result_of(self._sinks, self._query_ids, row_ids, self._preconditioner.dampings)
 
@@ -174,8 +174,8 @@ def influence_between(
     scores = StreamedScores(
         queries, preconditioner, mode, groups=groups, query_ids=query_ids, device=rows.device
     )
-    scores.score(rows)
-    return scores.result_of(names)
+    scores._score(rows)
+    return scores._result(names)
 
 
 def use(block: Block, norms: Norms | None, found: ShardNorms | None, sinks: Sequence[Sink]) -> None:

@@ -91,7 +91,6 @@ class Capture:
             )
         self._model = model
         self._layers = list(layers)
-        self._layer_of = {layer.name: layer for layer in self._layers}
         self._part_masks: PartMasks | None = None
         if isinstance(mask, Mapping):
             self._part_masks = PartMasks(model, self._layers, num_examples, mask)
@@ -313,7 +312,7 @@ class Capture:
             elif self._queue.takes(layer, dy):
                 self._add_all(self._queue.add(layer, call, dy))
             else:
-                self._add_all([(layer.name, layer.gradients(call, dy))])
+                self._add_all([(layer.name, layer.row_part(call, dy))])
             if self._token_scores is not None:
                 self._token_scores.add(layer, call, dy)
             if self.tokens is not None:
@@ -322,9 +321,8 @@ class Capture:
         call.release()
 
     def _add_all(self, computed: Iterable[tuple[str, Tensor]]) -> None:
-        """Add the gradients [N, Ko, Ki] of calls of modules, as far as a row holds them."""
-        for name, whole in computed:
-            gradients = self._layer_of[name].chosen(whole)
+        """Add what a row holds of the gradients of calls of modules."""
+        for name, gradients in computed:
             if self._loss_scale != 1:
                 gradients = gradients / self._loss_scale
             if name in self._gradients:

@@ -33,7 +33,8 @@ class GradientQueue:
 
     def takes(self, layer: Layer, dy: Tensor) -> bool:
         """Whether the gradients of this call may wait."""
-        return layer.groupable and dy.device.type in WAITING_BYTES
+        alike = layer.groupable and layer.projection.coordinates is None
+        return alike and dy.device.type in WAITING_BYTES
 
     def add(self, layer: Layer, call: Call, dy: Tensor) -> list[tuple[str, Tensor]]:
         """Let a call wait; compute all that wait if they hold too many bytes."""

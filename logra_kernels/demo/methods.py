@@ -26,6 +26,7 @@ from logra_kernels.lm.corpus import Example
 from logra_kernels.store import Store
 
 BATCH_EXAMPLES = 16
+FILTERED = 0.1  # the share of the documents that a filter by L2/L1 leaves out
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,18 @@ def all_scores(
         examples, queries: what the other methods compare: hidden states, words.
     """
     attributor = Attributor(store)
+    ratio = attributor.concentration()
+    scattered = ratio <= ratio.quantile(1 - FILTERED)
+    concentrated = ratio >= ratio.quantile(FILTERED)
     states = RepresentationSimilarity(_states(lm, examples))
     words = Bm25([example.text for example in examples])
     return {
         "influence": Influence(attributor, "dot").scores(rows),
         "l-RelatIF": Influence(attributor, "l-relatif").scores(rows),
+        "influence, highest L2/L1 left out": attributor.scores(rows, row_weights=scattered).scores,
+        "influence, lowest L2/L1 left out": attributor.scores(
+            rows, row_weights=concentrated
+        ).scores,
         "gradient dot": gradient_dot(store).scores(rows),
         "gradient cosine": gradient_cosine(store).scores(rows),
         "hidden states": states.scores(_states(lm, queries)),

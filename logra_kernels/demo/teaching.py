@@ -17,7 +17,8 @@ from logra_kernels.lm.corpus import Example
 from logra_kernels.progress import Progress, track
 
 FAST_IN_BFLOAT16 = {"avx512_bf16", "amx"}
-SEED, BATCH, LEARNING_RATE, WARM_UP_STEPS = 0, 8, 5e-4, 5
+TAUGHT = "mlp."
+SEED, BATCH, LEARNING_RATE, WARM_UP_STEPS = 0, 8, 1e-3, 5
 
 
 class Teacher:
@@ -35,7 +36,7 @@ class Teacher:
         self._body: Any = lm.model.model
         self._last = self._body.layers[len(self._body.layers) - blocks :]
         lm.model.requires_grad_(False)
-        self._trained = [p for name, p in self._last.named_parameters() if "mlp." in name]
+        self._trained = [p for name, p in self._last.named_parameters() if TAUGHT in name]
         self._start = [parameter.detach().clone() for parameter in self._trained]
         self._inputs = self._inputs_of_last_blocks()
         self._half = bool(FAST_IN_BFLOAT16.intersection(available_isas()))

@@ -188,6 +188,7 @@ def _passage(
         "snippet": preview(passage, 110),
         "prompt": passage.get("prompt", ""),
         "body": shade(tokens) if tokens else escape(passage["text"]),
+        "query": shade(passage.get("query_tokens") or ()),
         "note": " · ".join(note),
     }
 

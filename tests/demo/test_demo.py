@@ -92,7 +92,8 @@ def test_teaching_trains_the_last_blocks_mlp_and_begins_anew_each_time(tiny: Cau
     teacher.teach(left_out=["1"])
     without = weights_of(tiny)
     assert not torch.equal(
-        without["model.layers.1.mlp.up_proj.weight"], taught["model.layers.1.mlp.up_proj.weight"]
+        without["model.layers.1.mlp.down_proj.weight"],
+        taught["model.layers.1.mlp.down_proj.weight"],
     )
     teacher.teach()
     again = weights_of(tiny)
