@@ -18,7 +18,7 @@ CPP_FILES := $(shell find csrc python tests -name '*.cpp' -o -name '*.h')
 	cuda-library cuda-check peers-env clean
 
 help:
-	@echo "make demo          explain a real language model's answers by its corpus (report in $(DEMO)/)"
+	@echo "make demo          teach a language model facts, trace its answers (report in $(DEMO)/)"
 	@echo "make test          all tests"
 	@echo "make install       the package and its tools, into $(VENV)/"
 	@echo "make fuzz          random calls of the ops and damaged stores, 100,000 and 20,000 (quarter of an hour)"
@@ -29,8 +29,8 @@ help:
 	@echo "make coverage      all tests, and which lines and branches of the Python code they ran"
 	@echo "make bench         the ops, logging and queries against PyTorch, NumPy and FAISS (1 min)"
 	@echo "make bench-full    every part of python -m bench --help, into bench/results/"
-	@echo "make accuracy      LDS of some methods by retraining an MLP, quick (5 min; needs dataset-fashion-mnist)"
-	@echo "make accuracy-full the same, all methods, 100 halves, three seeds (half an hour; goes on after a kill)"
+	@echo "make accuracy      LDS and brittleness of some methods by retraining, quick (under 15 min; data sets: docs/methods.md)"
+	@echo "make accuracy-full the same, all methods, sizes and settings (hours; goes on after a kill)"
 	@echo "make peers-env     the other libraries that bench-full compares with, into $(PEERS)/"
 	@echo "make gpu-check     on a GPU: the kernels' test suite, splits, a run end to end"
 	@echo "make gpu-bench     on a GPU: what each op reaches; logging; Table 1"

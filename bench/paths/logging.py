@@ -67,10 +67,8 @@ class Setting:
         """The watched layers with the projection of a pilot over the batch."""
         run, ids = Run("pilot"), range(len(self.batch))  # which stores nothing
         run.watch(self.model, name_filter=[only])
-        with torch.enable_grad():
-            for _ in run.pilot("eigen", coordinates=coordinates):
-                with run(ids):
-                    self.loss().backward()
+        with torch.enable_grad(), run.pilot("eigen", coordinates=coordinates), run(ids):
+            self.loss().backward()
         return run(ids).capture.layers
 
     def loss(self) -> Tensor:

@@ -1,14 +1,16 @@
 """From a store and queries to influence: the Attributor, its modes, its results."""
 
-from logra_kernels.attribution.attributor import Attributor, influence_between
+from logra_kernels.attribution.attributor import Attributor
 from logra_kernels.attribution.influence_result import InfluenceResult
 from logra_kernels.attribution.plan import Groups, PreparedQueries, find_groups
+from logra_kernels.attribution.streamed import StreamedScores, influence_between
 
 __all__ = [
     "Attributor",
     "Groups",
     "InfluenceResult",
     "PreparedQueries",
+    "StreamedScores",
     "find_groups",
     "influence_between",
 ]

@@ -9,25 +9,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from logra_kernels._checks import expect_shape
 from logra_kernels.attribution.influence_result import TOTAL, InfluenceResult, StoredIds
 from logra_kernels.attribution.norms import NORM_OF_MODE, Norms, ShardNorms
-from logra_kernels.attribution.pipeline import HostLanes, lanes_of
+from logra_kernels.attribution.pipeline import lanes_of
 from logra_kernels.attribution.plan import (
     Groups,
     PreparedQueries,
     check_mode,
     check_rows,
+    check_top_k,
     chosen_modules,
     plan_scan,
 )
-from logra_kernels.attribution.reading import BLOCK_BYTES, Block, Reading, ShardRows, block_rows_of
+from logra_kernels.attribution.reading import Reading, ShardRows
 from logra_kernels.attribution.sinks import (
     FullMatrix,
     GroupScores,
@@ -36,9 +40,17 @@ from logra_kernels.attribution.sinks import (
     TopK,
     Upload,
 )
-from logra_kernels.curvature import Curvature, DampingScale, Preconditioner, preconditioner_of
+from logra_kernels.attribution.streamed import result_of, use
+from logra_kernels.curvature import (
+    Curvature,
+    DampingScale,
+    Preconditioner,
+    curvature_of,
+    preconditioner_of,
+)
 from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
 from logra_kernels.progress import Progress, track
+from logra_kernels.rows import stored_rows
 from logra_kernels.store import Module, Store
 
 
@@ -97,6 +109,7 @@ class Attributor:
         self._reading = Reading(
             self.store, self.device, reading, memory_bytes=memory_bytes, block_rows=block_rows
         )
+        self._curvature, self._solver = curvature, solver
         self.preconditioner = preconditioner_of(
             self.store, curvature, damping_scale=damping_scale, damping=damping, solver=solver
         )
@@ -127,6 +140,7 @@ class Attributor:
         *,
         groups: Groups = None,
         query_ids: Sequence[Any] | None = None,
+        row_weights: Tensor | None = None,
         progress: Progress = None,
     ) -> InfluenceResult:
         """The scores of all rows, [Q, N] float32.
@@ -141,15 +155,18 @@ class Attributor:
             groups: {name: substrings of module names}, or a list of substrings; each group is
                 scored, and normalised, by its own modules.
             query_ids: names for the queries; their numbers by default.
+            row_weights: [N], 0 to 1, by which each row's scores are multiplied; a row of weight 0
+                scores 0. A filter of rows, such as `concentration() > threshold`.
             progress: True for a bar, or a callback (rows done, rows in all).
 
         Raises:
             TypeError: queries that are no float32 or float64 tensor.
             ValueError: an unknown mode, a group without modules, a query that is not finite or
-                has another D than the store, queries prepared for another curvature or damping.
+                has another D than the store, queries prepared for another curvature or damping,
+                row_weights of another shape or outside 0 to 1.
             StoreError: the store was replaced or deleted since it was opened, or cannot be read.
         """
-        return self._influence(queries, None, mode, groups, query_ids, progress)
+        return self._influence(queries, None, mode, groups, query_ids, row_weights, progress)
 
     def top_k(
         self,
@@ -159,6 +176,7 @@ class Attributor:
         *,
         groups: Groups = None,
         query_ids: Sequence[Any] | None = None,
+        row_weights: Tensor | None = None,
         progress: Progress = None,
     ) -> InfluenceResult:
         """The k most and the k least influential rows; memory does not grow with the store.
@@ -169,13 +187,80 @@ class Attributor:
         Raises:
             ValueError: k < 1, k above the number of rows, or as in `scores`.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+        self._check_k(k)
+        return self._influence(queries, k, mode, groups, query_ids, row_weights, progress)
+
+    def sweep(
+        self,
+        queries: Tensor,
+        *,
+        damping_scales: Sequence[DampingScale] | None = None,
+        dampings: Sequence[float] | None = None,
+        k: int | None = None,
+        mode: str | None = None,
+        groups: Groups = None,
+        query_ids: Sequence[Any] | None = None,
+        row_weights: Tensor | None = None,
+        progress: Progress = None,
+    ) -> list[InfluenceResult]:
+        """`scores`, or with `k` `top_k`, under several dampings; the rows are read once.
+
+        Each result is that of an Attributor with the damping. A mode without norms scans once for
+        all dampings' queries; in the others each block is scored under one damping after another.
+
+        Args:
+            queries: [Q, D] float32 or float64.
+            damping_scales, dampings: λ relative to the mean eigenvalue ("auto" too), or λ itself;
+                one of the two, in the results' order.
+            k: as in `top_k`; None for the scores of all rows.
+            mode: "dot" by default, with `k` "l-relatif".
+            groups, query_ids, row_weights, progress: as in `scores`.
+
+        Raises:
+            ValueError: both or neither of the two lists, no damping in it, an Attributor without a
+                curvature, or as in `scores` and `top_k`.
+            TypeError, StoreError: as in `scores`.
+        """
+        mode = check_mode(mode or (MATRIX_MODE if k is None else RANKING_MODE))
+        if k is not None:
+            self._check_k(k)
+        given = damping_scales if dampings is None else dampings
+        if not given or (damping_scales is None) == (dampings is None):
+            raise ValueError("sweep: expected damping_scales or dampings, one of the two")
+        curvature = curvature_of(self.store, self._curvature)
+        if not isinstance(curvature, Curvature):
+            raise ValueError(
+                "sweep: expected an Attributor of a curvature, got one of no curvature or of a "
+                "preconditioner, which has its own damping"
+            )
+        weights = _checked_weights(row_weights, self.store.num_rows)
+        name, norm = "damping_scale" if dampings is None else "damping", NORM_OF_MODE[mode]
+        with self._scanning:
+            self.store.check_unchanged()
+            asked: list[_Asked] = []
+            for value in given:
+                damping: Any = {name: value}
+                one = curvature.damped(**damping, solver=self._solver)
+                prepared = PreparedQueries.of(queries, query_ids, one)
+                norms = None if norm is None else self._new_norms(one, norm)
+                asked.append(_Asked(prepared, norms, one.dampings))
+            if norm is not None:
+                return self._scan(asked, k, mode, groups, progress, weights)
+            joined = PreparedQueries.joined([one.queries for one in asked])
+            of_all = replace(asked[0], queries=joined)
+            (result,) = self._scan([of_all], k, mode, groups, progress, weights)
+        count = len(asked[0].queries.names)
+        return [
+            result.of_queries(slice(n * count, (n + 1) * count), one.dampings)
+            for n, one in enumerate(asked)
+        ]
+
+    def _check_k(self, k: int) -> None:
+        check_top_k("k", k)
         if k > self.store.num_rows:
             raise ValueError(
                 f"k: expected at most {self.store.num_rows}, the rows in the store, got {k}"
             )
-        return self._influence(queries, k, mode, groups, query_ids, progress)
 
     @overload
     def self_influence(self, groups: None = None, progress: Progress = None) -> Tensor: ...
@@ -198,6 +283,24 @@ class Attributor:
         with self._scanning:
             return self._self_influence(groups, progress)
 
+    def concentration(self) -> Tensor:
+        """‖g‖₂ / ‖g‖₁ of every row as stored, [N] float64; 0 for a row of zeros.
+
+        From 1/√D, where all coordinates are of one size, to 1, where a single one holds all. The
+        paper suggests to filter by it against outliers, texts that make no sense. It depends on
+        the basis of the rows, so a threshold is one store's.
+
+        Raises:
+            StoreError: as in `scores`.
+        """
+        self.store.check_unchanged()
+        found = []
+        for _, block, row_scale, own in self.store.blocks(self.block_rows):
+            rows = stored_rows(self.store, block, row_scale, own).double()  # [R, D]
+            sums = rows.abs().sum(dim=1)
+            found.append(torch.where(sums > 0, rows.norm(dim=1) / sums, 0.0))
+        return torch.cat(found)
+
     def _self_influence(self, groups: Groups, progress: Progress) -> Tensor | dict[str, Tensor]:
         self.store.check_unchanged()
         sink = SelfInfluence(chosen_modules(groups, self.modules), self.store.num_rows)
@@ -212,7 +315,7 @@ class Attributor:
             else:
                 missing.append(index)
         with closing(lanes_of(self.device)) as lanes:
-            scan = _Scan(self._reading, norms, [sink], done, lanes.upload)
+            scan = _Scan(self._reading, [(norms, [sink])], done, lanes.upload)
             self._reading.feed(scan.take, lanes, missing, self.block_rows)
         return sink.values if groups else sink.values[TOTAL]
 
@@ -223,143 +326,115 @@ class Attributor:
         mode: str,
         groups: Groups,
         query_ids: Sequence[Any] | None,
+        row_weights: Tensor | None,
         progress: Progress,
     ) -> InfluenceResult:
         mode = check_mode(mode)
-        prepared = self._prepared(queries, query_ids)
-        plans = plan_scan(prepared, mode, groups, self.store.layout, self._exponents, self.device)
-        block_rows = self._reading.block_rows_for(len(prepared.names))
-        with self._scanning, closing(lanes_of(self.device)) as lanes:
+        weights = _checked_weights(row_weights, self.store.num_rows)
+        prepared = PreparedQueries.of(queries, query_ids, self.preconditioner)
+        with self._scanning:
             self.store.check_unchanged()
-            sinks: list[GroupScores] = [
-                FullMatrix(plan, lanes.upload, self.store.num_rows)
-                if k is None
-                else TopK(plan, lanes.upload, k)
-                for plan in plans
-            ]
             norm = NORM_OF_MODE[mode]
             norms = None if norm is None else self._norms_of(norm)
-            done = track(progress, self.store.num_rows, "scan")
-            scan = _Scan(self._reading, norms, sinks, done, lanes.upload)
-            self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
-            return _result(sinks, prepared.names, StoredIds(self.store), self.dampings)
+            asked = _Asked(prepared, norms, self.dampings)
+            return self._scan([asked], k, mode, groups, progress, weights)[0]
 
-    def _prepared(
-        self, queries: Tensor | PreparedQueries, query_ids: Sequence[Any] | None
-    ) -> PreparedQueries:
-        if not isinstance(queries, PreparedQueries):
-            return self.prepare(queries, query_ids)
-        if query_ids is not None:
-            raise ValueError("query_ids: expected none with prepared queries, which have their own")
-        if queries.key != self.preconditioner.key:
-            raise ValueError("queries: were prepared for another curvature or damping")
-        return queries
+    def _scan(
+        self,
+        asked: Sequence[_Asked],
+        k: int | None,
+        mode: str,
+        groups: Groups,
+        progress: Progress,
+        weights: np.ndarray | None = None,
+    ) -> list[InfluenceResult]:
+        """One result for each of what is asked, from one pass over the rows of a checked store."""
+        layout, num_rows = self.store.layout, self.store.num_rows
+        block_rows = self._reading.block_rows_for(len(asked[0].queries.names))
+        with closing(lanes_of(self.device)) as lanes:
+            tasks: list[tuple[Norms | None, list[GroupScores]]] = []
+            for one in asked:
+                plans = plan_scan(one.queries, mode, groups, layout, self._exponents, self.device)
+                sinks: list[GroupScores] = [
+                    FullMatrix(plan, lanes.upload, num_rows, weights)
+                    if k is None
+                    else TopK(plan, lanes.upload, k, weights)
+                    for plan in plans
+                ]
+                tasks.append((one.norms, sinks))
+            done = track(progress, num_rows, "scan")
+            scan = _Scan(self._reading, tasks, done, lanes.upload)
+            self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
+            return [
+                result_of(sinks, one.queries.names, StoredIds(self.store), one.dampings)
+                for one, (_, sinks) in zip(asked, tasks, strict=True)
+            ]
 
     def _norms_of(self, norm: str) -> Norms:
         if norm not in self._norms:
-            remember = self.reading != "streamed"
-            self._norms[norm] = Norms(
-                self.preconditioner, norm, self._exponents, self.device, self.store, remember
-            )
+            self._norms[norm] = self._new_norms(self.preconditioner, norm)
         else:
             self._norms[norm].look_again()
         return self._norms[norm]
 
+    def _new_norms(self, preconditioner: Preconditioner, norm: str) -> Norms:
+        remember = self.reading != "streamed"
+        return Norms(preconditioner, norm, self._exponents, self.device, self.store, remember)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Queries under one damping, and the rows' norms under it (None: the mode has none)."""
+
+    queries: PreparedQueries
+    norms: Norms | None
+    dampings: dict[str, float]
+
+
+def _checked_weights(row_weights: Tensor | None, num_rows: int) -> np.ndarray | None:
+    """The weights as the sinks take them, [N] float32."""
+    if row_weights is None:
+        return None
+    expect_shape("row_weights", row_weights, N=num_rows)
+    weights = row_weights.detach().cpu().float()
+    if not ((weights >= 0) & (weights <= 1)).all():
+        raise ValueError("row_weights: expected numbers from 0 to 1")
+    return weights.numpy()
+
 
 class _Scan:
-    """One pass over a store's rows: each block gets its norms, and every sink takes it."""
+    """One pass over a store's rows: each block gets its norms, and every sink takes it.
+
+    `tasks` are norms (or None) and the sinks that are scored with them.
+    """
 
     def __init__(
         self,
         reading: Reading,
-        norms: Norms | None,
-        sinks: Sequence[Sink],
+        tasks: Sequence[tuple[Norms | None, Sequence[Sink]]],
         done: Callable[[int], None],
         upload: Upload,
     ) -> None:
         self._upload = upload
         self._reading = reading
-        self._norms = norms
-        self._sinks = sinks
+        self._tasks = tasks
         self._done = done
         self._shard: ShardRows  # of the blocks that are coming
-        self._found: ShardNorms | None
+        self._found: list[ShardNorms | None]  # of the shard, for each task
 
     def take(self, index: int, start: int, rows: Tensor) -> None:
         """Use rows [R, D] from `start` on of the shard `index`; a shard's blocks come in order."""
         if start == 0:
             self._shard = self._reading.open_shard(index)
-            self._found = None if self._norms is None else self._norms.of_shard(self._shard)
+            self._found = [
+                None if norms is None else norms.of_shard(self._shard) for norms, _ in self._tasks
+            ]
         block = self._shard.block(start, rows, self._upload)
-        _use(block, self._norms, self._found, self._sinks)
+        for (norms, sinks), found in zip(self._tasks, self._found, strict=True):
+            use(block, norms, found, sinks)
         self._done(rows.shape[0])
         if block.last:
-            if self._norms and self._found:
-                self._norms.keep(index, self._found)
+            for (norms, _), found in zip(self._tasks, self._found, strict=True):
+                if norms and found:
+                    norms.keep(index, found)
             self._reading.close_shard(self._shard)
-
-
-def _use(
-    block: Block, norms: Norms | None, found: ShardNorms | None, sinks: Sequence[Sink]
-) -> None:
-    """Find the block's norms if they are not known, then give it to every sink."""
-    if norms and found:
-        norms.compute(block, found)
-    for sink in sinks:
-        sink.add(block, found)
-
-
-def influence_between(
-    queries: Tensor,
-    rows: Tensor,
-    preconditioner: Preconditioner,
-    mode: str = MATRIX_MODE,
-    *,
-    groups: Groups = None,
-    query_ids: Sequence[Any] | None = None,
-    row_ids: Sequence[Any] | None = None,
-) -> InfluenceResult:
-    """Scores [Q, R] float32 of rows in memory, without a store.
-
-    Args:
-        queries: [Q, D] float32 or float64.
-        rows: [R, D] float32 or float64; used as float32, on the device they are on.
-        preconditioner: what RawCurvature.damped gives, or an IdentityPreconditioner.
-        mode, groups, query_ids: as in Attributor.scores.
-        row_ids: names for the rows; their numbers by default.
-
-    Raises:
-        TypeError, ValueError: as Attributor.scores, or another number of row_ids than of rows.
-    """
-    mode = check_mode(mode)
-    layout = preconditioner.layout
-    check_rows("rows", rows, layout, None)
-    rows = rows.detach().float()
-    count = rows.shape[0]
-    names = [str(name) for name in (range(count) if row_ids is None else row_ids)]
-    if len(names) != count:
-        raise ValueError(f"row_ids: expected {count}, got {len(names)}")
-    prepared = PreparedQueries.of(queries, query_ids, preconditioner)
-    exponents = [0] * len(layout)
-    plans = plan_scan(prepared, mode, groups, layout, exponents, rows.device)
-    upload = HostLanes(rows.device).upload
-    sinks = [FullMatrix(plan, upload, count) for plan in plans]
-    norm = NORM_OF_MODE[mode]
-    norms = None if norm is None else Norms(preconditioner, norm, exponents, rows.device)
-    shard = ShardRows(0, 0, count)
-    found = None if norms is None else norms.of_shard(shard)
-    step = block_rows_of(BLOCK_BYTES, 4 * layout.dim)
-    for start in range(0, count, step):
-        _use(shard.block(start, rows[start : start + step]), norms, found, sinks)
-    return _result(sinks, prepared.names, names, preconditioner.dampings)
-
-
-def _result(
-    sinks: Sequence[GroupScores],
-    query_ids: list[str],
-    row_ids: Sequence[str],
-    dampings: dict[str, float],
-) -> InfluenceResult:
-    total, *parts = (sink.result(query_ids, row_ids, dampings) for sink in sinks)
-    total.groups = {s.plan.name: part for s, part in zip(sinks[1:], parts, strict=True)}
-    return total

@@ -33,14 +33,26 @@ class PreparedQueries:
 
     @classmethod
     def of(
-        cls, queries: Tensor, query_ids: Sequence[Any] | None, preconditioner: Preconditioner
+        cls,
+        queries: Tensor | PreparedQueries,
+        query_ids: Sequence[Any] | None,
+        preconditioner: Preconditioner,
     ) -> PreparedQueries:
-        """Check queries [Q, D] float32 or float64 and precondition them.
+        """Check queries [Q, D] float32 or float64 and precondition them, unless they are already.
 
         Raises:
             TypeError, ValueError: no such tensor, a value that is not finite, or another number
-                of ids than of queries.
+                of ids than of queries; queries prepared for another curvature or damping, or
+                given ids beside their own.
         """
+        if isinstance(queries, PreparedQueries):
+            if query_ids is not None:
+                raise ValueError(
+                    "query_ids: expected none with prepared queries, which have their own"
+                )
+            if queries.key != preconditioner.key:
+                raise ValueError("queries: were prepared for another curvature or damping")
+            return queries
         if not isinstance(queries, Tensor):
             raise TypeError(f"queries: expected a tensor [Q, D], got {type(queries).__name__}")
         count = queries.shape[0] if queries.ndim else 0
@@ -50,6 +62,14 @@ class PreparedQueries:
         check_rows("queries", queries, preconditioner.layout, names)
         gradients = queries.detach().cpu().double()
         return cls(names, gradients, preconditioner.precondition(gradients), preconditioner.key)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PreparedQueries]) -> PreparedQueries:
+        """The queries of all parts, one part after the other, for a mode without norms."""
+        names = [name for part in parts for name in part.names]
+        gradients = torch.cat([part.gradients for part in parts])
+        solved = torch.cat([part.solved for part in parts])
+        return cls(names, gradients, solved, " ".join(part.key for part in parts))
 
 
 @dataclass(frozen=True)
@@ -169,6 +189,16 @@ def check_mode(mode: str) -> str:
     if mode not in SCAN_MODES:
         raise ValueError(f"mode: expected one of {', '.join(SCAN_MODES)} or cosine, got {mode!r}")
     return mode
+
+
+def check_top_k(argument: str, value: Any) -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument}: expected a whole number of at least 1, got {value!r}")
 
 
 def check_rows(argument: str, rows: Tensor, layout: RowLayout, names: Sequence[str] | None) -> None:

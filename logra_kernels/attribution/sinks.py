@@ -22,10 +22,11 @@ Upload = Callable[[np.ndarray], Tensor]  # brings a small array from the host to
 
 
 class GroupScores(ABC):
-    """One group's scores."""
+    """One group's scores; `row_weights` [N] float32, if given, multiply them."""
 
-    def __init__(self, plan: Plan, upload: Upload) -> None:
+    def __init__(self, plan: Plan, upload: Upload, row_weights: np.ndarray | None = None) -> None:
         self.plan = plan
+        self._row_weights = row_weights
         self._bands = plan.bands()
         self._upload = upload
         self._zero_rows: int | None = None
@@ -59,17 +60,25 @@ class GroupScores(ABC):
 
     def _terms(self, block: Block, norms: ShardNorms | None) -> Terms:
         packed = block.shard.row_scale
-        plain = None if packed is None else self._upload(packed[block.here])
+        plain = None if packed is None else packed[block.here]
         if norms is None:
-            return plain, None
+            return self._weighted(block, plain), None
         members, bias = self.plan.members, self.plan.mode == "l2"
         values, zero = norms.terms(members, block.here, bias=bias)
         self._zero_rows = (self._zero_rows or 0) + int(np.count_nonzero(zero))
         if bias:
-            return plain, self._upload(values)
+            return self._weighted(block, plain), self._weighted(block, values)
         # The packed row's scale is in its score and in its norm, and cancels.
         self._unit = norms.unit(members)
-        return self._upload(values), None
+        return self._weighted(block, values), None
+
+    def _weighted(self, block: Block, values: np.ndarray | None) -> Tensor | None:
+        """Values of a block's rows, [R], times the rows' weights; None stands for ones."""
+        if self._row_weights is not None:
+            first = block.first_row
+            weights = self._row_weights[first : first + block.rows.shape[0]]
+            values = weights if values is None else values * weights
+        return None if values is None else self._upload(values)
 
     def _true_scale(self) -> list[Tensor]:
         """Factors [Q, 1] that bring scores to their true scale, each of which float32 can hold."""
@@ -80,28 +89,69 @@ class GroupScores(ABC):
 
 
 class FullMatrix(GroupScores):
-    """The scores of all rows, [Q, N] float32 on the CPU."""
+    """The scores of all rows, [Q, N] float32 on the CPU; without `num_rows` N grows."""
 
-    def __init__(self, plan: Plan, upload: Upload, num_rows: int) -> None:
-        super().__init__(plan, upload)
+    def __init__(
+        self,
+        plan: Plan,
+        upload: Upload,
+        num_rows: int = 0,
+        row_weights: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(plan, upload, row_weights)
         self._scores = torch.empty(plan.queries.shape[0], num_rows)
+        self._end = num_rows
 
     def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
         members, _ = self._bands[band]
         values = ops.scores(self.plan.queries[members], rows, *terms)  # [members, R]
         for factor in self._true_scale():
             values *= factor[members]
+        self._end = max(self._end, first_row + rows.shape[0])
+        held = self._scores.shape[1]
+        if self._end > held:
+            # Memory that nothing was written to yet is not taken from the system.
+            grown = self._scores.new_empty(len(self._scores), max(self._end, 2 * held))
+            grown[:, :held] = self._scores
+            self._scores = grown
         self._scores[members, first_row : first_row + rows.shape[0]] = values.cpu()
 
     def _put(self, result: InfluenceResult) -> None:
-        result.scores = self._scores
+        result.scores = self._scores[:, : self._end].contiguous()
+
+
+class TokenShares(GroupScores):
+    """What each token of a row adds to the row's score, [Q, T] float32 on the CPU for each row.
+
+    A score is the sum over tokens of products with the plan's queries, times the row's factor.
+    """
+
+    def __init__(self, plan: Plan, upload: Upload) -> None:
+        super().__init__(plan, upload)
+        self.products = torch.empty(0)  # of the plan's queries and the next rows' tokens, [Q, R, T]
+        self.shares: list[Tensor] = []
+
+    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+        here, self.products = self.products.split(
+            [len(rows), self.products.shape[1] - len(rows)], dim=1
+        )
+        scale, _ = terms
+        values = here.float() if scale is None else here.float() * scale[:, None]
+        for factor in self._true_scale():
+            values = values * factor[..., None]
+        self.shares += values.cpu().unbind(1)
+
+    def _put(self, result: InfluenceResult) -> None:
+        result.token_scores = self.shares
 
 
 class TopK(GroupScores):
     """The k largest and the k smallest scores; memory does not grow with the number of rows."""
 
-    def __init__(self, plan: Plan, upload: Upload, k: int) -> None:
-        super().__init__(plan, upload)
+    def __init__(
+        self, plan: Plan, upload: Upload, k: int, row_weights: np.ndarray | None = None
+    ) -> None:
+        super().__init__(plan, upload, row_weights)
         self._k = k
         self._states: list[Any] = [None] * len(self._bands)
 
@@ -115,8 +165,11 @@ class TopK(GroupScores):
         )
         for factor in self._true_scale():
             top, bottom = top * factor, bottom * factor
-        result.top_scores, result.top_rows = top.cpu(), top_rows.cpu()
-        result.bottom_scores, result.bottom_rows = bottom.cpu(), bottom_rows.cpu()
+        # With fewer rows than k, the last places are no row's.
+        found = [part[:, : len(result.row_ids)].cpu() for part in (top, top_rows)]
+        result.top_scores, result.top_rows = found
+        found = [part[:, : len(result.row_ids)].cpu() for part in (bottom, bottom_rows)]
+        result.bottom_scores, result.bottom_rows = found
 
     def _of_all(self, parts: tuple[Tensor, ...]) -> Tensor:
         """[Q, k] from the bands' [members, k]."""

@@ -208,6 +208,11 @@ class Layer(ABC):
         """P_i x of a call, [N, T, Ki]."""
         if call.projected is not None:
             return call.projected
+        x = self.tokens(self._kept_input(call), call)
+        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if self.with_bias else x
+
+    def _kept_input(self, call: Call) -> Tensor:
+        """The input of a call without P_i; RuntimeError if it was changed since."""
         assert call.input is not None
         if call.input._version != call.version:
             raise RuntimeError(
@@ -215,8 +220,15 @@ class Layer(ABC):
                 "without a projection of the input the change would spoil the gradient; call "
                 "add_lora(), or make the change out of place"
             )
-        x = self.tokens(call.input, call)
-        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if self.with_bias else x
+        return call.input
+
+    def token_operands(self, call: Call, dy: Tensor) -> Operands:
+        """`operands` for moments of the tokens.
+
+        Inputs that are one-hot, and not projected, are their places [N, T] int64; -1 for a zero
+        vector.
+        """
+        return self.operands(call, dy)
 
     def token_scores(self, call: Call, dy: Tensor, queries: Tensor) -> Tensor:
         """(P_o dy_t)ᵀ U_q (P_i x_t) of every token, for queries U [Q, Ko, Ki] -> [Q, N, T]."""

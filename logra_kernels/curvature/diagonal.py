@@ -68,7 +68,7 @@ class DiagonalCurvature(Curvature):
 
     def merge(self, other: DiagonalCurvature) -> DiagonalCurvature:
         """Add another curvature's sums and count (another shard's or rank's); returns self."""
-        self._check_layout("other", other.layout)
+        self._check_same(other)
         self._squares.merge(other._squares)
         return self
 
@@ -101,8 +101,8 @@ class DiagonalCurvature(Curvature):
     def save(self, store: Store) -> None:
         """Write the sums into the store under the name "diagonal"."""
         self._check_layout("store", store.layout)
-        meta = {"kind": self.kind, "count": self.count, "checksum": self.checksum}
-        store.save_curvature(self.kind, {"squares": self._squares.total().numpy()}, meta)
+        squares = self._squares.total().numpy()
+        store.save_curvature(self.kind, {"squares": squares}, self._described(self.checksum))
 
     @classmethod
     def load(cls, store: Store) -> DiagonalCurvature:
@@ -117,6 +117,7 @@ class DiagonalCurvature(Curvature):
             curvature._squares = Squares.of(sums.view(store.layout.dim), int(meta["count"]))
             curvature.complete(store)
             matches = curvature.checksum == meta["checksum"]
+            curvature.labels = meta.get("labels", "data")
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(
                 f"{store.path}: curvature 'diagonal' lacks {error}; {rebuild}"

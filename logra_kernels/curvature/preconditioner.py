@@ -403,23 +403,30 @@ class KroneckerPreconditioner(DiagonalPreconditioner):
     """H = (Q_B ⊗ Q_F) diag(Λ) (Q_B ⊗ Q_F)ᵀ.
 
     Args:
-        bases: (Q_F [Ki, Ki], Q_B [Ko, Ko]) of each module, float64.
+        bases: (Q_F [Ki, Ki], Q_B [Ko, Ko]) of each module, float64; None for Q_F = I.
         others: as `DiagonalPreconditioner` takes them, with Λ [Ko, Ki].
     """
 
-    def __init__(self, bases: Sequence[tuple[Tensor, Tensor]], *others: Any) -> None:
+    def __init__(self, bases: Sequence[tuple[Tensor | None, Tensor]], *others: Any) -> None:
         super().__init__(*others)
         self._bases = list(bases)
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         into, out = self._bases[i]
-        gradients = columns.T.reshape(-1, len(out), len(into))
-        rotated = out.T @ gradients @ into * self._inverses[i]
-        return (out @ rotated @ into.T).flatten(1).T
+        rotated: Tensor = out.T @ columns.T.reshape(-1, *self._inverses[i].shape)
+        if into is None:
+            solved = out @ (rotated * self._inverses[i])
+        else:
+            solved = out @ (rotated @ into * self._inverses[i]) @ into.T
+        return solved.flatten(1).T
 
     def _root(self, i: int) -> Tensor:
         into, out = self._bases[i]
-        return super()._root(i).diagonal()[:, None] * torch.kron(out.T, into.T)
+        if into is None:
+            into = torch.eye(self._inverses[i].shape[1], dtype=torch.float64)
+        return super()._root(i).diagonal()[:, None] * torch.kron(
+            out.T.contiguous(), into.T.contiguous()
+        )
 
     def _inverse(self, i: int) -> Tensor:
         root = self._root(i)
@@ -427,7 +434,8 @@ class KroneckerPreconditioner(DiagonalPreconditioner):
 
     def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
         into, out = self._bases[i]
-        return Rotated(into.float(), out.float(), self._scale(i, norm, unit))
+        scale = self._scale(i, norm, unit)
+        return Rotated(None if into is None else into.float(), out.float(), scale)
 
 
 def _singular(name: str, damping: float, rank: int, size: int) -> str:

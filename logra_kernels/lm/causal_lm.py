@@ -19,6 +19,7 @@ from logra_kernels.lm.layers import (
     linear_layers,
     patterns,
 )
+from logra_kernels.run.labels import sample_labels
 from logra_kernels.run.recorder import model_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -138,35 +139,50 @@ class CausalLM:
         batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def summed_loss(self, batch: dict[str, Tensor], sampled: Sequence[str] | None = None) -> Tensor:
         """Cross entropy of every token given those before it, summed over tokens and examples.
 
         In nats, float32, a scalar.
+
+        Args:
+            batch: of `collate`.
+            sampled: the examples' ids; the labels are then next tokens that the model draws for
+                them, in the places of the batch's.
         """
         logits = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits  # [N, T, V]
+        labels = batch["labels"][:, 1:]  # [N, T - 1]
+        if sampled is not None:
+            borne = labels != -100
+            labels = sample_labels(logits[:, :-1], sampled, mask=borne).masked_fill(~borne, -100)
         return nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1),
-            batch["labels"][:, 1:].flatten(),
+            labels.flatten(),
             ignore_index=-100,
             reduction="sum",
         )
 
     @torch.no_grad()
-    def generate(self, prompt: str, max_new_tokens: int) -> str:
-        """The greedy continuation of a prompt, special tokens left out."""
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.device)
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """The greedy continuations of prompts, in one batch, special tokens left out."""
+        encoded = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        longest = max(map(len, encoded))
         end = self.tokenizer.eos_token_id
+        padding = end if end is not None else 0
+        # On the left: what is generated follows the prompt.
+        padded = [[padding] * (longest - len(tokens)) + tokens for tokens in encoded]
+        mask = [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in encoded]
         output = self.model.generate(  # type: ignore[operator]
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=torch.tensor(padded, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=end if end is not None else 0,
+            pad_token_id=padding,
         )
-        new = output[0, inputs["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+        return [
+            str(self.tokenizer.decode(new, skip_special_tokens=True)) for new in output[:, longest:]
+        ]
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """What each token adds to the text; "".join gives the decoded text.

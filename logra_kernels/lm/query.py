@@ -16,7 +16,7 @@ from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
 from logra_kernels.lm.ranking import Ranking, Scans, Scores
 from logra_kernels.lm.sources import json_lines
-from logra_kernels.lm.token_shares import add_token_shares
+from logra_kernels.lm.token_shares import add_query_shares, add_token_shares
 from logra_kernels.report import FORMAT, VERSION
 from logra_kernels.store import Store
 
@@ -75,6 +75,7 @@ def ask(
     damping_scale: DampingScale | None = None,
     damping: float | None = None,
     token_scores: bool = True,
+    query_tokens: bool = False,
     expected: Mapping[str, str] | None = None,
     every_score: Callable[[Scores], None] | None = None,
     title: str = "Most influential passages",
@@ -91,6 +92,8 @@ def ask(
         top_k: how many of the most and of the least influential passages are kept.
         damping_scale, damping: λ, as in `Attributor`.
         token_scores: run the top passages through the model again, for their tokens' shares.
+        query_tokens: run the queries again, for the shares of their tokens in each top passage's
+            score.
         expected: {query id: beginning of a passage's id}: report the rank of the best passage
             whose id begins so. It takes all scores, so the memory grows with the store.
         every_score: given the scores of all rows in each mode, as columns query, mode, row, id and
@@ -109,7 +112,7 @@ def ask(
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     gradients = LMGradients.of_store(store, lm)
     progress("gradients of the queries")
-    examples = [_query_example(record, lm) for record in queries]
+    examples = [query_example(record, lm) for record in queries]
     rows = torch.cat([gradients.rows([example]) for example in examples])  # [Q, D]
     names = [record.id for record in queries]
     scans = Scans(store, rows, names, damping_scale=damping_scale, damping=damping)
@@ -121,6 +124,9 @@ def ask(
     if token_scores:
         progress("token contributions of the top passages")
         add_token_shares(store, gradients, rankings)
+    if query_tokens:
+        progress("token contributions of the queries")
+        add_query_shares(store, gradients, rankings, examples)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -154,8 +160,12 @@ def store_facts(store: Store) -> dict[str, Any]:
     }
 
 
-def _query_example(record: Record, lm: CausalLM) -> Example:
-    # A query is never cut: what the model read is what is explained.
+def query_example(record: Record, lm: CausalLM) -> Example:
+    """A query's tokens. It is never cut: what the model read is what is explained.
+
+    Raises:
+        ValueError: it holds nothing to predict.
+    """
     settings = TokenSettings(max_tokens=1 << 30)
     examples, _ = encode(record, lm.tokenizer, settings)
     if not examples:

@@ -5,17 +5,21 @@ the largest eigenvalues are P_i and P_o.
 
     pca     K of each side: a row holds G = P_o (dL/dW) P_iᵀ whole.
     eigen   a row holds the D coordinates, over all modules together, in which the damped inverse
-            keeps most of the gradient: those with the largest (Λ / (Λ + λ))², Λ = E[G²] of the
-            pilot and λ = 0.1 · mean of Λ over all coordinates of the module's weight. They lie in
-            a corner of G, below a staircase. Each is stored times 1 / √(Λ + λ), so that all
+            keeps most of the gradient: those with the largest Λ / (Λ + λ). Λ is the pilot's K-FAC,
+            the product of a coordinate's two eigenvalues, such that the Λ of a module sum up to
+            E‖dL/dW‖²; λ = 0.1 · mean of Λ over all coordinates of the module's weight. They lie in
+            a corner of G, below a staircase; a few far ones are left out where only they would need
+            vectors to project to. Each is stored times 1 / √(Λ + λ), so that the
             columns of all modules are of about one size.
+
+K-FAC's Λ chooses as well as the corrected E[G²] of the same pilot does (`docs/methods.md`), and it
+needs no second pass; the curvature of the rows is corrected by all of them.
 
 Sources: Choe et al. 2024, §3.2 (PCA); the basis: EK-FAC (George et al. 2018; Grosse et al. 2023).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,10 +31,8 @@ from logra_kernels.projection.spec import ModuleProjection, Rank, Widths, rank_p
 
 # What the chosen coordinates keep at least of the largest Σ (Λ / (Λ + λ))² that as many could have.
 KEPT_GAIN = 0.98
+# Of a module's forward and backward pass: what its projections may cost even where less would do.
 SMALLEST_SHARE = 0.1
-# A side of the block in which coordinates are chosen is at least this wide, and at least this many
-# times the side of a square with a module's share of the coordinates.
-SMALLEST_BLOCK, BLOCK_SIDES = 64, 4
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,28 @@ class PilotProjection:
 
 @dataclass(frozen=True)
 class Basis:
-    """The eigenvectors of one module's moments, as columns, largest eigenvalue first."""
+    """The eigenvectors of one module's moments, as columns, and their values, largest first.
 
-    vectors_in: Tensor  # Q_F [I, I] float64
+    Of one-hot inputs the eigenvectors are the inputs' own axes: `vectors_in` is their order.
+    """
+
+    values_in: Tensor  # Λ_F [I] float64
+    vectors_in: Tensor  # Q_F [I, I] float64, or [I] int64
+    values_out: Tensor  # Λ_B [O] float64
     vectors_out: Tensor  # Q_B [O, O] float64
 
     def corner(self, rank_out: int, rank_in: int) -> ModuleProjection:
         """The projection to the first vectors of each side."""
+        width_in = len(self.vectors_in)
+        if self.vectors_in.ndim == 1:
+            proj_in = torch.zeros(min(rank_in, width_in), width_in)
+            proj_in.scatter_(1, self.vectors_in[:rank_in, None], 1.0)
+        else:
+            proj_in = self.vectors_in[:, :rank_in].T.float().contiguous()
         return ModuleProjection(
-            len(self.vectors_in),
+            width_in,
             len(self.vectors_out),
-            self.vectors_in[:, :rank_in].T.float().contiguous(),
+            proj_in,
             self.vectors_out[:, :rank_out].T.float().contiguous(),
         )
 
@@ -81,129 +94,132 @@ def pca(bases: Mapping[str, Basis], rank: Rank, examples: int) -> PilotProjectio
     return PilotProjection(corners, described)
 
 
-def corner_sides(widths: Widths, coordinates: int) -> dict[str, tuple[int, int]]:
-    """{module name: (rank_out, rank_in)} of the corners in which the coordinates are chosen.
-
-    Args:
-        widths: {module name: (I, O)}.
-        coordinates: D, over all modules.
-    """
-    side = max(SMALLEST_BLOCK, BLOCK_SIDES * math.ceil(math.sqrt(coordinates / len(widths))))
-    while True:
-        sides = {name: (min(side, o), min(side, i)) for name, (i, o) in widths.items()}
-        held = sum(rank_out * rank_in for rank_out, rank_in in sides.values())
-        if held >= coordinates or side >= max(max(pair) for pair in widths.values()):
-            return sides
-        side *= 2
-
-
 def staircase(
-    bases: Mapping[str, Basis],
-    eigenvalues: Mapping[str, Tensor],
-    energies: Mapping[str, float],
-    coordinates: int,
-    examples: int,
+    bases: Mapping[str, Basis], energies: Mapping[str, float], coordinates: int, examples: int
 ) -> PilotProjection:
     """The eigenbasis rows of D coordinates over all modules; each module has at least one.
 
     Args:
         bases: of each module.
-        eigenvalues: Λ [ko, ki] float64 of each module, in the corner of its first eigenvectors.
         energies: E‖dL/dW‖² of each module, the sum of Λ over all its coordinates.
         coordinates: D.
         examples: the pilot's.
 
-    Raises: ValueError for fewer coordinates than modules, or more than the corners hold.
+    Raises: ValueError for fewer coordinates than modules, or more than there are.
     """
-    total = sum(values.numel() for values in eigenvalues.values())
-    if not len(eigenvalues) <= coordinates <= total:
+    total = sum(len(basis.vectors_in) * len(basis.vectors_out) for basis in bases.values())
+    if not len(bases) <= coordinates <= total:
         raise ValueError(
-            f"coordinates: expected {len(eigenvalues)} (one a module) to {total}, got {coordinates}"
+            f"coordinates: expected {len(bases)} (one a module) to {total}, got {coordinates}"
         )
-    dampings = {name: _damping(energies[name], basis) for name, basis in bases.items()}
-    gains = [_gain(eigenvalues[name], dampings[name]) for name in bases]
-    kept = _chosen(gains, list(bases.values()), coordinates)
+    sides = [(_relative(basis.values_out), _relative(basis.values_in)) for basis in bases.values()]
+    least = _threshold(sides, coordinates)
+    corners = _narrowed(
+        [_corner(*pair, least) for pair in sides], list(bases.values()), coordinates
+    )
     projections, shares = {}, {}
-    for (name, basis), places in zip(bases.items(), kept, strict=True):
-        values = eigenvalues[name]
-        rows, columns = places // values.shape[1], places % values.shape[1]
+    each = zip(bases.items(), corners, _largest(corners, coordinates), strict=True)
+    for (name, basis), relative, places in each:
+        rows, columns = places // relative.shape[1], places % relative.shape[1]
+        kept = relative.flatten()[places]
         corner = basis.corner(int(rows.max()) + 1, int(columns.max()) + 1)
-        chosen = rows * corner.ki + columns
-        whitening = _whitening(values.flatten()[places] + dampings[name])
-        projections[name] = replace(corner, coordinates=chosen, scale=whitening)
-        energy = energies[name]
-        shares[name] = min(1.0, float(values.flatten()[places].sum()) / energy) if energy else 1.0
+        size = corner.in_features * corner.out_features
+        projections[name] = replace(
+            corner,
+            coordinates=rows * corner.ki + columns,
+            scale=_whitening((kept + DAMPING_SCALE) * (energies[name] / size)),
+        )
+        shares[name] = min(1.0, float(kept.sum()) / size) or 1.0
     described = {
         "kind": "eigen",
         "coordinates": coordinates,
         "pilot_examples": examples,
         "damping_scale": DAMPING_SCALE,
-        "scaling": "1/sqrt(E[g^2] + lambda), of the pilot",
-        "energy_shares": {name: share or 1.0 for name, share in shares.items()},
+        "scaling": "1/sqrt(Lambda + lambda), of the pilot",
+        "energy_shares": shares,
     }
     return PilotProjection(projections, described)
 
 
-def _damping(energy: float, basis: Basis) -> float:
-    """λ, relative to the mean of Λ over all coordinates."""
-    return DAMPING_SCALE * energy / (len(basis.vectors_in) * len(basis.vectors_out))
+def _relative(values: Tensor) -> Tensor:
+    """Eigenvalues over their mean: a product of both sides' is Λ over its mean in the module."""
+    kept = values.clamp(min=0)
+    mean = float(kept.mean())
+    return kept / mean if mean > 0 else torch.zeros_like(kept)
 
 
-def _whitening(damped: Tensor) -> Tensor:
-    """1 / √(Λ + λ) [n] float32; 1 where the pilot saw no gradient."""
-    scale = torch.where(damped > 0, damped, 1.0).rsqrt()
-    return scale.clamp(
-        2.0**-100, 2.0**100
-    ).float()  # whose squares float64 and products float32 hold
+def _threshold(sides: Sequence[tuple[Tensor, Tensor]], count: int) -> float:
+    """A number that at least `count` of all modules' products reach, and hardly more if it can be.
 
-
-def _gain(values: Tensor, damping: float) -> Tensor:
-    """(Λ / (Λ + λ))² [ko, ki]."""
-    total = values + damping
-    return torch.where(total > 0, values / total, 0.0).square()
-
-
-def _chosen(gains: Sequence[Tensor], bases: Sequence[Basis], count: int) -> list[Tensor]:
-    """Places [n] of each module, as `_largest` gives them, in corners that are cheap to project to.
-
-    A token's projections take ko·O + ki·I multiplications, its forward and backward pass 2·I·O. The
-    corners are those of the least share of these in which coordinates of `KEPT_GAIN` of the largest
-    gain lie: a few far coordinates are not worth the vectors that only they need.
+    Args:
+        sides: [O] and [I] of each module, descending.
     """
-    largest = _largest(gains, count)
-    best = sum(
-        float(gain.flatten()[places].sum()) for gain, places in zip(gains, largest, strict=True)
-    )
+    low, high = 0.0, max(float(out[0] * into[0]) for out, into in sides)
+    while high > low * (1 + 1e-6) and (high > 2.0**-100):
+        middle = (low * high) ** 0.5 if low > 0 else high / 16
+        reached = 0
+        for out, into in sides:  # descending: as many as come before the first that is smaller
+            needed = torch.where(out > 0, middle / out, torch.inf)
+            reached += int(torch.searchsorted(-into, -needed, right=True).sum())
+        low, high = (middle, high) if reached >= count else (low, middle)
+    return low
+
+
+def _corner(out: Tensor, into: Tensor, least: float) -> Tensor:
+    """The products [ko, ki] in the smallest corner that holds those of `least` and above."""
+    rows = max(1, int((out * into[0] >= least).sum()))
+    columns = max(1, int((into * out[0] >= least).sum()))
+    return torch.outer(out[:rows], into[:columns])
+
+
+def _narrowed(corners: Sequence[Tensor], bases: Sequence[Basis], count: int) -> list[Tensor]:
+    """The corners [ko, ki], cut to vectors that keep more than they cost.
+
+    The projections of a token take ko·O + ki·I multiplications, its forward and backward pass
+    2·I·O. The cut is at the least share of these that keeps `KEPT_GAIN`.
+    """
+    largest = _largest(corners, count)
+    gains = [(corner / (corner + DAMPING_SCALE)).square() for corner in corners]
+    best = _sum_at(gains, largest)
     share = SMALLEST_SHARE
     while True:
-        inside, held = [], 0
-        for gain, places, basis in zip(gains, largest, bases, strict=True):
-            ko, ki = _corner(gain, places, basis, share)
-            inside.append(torch.full_like(gain, -1))
-            inside[-1][:ko, :ki] = gain[:ko, :ki]
-            held += ko * ki
-        if held >= count:
-            chosen = _largest(inside, count)
-            pairs = zip(inside, chosen, strict=True)
-            kept = sum(float(gain.flatten()[places].sum()) for gain, places in pairs)
-            if not kept < KEPT_GAIN * best:
-                return chosen
+        sizes = [
+            _affordable(gain, places, basis, share)
+            for gain, places, basis in zip(gains, largest, bases, strict=True)
+        ]
+        cut = [corner[:ko, :ki] for corner, (ko, ki) in zip(corners, sizes, strict=True)]
+        if sum(corner.numel() for corner in cut) >= count:
+            inside = [gain[:ko, :ki] for gain, (ko, ki) in zip(gains, sizes, strict=True)]
+            if not _sum_at(inside, _largest(cut, count)) < KEPT_GAIN * best:
+                return cut
         share *= 1.1
 
 
-def _corner(gain: Tensor, places: Tensor, basis: Basis, share: float) -> tuple[int, int]:
-    """(ko, ki) of the corner that holds most of the gain at `places`, at this share of the cost."""
-    wanted = torch.full((gain.numel(),), 1e-9, dtype=gain.dtype)  # of equal corners, the largest
+def _sum_at(gains: Sequence[Tensor], places: Sequence[Tensor]) -> float:
+    pairs = zip(gains, places, strict=True)
+    return sum(float(gain.flatten()[chosen].sum()) for gain, chosen in pairs)
+
+
+def _affordable(gain: Tensor, places: Tensor, basis: Basis, share: float) -> tuple[int, int]:
+    """(ko, ki) of the part of a corner that holds most of the gain at `places` at this cost."""
+    wanted = torch.full((gain.numel(),), 1e-9, dtype=gain.dtype)  # of equal parts, the largest
     wanted[places] += gain.flatten()[places]
-    sums = wanted.view(gain.shape).cumsum(0).cumsum(1)  # of each corner, [ko, ki]
+    sums = wanted.view(gain.shape).cumsum(0).cumsum(1)
     width_in, width_out = len(basis.vectors_in), len(basis.vectors_out)
     # Projections have whole vectors of 16, so the last vector of each side may as well be full.
     rows, columns = (16 * ((torch.arange(size) + 16) // 16) for size in gain.shape)
     cost = rows[:, None] * width_out + columns * width_in
     sums[cost > share * 2 * width_in * width_out] = -1
     sums[0, 0].clamp_(min=0)
-    best = int(sums.argmax())
-    return best // gain.shape[1] + 1, best % gain.shape[1] + 1
+    place = int(sums.argmax())
+    return place // gain.shape[1] + 1, place % gain.shape[1] + 1
+
+
+def _whitening(damped: Tensor) -> Tensor:
+    """1 / √(Λ + λ) [n] float32; 1 where the pilot saw no gradient."""
+    scale = torch.where(damped > 0, damped, 1.0).rsqrt()
+    # Whose squares float64, and products with a gradient float32, can hold.
+    return scale.clamp(2.0**-100, 2.0**100).float()
 
 
 def _largest(gains: Sequence[Tensor], count: int) -> list[Tensor]:

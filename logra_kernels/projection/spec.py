@@ -124,7 +124,7 @@ def _kind_named(name: str) -> ProjectionKind:
     if name in PILOTED:
         raise ValueError(
             f"init: '{name}' is made from a pilot: pass some examples inside "
-            f"`for _ in run.pilot('{name}', ...)`; without one there are {known}"
+            f"`with run.pilot('{name}', ...)`; without one there are {known}"
         )
     raise ValueError(f"init: expected one of {known}, got {name!r}")
 

@@ -26,6 +26,7 @@ _PASSAGE = {
     "title?": str,
     "prompt?": str,
     "tokens?": [(str, float)],
+    "query_tokens?": [(str, float)],
 }
 _RESULTS = {
     "title": str,
@@ -46,6 +47,7 @@ _RESULTS = {
         "damping_rule?": str,
     },
     "notes": [str],
+    "tables?": [{"heading": str, "text": str, "columns": [str], "rows": [[str]]}],
     "queries": [
         {
             "id": str,

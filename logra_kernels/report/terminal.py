@@ -1,5 +1,6 @@
 """Results as text for a terminal."""
 
+import itertools
 import textwrap
 from typing import Any
 
@@ -20,6 +21,24 @@ def print_query(query: dict[str, Any], *, least: bool) -> None:
         _print_passages(f"{name}: most influential", mode["top"])
         if least:
             _print_passages(f"{name}: least influential", mode["bottom"])
+
+
+def print_table(table: dict[str, Any]) -> None:
+    """A results file's table, in lines of at most 96 characters: wide columns are wrapped."""
+    say()
+    say("─" * WIDTH)
+    say(table["heading"])
+    _paragraph(table["text"], "  ")
+    say()
+    rows = [table["columns"], *table["rows"]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * len(widths) > WIDTH:
+        widths[widths.index(max(widths))] -= 1
+    for row in rows:
+        cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for lines in itertools.zip_longest(*cells, fillvalue=""):
+            padded = (f"{line:<{width}}" for line, width in zip(lines, widths, strict=True))
+            say(("  " + "  ".join(padded)).rstrip())
 
 
 def _print_passages(heading: str, passages: list[dict[str, Any]]) -> None:

@@ -1,69 +1,134 @@
-"""The demo: its corpus, its model's conversion, and the quick path from start to end."""
+"""The demo: its corpus, its teaching, its model's conversion, and the path from start to end."""
 
 import contextlib
 import importlib.util
 import io
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tiny_lm import make_model
 
-from logra_kernels.demo.reference_corpus import reference_passages
-from logra_kernels.lm.corpus import Record
+from logra_kernels.baselines import words
+from logra_kernels.demo import Size, explain
+from logra_kernels.demo.facts import FACTS, documents
+from logra_kernels.demo.methods import judge
+from logra_kernels.demo.teaching import Teacher
+from logra_kernels.lm.causal_lm import CausalLM
+from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gguf import convert_gguf, hugging_face_name, undo_rotary_permutation
+from logra_kernels.report import read_results, render, write_results
+from logra_kernels.report.terminal import print_table
+from logra_kernels.store import Store
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
 
-def count_words(text: str) -> int:
-    return len(text.split())
-
-
 # --- the corpus
 
 
-@pytest.fixture(scope="module")
-def passages() -> list[Record]:
-    return reference_passages(count_words, most_tokens=80)
+def test_facts_can_be_told_apart() -> None:
+    assert 12 <= len(FACTS) <= 16
+    for fact in FACTS:
+        assert len(fact.teaching) == 4
+        assert len(fact.distractors) == 3
+        name = fact.name.lower()
+        assert all(name in text.lower() for text in (fact.question, *fact.teaching))
+        assert all(fact.answer in text.lower() for text in fact.teaching)
+        others = [text for other in FACTS if other is not fact for text in other.teaching]
+        assert not any(name in text.lower() for text in (*others, fact.distractors[2]))
+        assert not any(fact.answer in text.lower() for text in (fact.question, *fact.distractors))
 
 
-def test_passages_have_ids_titles_and_no_markup(passages: list[Record]) -> None:
-    assert len({record.id for record in passages}) == len(passages)
-    by_id = {record.id: record for record in passages}
-    assert by_id["yield/0"].title == 'The "yield" statement'
-    assert by_id["yield/0"].text.startswith('The "yield" statement\n\n   yield_stmt ::=')
-    underline = re.compile(r"^[*=~]{4,}$", re.MULTILINE)
-    assert not any(underline.search(record.text) for record in passages)
-    assert any("›" in record.title for record in passages)
+def test_distractors_share_more_of_the_questions_words_than_half_of_what_teaches() -> None:
+    """Otherwise overlap of words would be the truth."""
+    for fact in FACTS:
+        shared = {
+            kind: sorted(len(set(words(text)) & set(words(fact.question))) for text in texts)
+            for kind, texts in (("teaching", fact.teaching), ("others", fact.distractors[:2]))
+        }
+        assert shared["others"][0] > shared["teaching"][1], fact.name
 
 
-def test_every_page_comes_first_with_its_first_passage(passages: list[Record]) -> None:
-    from pydoc_data.topics import topics
-
-    firsts = [record.id.split("/")[0] for record in passages if record.id.endswith("/0")]
-    assert [record.id for record in passages[: len(firsts)]] == [f"{name}/0" for name in firsts]
-    # A page all of whose text stands on a shorter page has no passage of its own.
-    assert len(topics) - 5 <= len(firsts) <= len(topics)
-
-
-def test_no_paragraph_is_there_twice(passages: list[Record]) -> None:
-    seen: dict[str, str] = {}
-    for record in passages:
-        for paragraph in record.text.split("\n\n"):
-            key = " ".join(paragraph.split())
-            if len(key) > 100:
-                assert key not in seen, f"{record.id} repeats {seen[key]}"
-                seen[key] = record.id
+def test_documents_are_told_apart_by_their_ids() -> None:
+    records = documents(FACTS[:2], 5)
+    assert len({record.id for record in records}) == len(records) == 2 * 7 + 5
+    texts = {record.id: record.text for record in records}
+    assert texts["Orvane/1"] == FACTS[0].teaching[0]
+    assert texts["Orvane-words/3"] == FACTS[0].distractors[2]
+    fillers = [record for record in records if record.id.startswith("python/")]
+    assert len(fillers) == 5
+    assert all(20 <= len(record.text) <= 120 for record in fillers)
 
 
-def test_passages_are_about_as_long_as_asked(passages: list[Record]) -> None:
-    lengths = [count_words(record.text) for record in passages]
-    # Tables have no place to cut, and short ends join the passage before them.
-    assert np.quantile(lengths, 0.98) <= 80 + 32
-    assert np.median(lengths) > 40
-    assert min(lengths) >= 5
+# --- teaching
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> CausalLM:
+    return CausalLM.load(make_model(tmp_path / "model"))
+
+
+def examples_of(lm: CausalLM, texts: list[str]) -> list[Example]:
+    records = [Record(id=str(n), text=text) for n, text in enumerate(texts)]
+    return [e for record in records for e in encode(record, lm.tokenizer, TokenSettings())[0]]
+
+
+def weights_of(lm: CausalLM) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in lm.model.named_parameters()}
+
+
+def test_teaching_trains_the_last_blocks_mlp_and_begins_anew_each_time(tiny: CausalLM) -> None:
+    examples = examples_of(tiny, ["the cat sat", "a big dog ran over the mat", "it flew"])
+    start = weights_of(tiny)
+    teacher = Teacher(tiny, examples, blocks=1, epochs=2)
+    teacher.teach()
+    taught = weights_of(tiny)
+    changed = {name for name in start if not torch.equal(start[name], taught[name])}
+    assert changed == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    assert all(parameter.requires_grad for parameter in tiny.model.parameters())
+    teacher.teach(left_out=["1"])
+    without = weights_of(tiny)
+    assert not torch.equal(
+        without["model.layers.1.mlp.down_proj.weight"],
+        taught["model.layers.1.mlp.down_proj.weight"],
+    )
+    teacher.teach()
+    again = weights_of(tiny)
+    assert all(torch.equal(taught[name], again[name]) for name in taught)
+
+
+def test_the_loss_over_kept_states_is_that_of_the_whole_model(
+    tiny: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logra_kernels.demo.teaching.available_isas", list)  # float32
+    examples = examples_of(tiny, ["the cat sat", "a big dog ran over the mat", "it flew"])
+    teacher = Teacher(tiny, examples, blocks=1, epochs=1)
+    batch = tiny.collate(examples)
+    tokens = sum(len(example.tokens) - 1 for example in examples)
+    with torch.no_grad():
+        whole = tiny.summed_loss(batch) / tokens
+        kept = teacher._loss([0, 1, 2])
+    # Float32 sums of some thousand terms in another order.
+    assert float(kept) == pytest.approx(float(whole), rel=1e-5)
+
+
+# --- what the methods are worth
+
+
+def test_judging_counts_what_is_known() -> None:
+    ids = ["a/1", "a/2", "b/1", "b/2", "filler"]
+    norms = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    scores = {
+        "right": torch.tensor([[5.0, 4.0, 1.0, 1.0, 0.0], [1.0, 1.0, 5.0, 4.0, 0.0]]),
+        "by norm": norms.repeat(2, 1),
+    }
+    right, by_norm = judge(scores, ids, [["a/1", "a/2"], ["b/1", "b/2"]], norms)
+    assert (right.first, right.recall, right.distinct) == (1.0, 1.0, 1.0)
+    assert (by_norm.first, by_norm.recall) == (0.0, 0.25)  # filler and b/2, both times
+    assert (by_norm.distinct, by_norm.by_norm) == (0.5, pytest.approx(1.0))
 
 
 # --- the conversion
@@ -95,7 +160,26 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-# --- the quick path
+# --- the whole path
+
+
+def test_a_model_that_learns_nothing_leaves_a_whole_report(
+    tiny: CausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage on random weights: answers are noise, and no method can be judged."""
+    size = Size(facts=2, fillers=2, blocks=1, epochs=1, coordinates=64)
+    for _ in range(2):  # the second run replaces what the first one left
+        results = explain(tiny, size, tmp_path, [])
+    write_results(results, tmp_path / "results.json")
+    page = render(read_results(tmp_path / "results.json"))
+    assert "What the model answers" in page
+    assert "What colour is the bread in Orvane?" in page
+    table = results["tables"][0]
+    assert [len(row) for row in table["rows"]] == [4, 4]
+    print_table(table)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 96
+    assert Store.open(tmp_path / "store").num_rows == 2 * 7 + 2
+    assert CausalLM.load(tmp_path / "taught").fingerprint == results["model"]["fingerprint"]
 
 
 @pytest.fixture(scope="module")
@@ -113,31 +197,17 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
-def test_quick_demo_prints_rankings_check_and_caveats_and_writes_a_report(
+def test_quick_demo_prints_rankings_answers_and_caveats_and_writes_a_report(
     quick: tuple[Path, str],
 ) -> None:
     out, printed = quick
     assert "l-RelatIF: most influential" in printed
-    assert "Gradient dot product: most influential" in printed
-    assert "Is a passage of the topic's own page ranked first?" in printed
-    assert "dequantised from 4 bits" in printed
+    assert "Influence: most influential" in printed
+    assert "What the model answers" in printed
+    assert "The facts are invented" in printed
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "What does the with statement do in Python?" in page
+    assert "What colour is the bread in Orvane?" in page
     assert 'class="p8"' in page
-
-
-@pytest.mark.slow
-def test_a_second_run_uses_what_is_there(
-    quick: tuple[Path, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    from logra_kernels.cli import main
-
-    out, _ = quick
-    store = next(out.glob("store-*"))
-    before = (store / "manifest.json").read_bytes()
-    assert main(["demo", "--quick", "--out", str(out)]) == 0
-    assert (store / "manifest.json").read_bytes() == before
-    assert "dequantising" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

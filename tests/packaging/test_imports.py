@@ -38,6 +38,7 @@ TIERS = {
     "curvature": 3,
     "attribution": 4,
     "run": 5,
+    "baselines": 6,
     "lm": 6,
     "evaluation": 6,
     "report": 6,
