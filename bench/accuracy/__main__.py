@@ -63,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         subject = Subject(chosen, data, trained_model(chosen, data))
         folder, found = args.folder / setting.name, []
-        for method in (
-            methods_of(chosen, args.quick) if {"lds", "brittleness"} & set(args.part) else []
-        ):
+        wanted = methods_of(chosen, args.quick or "lds" not in args.part)
+        for method in wanted if {"lds", "brittleness"} & set(args.part) else []:
             for one in method(subject):
                 print(f"  scores: {one.method}, D {one.dim}", flush=True)
                 found.append(one)
