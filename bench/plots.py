@@ -3,7 +3,8 @@
 scan.png      time of a scan over the number of queries, with the least that the machine allows
 logging.png   time of logging beside the passes that no logging can do without
 pairs.png     influence scores a second beside the libraries' that do the same
-accuracy.png  LDS over the bytes of a row
+accuracy.png  LDS over the bytes of a row, for each setting
+brittleness.png  what queries lose without their most valuable examples
 
 A picture without results is left out, with a line that says so. The pictures have a light
 background, so that they read alike on light and dark pages.
@@ -11,7 +12,6 @@ background, so that they read alike on light and dark pages.
 
 import argparse
 import io
-import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +40,23 @@ PASSES = {
     "full backward": "training's full backward, no rows",
 }
 PEERS = {"l-relatif": "l-RelatIF", "influence": "Influence (Eq. 3)"}  # the parts that are drawn
+
+# The lines of accuracy.png and brittleness.png.
+METHODS = {
+    "eigenbasis": OUR_COLOUR,
+    "eigenbasis, pilot of 10%": "#f59e0b",
+    "full EKFAC": "#111827",
+    "PCA, EKFAC": "#1d4ed8",
+    "PCA, raw": "#60a5fa",
+    "random, EKFAC": "#7e22ce",
+    "random, raw": "#c084fc",
+    "TRAK, one model": "#0f766e",
+    "gradient dot": "#6b7280",
+    "gradient cosine": "#9ca3af",
+    "representation similarity": "#84cc16",
+    "BM25": "#0891b2",
+    "random scores": "#d5d9e0",
+}
 
 Group = tuple[str, dict[str, float]]  # a heading, and the bars below it
 
@@ -115,39 +132,100 @@ def pairs() -> Any:
 
 
 def accuracy() -> Any:
-    """LDS over bytes a row, a line for each kind of rows, with 95 % intervals."""
-    records = results.latest("accuracy")
+    """LDS over bytes a row, a panel for each setting, a line for each kind of rows."""
+    records = _accuracy_records("lds")
     if not records:
         return None
-    record = records[-1]
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in record["methods"]:
-        kind = re.sub(r", rank \d+", "", row["method"])
-        lines.setdefault(kind, []).append(row)
-    whole = lines.pop("full EKFAC")[0]
-    title = "Linear datamodeling score over the bytes of a row"
-    figure, axis = _figure(title, record, 7.6, 4.6)
-    axis.axhspan(whole["low"], whole["high"], color="#f1f2f5", linewidth=0, zorder=0)
-    label = f"full EKFAC, {whole['bytes a row'] / 1e3:,.0f} kB a row"
-    axis.axhline(whole["LDS"], color=GREY, linewidth=1.2, linestyle="--", label=label)
-    tones = ("#1d4ed8", "#60a5fa", "#0e7490", "#7e22ce", "#f59e0b", "#0f766e", "#94a3b8")
-    colours = itertools.cycle(tones)
-    for kind, rows in lines.items():
-        x, y = [row["bytes a row"] for row in rows], [row["LDS"] for row in rows]
-        spread = [
-            [row["LDS"] - row["low"] for row in rows],
-            [row["high"] - row["LDS"] for row in rows],
-        ]
-        ours = kind == "eigenbasis"
-        axis.errorbar(x, y, yerr=spread, marker="o", capsize=2, elinewidth=0.8,
-                      color=OUR_COLOUR if ours else next(colours), linewidth=3.0 if ours else 1.6,
-                      label=kind, zorder=3 if ours else 2)  # fmt: skip
-    axis.set(xscale="log", ylim=(0, None), xlabel="bytes a row, fp16 (gradients: fp32)")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.subplots_adjust(left=0.08, right=0.64, top=0.84, bottom=0.12)
+    title = "Linear datamodeling score over the bytes that are kept of an example"
+    figure, axes = _figure(title, records[0], 3.5 * len(records) + 2.6, 4.4, len(records))
+    for axis, record in zip(axes, records, strict=True):
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for row in record["methods"]:
+            kind = re.sub(r", rank \d+", "", row["method"])
+            if row["bytes a row"] and kind in METHODS:
+                lines.setdefault(kind, []).append(row)
+        whole = lines["full EKFAC"][0]
+        axis.axhspan(whole["low"], whole["high"], color="#f1f2f5", linewidth=0, zorder=0)
+        axis.axhline(whole["LDS"], color=GREY, linewidth=1.0, linestyle="--", zorder=1)
+        for kind, rows in lines.items():
+            x, y = [row["bytes a row"] for row in rows], [row["LDS"] for row in rows]
+            spread = [
+                [row["LDS"] - row["low"] for row in rows],
+                [row["high"] - row["LDS"] for row in rows],
+            ]
+            ours = kind == "eigenbasis"
+            axis.errorbar(x, y, yerr=spread, marker="o", markersize=5, capsize=2, elinewidth=0.8,
+                          color=METHODS[kind], linewidth=2.8 if ours else 1.4, label=kind,
+                          zorder=3 if ours else 2)  # fmt: skip
+        axis.axhline(0, color="#9ca3af", linewidth=0.8, zorder=0)
+        axis.set(xscale="log", xlabel="bytes")
+        axis.set_title(_panel_title(record), fontsize=10)
+        axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    _legend(figure, axes)
     return figure
+
+
+def brittleness() -> Any:
+    """How much the queries' losses rise over the number of examples that were left out."""
+    records = _accuracy_records("brittleness")
+    if not records:
+        return None
+    title = "Rise of a query's loss without the examples that a method ranks first"
+    figure, axes = _figure(title, records[0], 3.5 * len(records) + 2.6, 4.4, len(records))
+    for axis, record in zip(axes, records, strict=True):
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for row in record["methods"]:
+            lines.setdefault(re.sub(r", rank \d+", "", row["method"]), []).append(row)
+        shift = 1.0
+        for kind, rows in lines.items():
+            x = [row["k"] * shift for row in rows]
+            shift *= 1.03  # so that the intervals stand beside each other
+            spread = [
+                [row["loss"] - row["low"] for row in rows],
+                [row["high"] - row["loss"] for row in rows],
+            ]
+            ours = kind == "eigenbasis"
+            axis.errorbar(x, [row["loss"] for row in rows], yerr=spread, marker="o", markersize=5,
+                          capsize=2, elinewidth=0.8, color=METHODS.get(kind, PALE), label=kind,
+                          linewidth=2.8 if ours else 1.4, zorder=3 if ours else 2)  # fmt: skip
+        counts = sorted({row["k"] for row in record["methods"]})
+        axis.axhline(0, color="#9ca3af", linewidth=0.8, zorder=0)
+        axis.set(xscale="log", xlabel="examples left out")
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
+        axis.set_title(_panel_title(record), fontsize=10)
+        axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    _legend(figure, axes)
+    return figure
+
+
+def _accuracy_records(part: str) -> list[dict[str, Any]]:
+    return [one for one in results.latest("accuracy") if one["params"].get("part") == part]
+
+
+def _panel_title(record: dict[str, Any]) -> str:
+    return str(record["case"].split(", ", 1)[1])
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """One for all panels, in the order of METHODS; room for it at the right."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    order = sorted(handles, key=[*METHODS, *handles].index)
+    width = figure.get_size_inches()[0]
+    figure.subplots_adjust(
+        left=0.45 / width, right=1 - 2.3 / width, top=0.78, bottom=0.12, wspace=0.22
+    )
+    figure.legend(
+        [handles[label] for label in order],
+        order,
+        loc="upper left",
+        bbox_to_anchor=(1 - 2.25 / width, 0.82),
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def _least(record: dict[str, Any], begins: str) -> float:
@@ -188,18 +266,25 @@ def _bars(
     return figure
 
 
-def _figure(title: str, record: dict[str, Any], width: float, height: float) -> tuple[Any, Any]:
+def _figure(
+    title: str, record: dict[str, Any], width: float, height: float, panels: int | None = None
+) -> tuple[Any, Any]:
+    """A figure and its axis; with panels, a list of so many axes."""
     from matplotlib import pyplot
 
     machine = record["machine"]
     have = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "BF16", "amx_bf16": "AMX"}
     flags = ", ".join(text for flag, text in have.items() if flag in machine["flags"])
-    figure, axis = pyplot.subplots(figsize=(width, height), facecolor="white")
-    axis.spines[["top", "right", "left"]].set_visible(False)
+    figure, drawn = pyplot.subplots(
+        1, panels or 1, figsize=(width, height), facecolor="white", squeeze=False
+    )
+    axes = list(drawn[0])
+    for axis in axes:
+        axis.spines[["top", "right", "left"]].set_visible(False)
     figure.text(0.02, 1 - 0.14 / height, title, fontsize=12.5, fontweight="bold", va="top")
     where = f"{machine['cpu']} ({flags}), {machine['threads']} threads, torch {machine['torch']}"
     figure.text(0.02, 1 - 0.42 / height, where, fontsize=9, color=GREY, va="top")
-    return figure, axis
+    return figure, axes[0] if panels is None else axes
 
 
 def _count(value: float) -> str:
@@ -211,6 +296,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "logging": logging,
     "pairs": pairs,
     "accuracy": accuracy,
+    "brittleness": brittleness,
 }
 
 

@@ -25,7 +25,8 @@ _ALSO = {
     ),
     "ops": (
         *("TopK", "covariance_update_", "isa", "pack_rows", "per_sample_gradients"),
-        *("project", "projected_gradients", "projected_gradients_grouped", "scores"),
+        *("project", "projected_coordinates", "projected_gradients"),
+        *("projected_gradients_grouped", "scores"),
         *("self_influence", "topk_scores", "unpack_rows"),
     ),
 }

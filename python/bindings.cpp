@@ -89,7 +89,6 @@ logra::Tokens tokens(const View& view, bool packed) {
 }
 
 logra::Examples examples(const View& x, Address mask, Address cu_seqlens, const View& out) {
-  expect_axes(out, 3);
   return {out.shape[0], x.shape[cu_seqlens == 0 ? 1 : 0], pointer<const std::uint8_t>(mask),
           pointer<const std::int64_t>(cu_seqlens)};
 }
@@ -112,9 +111,25 @@ void projected_gradients(const View& x, const View& dy, const std::optional<View
   logra::Matrix in, outer;
   if (proj_in) in = matrix(*proj_in);
   if (proj_out) outer = matrix(*proj_out);
+  expect_axes(out, 3);
   released(logra::projected_gradients, examples(x, mask, cu_seqlens, out), tokens(x, packed),
            tokens(dy, packed), proj_in ? &in : nullptr, proj_out ? &outer : nullptr,
            pointer<float>(out.address));
+}
+
+void projected_coordinates(const View& x, const View& dy, const std::optional<View>& proj_in,
+                           const std::optional<View>& proj_out, Address places, Address scale, Address mask,
+                           Address cu_seqlens, const View& out) {
+  const bool packed = cu_seqlens != 0;
+  logra::Matrix in, outer;
+  if (proj_in) in = matrix(*proj_in);
+  if (proj_out) outer = matrix(*proj_out);
+  expect_axes(out, 2);
+  const logra::Coordinates coordinates = {out.shape[1], pointer<const std::int64_t>(places),
+                                          pointer<const float>(scale)};
+  released(logra::projected_coordinates, examples(x, mask, cu_seqlens, out), tokens(x, packed),
+           tokens(dy, packed), proj_in ? &in : nullptr, proj_out ? &outer : nullptr, coordinates,
+           pointer<float>(out.address), out.strides[0]);
 }
 
 void covariance_update(const View& cov, const View& rows) {
@@ -179,6 +194,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ kernels of logra_kernels; call them through logra_kernels.ops.";
   m.def("project", &project);
   m.def("projected_gradients", &projected_gradients);
+  m.def("projected_coordinates", &projected_coordinates);
   m.def("covariance_update", &covariance_update);
   m.def("scores", &scores);
   m.def("topk_scores", &topk_scores);

@@ -1,106 +1,85 @@
-"""Are the values right? LDS of every method by retraining: an MLP on Fashion-MNIST.
+"""Are the values right? LDS and brittleness of every method, by retraining.
 
-The model is retrained on random halves of its 5,000 training images, three times each; a method's
-LDS says how well its sums of scores rank those models by the losses of 200 test images. Retrained
-models are kept in --folder, so that a run goes on after a kill. Halves are trained side by side,
-fifty at a time.
+Settings: an MLP on Fashion-MNIST, a small GPT on WikiText-2, a ResNet-9 on CIFAR-10. One whose data
+are not there is left out, with a line that says what to set. Models are retrained on random halves
+of the examples (LDS), and without the examples that a method ranks first for a query (brittleness).
+The parts "mislabelled" (flipped labels) and "lemma" (what gradients hold in their eigenbasis) train
+one model. Retrained models are kept in --folder, so that a run goes on after a kill.
 """
 
-import tempfile
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
+import dataclasses
+from pathlib import Path
+
 import torch
 
-from bench.accuracy import mlp
-from bench.accuracy.methods import METHODS, Method
+from bench.accuracy import gpt, mlp, paper, resnet9
+from bench.accuracy.lemma import lemma_part
+from bench.accuracy.methods import Subject, methods_of
+from bench.accuracy.parts import brittleness_part, lds_part, mislabelled_part
+from bench.accuracy.setting import trained_model
 from bench.harness import results
 from bench.harness.cases import options, prepare
-from bench.harness.tables import table
-from logra_kernels.evaluation import half_subsets, lds, mislabelled_auc, retrain
 
-SIDE_BY_SIDE = 50
-FLIPPED = 0.1  # of the labels, for the AUC of self-influence
+SETTINGS = {one.SETTING.name: one.SETTING for one in (mlp, gpt, resnet9)}
+PARTS = ("lds", "brittleness", "mislabelled", "lemma")
 
 
-def main() -> int:
-    parser = options(__doc__, "quick", "threads", "json")
+def main(argv: list[str] | None = None) -> int:
+    parser = options(__doc__ or "", "quick", "threads", "json")
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(SETTINGS)}")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
         "--folder", type=Path, default=results.ROOT / "build" / "accuracy", help="of the models"
     )
-    args = parser.parse_args()
-    prepare(args.threads)
-    halves, seeds = (40, 1) if args.quick else (100, 3)
-    data = mlp.load()
-    subsets = half_subsets(len(data.x), halves)
-    losses = retrain(
-        lambda indices, each: mlp.query_losses(data, indices, each),
-        subsets,
-        seeds,
-        args.folder,
-        name=mlp.NAME,
-        batch=SIDE_BY_SIDE,
-        progress=True,
+    parser.add_argument("--halves", type=int, help="of the training data (default: the setting's)")
+    parser.add_argument("--seeds", type=int, help="of each half (default: the setting's)")
+    parser.add_argument("--asked", type=int, help="queries of the brittleness test")
+    parser.add_argument(
+        "--paper", action="store_true", help="the paper's settings, on a GPU if there is one"
     )
-    model = mlp.model_of(data)
-    rows = []
-    for method in METHODS[:: 3 if args.quick else 1]:
-        print(f"  {method.label} …", flush=True)
-        rows.append(_row(method, model, data, subsets, losses))
-    best = rows[0]["LDS"]  # full EKFAC's
-    for row in rows:
-        row["of EKFAC's"] = row["LDS"] / best
-    ceiling = lds(np.zeros((len(data.queries), len(data.x))), subsets, losses, resamples=0).ceiling
-    print(table(rows))
-    told = "one seed" if ceiling is None else f"ceiling by the seeds' noise {ceiling:.2f}"
-    print(f"{halves} halves, {seeds} seeds each; {told}")
-    auc = flipped_auc(data)
-    print(f"AUC of self-influence for {FLIPPED:.0%} flipped labels, eigenbasis rows: {auc:.3f}")
-    if args.json:
-        results.append(
-            "accuracy",
-            {
-                "bench": "accuracy",
-                "case": "mlp on Fashion-MNIST",
-                "params": {"halves": halves, "seeds": seeds, "ceiling": ceiling, "auc": auc},
-                "methods": rows,
-            },
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.settings) - set(SETTINGS))
+    if unknown:
+        parser.error(f"SETTING: expected some of {', '.join(SETTINGS)}, got {unknown[0]}")
+    prepare(args.threads)
+    device = torch.device("cuda" if args.paper and torch.cuda.is_available() else "cpu")
+    for setting in (paper.SETTINGS if args.paper else SETTINGS).values():
+        if args.settings and setting.name not in args.settings:
+            continue
+        try:
+            data = setting.load().to(device)
+        except FileNotFoundError as missing:
+            print(f"\n{setting.title} is left out: {missing}")
+            continue
+        print(f"\n{setting.title}: {len(data.x):,} examples, {len(data.queries)} queries")
+        chosen = setting.smaller() if args.quick else setting
+        chosen = dataclasses.replace(
+            chosen,
+            halves=args.halves or chosen.halves,
+            seeds=args.seeds or chosen.seeds,
+            asked=args.asked or chosen.asked,
         )
+        subject = Subject(chosen, data, trained_model(chosen, data))
+        folder, found = args.folder / setting.name, []
+        wanted = methods_of(chosen, args.quick or "lds" not in args.part)
+        for method in wanted if {"lds", "brittleness"} & set(args.part) else []:
+            for one in method(subject):
+                print(f"  scores: {one.method}, D {one.dim}", flush=True)
+                found.append(one)
+        records = []
+        if "lds" in args.part:
+            records.append(lds_part(subject, found, folder))
+        if "brittleness" in args.part:
+            records.append(brittleness_part(subject, found, folder))
+        if "mislabelled" in args.part and data.y.dim() == 1:
+            records.append(mislabelled_part(subject))
+        if "lemma" in args.part:
+            records.append(lemma_part(subject))
+        for record in records if args.json else []:
+            results.append("accuracy", record)
     return 0
-
-
-def _row(
-    method: Method,
-    model: torch.nn.Module,
-    data: mlp.Data,
-    subsets: np.ndarray,
-    losses: np.ndarray,
-) -> dict[str, Any]:
-    scores, dim, size = method.scores(model, data)
-    found = lds(scores, subsets, losses)
-    return {
-        "method": method.label,
-        "D": dim,
-        "bytes a row": size,
-        "LDS": found.value,
-        "low": found.low,
-        "high": found.high,
-    }
-
-
-def flipped_auc(data: mlp.Data) -> float:
-    """Whether mislabelled examples have the largest self-influence, under the model they taught."""
-    generator = np.random.default_rng(0)
-    flipped = np.zeros(len(data.y), bool)
-    flipped[generator.permutation(len(data.y))[: round(FLIPPED * len(data.y))]] = True
-    moved = torch.from_numpy(generator.integers(1, 10, len(data.y)))
-    y = torch.where(torch.from_numpy(flipped), (data.y + moved) % 10, data.y)
-    noisy = mlp.Data(data.x, y, data.queries, data.answers)
-    method = Method("eigenbasis", "diagonal", coordinates=min(8192, 20 * len(y)))
-    with tempfile.TemporaryDirectory() as folder:
-        run = method.logged(mlp.model_of(noisy), noisy, folder)
-        return mislabelled_auc(run.attributor().self_influence(), flipped)
 
 
 if __name__ == "__main__":

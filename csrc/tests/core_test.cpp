@@ -74,6 +74,24 @@ void test_outer(Dtype dtype, std::size_t ki, std::size_t ko, std::size_t tokens)
           exact += dy.values[t * ko + o] * x.values[t * ki + i];
         expect(out[(n * ko + o) * ki + i] == exact, "per_sample_gradients", ki);
       }
+  // A staircase and a place above it, in rows with a gap of one float.
+  std::vector<std::int64_t> places;
+  for (std::size_t o = 0; o < ko; ++o)
+    for (std::size_t i = 0; i * ko < (ko - o) * ki; i += 2)
+      places.push_back(static_cast<std::int64_t>(o * ki + i));
+  places.push_back(static_cast<std::int64_t>(ko * ki - 1));
+  const std::vector<float> scale(places.size(), 0.5f);
+  const std::size_t stride = places.size() + 1;
+  std::vector<float> rows(2 * stride, -7.0f);
+  logra::projected_coordinates(examples, {x.bytes.data(), dtype, ki, tokens * ki, ki},
+                               {dy.bytes.data(), Dtype::kFloat32, ko, tokens * ko, ko}, nullptr, nullptr,
+                               {places.size(), places.data(), scale.data()}, rows.data(), stride);
+  for (std::size_t n = 0; n < 2; ++n) {
+    for (std::size_t c = 0; c < places.size(); ++c)
+      expect(rows[n * stride + c] == 0.5f * out[n * ko * ki + static_cast<std::size_t>(places[c])],
+             "projected_coordinates", ki);
+    expect(rows[n * stride + places.size()] == -7.0f, "projected_coordinates, beside the row", ki);
+  }
   std::vector<float> cov(ki * ki, 0.0f);
   std::vector<double> wide(ki * ki, 0.0);
   logra::covariance_update(cov.data(), x.matrix(2 * tokens, ki));

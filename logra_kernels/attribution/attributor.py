@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -40,7 +41,13 @@ from logra_kernels.attribution.sinks import (
     Upload,
 )
 from logra_kernels.attribution.streamed import result_of, use
-from logra_kernels.curvature import Curvature, DampingScale, Preconditioner, preconditioner_of
+from logra_kernels.curvature import (
+    Curvature,
+    DampingScale,
+    Preconditioner,
+    curvature_of,
+    preconditioner_of,
+)
 from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
 from logra_kernels.progress import Progress, track
 from logra_kernels.rows import stored_rows
@@ -102,6 +109,7 @@ class Attributor:
         self._reading = Reading(
             self.store, self.device, reading, memory_bytes=memory_bytes, block_rows=block_rows
         )
+        self._curvature, self._solver = curvature, solver
         self.preconditioner = preconditioner_of(
             self.store, curvature, damping_scale=damping_scale, damping=damping, solver=solver
         )
@@ -179,12 +187,80 @@ class Attributor:
         Raises:
             ValueError: k < 1, k above the number of rows, or as in `scores`.
         """
+        self._check_k(k)
+        return self._influence(queries, k, mode, groups, query_ids, row_weights, progress)
+
+    def sweep(
+        self,
+        queries: Tensor,
+        *,
+        damping_scales: Sequence[DampingScale] | None = None,
+        dampings: Sequence[float] | None = None,
+        k: int | None = None,
+        mode: str | None = None,
+        groups: Groups = None,
+        query_ids: Sequence[Any] | None = None,
+        row_weights: Tensor | None = None,
+        progress: Progress = None,
+    ) -> list[InfluenceResult]:
+        """`scores`, or with `k` `top_k`, under several dampings; the rows are read once.
+
+        Each result is that of an Attributor with the damping. A mode without norms scans once for
+        all dampings' queries; in the others each block is scored under one damping after another.
+
+        Args:
+            queries: [Q, D] float32 or float64.
+            damping_scales, dampings: λ relative to the mean eigenvalue ("auto" too), or λ itself;
+                one of the two, in the results' order.
+            k: as in `top_k`; None for the scores of all rows.
+            mode: "dot" by default, with `k` "l-relatif".
+            groups, query_ids, row_weights, progress: as in `scores`.
+
+        Raises:
+            ValueError: both or neither of the two lists, no damping in it, an Attributor without a
+                curvature, or as in `scores` and `top_k`.
+            TypeError, StoreError: as in `scores`.
+        """
+        mode = check_mode(mode or (MATRIX_MODE if k is None else RANKING_MODE))
+        if k is not None:
+            self._check_k(k)
+        given = damping_scales if dampings is None else dampings
+        if not given or (damping_scales is None) == (dampings is None):
+            raise ValueError("sweep: expected damping_scales or dampings, one of the two")
+        curvature = curvature_of(self.store, self._curvature)
+        if not isinstance(curvature, Curvature):
+            raise ValueError(
+                "sweep: expected an Attributor of a curvature, got one of no curvature or of a "
+                "preconditioner, which has its own damping"
+            )
+        weights = _checked_weights(row_weights, self.store.num_rows)
+        name, norm = "damping_scale" if dampings is None else "damping", NORM_OF_MODE[mode]
+        with self._scanning:
+            self.store.check_unchanged()
+            asked: list[_Asked] = []
+            for value in given:
+                damping: Any = {name: value}
+                one = curvature.damped(**damping, solver=self._solver)
+                prepared = PreparedQueries.of(queries, query_ids, one)
+                norms = None if norm is None else self._new_norms(one, norm)
+                asked.append(_Asked(prepared, norms, one.dampings))
+            if norm is not None:
+                return self._scan(asked, k, mode, groups, progress, weights)
+            joined = PreparedQueries.joined([one.queries for one in asked])
+            of_all = replace(asked[0], queries=joined)
+            (result,) = self._scan([of_all], k, mode, groups, progress, weights)
+        count = len(asked[0].queries.names)
+        return [
+            result.of_queries(slice(n * count, (n + 1) * count), one.dampings)
+            for n, one in enumerate(asked)
+        ]
+
+    def _check_k(self, k: int) -> None:
         check_top_k("k", k)
         if k > self.store.num_rows:
             raise ValueError(
                 f"k: expected at most {self.store.num_rows}, the rows in the store, got {k}"
             )
-        return self._influence(queries, k, mode, groups, query_ids, row_weights, progress)
 
     @overload
     def self_influence(self, groups: None = None, progress: Progress = None) -> Tensor: ...
@@ -239,7 +315,7 @@ class Attributor:
             else:
                 missing.append(index)
         with closing(lanes_of(self.device)) as lanes:
-            scan = _Scan(self._reading, norms, [sink], done, lanes.upload)
+            scan = _Scan(self._reading, [(norms, [sink])], done, lanes.upload)
             self._reading.feed(scan.take, lanes, missing, self.block_rows)
         return sink.values if groups else sink.values[TOTAL]
 
@@ -256,32 +332,63 @@ class Attributor:
         mode = check_mode(mode)
         weights = _checked_weights(row_weights, self.store.num_rows)
         prepared = PreparedQueries.of(queries, query_ids, self.preconditioner)
-        plans = plan_scan(prepared, mode, groups, self.store.layout, self._exponents, self.device)
-        block_rows = self._reading.block_rows_for(len(prepared.names))
-        with self._scanning, closing(lanes_of(self.device)) as lanes:
+        with self._scanning:
             self.store.check_unchanged()
-            sinks: list[GroupScores] = [
-                FullMatrix(plan, lanes.upload, self.store.num_rows, weights)
-                if k is None
-                else TopK(plan, lanes.upload, k, weights)
-                for plan in plans
-            ]
             norm = NORM_OF_MODE[mode]
             norms = None if norm is None else self._norms_of(norm)
-            done = track(progress, self.store.num_rows, "scan")
-            scan = _Scan(self._reading, norms, sinks, done, lanes.upload)
+            asked = _Asked(prepared, norms, self.dampings)
+            return self._scan([asked], k, mode, groups, progress, weights)[0]
+
+    def _scan(
+        self,
+        asked: Sequence[_Asked],
+        k: int | None,
+        mode: str,
+        groups: Groups,
+        progress: Progress,
+        weights: np.ndarray | None = None,
+    ) -> list[InfluenceResult]:
+        """One result for each of what is asked, from one pass over the rows of a checked store."""
+        layout, num_rows = self.store.layout, self.store.num_rows
+        block_rows = self._reading.block_rows_for(len(asked[0].queries.names))
+        with closing(lanes_of(self.device)) as lanes:
+            tasks: list[tuple[Norms | None, list[GroupScores]]] = []
+            for one in asked:
+                plans = plan_scan(one.queries, mode, groups, layout, self._exponents, self.device)
+                sinks: list[GroupScores] = [
+                    FullMatrix(plan, lanes.upload, num_rows, weights)
+                    if k is None
+                    else TopK(plan, lanes.upload, k, weights)
+                    for plan in plans
+                ]
+                tasks.append((one.norms, sinks))
+            done = track(progress, num_rows, "scan")
+            scan = _Scan(self._reading, tasks, done, lanes.upload)
             self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
-            return result_of(sinks, prepared.names, StoredIds(self.store), self.dampings)
+            return [
+                result_of(sinks, one.queries.names, StoredIds(self.store), one.dampings)
+                for one, (_, sinks) in zip(asked, tasks, strict=True)
+            ]
 
     def _norms_of(self, norm: str) -> Norms:
         if norm not in self._norms:
-            remember = self.reading != "streamed"
-            self._norms[norm] = Norms(
-                self.preconditioner, norm, self._exponents, self.device, self.store, remember
-            )
+            self._norms[norm] = self._new_norms(self.preconditioner, norm)
         else:
             self._norms[norm].look_again()
         return self._norms[norm]
+
+    def _new_norms(self, preconditioner: Preconditioner, norm: str) -> Norms:
+        remember = self.reading != "streamed"
+        return Norms(preconditioner, norm, self._exponents, self.device, self.store, remember)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Queries under one damping, and the rows' norms under it (None: the mode has none)."""
+
+    queries: PreparedQueries
+    norms: Norms | None
+    dampings: dict[str, float]
 
 
 def _checked_weights(row_weights: Tensor | None, num_rows: int) -> np.ndarray | None:
@@ -296,33 +403,38 @@ def _checked_weights(row_weights: Tensor | None, num_rows: int) -> np.ndarray | 
 
 
 class _Scan:
-    """One pass over a store's rows: each block gets its norms, and every sink takes it."""
+    """One pass over a store's rows: each block gets its norms, and every sink takes it.
+
+    `tasks` are norms (or None) and the sinks that are scored with them.
+    """
 
     def __init__(
         self,
         reading: Reading,
-        norms: Norms | None,
-        sinks: Sequence[Sink],
+        tasks: Sequence[tuple[Norms | None, Sequence[Sink]]],
         done: Callable[[int], None],
         upload: Upload,
     ) -> None:
         self._upload = upload
         self._reading = reading
-        self._norms = norms
-        self._sinks = sinks
+        self._tasks = tasks
         self._done = done
         self._shard: ShardRows  # of the blocks that are coming
-        self._found: ShardNorms | None
+        self._found: list[ShardNorms | None]  # of the shard, for each task
 
     def take(self, index: int, start: int, rows: Tensor) -> None:
         """Use rows [R, D] from `start` on of the shard `index`; a shard's blocks come in order."""
         if start == 0:
             self._shard = self._reading.open_shard(index)
-            self._found = None if self._norms is None else self._norms.of_shard(self._shard)
+            self._found = [
+                None if norms is None else norms.of_shard(self._shard) for norms, _ in self._tasks
+            ]
         block = self._shard.block(start, rows, self._upload)
-        use(block, self._norms, self._found, self._sinks)
+        for (norms, sinks), found in zip(self._tasks, self._found, strict=True):
+            use(block, norms, found, sinks)
         self._done(rows.shape[0])
         if block.last:
-            if self._norms and self._found:
-                self._norms.keep(index, self._found)
+            for (norms, _), found in zip(self._tasks, self._found, strict=True):
+                if norms and found:
+                    norms.keep(index, found)
             self._reading.close_shard(self._shard)

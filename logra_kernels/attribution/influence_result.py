@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 from torch import Tensor
@@ -37,6 +37,8 @@ class InfluenceResult(Mapping[str, Any]):
     bottom_scores: Tensor | Any = None
     bottom_rows: Tensor | Any = None
     groups: dict[str, InfluenceResult] = field(default_factory=dict)
+    # Of each row what its tokens add to its scores, [Q, T] float32, where that was asked for.
+    token_scores: list[Tensor] | None = None
 
     @property
     def top_ids(self) -> list[list[str]]:
@@ -62,6 +64,15 @@ class InfluenceResult(Mapping[str, Any]):
             if scores is not None and rows is not None:
                 ranked += self._ranked(scores[query], rows[query], end)
         return ranked
+
+    def of_queries(self, part: slice, dampings: dict[str, float]) -> InfluenceResult:
+        """The result of some of the queries, under the dampings that were theirs."""
+        groups = {name: one.of_queries(part, dampings) for name, one in self.groups.items()}
+        result = replace(self, query_ids=self.query_ids[part], dampings=dampings, groups=groups)
+        for name in ("scores", "top_scores", "top_rows", "bottom_scores", "bottom_rows"):
+            values = getattr(self, name)
+            setattr(result, name, None if values is None else values[part])
+        return result
 
     def to_json(self) -> str:
         """Everything in the result, rows ranked, as a JSON text."""

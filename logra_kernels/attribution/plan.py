@@ -63,6 +63,14 @@ class PreparedQueries:
         gradients = queries.detach().cpu().double()
         return cls(names, gradients, preconditioner.precondition(gradients), preconditioner.key)
 
+    @classmethod
+    def joined(cls, parts: Sequence[PreparedQueries]) -> PreparedQueries:
+        """The queries of all parts, one part after the other, for a mode without norms."""
+        names = [name for part in parts for name in part.names]
+        gradients = torch.cat([part.gradients for part in parts])
+        solved = torch.cat([part.solved for part in parts])
+        return cls(names, gradients, solved, " ".join(part.key for part in parts))
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -120,6 +120,31 @@ class FullMatrix(GroupScores):
         result.scores = self._scores[:, : self._end].contiguous()
 
 
+class TokenShares(GroupScores):
+    """What each token of a row adds to the row's score, [Q, T] float32 on the CPU for each row.
+
+    A score is the sum over tokens of products with the plan's queries, times the row's factor.
+    """
+
+    def __init__(self, plan: Plan, upload: Upload) -> None:
+        super().__init__(plan, upload)
+        self.products = torch.empty(0)  # of the plan's queries and the next rows' tokens, [Q, R, T]
+        self.shares: list[Tensor] = []
+
+    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+        here, self.products = self.products.split(
+            [len(rows), self.products.shape[1] - len(rows)], dim=1
+        )
+        scale, _ = terms
+        values = here.float() if scale is None else here.float() * scale[:, None]
+        for factor in self._true_scale():
+            values = values * factor[..., None]
+        self.shares += values.cpu().unbind(1)
+
+    def _put(self, result: InfluenceResult) -> None:
+        result.token_scores = self.shares
+
+
 class TopK(GroupScores):
     """The k largest and the k smallest scores; memory does not grow with the number of rows."""
 

@@ -20,7 +20,7 @@ from logra_kernels.attribution.plan import (
     plan_scan,
 )
 from logra_kernels.attribution.reading import BLOCK_BYTES, Block, ShardRows, block_rows_of
-from logra_kernels.attribution.sinks import FullMatrix, GroupScores, Sink, TopK
+from logra_kernels.attribution.sinks import FullMatrix, GroupScores, Sink, TokenShares, TopK
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.defaults import MATRIX_MODE
 
@@ -36,10 +36,12 @@ class StreamedScores:
         mode, groups, query_ids: as in `Attributor.scores`.
         top_k: keep the k best and the k worst rows; None: all scores.
         ids: rows of other ids are left out; None: none are.
+        tokens: keep of every row what its tokens add to its scores, [Q, T].
         device: where rows and queries meet.
 
     Raises:
-        TypeError, ValueError: as `Attributor.scores` and `Attributor.top_k`.
+        TypeError, ValueError: as `Attributor.scores` and `Attributor.top_k`; tokens in mode "l2",
+            whose score is no sum over them.
     """
 
     def __init__(
@@ -52,11 +54,14 @@ class StreamedScores:
         query_ids: Sequence[Any] | None = None,
         top_k: int | None = None,
         ids: Collection[Any] | None = None,
+        tokens: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         mode = check_mode(mode)
         if top_k is not None:
             check_top_k("top_k", top_k)
+        if tokens and mode == "l2":
+            raise ValueError("tokens: expected another mode than 'l2', which is no sum over them")
         self._preconditioner = preconditioner
         self._device = torch.device(device)
         self._top_k = top_k
@@ -70,14 +75,22 @@ class StreamedScores:
             FullMatrix(plan, upload) if top_k is None else TopK(plan, upload, top_k)
             for plan in plans
         ]
+        # Of all modules; the queries are those that a capture of tokens takes.
+        self._tokens = TokenShares(plans[0], upload) if tokens else None
+        self.token_queries = plans[0].queries if tokens else None
         norm = NORM_OF_MODE[mode]
         self._norms = None if norm is None else Norms(preconditioner, norm, exponents, self._device)
         self._count = 0  # rows scored
         self._row_ids: dict[str, None] = {}  # in the order they came
         self._wanted = None if ids is None else {str(name) for name in ids}
 
-    def add(self, row_ids: Sequence[Any], rows: Tensor) -> None:
+    def add(self, row_ids: Sequence[Any], rows: Tensor, products: Tensor | None = None) -> None:
         """Score finite rows [R, D] float32 or float64, used as float32.
+
+        Args:
+            row_ids: R different names.
+            rows: [R, D].
+            products: [Q, R, T] of `token_queries` and the rows' tokens, if `tokens` were asked for.
 
         Raises:
             ValueError: an id that was scored already.
@@ -86,10 +99,14 @@ class StreamedScores:
         if self._wanted is not None:
             places = [n for n, name in enumerate(names) if name in self._wanted]
             names, rows = [names[n] for n in places], rows[places]
+            products = None if products is None else products[:, places]
         twice = next((name for name in names if name in self._row_ids), None)
         if twice is not None:
             raise ValueError(f"data_id: expected new ids, got {twice!r}, which was scored already")
-        self.score(rows)
+        if self._tokens is not None:
+            assert products is not None
+            self._tokens.products = products
+        self._score(rows)
         self._row_ids.update(dict.fromkeys(names))
 
     def result(self) -> InfluenceResult:
@@ -107,19 +124,22 @@ class StreamedScores:
             )
         if not self._row_ids:
             raise RuntimeError("no example was scored: pass some inside the `with`")
-        return self.result_of(list(self._row_ids))
+        result = self._result(list(self._row_ids))
+        result.token_scores = None if self._tokens is None else self._tokens.shares
+        return result
 
-    def score(self, rows: Tensor) -> None:
+    def _score(self, rows: Tensor) -> None:
         """Score finite rows [R, D] whose names the caller knows."""
         shard = ShardRows(0, self._count, rows.shape[0])
         self._count += rows.shape[0]
         found = None if self._norms is None else self._norms.of_shard(shard)
         rows = rows.detach().to(self._device).float()
+        sinks = [*self._sinks, *([self._tokens] if self._tokens else [])]
         step = block_rows_of(BLOCK_BYTES, 4 * rows.shape[1])
         for start in range(0, rows.shape[0], step):
-            use(shard.block(start, rows[start : start + step]), self._norms, found, self._sinks)
+            use(shard.block(start, rows[start : start + step]), self._norms, found, sinks)
 
-    def result_of(self, row_ids: Sequence[str]) -> InfluenceResult:
+    def _result(self, row_ids: Sequence[str]) -> InfluenceResult:
         """The scores of all rows so far, under these names."""
         return result_of(self._sinks, self._query_ids, row_ids, self._preconditioner.dampings)
 
@@ -154,8 +174,8 @@ def influence_between(
     scores = StreamedScores(
         queries, preconditioner, mode, groups=groups, query_ids=query_ids, device=rows.device
     )
-    scores.score(rows)
-    return scores.result_of(names)
+    scores._score(rows)
+    return scores._result(names)
 
 
 def use(block: Block, norms: Norms | None, found: ShardNorms | None, sinks: Sequence[Sink]) -> None:

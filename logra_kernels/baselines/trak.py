@@ -37,23 +37,29 @@ BLOCK_ELEMENTS = 1 << 24  # of the projection that are in memory at a time, 64 M
 class RowProjection:
     """Rows [n, P] of whole gradients -> [n, k], by one random matrix over all modules together.
 
-    E⟨Pa, Pb⟩ = ⟨a, b⟩ (Johnson-Lindenstrauss). The matrix follows from the seed alone. It is drawn
-    in blocks of columns at each call, and never held whole: give many rows at a time.
+    E⟨Pa, Pb⟩ = ⟨a, b⟩ (Johnson-Lindenstrauss). The matrix follows from the seed and P. It is
+    drawn in blocks of columns, the first of which are kept; the others are drawn at each call, so
+    that the matrix need not fit the memory: give many rows at a time then.
 
     Args:
         dim: k.
         seed: any integer; each of several models has one of its own.
         kind: "rademacher" or "normal" entries.
+        kept_bytes: what kept blocks may take.
 
     Raises:
         ValueError: another kind, or k below 1.
     """
 
-    def __init__(self, dim: int, seed: int = 0, kind: str = "rademacher") -> None:
+    def __init__(
+        self, dim: int, seed: int = 0, kind: str = "rademacher", *, kept_bytes: int = 1 << 30
+    ) -> None:
         if kind not in _KINDS:
             raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
         self._spec = ProjectionSpec(kind, dim, seed)
         self._dim = dim
+        self._kept: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._left = kept_bytes
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[n, k] float32 of rows [n, P], on their device."""
@@ -63,12 +69,22 @@ class RowProjection:
         projected = rows.new_zeros(len(rows), self._dim)
         for first in range(0, rows.shape[1], width):
             part = rows[:, first : first + width]
-            block = self.block(first // width, part.shape[1])
-            projected += part @ block.to(rows.device).T
+            projected += part @ self._block_on(rows.device, first // width, part.shape[1]).T
         return projected
 
+    def _block_on(self, device: torch.device, number: int, width: int) -> Tensor:
+        """A block on a device, kept there if there is room."""
+        key = number, width, device
+        block = self._kept.get(key)
+        if block is None:
+            block = self.block(number, width).to(device)
+            if block.nbytes <= self._left:
+                self._kept[key] = block
+                self._left -= block.nbytes
+        return block
+
     def block(self, number: int, width: int) -> Tensor:
-        """Columns [k, width] float32 of the matrix: of the block `number`, its first."""
+        """Columns [k, width] float32 of the matrix, the block `number` of that width."""
         kind = _KINDS[self._spec.kind]
         return kind.matrix(self._spec, f"row block {number}", "in", (self._dim, width))
 

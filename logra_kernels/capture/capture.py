@@ -12,7 +12,7 @@ so that rows agree with autograd's weight gradients whatever the user's hooks do
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
@@ -91,7 +91,6 @@ class Capture:
             )
         self._model = model
         self._layers = list(layers)
-        self._layer_of = {layer.name: layer for layer in self._layers}
         self._part_masks: PartMasks | None = None
         if isinstance(mask, Mapping):
             self._part_masks = PartMasks(model, self._layers, num_examples, mask)
@@ -107,7 +106,7 @@ class Capture:
         self._allow_unused = allow_unused
         self._token_scores = None if token_queries is None else TokenScores(token_queries, layers)
         self._gradients: dict[str, Tensor] = {}
-        self._queue = GradientQueue(self._add_gradients)
+        self._queue = GradientQueue()
         self._called_without_grad: set[str] = set()
         self._loss_scale = 1.0
         if loss_scale is not None:
@@ -154,7 +153,7 @@ class Capture:
     def check_complete(self) -> None:
         """Raise if the backward pass, or a module's part in it, is missing; done on leaving."""
         with torch.no_grad():
-            self._queue.flush()
+            self._add_all(self._queue.flush())
         if not self._passes.seen:
             raise RuntimeError(
                 "no gradient reached a watched module: call loss.backward() once inside the "
@@ -311,9 +310,9 @@ class Capture:
             if self._tokens_alone:
                 self._gradients[layer.name] = dy.new_empty(0)  # the module was reached
             elif self._queue.takes(layer, dy):
-                self._queue.add(layer, call, dy)
+                self._add_all(self._queue.add(layer, call, dy))
             else:
-                self._add_gradients(layer.name, layer.gradients(call, dy))
+                self._add_all([(layer.name, layer.row_part(call, dy))])
             if self._token_scores is not None:
                 self._token_scores.add(layer, call, dy)
             if self.tokens is not None:
@@ -321,14 +320,14 @@ class Capture:
         # The user's loss keeps the graph alive, and with it this hook and the call.
         call.release()
 
-    def _add_gradients(self, name: str, gradients: Tensor) -> None:
-        """Add the gradients [N, Ko, Ki] of one call of a module, as far as a row holds them."""
-        gradients = self._layer_of[name].chosen(gradients)
-        if self._loss_scale != 1:
-            gradients = gradients / self._loss_scale
-        if name in self._gradients:
-            gradients = self._gradients[name] + gradients
-        self._gradients[name] = gradients
+    def _add_all(self, computed: Iterable[tuple[str, Tensor]]) -> None:
+        """Add what a row holds of the gradients of calls of modules."""
+        for name, gradients in computed:
+            if self._loss_scale != 1:
+                gradients = gradients / self._loss_scale
+            if name in self._gradients:
+                gradients = self._gradients[name] + gradients
+            self._gradients[name] = gradients
 
 
 # The numbers of the forward hooks of all open captures, none of which changes an output's value.

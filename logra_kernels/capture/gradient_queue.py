@@ -6,7 +6,6 @@ the waiting tensors reach a number of bytes, or the pass ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,21 +23,20 @@ WAITING_BYTES = {"cuda": 256 << 20}
 class GradientQueue:
     """Collects the calls of layers, and computes those of one shape together.
 
-    Args:
-        done: called with the module's name and G [N, Ko, Ki] when the gradients of a call are
-            computed. The calls of a group keep their order.
+    What was computed is returned as (module's name, G [N, Ko, Ki]) of each call. The calls of a
+    group keep their order.
     """
 
-    def __init__(self, done: Callable[[str, Tensor], None]) -> None:
-        self._done = done
+    def __init__(self) -> None:
         self._groups: dict[Any, list[tuple[str, Operands, int]]] = {}
         self._bytes = 0
 
     def takes(self, layer: Layer, dy: Tensor) -> bool:
         """Whether the gradients of this call may wait."""
-        return layer.groupable and dy.device.type in WAITING_BYTES
+        alike = layer.groupable and layer.projection.coordinates is None
+        return alike and dy.device.type in WAITING_BYTES
 
-    def add(self, layer: Layer, call: Call, dy: Tensor) -> None:
+    def add(self, layer: Layer, call: Call, dy: Tensor) -> list[tuple[str, Tensor]]:
         """Let a call wait; compute all that wait if they hold too many bytes."""
         operands = layer.operands(call, dy)
         mask, cu_seqlens = operands.mask, operands.cu_seqlens
@@ -50,20 +48,23 @@ class GradientQueue:
         self._groups.setdefault(key, []).append((layer.name, operands, operands.outputs._version))
         self._bytes += operands.inputs.nbytes + operands.outputs.nbytes
         if self._bytes > WAITING_BYTES[dy.device.type]:
-            self.flush()
+            return self.flush()
+        return []
 
-    def flush(self) -> None:
+    def flush(self) -> list[tuple[str, Tensor]]:
         """Compute the gradients of all calls that wait."""
+        computed = []
         groups, self._groups, self._bytes = self._groups, {}, 0
         for key, members in groups.items():
             with nullcontext() if key[-1] is None else torch.cuda.stream(key[-1]):
-                self._compute(members)
+                computed += self._compute(members)
+        return computed
 
     def clear(self) -> None:
         """Forget all calls that wait."""
         self._groups, self._bytes = {}, 0
 
-    def _compute(self, members: list[tuple[str, Operands, int]]) -> None:
+    def _compute(self, members: list[tuple[str, Operands, int]]) -> list[tuple[str, Tensor]]:
         for name, operands, version in members:
             if operands.outputs._version != version:
                 raise RuntimeError(
@@ -80,8 +81,7 @@ class GradientQueue:
             first.mask,
             cu_seqlens=first.cu_seqlens,
         )
-        for (name, _, _), part in zip(members, gradients, strict=True):
-            self._done(name, part)
+        return [(name, part) for (name, _, _), part in zip(members, gradients, strict=True)]
 
 
 def _stream(tensor: Tensor) -> Any:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from logra_kernels import ops
 from logra_kernels.capture.batch import Batch
-from logra_kernels.capture.layers import Call, Layer, register_layer_kind
+from logra_kernels.capture.layers import Call, Layer, Operands, register_layer_kind
 
 
 class LinearLayer(Layer):
@@ -56,6 +56,17 @@ class EmbeddingLayer(Layer):
         if padding is not None:
             one_hot[..., padding] = 0
         return one_hot
+
+    def token_operands(self, call: Call, dy: Tensor) -> Operands:
+        """`operands`, of which without P_i the inputs are the ids [N, T]; -1 for the padding id."""
+        if call.projected is not None:
+            return super().token_operands(call, dy)
+        ids = call.by_example(self._kept_input(call)[..., None])[..., 0].long()
+        padding = self.module.padding_idx
+        if padding is not None:
+            ids = ids.masked_fill(ids == padding, -1)
+        outputs, proj_out = self.output_tokens(dy, call), self._proj_out(dy)
+        return Operands(ids, outputs, proj_out, call.mask, call.cu_seqlens)
 
     def project(self, x: Tensor, call: Call) -> Tensor:
         """The columns of P_i that the ids choose, [N, T, Ki]."""

@@ -116,16 +116,27 @@ class Layer(ABC):
         """Ko, the number of rows of the module's part of a row."""
         return self._projection.row_shape[0]
 
-    def chosen(self, gradients: Tensor) -> Tensor:
-        """G [N, Ko, Ki] of the projected block -> the part that a row holds."""
-        coordinates = self._projection.coordinates
+    def row_part(self, call: Call, dy: Tensor) -> Tensor:
+        """What a row holds of one call's gradients: G [N, Ko, Ki], or [N, 1, n] of coordinates."""
+        coordinates, scale = self._on(dy.device, "coordinates"), self._on(dy.device, "scale")
         if coordinates is None:
-            return gradients
-        flat = gradients.reshape(len(gradients), -1)
-        key = ("coordinates", flat.device, coordinates.dtype)
+            return self.gradients(call, dy)
+        if self.groupable:
+            inputs, outputs, proj_out, mask, cu_seqlens = self.operands(call, dy)
+            operands = inputs, outputs, None, proj_out, coordinates, scale, mask
+            return ops.projected_coordinates(*operands, cu_seqlens=cu_seqlens)[:, None]
+        kept = self.gradients(call, dy).flatten(1)[:, coordinates]
+        return (kept if scale is None else kept * scale)[:, None]
+
+    def _on(self, device: torch.device, part: str) -> Tensor | None:
+        """The projection's coordinates or its scale, on a device."""
+        tensor: Tensor | None = getattr(self._projection, part)
+        if tensor is None:
+            return None
+        key = (part, device, tensor.dtype)
         if key not in self._factors:
-            self._factors[key] = coordinates.to(flat.device)
-        return flat[:, self._factors[key]][:, None]  # [N, 1, n]
+            self._factors[key] = tensor.to(device)
+        return self._factors[key]
 
     # What a kind defines.
 
@@ -174,7 +185,7 @@ class Layer(ABC):
         return call
 
     def gradients(self, call: Call, dy: Tensor) -> Tensor:
-        """G [N, Ko, Ki] of one call; dy has the shape of the module's output."""
+        """G [N, Ko, Ki] of one call, whole; dy has the shape of the module's output."""
         inputs, outputs, proj_out, mask, cu_seqlens = self.operands(call, dy)
         return ops.projected_gradients(inputs, outputs, None, proj_out, mask, cu_seqlens=cu_seqlens)
 
@@ -197,6 +208,11 @@ class Layer(ABC):
         """P_i x of a call, [N, T, Ki]."""
         if call.projected is not None:
             return call.projected
+        x = self.tokens(self._kept_input(call), call)
+        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if self.with_bias else x
+
+    def _kept_input(self, call: Call) -> Tensor:
+        """The input of a call without P_i; RuntimeError if it was changed since."""
         assert call.input is not None
         if call.input._version != call.version:
             raise RuntimeError(
@@ -204,8 +220,15 @@ class Layer(ABC):
                 "without a projection of the input the change would spoil the gradient; call "
                 "add_lora(), or make the change out of place"
             )
-        x = self.tokens(call.input, call)
-        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if self.with_bias else x
+        return call.input
+
+    def token_operands(self, call: Call, dy: Tensor) -> Operands:
+        """`operands` for moments of the tokens.
+
+        Inputs that are one-hot, and not projected, are their places [N, T] int64; -1 for a zero
+        vector.
+        """
+        return self.operands(call, dy)
 
     def token_scores(self, call: Call, dy: Tensor, queries: Tensor) -> Tensor:
         """(P_o dy_t)ᵀ U_q (P_i x_t) of every token, for queries U [Q, Ko, Ki] -> [Q, N, T]."""
@@ -224,7 +247,10 @@ class Layer(ABC):
         if projection.coordinates is None:
             return queries
         block = queries.new_zeros(len(queries), projection.ko * projection.ki)
-        block[:, projection.coordinates] = queries.flatten(1)
+        flat = queries.flatten(1)
+        if projection.scale is not None:  # the block's tokens give g, and the queries are of s·g
+            flat = flat * projection.scale.to(flat.device)
+        block[:, projection.coordinates] = flat
         return block.view(-1, projection.ko, projection.ki)
 
     # P on the device and in the precision where it is needed.

@@ -33,7 +33,7 @@ class Tokens:
                 f"module {layer.name}: its kind {type(layer).__name__} has gradients of its own, "
                 "which have no Kronecker factors; leave it out by name_filter or type_filter"
             )
-        operands = layer.operands(call, dy)
+        operands = layer.token_operands(call, dy)
         outputs = operands.outputs
         if operands.proj_out is not None:
             outputs = ops.project(outputs, operands.proj_out)
@@ -48,16 +48,26 @@ class Tokens:
                 inputs and the sum of its output gradients, over the tokens that count.
             places: the examples' places in the batch.
 
-        Returns: P_i x [n, Ki] and P_o dy [n, Ko], float32. Both are empty for a module that was not
-            called.
+        Returns: P_i x [n, Ki] and P_o dy [n, Ko], float32; of one-hot x their places [n] int64, as
+            `Layer.token_operands` gives them. Both are empty for a module that was not called.
+
+        Raises: ValueError for the mean of one-hot inputs, whose moment is not diagonal.
         """
         found_in, found_out = [], []
         for place in places:
             kept = [_of_example(call, place) for call in self._calls.get(name, ())]
             if not kept:
                 continue
-            x, dy = (torch.cat(side).float() for side in zip(*kept, strict=True))
-            dy = dy / self.loss_scale
+            x, dy = (torch.cat(side) for side in zip(*kept, strict=True))
+            dy = dy.float() / self.loss_scale
+            if x.dtype == torch.int64:
+                if form == "reduce":
+                    raise ValueError(
+                        f"module {name}: the mean of one-hot inputs has a moment of I x I; take "
+                        'the form "expand" (kfac, ekfac), or a projection of the inputs'
+                    )
+            else:
+                x = x.float()
             if form == "reduce":
                 x, dy = x.mean(0, keepdim=True) if len(x) else x, dy.sum(0, keepdim=True)
                 dy = dy[: len(x)]

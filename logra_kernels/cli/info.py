@@ -42,8 +42,10 @@ def facts(store: Store) -> list[tuple[str, str]]:
         ("row", f"{store.dim:,} numbers, {store.dtype}"),
         ("size", f"{format_bytes(size_bytes)} ({size_bytes:,} bytes)"),
         ("projection", projection_line(store.projection)),
-        ("curvature", _curvatures(store)),
+        ("curvature", _kept(store, statistics=False)),
     ]
+    if any(_is_statistic(entry) for entry in store.curvatures.values()):
+        lines.append(("statistics", _kept(store, statistics=True)))
     lines += _fingerprints(store.fingerprints)
     lines += _coverage(store.coverage)
     lines.append(("modules", f"{len(store.modules)}"))
@@ -102,11 +104,21 @@ def _size_bytes(store: Store) -> int:
     return sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
 
 
-def _curvatures(store: Store) -> str:
+def _is_statistic(entry: dict[str, Any]) -> bool:
+    return isinstance(entry["meta"], dict) and "statistic" in entry["meta"]
+
+
+def _kept(store: Store, statistics: bool) -> str:
+    """The curvatures of a store, or its statistics."""
     found = []
     for name, entry in store.curvatures.items():
+        if _is_statistic(entry) != statistics:
+            continue
         stale = "" if entry["rows"] == store.num_rows else " (rows were added since)"
-        found.append(f"{name}, of {entry['rows']:,} rows{stale}")
+        meta = entry["meta"]
+        drawn = isinstance(meta, dict) and meta.get("labels") == "sampled"
+        labels = " and sampled labels" if drawn else ""
+        found.append(f"{name}, of {entry['rows']:,} rows{labels}{stale}")
     return "; ".join(found) or "none"
 
 

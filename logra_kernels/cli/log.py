@@ -24,7 +24,7 @@ from logra_kernels.lm.sources import STANDARD_INPUT
 from logra_kernels.projection import PILOTED, ProjectionSpec
 from logra_kernels.report.console import say, warn
 from logra_kernels.report.render import format_bytes
-from logra_kernels.run import check_curvature
+from logra_kernels.run import MOMENTS, check_curvature
 from logra_kernels.store import Store, StoreMismatchError, row_codec
 from logra_kernels.store.manifest import first_difference
 
@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
     _refuse_existing_store(arguments)
     complete_row_options(arguments)
+    _check_labels(arguments)
     store = _store_to_resume(arguments)
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = open_corpus(arguments, lm)
@@ -68,7 +69,8 @@ def complete_row_options(arguments: argparse.Namespace) -> None:
         ValueError: names the option.
     """
     init, piloted, eigen = arguments.init, arguments.init in PILOTED, arguments.init == "eigen"
-    goes = {"rank": not eigen, "coordinates": eigen, "seed": not piloted, "pilot": piloted}
+    goes = {"rank": not eigen, "coordinates": eigen, "seed": not piloted}
+    goes |= {"pilot": piloted, "moments": piloted}
     for option, fits in goes.items():
         if getattr(arguments, option) is not None and not fits:
             raise ValueError(f"{option}: does not go with --init {init}")
@@ -87,6 +89,21 @@ def complete_row_options(arguments: argparse.Namespace) -> None:
         arguments.rank = RANK
     if not piloted and arguments.seed is None:
         arguments.seed = SEED
+    if piloted and arguments.moments is None:
+        arguments.moments = MOMENTS[0]
+
+
+def _check_labels(arguments: argparse.Namespace) -> None:
+    """Refuse sampled labels without a curvature, and of data that cannot be read again."""
+    if arguments.labels == "data":
+        return
+    if arguments.curvature == NO_CURVATURE:
+        raise ValueError("labels: 'sampled' is of a curvature; --curvature none has none")
+    if arguments.data == STANDARD_INPUT:
+        raise ValueError(
+            "labels: 'sampled' reads the data again, and standard input can be read once; take a"
+            " file"
+        )
 
 
 def _store_to_resume(arguments: argparse.Namespace) -> Store | None:
@@ -99,7 +116,9 @@ def _store_to_resume(arguments: argparse.Namespace) -> Store | None:
         told["coordinates"] = arguments.coordinates
     else:
         told["rank"] = [arguments.rank, arguments.rank]
-    held = store.projection if isinstance(store.projection, dict) else {}
+    told["moments"] = arguments.moments
+    held: dict[str, Any] = {"moments": MOMENTS[0]}
+    held |= store.projection if isinstance(store.projection, dict) else {}
     found = first_difference({key: held.get(key) for key in told}, told, "projection")
     if found is not None:
         raise StoreMismatchError(f"{store.path}: cannot resume: {found}")
@@ -169,6 +188,7 @@ def _pilot(arguments: argparse.Namespace, gradients: LMGradients, corpus: Corpus
         arguments.init,
         rank=arguments.rank,
         coordinates=arguments.coordinates,
+        moments=arguments.moments,
         size=arguments.pilot,
         progress=True,
         **{name: getattr(arguments, name) for name in running if hasattr(arguments, name)},
@@ -197,6 +217,7 @@ def _log(
             batch_tokens=arguments.batch_tokens,
             batch_size=arguments.batch_size,
             curvature=arguments.curvature,
+            labels=arguments.labels,
             on_nonfinite=arguments.on_nonfinite,
             resume=arguments.resume,
             stop=stop,
@@ -208,6 +229,8 @@ def _shown_by(bar: "tqdm[Any]") -> Callable[[LoggingProgress], None]:
     started = time.monotonic()
 
     def show(progress: LoggingProgress) -> None:
+        if progress.sampled_pass:
+            bar.set_description(f"sample {progress.sampled_pass}", refresh=False)
         bar.total = progress.total
         bar.initial = progress.resumed
         seconds = max(time.monotonic() - started, 1e-9)

@@ -315,6 +315,8 @@ def _log(parser: argparse.ArgumentParser) -> None:
     _log_data(parser.add_argument_group("data"))
     rows = parser.add_argument_group("rows")
     _log_rows(rows)
+    drawn = "of the curvature: the data's, or next tokens that the model draws; default: data"
+    _choice(rows, "--labels", "data|sampled", drawn)
     _count(rows, "--shard-rows", "default: 256 MB of rows")
     running = parser.add_argument_group("running")
     _log_model(running)
@@ -383,6 +385,13 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
         type=_number_or_share,
         metavar="N|SHARE",
         help="of the examples, piloted; default: 0.1, of which at most 2,000 and at least 32",
+    )
+    group.add_argument(
+        "--moments",
+        type=_one_of("expand", "reduce", "sequence"),
+        metavar="expand|reduce|sequence",
+        help="that a pilot takes: of tokens, of examples' sums of them, or of gradients; default: "
+        "expand",
     )
     group.add_argument("--seed", type=int, help=f"of a random projection; default: {SEED}")
     scaled = f"default: {STORE_DTYPE}, with a scale per row"
@@ -453,6 +462,8 @@ def _query(parser: argparse.ArgumentParser) -> None:
         metavar="all|ranked",
         help="every row, or the K most and least influential; default: all",
     )
+    shares = "shown with what they add to a score, in --json and --html; default: documents"
+    _choice(out, "--tokens", "documents|both|none", f"of documents, and of queries, {shares}")
     out.add_argument("--device", default="cpu", help="of the model; default: cpu")
 
 

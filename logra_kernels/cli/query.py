@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = lm_fingerprints(store)["model"]["dtype"]
     _check_rows(store, arguments)
     lm = CausalLM.load(arguments.model, dtype=dtype, device=arguments.device)
+    shown = bool(arguments.json or arguments.html)
     asked = records
     if arguments.chat:
         asked = [Record(r.id, r.text, chat_prompt(lm, r.prompt), templated=True) for r in records]
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
             top_k=arguments.top_k,
             damping_scale=arguments.damping_scale,
             damping=arguments.damping,
-            token_scores=bool(arguments.json or arguments.html),
+            token_scores=shown and arguments.tokens != "none",
+            query_tokens=shown and arguments.tokens == "both",
             every_score=every_score,
             notes=[NOTE],
             progress=lambda step: warn(f"… {step}"),

@@ -2,11 +2,14 @@
 
 from logra_kernels.curvature.base import (
     Curvature,
+    Labels,
     curvature_kind,
+    curvature_of,
     kinds,
     load_curvature,
     preconditioner_of,
     register_curvature,
+    usual_kind,
 )
 from logra_kernels.curvature.damping import DampingScale, check_damping
 from logra_kernels.curvature.diagonal import DiagonalCurvature
@@ -18,10 +21,17 @@ from logra_kernels.curvature.kronecker import (
     KfacReduceCurvature,
     KroneckerCurvature,
 )
-from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
+from logra_kernels.curvature.moment import PLACES, Place
+from logra_kernels.curvature.preconditioner import (
+    IdentityPreconditioner,
+    Preconditioner,
+    plain_preconditioner,
+)
 from logra_kernels.curvature.raw import RawCurvature
+from logra_kernels.curvature.statistic import Mean, Statistic, Variance
 
 __all__ = [
+    "PLACES",
     "Curvature",
     "DampingScale",
     "DiagonalCurvature",
@@ -32,12 +42,20 @@ __all__ = [
     "KfacCurvature",
     "KfacReduceCurvature",
     "KroneckerCurvature",
+    "Labels",
+    "Mean",
+    "Place",
     "Preconditioner",
     "RawCurvature",
+    "Statistic",
+    "Variance",
     "check_damping",
     "curvature_kind",
+    "curvature_of",
     "kinds",
     "load_curvature",
+    "plain_preconditioner",
     "preconditioner_of",
     "register_curvature",
+    "usual_kind",
 ]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from logra_kernels._checks import dtype_name
 from logra_kernels.curvature.damping import DampingScale, check_damping, module_dampings
-from logra_kernels.curvature.preconditioner import IdentityPreconditioner, Preconditioner
+from logra_kernels.curvature.moment import Place
+from logra_kernels.curvature.preconditioner import Preconditioner, plain_preconditioner
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.progress import Progress, track
+from logra_kernels.projection import stored_scales
 from logra_kernels.rows import stored_rows
 from logra_kernels.store import Module, RowLayout, Store
 
 SOLVERS = ("cholesky", "eigh")
+Labels: TypeAlias = Literal["data", "sampled"]
 
 C = TypeVar("C", bound="Curvature")
 
@@ -45,6 +48,9 @@ class Curvature(ABC):
     nothing."""
     rank_by_rows: ClassVar[bool] = False  # whether a module's H has at most the rank of its rows
     corrected: ClassVar[bool] = False  # whether `complete` reads the rows of the finished store
+    of_coordinates: ClassVar[bool] = False
+    """Whether it goes with rows that hold chosen coordinates of the gradients, each by a scale of
+    its own: such a kind damps the coordinates without their scale."""
     fold_rows = 256  # rows that `rebuild` gives to `update` at a time
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
@@ -54,6 +60,8 @@ class Curvature(ABC):
             raise ValueError(f"dtype: expected float32, float64 or None, got {dtype}")
         self.layout = RowLayout.of(modules)
         self.modules: list[Module] = list(self.layout)
+        self.place: Place = "cpu"  # where `update_tokens` sums
+        self.labels: Labels = "data"  # whose gradients are summed: the data's, or sampled labels'
 
     @property
     @abstractmethod
@@ -79,6 +87,16 @@ class Curvature(ABC):
             ValueError: the kind needs none.
         """
         raise ValueError(f"{self.kind}: expected rows alone, got tokens")
+
+    def correct(self, rows: Tensor) -> None:
+        """Add finite rows [R, D] float32 to the corrected eigenvalues, in the basis seen so far.
+
+        This is the second pass over gradients that no store holds, such as sampled labels'.
+
+        Raises:
+            ValueError: the kind corrects none.
+        """
+        raise ValueError(f"{self.kind}: has no eigenvalues to correct")
 
     def complete(self, store: Store, progress: Progress = None) -> None:  # noqa: B027
         """Find what needs all rows at once, when the store has them."""
@@ -195,6 +213,17 @@ class Curvature(ABC):
                 f"rows: row {row} is not finite in module '{self.layout.module_of(column).name}'"
             )
 
+    def _described(self, checksum: str) -> dict[str, Any]:
+        """What `save` keeps beside the sums of every kind."""
+        described = {"kind": self.kind, "count": self.count, "checksum": checksum}
+        return described if self.labels == "data" else {**described, "labels": self.labels}
+
+    def _check_same(self, other: Curvature) -> None:
+        """Refuse what `merge` refuses."""
+        self._check_layout("other", other.layout)
+        if self.labels != other.labels:
+            raise ValueError(f"other: expected {self.labels} labels, got {other.labels}")
+
     def _check_layout(self, argument: str, layout: RowLayout) -> None:
         if self.layout.signature != layout.signature:
             raise ValueError(
@@ -232,6 +261,13 @@ def curvature_kind(name: str) -> type[Curvature]:
     return _KINDS[name]
 
 
+def usual_kind(store: Store) -> type[Curvature]:
+    """The kind for a store's rows where none was asked for."""
+    if all(s is None for s in stored_scales(store)):
+        return curvature_kind(CURVATURE)
+    return next(kind for kind in _KINDS.values() if kind.of_coordinates)
+
+
 def load_curvature(store: Store) -> Curvature:
     """The curvature that a store holds; of several, raw, or the kind that was registered first.
 
@@ -253,15 +289,30 @@ def preconditioner_of(
     """The preconditioner of a store's rows; arguments as `Attributor` describes them.
 
     Raises:
-        ValueError: no such curvature, one of other modules than the store's, a bad damping, or a
-            damping beside a preconditioner or "none".
+        ValueError: no such curvature, one of other modules than the store's or that does not go
+            with scaled rows, a bad damping, or a damping beside a preconditioner or "none".
     """
-    none = isinstance(curvature, str) and curvature == NO_CURVATURE
-    if (none or isinstance(curvature, Preconditioner)) and (damping_scale, damping) != (None, None):
+    found = curvature_of(store, curvature)
+    if isinstance(found, Curvature):
+        return found.damped(damping_scale=damping_scale, damping=damping, solver=solver)
+    if (damping_scale, damping) != (None, None):
+        none = isinstance(curvature, str)
         what = "no curvature" if none else "a preconditioner, which has its own"
         raise ValueError(f"damping: expected none with {what}, got one")
-    if none:
-        return IdentityPreconditioner(store.layout)
+    return found
+
+
+def curvature_of(
+    store: Store, curvature: Curvature | Preconditioner | str | None = None
+) -> Curvature | Preconditioner:
+    """The curvature of a store's rows, or the preconditioner that was given in its place.
+
+    Raises:
+        ValueError: no such curvature, one of other modules than the store's, or one that
+            does not go with scaled rows.
+    """
+    if isinstance(curvature, str) and curvature == NO_CURVATURE:
+        return plain_preconditioner(store.layout, stored_scales(store))
     if curvature is None:
         curvature = load_curvature(store)
     elif isinstance(curvature, str) and curvature in _KINDS:
@@ -278,10 +329,15 @@ def preconditioner_of(
         )
     if isinstance(curvature, Preconditioner):
         return curvature
-    if curvature.count != store.num_rows:
+    if not curvature.of_coordinates and any(s is not None for s in stored_scales(store)):
+        raise ValueError(
+            f"curvature: the rows hold scaled coordinates, which '{curvature.kind}' would damp by "
+            "their scale; 'diagonal' is their curvature"
+        )
+    if curvature.labels == "data" and curvature.count != store.num_rows:
         warnings.warn(
             f"the curvature is of {curvature.count} rows, the store has {store.num_rows}; "
             f"{type(curvature).__name__}.rebuild(store).save(store) brings it up to date",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return curvature.damped(damping_scale=damping_scale, damping=damping, solver=solver)
+    return curvature

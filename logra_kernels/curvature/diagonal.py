@@ -5,6 +5,9 @@ eigenvalues. The damping is relative to the mean of Λ over all Ko·Ki coordinat
 weight, of which a row of the projection "eigen" holds the largest: the store says how large a share
 of the gradients' energy E‖G‖² they hold.
 
+Such a row holds t = s·g, whitened by the pilot's s. The sums are of t², and λ is that of g: a score
+is Σ q_t t / (E[t²] + λ s²), which is Σ q_g g / (E[g²] + λ).
+
 Source: EK-FAC (George et al. 2018; Grosse et al. 2023).
 """
 
@@ -21,6 +24,7 @@ from logra_kernels.curvature.base import Curvature, register_curvature
 from logra_kernels.curvature.moment import Squares
 from logra_kernels.curvature.preconditioner import DiagonalPreconditioner, Preconditioner
 from logra_kernels.progress import Progress
+from logra_kernels.projection import stored_scales
 from logra_kernels.store import Module, Store
 
 
@@ -33,6 +37,7 @@ class DiagonalCurvature(Curvature):
     """
 
     kind = "diagonal"
+    of_coordinates = True
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)
@@ -41,6 +46,7 @@ class DiagonalCurvature(Curvature):
         self._squares = Squares(self.layout.dim)
         # Per module: coordinates of the weight's gradient, and the share of its energy in a row.
         self._whole = [(float(size), 1.0) for size in self.layout.sizes]
+        self._scales: list[Tensor | None] = [None] * len(self.layout)  # s [K] of each module
 
     @property
     def count(self) -> int:
@@ -62,12 +68,13 @@ class DiagonalCurvature(Curvature):
 
     def merge(self, other: DiagonalCurvature) -> DiagonalCurvature:
         """Add another curvature's sums and count (another shard's or rank's); returns self."""
-        self._check_layout("other", other.layout)
+        self._check_same(other)
         self._squares.merge(other._squares)
         return self
 
     def complete(self, store: Store, progress: Progress = None) -> None:
-        """Take from the store how much of a module's gradient its rows hold."""
+        """Take from the store how much of a module's gradient its rows hold, and by what scale."""
+        self._scales = stored_scales(store)
         described = store.projection if isinstance(store.projection, dict) else {}
         shares = described.get("energy_shares", {})
         for i, name in enumerate(self.layout.names):
@@ -77,7 +84,7 @@ class DiagonalCurvature(Curvature):
 
     @property
     def eigenvalues(self) -> dict[str, Tensor]:
-        """{module name: Λ of its columns, [K] float64}."""
+        """{module name: Λ of its columns, as rows hold them, [K] float64}."""
         parts = self.layout.split(self._squares.total()[None] / max(self.count, 1))
         return {name: part[0] for name, part in zip(self.layout.names, parts, strict=True)}
 
@@ -87,13 +94,15 @@ class DiagonalCurvature(Curvature):
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((self.kind, self.count, self.layout.signature, self._whole)).encode())
         digest.update(self._squares.total().numpy().data)
+        for s in self._scales:
+            digest.update(b"" if s is None else s.numpy().data)
         return digest.hexdigest()
 
     def save(self, store: Store) -> None:
         """Write the sums into the store under the name "diagonal"."""
         self._check_layout("store", store.layout)
-        meta = {"kind": self.kind, "count": self.count, "checksum": self.checksum}
-        store.save_curvature(self.kind, {"squares": self._squares.total().numpy()}, meta)
+        squares = self._squares.total().numpy()
+        store.save_curvature(self.kind, {"squares": squares}, self._described(self.checksum))
 
     @classmethod
     def load(cls, store: Store) -> DiagonalCurvature:
@@ -108,6 +117,7 @@ class DiagonalCurvature(Curvature):
             curvature._squares = Squares.of(sums.view(store.layout.dim), int(meta["count"]))
             curvature.complete(store)
             matches = curvature.checksum == meta["checksum"]
+            curvature.labels = meta.get("labels", "data")
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(
                 f"{store.path}: curvature 'diagonal' lacks {error}; {rebuild}"
@@ -119,14 +129,23 @@ class DiagonalCurvature(Curvature):
         return curvature
 
     def mean_eigenvalues(self) -> list[float]:
-        """The mean of Λ over all coordinates of each module's weight."""
-        each = zip(self.eigenvalues.values(), self._whole, strict=True)
-        return [float(values.sum()) / share / whole for values, (whole, share) in each]
+        """The mean of E[g²] over all coordinates of each module's weight."""
+        each = zip(self.eigenvalues.values(), self._scales, self._whole, strict=True)
+        return [
+            float((values if s is None else values / s.double().square()).sum()) / share / whole
+            for values, s, (whole, share) in each
+        ]
 
     def _preconditioner(
         self, means: Sequence[float], dampings: Sequence[float], solver: str
     ) -> Preconditioner:
         values = list(self.eigenvalues.values())
         return DiagonalPreconditioner(
-            self.kind, self.checksum, self.layout, values, dampings, solver
+            self.kind,
+            self.checksum,
+            self.layout,
+            values,
+            dampings,
+            solver,
+            scales=self._scales,
         )

@@ -18,15 +18,15 @@ Sources: K-FAC (Martens & Grosse 2015), for weights shared over time Eschenhagen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from logra_kernels.curvature.base import Curvature, register_curvature
-from logra_kernels.curvature.moment import Moment, Squares
+from logra_kernels.curvature.moment import Counts, Moment, Squares
 from logra_kernels.curvature.preconditioner import (
     KroneckerPreconditioner,
     Preconditioner,
@@ -38,6 +38,7 @@ from logra_kernels.rows import stored_rows
 from logra_kernels.store import Module, Store
 
 C = TypeVar("C", bound="KroneckerCurvature")
+Eigenbasis: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor]  # Λ_F, Q_F, Λ_B, Q_B
 _SIDES = ("in", "out")
 
 
@@ -51,10 +52,12 @@ class KroneckerCurvature(Curvature):
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)
-        self._moments = [(Moment(m.ki, dtype), Moment(m.ko, dtype)) for m in self.layout]
+        self._moments: list[tuple[Moment | Counts, Moment | Counts]] = [
+            (Moment(m.ki, dtype), Moment(m.ko, dtype)) for m in self.layout
+        ]
         self._count = 0
-        self._squares: list[Tensor] | None = None  # Σ (Q_Bᵀ G Q_F)² [Ko, Ki] float64 of each module
-        self._bases: list[tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+        self._squares: list[Squares] | None = None  # Σ (Q_Bᵀ G Q_F)² [Ko·Ki] of each module
+        self._bases: list[Eigenbasis] | None = None
 
     @property
     def count(self) -> int:
@@ -76,11 +79,29 @@ class KroneckerCurvature(Curvature):
         self._changed()
 
     def update_tokens(self, module: int, inputs: Tensor, outputs: Tensor) -> None:
-        """Add the tokens that count of a module's calls: P_i x [n, Ki] and P_o dy [n, Ko]."""
+        """Add the tokens that count of a module's calls: P_i x [n, Ki] and P_o dy [n, Ko].
+
+        One-hot x may be given as their places [n] int64, -1 for a zero vector: C_F is diagonal
+        then, and no Ki x Ki matrix is made.
+        """
         if self.tokens is None:
             super().update_tokens(module, inputs, outputs)
-        for moment, vectors in zip(self._moments[module], (inputs, outputs), strict=True):
-            moment.update(vectors.detach().float().cpu())
+        if not len(inputs):
+            return
+        moment_in, moment_out = self._moments[module]
+        one_hot = inputs.dtype == torch.int64
+        if one_hot and not moment_in.count:
+            moment_in = Counts(moment_in.size)
+            self._moments[module] = moment_in, moment_out
+        if one_hot != isinstance(moment_in, Counts):
+            raise ValueError(
+                f"inputs: module '{self.layout.names[module]}': expected one-hot vectors in every "
+                "call, or in none"
+            )
+        for moment, vectors in ((moment_in, inputs), (moment_out, outputs)):
+            if isinstance(moment, Moment):
+                moment.place, vectors = self.place, vectors.detach().float()
+            moment.update(vectors)
         self._changed()
 
     def merge(self: C, other: C) -> C:
@@ -88,21 +109,35 @@ class KroneckerCurvature(Curvature):
 
         Corrected eigenvalues belong to a basis: `complete` finds them anew, from all rows.
         """
-        self._check_layout("other", other.layout)
-        for mine, theirs in zip(self._moments, other._moments, strict=True):
-            for a, b in zip(mine, theirs, strict=True):
-                a.merge(b)
+        self._check_same(other)
+        for i, (mine, theirs) in enumerate(zip(self._moments, other._moments, strict=True)):
+            inputs, outputs = (_merged(a, b) for a, b in zip(mine, theirs, strict=True))
+            self._moments[i] = inputs, outputs
         self._count += other._count
         self._changed()
         return self
 
+    def correct(self, rows: Tensor) -> None:
+        """Add finite rows [R, D] float32 to Σ (Q_Bᵀ G Q_F)², in the eigenbasis of the moments."""
+        if not self.corrected:
+            super().correct(rows)
+        if self._squares is None:
+            self._squares = [Squares(size) for size in self.layout.sizes]
+        bases = [(None if f is None else f.float(), b.float()) for _, f, _, b in self._eigenbases()]
+        parts = self.layout.split(rows.detach().cpu())
+        for part, basis, sums in zip(parts, bases, self._squares, strict=True):
+            sums.update(rotate(part, *basis).flatten(1))
+
     def complete(self, store: Store, progress: Progress = None) -> None:
         """Corrected eigenvalues: one pass over the rows of the store, rotated.
+
+        Those of rows that no store holds come by `correct`, and stay as they are.
 
         Raises:
             ValueError: the store has other modules, or another number of rows than were seen.
         """
-        if not self.corrected:
+        of_no_store = self.labels == "sampled" or (self._squares and not store.num_rows)
+        if not self.corrected or of_no_store:
             return
         self._check_layout("store", store.layout)
         if store.num_rows != self._count:
@@ -110,28 +145,27 @@ class KroneckerCurvature(Curvature):
                 f"{self.kind}: expected a store of the {self._count} rows that were seen, "
                 f"got {store.num_rows}"
             )
-        bases = [(f.float(), b.float()) for _, f, _, b in self._eigenbases()]
-        squares = [Squares(size) for size in self.layout.sizes]
+        self._squares = None
         done = track(progress, store.num_rows, self.kind)
         for _, rows, row_scale, row_exponents in store.blocks(self.fold_rows):
-            parts = self.layout.split(stored_rows(store, rows, row_scale, row_exponents))
-            for part, basis, sums in zip(parts, bases, squares, strict=True):
-                sums.update(rotate(part, *basis).flatten(1))
+            self.correct(stored_rows(store, rows, row_scale, row_exponents))
             done(rows.shape[0])
-        self._squares = [
-            sums.total().view(module.ko, module.ki)
-            for sums, module in zip(squares, self.layout, strict=True)
-        ]
 
     @property
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{module name: (C_F [Ki, Ki], C_B [Ko, Ko])}, float64 means over the vectors seen."""
+        """{module name: (C_F [Ki, Ki], C_B [Ko, Ko])}, float64 means over the vectors seen.
+
+        Of one-hot inputs C_F is the diagonal alone, [Ki].
+        """
         each = zip(self.layout.names, self._moments, strict=True)
         return {name: (_mean(f), _mean(b)) for name, (f, b) in each}
 
     @property
-    def bases(self) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """{module name: (Λ_F [Ki], Q_F [Ki, Ki], Λ_B [Ko], Q_B [Ko, Ko])}, float64, ascending."""
+    def bases(self) -> dict[str, Eigenbasis]:
+        """{module name: (Λ_F [Ki], Q_F [Ki, Ki], Λ_B [Ko], Q_B [Ko, Ko])}, float64, ascending.
+
+        Of one-hot inputs Q_F is the identity, written None, and Λ_F is in the order of the inputs.
+        """
         return dict(zip(self.layout.names, self._eigenbases(), strict=True))
 
     @property
@@ -150,8 +184,8 @@ class KroneckerCurvature(Curvature):
             }
         if self._squares is None:
             raise ValueError(f"{self.kind}: complete(store) finds its eigenvalues first")
-        each = zip(self.layout.names, self._squares, strict=True)
-        return {name: squares / self._count for name, squares in each}
+        each = zip(self.layout, self._squares, strict=True)
+        return {m.name: s.total().view(m.ko, m.ki) / s.count for m, s in each}
 
     @property
     def checksum(self) -> str:
@@ -164,7 +198,7 @@ class KroneckerCurvature(Curvature):
             if sums is not None:
                 digest.update(sums.numpy().data)
         for squares in self._squares or ():
-            digest.update(squares.contiguous().numpy().data)
+            digest.update(squares.total().numpy().data)
         return digest.hexdigest()
 
     def save(self, store: Store) -> None:
@@ -181,14 +215,12 @@ class KroneckerCurvature(Curvature):
                 exponents.setdefault(name, []).append(exponent)
                 counts.setdefault(name, []).append(count)
             if self._squares is not None:
-                tensors[f"{name}.squares"] = self._squares[i].contiguous().numpy()
-        meta = {
-            "kind": self.kind,
-            "count": self._count,
-            "exponents": exponents,
-            "folded": counts,
-            "checksum": self.checksum,
-        }
+                module = self.layout[i]
+                squares = self._squares[i].total().view(module.ko, module.ki)
+                tensors[f"{name}.squares"] = squares.numpy()
+        meta = {**self._described(self.checksum), "exponents": exponents, "folded": counts}
+        if self._squares is not None:
+            meta["corrected"] = self._squares[0].count
         store.save_curvature(self.kind, tensors, meta)
 
     @classmethod
@@ -202,23 +234,20 @@ class KroneckerCurvature(Curvature):
             curvature._count = int(meta["count"])
             for i, name in enumerate(store.layout.names):
                 inputs, outputs = (
-                    Moment.of(
-                        _tensor(tensors[f"{name}.{side}"]),
-                        int(exponent),
-                        int(count),
-                        _tensor(tensors[f"{name}.{side}.waiting"]),
-                    )
+                    _moment(tensors, f"{name}.{side}", int(exponent), int(count))
                     for side, exponent, count in zip(
                         _SIDES, meta["exponents"][name], meta["folded"][name], strict=True
                     )
                 )
                 curvature._moments[i] = (inputs, outputs)
             if f"{store.layout.names[0]}.squares" in tensors:
+                corrected = int(meta.get("corrected", curvature._count))
                 curvature._squares = [
-                    _tensor(tensors[f"{module.name}.squares"]).view(module.ko, module.ki)
-                    for module in store.layout
+                    Squares.of(_tensor(tensors[f"{m.name}.squares"]).view(m.size), corrected)
+                    for m in store.layout
                 ]
             checksum = meta["checksum"]
+            curvature.labels = meta.get("labels", "data")
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(
                 f"{store.path}: curvature '{cls.kind}' lacks {error}; log the rows again"
@@ -259,15 +288,18 @@ class KroneckerCurvature(Curvature):
             *(self.kind, self.checksum, self.layout, values, dampings, solver, precision),
         )
 
-    def _eigenbases(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(Λ_F, Q_F, Λ_B, Q_B) of each module, float64, eigenvalues ascending."""
+    def _eigenbases(self) -> list[Eigenbasis]:
+        """(Λ_F, Q_F, Λ_B, Q_B) of each module, float64, as `bases` gives them."""
         if self._bases is None:
             if self._count and not self._moments[0][0].count and self.tokens is not None:
                 raise ValueError(f"{self.kind}: expected tokens beside the rows, got none")
 
-            def bases(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-                inputs, outputs = (torch.linalg.eigh(_mean(m)) for m in self._moments[i])
-                return inputs[0], inputs[1], outputs[0], outputs[1]
+            def bases(i: int) -> Eigenbasis:
+                inputs, outputs = (_mean(moment) for moment in self._moments[i])
+                values, vectors = torch.linalg.eigh(outputs)
+                if inputs.ndim == 1:
+                    return inputs, None, values, vectors
+                return (*torch.linalg.eigh(inputs), values, vectors)
 
             self._bases = each_module(len(self.layout), bases)
         return self._bases
@@ -327,8 +359,27 @@ class EcShampooCurvature(KroneckerCurvature):
         super().update_finite(rows)
 
 
-def _mean(moment: Moment) -> Tensor:
+def _mean(moment: Moment | Counts) -> Tensor:
     return moment.symmetric() / max(moment.count, 1)
+
+
+def _merged(mine: Moment | Counts, theirs: Moment | Counts) -> Moment | Counts:
+    """The sum of both; a side that saw nothing may not know yet that its vectors are one-hot."""
+    if not mine.count or not theirs.count:
+        return mine if mine.count else theirs
+    if isinstance(mine, Counts) != isinstance(theirs, Counts):
+        raise ValueError("other: expected one-hot inputs on both sides, or on none")
+    mine.merge(theirs)  # type: ignore[arg-type]
+    return mine
+
+
+def _moment(
+    tensors: Mapping[str, np.ndarray], name: str, exponent: int, count: int
+) -> Moment | Counts:
+    sums = _tensor(tensors[name])
+    if sums.ndim == 1:
+        return Counts.of(sums, count)
+    return Moment.of(sums, exponent, count, _tensor(tensors[f"{name}.waiting"]))
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -300,6 +300,8 @@ class DiagonalPreconditioner(Preconditioner):
         dampings: λ of each module.
         solver: "cholesky" refuses a singular H + λI, "eigh" takes its pseudo-inverse.
         precision: relative rounding error of Λ.
+        scales: s [K] of each module whose rows hold s·g instead of g; None: every s is 1. Λ is then
+            that of the rows, E[(s·g)²], λ that of g, and so λ s² is added to Λ.
 
     Raises:
         ValueError: H + λI of a module is singular, or not finite.
@@ -314,26 +316,43 @@ class DiagonalPreconditioner(Preconditioner):
         dampings: Sequence[float],
         solver: str,
         precision: float = torch.finfo(torch.float64).eps,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> None:
         key = _key(checksum, solver, [damping.hex() for damping in dampings])
-        pairs = list(zip(eigenvalues, dampings, strict=True))
-        means = [float(values.mean()) + damping for values, damping in pairs]
+        self._scales = [None if s is None else s.double() for s in scales or [None] * len(dampings)]
+        added = [
+            damping if s is None else damping * s.square()
+            for damping, s in zip(dampings, self._scales, strict=True)
+        ]
+        pairs = list(zip(eigenvalues, added, strict=True))
+        means = [float((values + more).mean()) for values, more in pairs]
         super().__init__(kind, key, modules, means, dampings)
-        self._inverses = []  # 1 / (Λ + λ), float64
-        for i, (values, damping) in enumerate(pairs):
-            name, damped = self.layout.names[i], values.clamp(min=0) + damping
+        self._inverses = []  # 1 / (Λ + λ s²), float64
+        for i, (values, more) in enumerate(pairs):
+            name, damping, s = self.layout.names[i], dampings[i], self._scales[i]
+            damped = values.clamp(min=0) + more
             if not damped.isfinite().all():
                 raise ValueError(f"module '{name}': H is not finite; log the rows again")
             rounding = torch.finfo(torch.float64).eps if damping else precision
-            kept = damped > self.layout.sizes[i] * rounding * damped.max()
+            size = damped if s is None else damped / s.square()
+            kept = size > self.layout.sizes[i] * rounding * size.max()
             if solver == "cholesky" and means[i] and not kept.all():
                 raise ValueError(_singular(name, damping, int(kept.sum()), kept.numel()))
             self._inverses.append(torch.where(kept, 1 / damped, 0.0))
 
     def _dimension(self, i: int) -> float:
         inverses = self._inverses[i]
-        damping = self.dampings[self.layout.names[i]]
-        return max(0.0, float((inverses > 0).sum() - damping * inverses.sum()))
+        damping, s = self.dampings[self.layout.names[i]], self._scales[i]
+        undamped = inverses if s is None else inverses * s.square()
+        return max(0.0, float((inverses > 0).sum() - damping * undamped.sum()))
+
+    def units(self, norm: str) -> list[int]:
+        """As `Preconditioner.units`; |(H + λI)⁻¹ g| is of g itself, also where rows hold s·g."""
+        units = super().units(norm)
+        if norm == "theta":
+            for i, s in enumerate(self._scales):
+                units[i] += 0 if s is None else round(math.log2(float(s.mean())))
+        return units
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         return self._inverses[i].flatten()[:, None] * columns
@@ -349,31 +368,65 @@ class DiagonalPreconditioner(Preconditioner):
 
     def _scale(self, i: int, norm: str, unit: int) -> Tensor:
         """W in the eigenbasis, in units of 2**unit, float32."""
-        scale = self._inverses[i].sqrt() if norm == "sigma" else self._inverses[i]
+        scale, s = self._inverses[i], self._scales[i]
+        if norm == "sigma":
+            scale = scale.sqrt()
+        elif s is not None:  # (Λ/s² + λ)⁻¹ g of the row's s·g
+            scale = scale * s
         return (scale * 2.0**-unit).float()
+
+
+def plain_preconditioner(
+    modules: Sequence[Module], scales: Sequence[Tensor | None]
+) -> Preconditioner:
+    """No curvature: the plain dot product of gradients g, also of rows that hold s·g.
+
+    Args:
+        modules: the row's layout.
+        scales: s [K] of each module, or None for 1.
+    """
+    if all(s is None for s in scales):
+        return IdentityPreconditioner(modules)
+    layout, digest = RowLayout.of(modules), hashlib.blake2b(digest_size=16)
+    for s in scales:
+        digest.update(b"" if s is None else s.numpy().tobytes())
+    zeros = [torch.zeros(size, dtype=torch.float64) for size in layout.sizes]
+    ones = [1.0] * len(layout)
+    made = DiagonalPreconditioner(
+        "none", digest.hexdigest(), layout, zeros, ones, "eigh", scales=scales
+    )
+    made.dampings.clear()  # 0 + 1 s² is inverted, and is no damping
+    return made
 
 
 class KroneckerPreconditioner(DiagonalPreconditioner):
     """H = (Q_B ⊗ Q_F) diag(Λ) (Q_B ⊗ Q_F)ᵀ.
 
     Args:
-        bases: (Q_F [Ki, Ki], Q_B [Ko, Ko]) of each module, float64.
+        bases: (Q_F [Ki, Ki], Q_B [Ko, Ko]) of each module, float64; None for Q_F = I.
         others: as `DiagonalPreconditioner` takes them, with Λ [Ko, Ki].
     """
 
-    def __init__(self, bases: Sequence[tuple[Tensor, Tensor]], *others: Any) -> None:
+    def __init__(self, bases: Sequence[tuple[Tensor | None, Tensor]], *others: Any) -> None:
         super().__init__(*others)
         self._bases = list(bases)
 
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         into, out = self._bases[i]
-        gradients = columns.T.reshape(-1, len(out), len(into))
-        rotated = out.T @ gradients @ into * self._inverses[i]
-        return (out @ rotated @ into.T).flatten(1).T
+        rotated: Tensor = out.T @ columns.T.reshape(-1, *self._inverses[i].shape)
+        if into is None:
+            solved = out @ (rotated * self._inverses[i])
+        else:
+            solved = out @ (rotated @ into * self._inverses[i]) @ into.T
+        return solved.flatten(1).T
 
     def _root(self, i: int) -> Tensor:
         into, out = self._bases[i]
-        return super()._root(i).diagonal()[:, None] * torch.kron(out.T, into.T)
+        if into is None:
+            into = torch.eye(self._inverses[i].shape[1], dtype=torch.float64)
+        return super()._root(i).diagonal()[:, None] * torch.kron(
+            out.T.contiguous(), into.T.contiguous()
+        )
 
     def _inverse(self, i: int) -> Tensor:
         root = self._root(i)
@@ -381,7 +434,8 @@ class KroneckerPreconditioner(DiagonalPreconditioner):
 
     def _whitening(self, i: int, norm: str, unit: int) -> Whitening:
         into, out = self._bases[i]
-        return Rotated(into.float(), out.float(), self._scale(i, norm, unit))
+        scale = self._scale(i, norm, unit)
+        return Rotated(None if into is None else into.float(), out.float(), scale)
 
 
 def _singular(name: str, damping: float, rank: int, size: int) -> str:

@@ -68,7 +68,7 @@ class RawCurvature(Curvature):
 
     def merge(self, other: RawCurvature) -> RawCurvature:
         """Add another curvature's sums and count (another shard's or rank's); returns self."""
-        self._check_layout("other", other.layout)
+        self._check_same(other)
         for mine, theirs in zip(self._moments, other._moments, strict=True):
             mine.merge(theirs)
         self._version += 1
@@ -115,12 +115,7 @@ class RawCurvature(Curvature):
                 sums = torch.zeros(module.size, module.size, dtype=moment.dtype)
             tensors[module.name] = sums.numpy()
             exponents[module.name] = exponent
-        meta = {
-            "kind": self.kind,
-            "count": self.count,
-            "exponents": exponents,
-            "checksum": self.checksum,
-        }
+        meta = {**self._described(self.checksum), "exponents": exponents}
         store.save_curvature(self.kind, tensors, meta)
 
     @classmethod
@@ -138,6 +133,7 @@ class RawCurvature(Curvature):
             exponents = [int(meta["exponents"][name]) for name in store.layout.names]
             count = int(meta["count"])
             checksum = meta["checksum"]
+            curvature.labels = meta.get("labels", "data")
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"{store.path}: curvature 'raw' lacks its exponents, count or checksum; {rebuild}"

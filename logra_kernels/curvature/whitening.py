@@ -83,13 +83,14 @@ class Rotated(Whitening):
     """W vec(G) = vec(D ∘ (Q_Bᵀ G Q_F)): two small rotations and a scale for each coordinate.
 
     Args:
-        vectors_in: Q_F [Ki, Ki] float32.
+        vectors_in: Q_F [Ki, Ki] float32; None for the identity.
         vectors_out: Q_B [Ko, Ko] float32.
         scale: D [Ko, Ki] float32.
     """
 
-    def __init__(self, vectors_in: Tensor, vectors_out: Tensor, scale: Tensor) -> None:
-        self._factors = vectors_in.contiguous(), vectors_out.contiguous(), scale.contiguous()
+    def __init__(self, vectors_in: Tensor | None, vectors_out: Tensor, scale: Tensor) -> None:
+        into = None if vectors_in is None else vectors_in.contiguous()
+        self._factors = into, vectors_out.contiguous(), scale.contiguous()
 
     def squares(self, columns: Tensor) -> Tensor:
         """|D ∘ (Q_Bᵀ G Q_F)|², [R] float32."""
@@ -99,7 +100,8 @@ class Rotated(Whitening):
 
     def to(self, device: torch.device) -> Rotated:
         """The same on a device."""
-        return Rotated(*(factor.to(device) for factor in self._factors))
+        into, out, scale = self._factors
+        return Rotated(None if into is None else into.to(device), out.to(device), scale.to(device))
 
     @property
     def silent(self) -> bool:
@@ -107,13 +109,13 @@ class Rotated(Whitening):
         return not bool(self._factors[2].any())
 
 
-def rotate(columns: Tensor, vectors_in: Tensor, vectors_out: Tensor) -> Tensor:
+def rotate(columns: Tensor, vectors_in: Tensor | None, vectors_out: Tensor) -> Tensor:
     """Q_Bᵀ G Q_F [R, Ko, Ki] float32 of columns [R, Ko·Ki], G = columns of one row as [Ko, Ki].
 
-    Each product has the bits of a row alone, whatever rows are beside it.
+    Without Q_F it is Q_Bᵀ G. Each product has the bits of a row alone, whatever rows are beside it.
     """
-    ko, ki = len(vectors_out), len(vectors_in)
-    gradients = columns.reshape(-1, ko, ki).contiguous()
-    inputs = ops.project(gradients, vectors_in.T.contiguous())  # G Q_F [R, Ko, Ki]
+    inputs = columns.unflatten(1, (len(vectors_out), -1)).contiguous()
+    if vectors_in is not None:
+        inputs = ops.project(inputs, vectors_in.T.contiguous())  # G Q_F [R, Ko, Ki]
     both = ops.project(inputs.mT.contiguous(), vectors_out.T.contiguous())  # [R, Ki, Ko]
     return both.mT

@@ -7,12 +7,15 @@
 `train` is the user's own: indices of training examples and a seed -> the loss of every query.
 """
 
+from logra_kernels.evaluation.brittleness import Brittleness, brittleness, without_top
 from logra_kernels.evaluation.lds import Lds, lds
-from logra_kernels.evaluation.retraining import half_subsets, retrain, without_top
+from logra_kernels.evaluation.retraining import half_subsets, retrain
 from logra_kernels.evaluation.retrieval import mislabelled_auc, recall_at
 
 __all__ = [
+    "Brittleness",
     "Lds",
+    "brittleness",
     "half_subsets",
     "lds",
     "mislabelled_auc",

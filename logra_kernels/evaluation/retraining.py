@@ -33,25 +33,6 @@ def half_subsets(num_examples: int, count: int, seed: int = 0) -> np.ndarray:
     return chosen
 
 
-def without_top(ranking: np.ndarray, num_examples: int, k: int) -> np.ndarray:
-    """[Q, num_examples] bool: all examples but the first k of each query's ranking (brittleness).
-
-    Args:
-        ranking: [Q, K] indices of examples, the most valuable first; K >= k.
-        num_examples: N.
-        k: how many are left out; 0 keeps all.
-
-    Raises: ValueError for k beyond the ranking, or an index that is no example's.
-    """
-    if not 0 <= k <= ranking.shape[1]:
-        raise ValueError(f"k: expected 0 to {ranking.shape[1]}, the ranking's length, got {k}")
-    if ranking.size and not 0 <= ranking.min() <= ranking.max() < num_examples:
-        raise ValueError(f"ranking: expected indices from 0 to {num_examples - 1}")
-    kept = np.ones((len(ranking), num_examples), bool)
-    np.put_along_axis(kept, ranking[:, :k], False, axis=1)
-    return kept
-
-
 def retrain(
     train: Train,
     subsets: np.ndarray,

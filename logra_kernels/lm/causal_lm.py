@@ -19,6 +19,7 @@ from logra_kernels.lm.layers import (
     linear_layers,
     patterns,
 )
+from logra_kernels.run.labels import sample_labels
 from logra_kernels.run.recorder import model_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -138,17 +139,26 @@ class CausalLM:
         batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def summed_loss(self, batch: dict[str, Tensor], sampled: Sequence[str] | None = None) -> Tensor:
         """Cross entropy of every token given those before it, summed over tokens and examples.
 
         In nats, float32, a scalar.
+
+        Args:
+            batch: of `collate`.
+            sampled: the examples' ids; the labels are then next tokens that the model draws for
+                them, in the places of the batch's.
         """
         logits = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits  # [N, T, V]
+        labels = batch["labels"][:, 1:]  # [N, T - 1]
+        if sampled is not None:
+            borne = labels != -100
+            labels = sample_labels(logits[:, :-1], sampled, mask=borne).masked_fill(~borne, -100)
         return nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1),
-            batch["labels"][:, 1:].flatten(),
+            labels.flatten(),
             ignore_index=-100,
             reduction="sum",
         )

@@ -64,8 +64,13 @@ class LMGradients:
         """[Q, N, T]: what each token adds to the dot product of query [Q, D] and example."""
         return self.passed(examples, token_queries=queries).token_scores().float().cpu()
 
-    def passed(self, examples: Sequence[Example], **options: Any) -> Capture:
-        """One forward and one backward pass of N examples; options as of `Capture`."""
+    def passed(
+        self, examples: Sequence[Example], *, sampled: bool = False, **options: Any
+    ) -> Capture:
+        """One forward and one backward pass of N examples; options as of `Capture`.
+
+        `sampled`: the labels are tokens that the model draws.
+        """
         batch = self.lm.collate(examples)
         capture = Capture(
             self.lm.model,
@@ -75,7 +80,8 @@ class LMGradients:
             **options,
         )
         with capture, torch.enable_grad():
-            self.lm.summed_loss(batch).backward()
+            names = [example.id for example in examples] if sampled else None
+            self.lm.summed_loss(batch, names).backward()
         return capture
 
 

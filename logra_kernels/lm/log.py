@@ -5,10 +5,11 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from logra_kernels.curvature import curvature_kind
+from logra_kernels.curvature import Labels, curvature_kind
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE, STORE_DTYPE
 from logra_kernels.lm.corpus import WINDOW_EXAMPLES, Corpus, Example, batches
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprint
@@ -22,7 +23,8 @@ class LoggingProgress:
 
     examples: read from the corpus so far; `resumed` of them were in the store already, and
     `nonfinite` were left out. tokens: of the examples that were logged now. total: an estimate of
-    the corpus's examples until it has been read; None where there is none.
+    the corpus's examples until it has been read; None where there is none. In the passes over
+    sampled labels, `sampled_pass` is their number, from 1, and `examples` are the pass's.
     """
 
     examples: int = 0
@@ -30,6 +32,7 @@ class LoggingProgress:
     resumed: int = 0
     nonfinite: int = 0
     total: int | None = None
+    sampled_pass: int = 0
 
 
 def log_corpus(
@@ -45,6 +48,7 @@ def log_corpus(
     batch_size: int | None = None,
     window: int = WINDOW_EXAMPLES,
     curvature: str = CURVATURE,
+    labels: Labels = "data",
     on_nonfinite: str = "raise",
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -62,6 +66,8 @@ def log_corpus(
         batch_tokens, batch_size: the largest batch, in tokens with padding and in examples.
         window: examples among which batches of similar length are formed.
         curvature: the kind that is kept while logging and saved at the end, or "none".
+        labels: "sampled" makes the curvature of next tokens that the model draws, in one more pass
+            over the corpus, or two for a kind that corrects its eigenvalues; "data" of the text's.
         on_nonfinite: "raise", or "skip" examples whose gradient is NaN or infinite.
         resume: go on with the store at `path`, if there is one.
         stop: asked after each batch; True commits what there is and returns.
@@ -74,17 +80,12 @@ def log_corpus(
             written.
     """
     kind = None if curvature == NO_CURVATURE else curvature_kind(curvature).kind
-    setup = Setup(save=True, curvature=kind)
+    setup = Setup(save=True, curvature=kind, labels=labels)
     finite = FinitePolicy(on_nonfinite)
     progress = LoggingProgress()
-    planned = _first_read(
-        batches(
-            _counted(corpus, progress),
-            batch_tokens=batch_tokens,
-            batch_size=batch_size,
-            window=window,
-        )
-    )
+
+    cut = partial(batches, batch_tokens=batch_tokens, batch_size=batch_size, window=window)
+    planned = _first_read(cut(_counted(corpus, progress)))
     recorder = Recorder(
         Path(path),
         gradients.watched,
@@ -101,6 +102,19 @@ def log_corpus(
             if stop():
                 recorder.suspend()
                 return None
+        if kind is not None and recorder.lacks_sampled:
+            finite = FinitePolicy(on_nonfinite)
+            shown = LoggingProgress(total=progress.examples)
+            for number in recorder.curvature_passes(kind, "sampled"):
+                shown.sampled_pass, shown.examples = number + 1, 0
+                for batch in cut(corpus):
+                    keep = recorder.keeps_tokens
+                    recorder.add_to_curvature(_passed(batch, gradients, finite, keep, sampled=True))
+                    shown.examples += len(batch)
+                    report(shown)
+                    if stop():
+                        recorder.suspend()
+                        return None
     recorder.finish()
     return progress
 
@@ -162,18 +176,27 @@ def _log_batch(
     progress.resumed += len(batch) - len(new)
     if not new:
         return
-    kind = setup.curvature
-    keep_tokens = kind is not None and curvature_kind(kind).tokens is not None
-    capture = gradients.passed(new, keep_tokens=keep_tokens)
-    logged = LoggedRows(
-        [example.id for example in new],
-        capture.rows().float().cpu(),
-        [example.metadata() for example in new],
-        capture.tokens,
-        range(len(new)),
-    )
-    kept = finite.check(logged, gradients.watched.layout)
+    kept = _passed(new, gradients, finite, bool(setup.of_tokens))
     recorder.add(kept, setup)
     progress.nonfinite = len(finite.skipped)
     lengths = {example.id: len(example.tokens) for example in new}
     progress.tokens += sum(lengths[name] for name in kept.ids)
+
+
+def _passed(
+    batch: Sequence[Example],
+    gradients: LMGradients,
+    finite: FinitePolicy,
+    keep_tokens: bool,
+    sampled: bool = False,
+) -> LoggedRows:
+    """Run one batch, and give the rows that are finite; of `sampled` next tokens or the text's."""
+    capture = gradients.passed(batch, sampled=sampled, keep_tokens=keep_tokens)
+    logged = LoggedRows(
+        [example.id for example in batch],
+        capture.rows().float().cpu(),
+        [example.metadata() for example in batch],
+        capture.tokens,
+        range(len(batch)),
+    )
+    return finite.check(logged, gradients.watched.layout)

@@ -1,7 +1,6 @@
 """A projection made from a part of the corpus, which is run through the model before logging."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from itertools import islice
 
 from tqdm import tqdm
@@ -55,6 +54,7 @@ def pilot_corpus(
     *,
     rank: int | tuple[int, int] | None = None,
     coordinates: int | None = None,
+    moments: str = "expand",
     size: int | float | None = None,
     batch_tokens: int = 1024,
     batch_size: int | None = None,
@@ -70,24 +70,23 @@ def pilot_corpus(
         gradients: the model and its watched modules; if anything fails, they keep the projection
             that they have.
         corpus: what is to be logged; it is read twice, to count its examples and to choose.
-        init, rank, coordinates: as in `Run.pilot`.
+        init, rank, coordinates, moments: as in `Run.pilot`.
         size: as `asked` of `pilot_size`.
         batch_tokens, batch_size, on_nonfinite: as in `log_corpus`.
-        progress: True draws bars on stderr; a callback is told (examples passed, in all passes).
+        progress: True draws bars on stderr; a callback is told (examples passed, of how many).
 
     Raises:
         ValueError: another init, an option that is missing or not its own, a size that the corpus
             has not, or a gradient that is not finite.
     """
     finite = FinitePolicy(on_nonfinite)
-    pilot = Pilot(gradients.watched, init, rank, coordinates)
+    pilot = Pilot(gradients.watched, init, rank, coordinates, moments)
     bar = tqdm(corpus, desc="count", unit="ex", disable=progress is not True, dynamic_ncols=True)
     total = sum(1 for _ in bar)
     examples = list(evenly_spaced(corpus, total, pilot_size(total, size)))
-    with closing(pilot.run()) as passes:
-        done = track(progress, pilot.passes * len(examples), "pilot", "ex")
-        for _ in passes:
-            for batch in batches(examples, batch_tokens=batch_tokens, batch_size=batch_size):
-                capture = gradients.passed(batch, tokens_alone=pilot.tokens_alone)
-                pilot.add(capture, [example.id for example in batch], finite)
-                done(len(batch))
+    with pilot.running():
+        done = track(progress, len(examples), "pilot", "ex")
+        for batch in batches(examples, batch_tokens=batch_tokens, batch_size=batch_size):
+            capture = gradients.passed(batch, tokens_alone=True)
+            pilot.add(capture, [example.id for example in batch], finite)
+            done(len(batch))

@@ -16,7 +16,7 @@ from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
 from logra_kernels.lm.ranking import Ranking, Scans, Scores
 from logra_kernels.lm.sources import json_lines
-from logra_kernels.lm.token_shares import add_token_shares
+from logra_kernels.lm.token_shares import add_query_shares, add_token_shares
 from logra_kernels.report import FORMAT, VERSION
 from logra_kernels.store import Store
 
@@ -75,6 +75,7 @@ def ask(
     damping_scale: DampingScale | None = None,
     damping: float | None = None,
     token_scores: bool = True,
+    query_tokens: bool = False,
     expected: Mapping[str, str] | None = None,
     every_score: Callable[[Scores], None] | None = None,
     title: str = "Most influential passages",
@@ -91,6 +92,8 @@ def ask(
         top_k: how many of the most and of the least influential passages are kept.
         damping_scale, damping: λ, as in `Attributor`.
         token_scores: run the top passages through the model again, for their tokens' shares.
+        query_tokens: run the queries again, for the shares of their tokens in each top passage's
+            score.
         expected: {query id: beginning of a passage's id}: report the rank of the best passage
             whose id begins so. It takes all scores, so the memory grows with the store.
         every_score: given the scores of all rows in each mode, as columns query, mode, row, id and
@@ -121,6 +124,9 @@ def ask(
     if token_scores:
         progress("token contributions of the top passages")
         add_token_shares(store, gradients, rankings)
+    if query_tokens:
+        progress("token contributions of the queries")
+        add_query_shares(store, gradients, rankings, examples)
     return {
         "format": FORMAT,
         "version": VERSION,

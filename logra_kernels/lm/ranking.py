@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from logra_kernels.attribution import Attributor, InfluenceResult, PreparedQueries
-from logra_kernels.curvature import DampingScale
+from logra_kernels.curvature import DampingScale, Preconditioner
 from logra_kernels.defaults import DAMPING_SCALE, GRADIENT_DOT, MATRIX_MODE, NO_CURVATURE
 from logra_kernels.store import Store
 
@@ -23,6 +23,7 @@ class Ranking:
 
     mode: str
     queries: PreparedQueries
+    preconditioner: Preconditioner
     top: list[list[Passage]]  # of each query
     bottom: list[list[Passage]]
     expected_ranks: dict[str, int | None]  # {query id: rank of the best expected passage}
@@ -89,7 +90,7 @@ class Scans:
                 if name in expected:
                     ranks[name] = _best_rank(ids, of_query, expected[name])
         top, bottom = (_passages(result, end) for end in ("top", "bottom"))
-        return Ranking(mode, queries, top, bottom, ranks)
+        return Ranking(mode, queries, attributor.preconditioner, top, bottom, ranks)
 
     def curvature_facts(self, rankings: Sequence[Ranking]) -> dict[str, Any]:
         """What a report says of the curvature and the damping that the rankings used."""

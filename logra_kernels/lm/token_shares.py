@@ -1,4 +1,4 @@
-"""How much each token of a ranked passage contributes to the passage's score."""
+"""How much each token of a ranked passage, or of the query, contributes to the passage's score."""
 
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +31,33 @@ def add_token_shares(store: Store, gradients: LMGradients, rankings: Sequence[Ra
             for passage in passages:
                 row = passage["row"]
                 if row in examples:
-                    _add_shares(passage, texts[row], contributions[row][ranking.queries.key][q])
+                    of_query = contributions[row][ranking.queries.key][q]
+                    _add_shares(passage, "tokens", texts[row], of_query)
+
+
+def add_query_shares(
+    store: Store,
+    gradients: LMGradients,
+    rankings: Sequence[Ranking],
+    queries: Sequence[Example],
+) -> None:
+    """Give each top passage its `query_tokens`: what each token of the query adds to its score.
+
+    Influence is symmetric: the query's tokens meet the preconditioned row of the passage.
+    """
+    rankings = [ranking for ranking in rankings if ranking.mode in TOKEN_MODES]
+    for q, query in enumerate(queries):
+        passages = [passage for ranking in rankings for passage in ranking.top[q]]
+        solved = []
+        for ranking in rankings:
+            rows = store.take([passage["row"] for passage in ranking.top[q]])
+            solved.append(ranking.preconditioner.precondition(torch.from_numpy(rows)))
+        if not passages:
+            continue
+        contributions = gradients.token_scores([query], torch.cat(solved))[:, 0]  # [passages, T]
+        texts = gradients.lm.token_texts(query.tokens)
+        for passage, of_passage in zip(passages, contributions, strict=True):
+            _add_shares(passage, "query_tokens", texts, of_passage)
 
 
 def _examples(store: Store, rankings: Sequence[Ranking]) -> dict[int, Example]:
@@ -58,7 +84,7 @@ def _contributions(
     return found
 
 
-def _add_shares(passage: Passage, texts: Sequence[str], contributions: Tensor) -> None:
+def _add_shares(passage: Passage, key: str, texts: Sequence[str], contributions: Tensor) -> None:
     """Scale the contributions [T], so that they sum to the score, and add them to a passage.
 
     The factor is the mode's normaliser, which is positive, up to the rounding of the stored row.
@@ -69,6 +95,6 @@ def _add_shares(passage: Passage, texts: Sequence[str], contributions: Tensor) -
     factor = passage["score"] / total if total else 0.0
     if factor > 0:
         values = (shares * factor).tolist()
-        passage["tokens"] = [
+        passage[key] = [
             [text, float(f"{value:.4g}")] for text, value in zip(texts, values, strict=True)
         ]

@@ -10,6 +10,7 @@ from logra_kernels.ops.covariance_update import covariance_update_
 from logra_kernels.ops.pack_rows import pack_rows, unpack_rows
 from logra_kernels.ops.per_sample_gradients import per_sample_gradients
 from logra_kernels.ops.project import project
+from logra_kernels.ops.projected_coordinates import projected_coordinates
 from logra_kernels.ops.projected_gradients import projected_gradients
 from logra_kernels.ops.projected_gradients_grouped import projected_gradients_grouped
 from logra_kernels.ops.scores import scores
@@ -24,6 +25,7 @@ __all__ = [
     "pack_rows",
     "per_sample_gradients",
     "project",
+    "projected_coordinates",
     "projected_gradients",
     "projected_gradients_grouped",
     "scores",

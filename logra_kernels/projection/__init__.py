@@ -16,6 +16,7 @@ from logra_kernels.projection.stored import (
     described_widths,
     projection_tensors,
     stored_projections,
+    stored_scales,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "projection_tensors",
     "register_projection_kind",
     "stored_projections",
+    "stored_scales",
 ]

@@ -5,28 +5,28 @@ the largest eigenvalues are P_i and P_o.
 
     pca     K of each side: a row holds G = P_o (dL/dW) P_iᵀ whole.
     eigen   a row holds the D coordinates, over all modules together, in which the damped inverse
-            keeps most of the gradient: those with the largest (Λ / (Λ + λ))², Λ = E[G²] of the
-            pilot and λ = 0.1 · mean of Λ over all coordinates of the module's weight. They lie in
-            a corner of G, below a staircase.
+            keeps most of the gradient: those with the largest Λ / (Λ + λ). Λ is the pilot's K-FAC,
+            the product of a coordinate's two eigenvalues, such that the Λ of a module sum up to
+            E‖dL/dW‖²; λ = 0.1 · mean of Λ over all coordinates of the module's weight. They lie in
+            a corner of G, below a staircase. Each is stored times 1 / √(Λ + λ), so that the
+            columns of all modules are of about one size.
+
+K-FAC's Λ chooses as well as the corrected E[G²] of the same pilot does (`docs/methods.md`), and it
+needs no second pass; the curvature of the rows is corrected by all of them.
 
 Sources: Choe et al. 2024, §3.2 (PCA); the basis: EK-FAC (George et al. 2018; Grosse et al. 2023).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.projection.spec import ModuleProjection, Rank, Widths, rank_pair
-
-# A side of the block in which coordinates are chosen is at least this wide, and at least this many
-# times the side of a square with a module's share of the coordinates.
-SMALLEST_BLOCK, BLOCK_SIDES = 64, 4
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,28 @@ class PilotProjection:
 
 @dataclass(frozen=True)
 class Basis:
-    """The eigenvectors of one module's moments, as columns, largest eigenvalue first."""
+    """The eigenvectors of one module's moments, as columns, and their values, largest first.
 
-    vectors_in: Tensor  # Q_F [I, I] float64
+    Of one-hot inputs the eigenvectors are the inputs' own axes: `vectors_in` is their order.
+    """
+
+    values_in: Tensor  # Λ_F [I] float64
+    vectors_in: Tensor  # Q_F [I, I] float64, or [I] int64
+    values_out: Tensor  # Λ_B [O] float64
     vectors_out: Tensor  # Q_B [O, O] float64
 
     def corner(self, rank_out: int, rank_in: int) -> ModuleProjection:
         """The projection to the first vectors of each side."""
+        width_in = len(self.vectors_in)
+        if self.vectors_in.ndim == 1:
+            proj_in = torch.zeros(min(rank_in, width_in), width_in)
+            proj_in.scatter_(1, self.vectors_in[:rank_in, None], 1.0)
+        else:
+            proj_in = self.vectors_in[:, :rank_in].T.float().contiguous()
         return ModuleProjection(
-            len(self.vectors_in),
+            width_in,
             len(self.vectors_out),
-            self.vectors_in[:, :rank_in].T.float().contiguous(),
+            proj_in,
             self.vectors_out[:, :rank_out].T.float().contiguous(),
         )
 
@@ -77,73 +88,87 @@ def pca(bases: Mapping[str, Basis], rank: Rank, examples: int) -> PilotProjectio
     return PilotProjection(corners, described)
 
 
-def corner_sides(widths: Widths, coordinates: int) -> dict[str, tuple[int, int]]:
-    """{module name: (rank_out, rank_in)} of the corners in which the coordinates are chosen.
-
-    Args:
-        widths: {module name: (I, O)}.
-        coordinates: D, over all modules.
-    """
-    side = max(SMALLEST_BLOCK, BLOCK_SIDES * math.ceil(math.sqrt(coordinates / len(widths))))
-    while True:
-        sides = {name: (min(side, o), min(side, i)) for name, (i, o) in widths.items()}
-        held = sum(rank_out * rank_in for rank_out, rank_in in sides.values())
-        if held >= coordinates or side >= max(max(pair) for pair in widths.values()):
-            return sides
-        side *= 2
-
-
 def staircase(
-    bases: Mapping[str, Basis],
-    eigenvalues: Mapping[str, Tensor],
-    energies: Mapping[str, float],
-    coordinates: int,
-    examples: int,
+    bases: Mapping[str, Basis], energies: Mapping[str, float], coordinates: int, examples: int
 ) -> PilotProjection:
     """The eigenbasis rows of D coordinates over all modules; each module has at least one.
 
     Args:
         bases: of each module.
-        eigenvalues: Λ [ko, ki] float64 of each module, in the corner of its first eigenvectors.
         energies: E‖dL/dW‖² of each module, the sum of Λ over all its coordinates.
         coordinates: D.
         examples: the pilot's.
 
-    Raises: ValueError for fewer coordinates than modules, or more than the corners hold.
+    Raises: ValueError for fewer coordinates than modules, or more than there are.
     """
-    total = sum(values.numel() for values in eigenvalues.values())
-    if not len(eigenvalues) <= coordinates <= total:
+    total = sum(len(basis.vectors_in) * len(basis.vectors_out) for basis in bases.values())
+    if not len(bases) <= coordinates <= total:
         raise ValueError(
-            f"coordinates: expected {len(eigenvalues)} (one a module) to {total}, got {coordinates}"
+            f"coordinates: expected {len(bases)} (one a module) to {total}, got {coordinates}"
         )
-    gains = [_gain(eigenvalues[name], energies[name], basis) for name, basis in bases.items()]
-    kept = _largest(gains, coordinates)
+    sides = [(_relative(basis.values_out), _relative(basis.values_in)) for basis in bases.values()]
+    least = _threshold(sides, coordinates)
+    corners = [_corner(*pair, least) for pair in sides]
     projections, shares = {}, {}
-    for (name, basis), places in zip(bases.items(), kept, strict=True):
-        values = eigenvalues[name]
-        rows, columns = places // values.shape[1], places % values.shape[1]
+    each = zip(bases.items(), corners, _largest(corners, coordinates), strict=True)
+    for (name, basis), relative, places in each:
+        rows, columns = places // relative.shape[1], places % relative.shape[1]
+        kept = relative.flatten()[places]
         corner = basis.corner(int(rows.max()) + 1, int(columns.max()) + 1)
-        chosen = rows * corner.ki + columns
-        projections[name] = ModuleProjection(
-            corner.in_features, corner.out_features, corner.proj_in, corner.proj_out, chosen
+        size = corner.in_features * corner.out_features
+        projections[name] = replace(
+            corner,
+            coordinates=rows * corner.ki + columns,
+            scale=_whitening((kept + DAMPING_SCALE) * (energies[name] / size)),
         )
-        energy = energies[name]
-        shares[name] = min(1.0, float(values.flatten()[places].sum()) / energy) if energy else 1.0
+        shares[name] = min(1.0, float(kept.sum()) / size) or 1.0
     described = {
         "kind": "eigen",
         "coordinates": coordinates,
         "pilot_examples": examples,
         "damping_scale": DAMPING_SCALE,
-        "energy_shares": {name: share or 1.0 for name, share in shares.items()},
+        "scaling": "1/sqrt(Lambda + lambda), of the pilot",
+        "energy_shares": shares,
     }
     return PilotProjection(projections, described)
 
 
-def _gain(values: Tensor, energy: float, basis: Basis) -> Tensor:
-    """(Λ / (Λ + λ))² [ko, ki]."""
-    damping = DAMPING_SCALE * energy / (len(basis.vectors_in) * len(basis.vectors_out))
-    total = values + damping
-    return torch.where(total > 0, values / total, 0.0).square()
+def _relative(values: Tensor) -> Tensor:
+    """Eigenvalues over their mean: a product of both sides' is Λ over its mean in the module."""
+    kept = values.clamp(min=0)
+    mean = float(kept.mean())
+    return kept / mean if mean > 0 else torch.zeros_like(kept)
+
+
+def _threshold(sides: Sequence[tuple[Tensor, Tensor]], count: int) -> float:
+    """A number that at least `count` of all modules' products reach, and hardly more if it can be.
+
+    Args:
+        sides: [O] and [I] of each module, descending.
+    """
+    low, high = 0.0, max(float(out[0] * into[0]) for out, into in sides)
+    while high > low * (1 + 1e-6) and (high > 2.0**-100):
+        middle = (low * high) ** 0.5 if low > 0 else high / 16
+        reached = 0
+        for out, into in sides:  # descending: as many as come before the first that is smaller
+            needed = torch.where(out > 0, middle / out, torch.inf)
+            reached += int(torch.searchsorted(-into, -needed, right=True).sum())
+        low, high = (middle, high) if reached >= count else (low, middle)
+    return low
+
+
+def _corner(out: Tensor, into: Tensor, least: float) -> Tensor:
+    """The products [ko, ki] in the smallest corner that holds those of `least` and above."""
+    rows = max(1, int((out * into[0] >= least).sum()))
+    columns = max(1, int((into * out[0] >= least).sum()))
+    return torch.outer(out[:rows], into[:columns])
+
+
+def _whitening(damped: Tensor) -> Tensor:
+    """1 / √(Λ + λ) [n] float32; 1 where the pilot saw no gradient."""
+    scale = torch.where(damped > 0, damped, 1.0).rsqrt()
+    # Whose squares float64, and products with a gradient float32, can hold.
+    return scale.clamp(2.0**-100, 2.0**100).float()
 
 
 def _largest(gains: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -22,6 +22,7 @@ class ModuleProjection:
     in_features: I; out_features: O; proj_in: [Ki, I] float32; proj_out: [Ko, O] float32.
     coordinates: [n] int64, ascending: the elements of vec(G), G [Ko, Ki], that a row holds; None:
         all of them.
+    scale: [n] float32 above 0, what a row holds of each coordinate being `scale` times it; None: 1.
     """
 
     in_features: int
@@ -29,6 +30,7 @@ class ModuleProjection:
     proj_in: Tensor | None = None
     proj_out: Tensor | None = None
     coordinates: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def ki(self) -> int:
@@ -122,7 +124,7 @@ def _kind_named(name: str) -> ProjectionKind:
     if name in PILOTED:
         raise ValueError(
             f"init: '{name}' is made from a pilot: pass some examples inside "
-            f"`for _ in run.pilot('{name}', ...)`; without one there are {known}"
+            f"`with run.pilot('{name}', ...)`; without one there are {known}"
         )
     raise ValueError(f"init: expected one of {known}, got {name!r}")
 
@@ -164,4 +166,7 @@ def projection_digest(projections: Mapping[str, ModuleProjection]) -> str:
         if projection.coordinates is not None:
             digest.update(f"{name}\0coordinates\0".encode())
             digest.update(projection.coordinates.numpy().astype("<i8").tobytes())
+        if projection.scale is not None:
+            digest.update(f"{name}\0scale\0".encode())
+            digest.update(projection.scale.numpy().astype("<f4").tobytes())
     return digest.hexdigest()

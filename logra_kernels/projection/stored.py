@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from logra_kernels.projection.pilot import PilotProjection
 from logra_kernels.projection.spec import ModuleProjection, ProjectionSpec, projection_digest
 from logra_kernels.store import Store, StoreMismatchError
 
-_SIDES = ("proj_in", "proj_out", "coordinates")
+_PARTS = ("proj_in", "proj_out", "coordinates", "scale")
 
 
 def describe_projection(
@@ -39,12 +40,12 @@ def describe_projection(
 
 
 def projection_tensors(projections: Mapping[str, ModuleProjection]) -> dict[str, np.ndarray]:
-    """{"<module>.proj_in": [Ki, I], ".proj_out": [Ko, O], ".coordinates": [n]} where there are."""
+    """{"<module>.proj_in": [Ki, I], ".proj_out": [Ko, O], ".coordinates", ".scale": [n]}."""
     return {
-        f"{name}.{side}": matrix.numpy()
+        f"{name}.{part}": tensor.numpy()
         for name, projection in projections.items()
-        for side in _SIDES
-        if (matrix := getattr(projection, side)) is not None
+        for part in _PARTS
+        if (tensor := getattr(projection, part)) is not None
     }
 
 
@@ -56,14 +57,27 @@ def stored_projections(store: Store) -> dict[str, ModuleProjection]:
     tensors = store.load_tensors() if store.manifest["projection_tensors"] else {}
     stored = {}
     for name, widths in described_widths(store.projection).items():
-        sides = (tensors.get(f"{name}.{side}") for side in _SIDES)
-        matrices = (None if side is None else torch.from_numpy(np.array(side)) for side in sides)
-        stored[name] = ModuleProjection(*widths, *matrices)
+        parts = (tensors.get(f"{name}.{part}") for part in _PARTS)
+        kept = (None if part is None else torch.from_numpy(np.array(part)) for part in parts)
+        stored[name] = ModuleProjection(*widths, *kept)
     if projection_digest(stored) != store.projection["sha256"]:
         raise StoreMismatchError(
             f"{store.path}: its projection matrices are not those its rows were logged with"
         )
     return stored
+
+
+def stored_scales(store: Store) -> list[Tensor | None]:
+    """[n] float32 for each module, by which its coordinates were multiplied; None: by 1.
+
+    Raises: StoreError if the file that keeps them is damaged.
+    """
+    entry = store.manifest["projection_tensors"]
+    names = [f"{name}.scale" for name in store.layout.names]
+    if entry is None or not any(name in entry["tensors"] for name in names):
+        return [None] * len(names)
+    tensors = store.load_tensors()
+    return [torch.from_numpy(tensors[name]) if name in tensors else None for name in names]
 
 
 def described_widths(described: Any) -> dict[str, tuple[int, int]]:

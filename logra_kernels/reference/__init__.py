@@ -7,6 +7,7 @@ from logra_kernels.reference.covariance_update import covariance_update_
 from logra_kernels.reference.pack_rows import pack_rows, unpack_rows
 from logra_kernels.reference.per_sample_gradients import per_sample_gradients
 from logra_kernels.reference.project import project
+from logra_kernels.reference.projected_coordinates import projected_coordinates
 from logra_kernels.reference.projected_gradients import projected_gradients
 from logra_kernels.reference.projected_gradients_grouped import projected_gradients_grouped
 from logra_kernels.reference.scores import scores
@@ -18,6 +19,7 @@ __all__ = [
     "pack_rows",
     "per_sample_gradients",
     "project",
+    "projected_coordinates",
     "projected_gradients",
     "projected_gradients_grouped",
     "scores",

@@ -11,8 +11,9 @@ What a results file holds (JSON, written by `logra query --json`):
     tables            optional: heading, text, columns, rows of as many texts
     queries           id, prompt, text, origin, expected, modes
       modes           mode, top, bottom: passages
-        passage       rank, id, score, text, and optionally title, prompt, tokens
+        passage       rank, id, score, text, and optionally title, prompt, tokens, query_tokens
           tokens      pairs [text, contribution]; the contributions sum to the score
+          query_tokens  the same of the query's tokens
       expected        what (a page's name), ranks {mode: rank of its first passage}
 """
 

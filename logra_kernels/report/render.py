@@ -104,7 +104,7 @@ def projection_line(projection: Any) -> str:
     said = [str(projection["kind"])]
     if isinstance(projection.get("rank"), list):
         said.append(f"rank {' × '.join(map(str, projection['rank']))}")
-    for name in ("coordinates", "seed", "pilot_examples"):
+    for name in ("coordinates", "moments", "seed", "pilot_examples"):
         if name in projection:
             said.append(f"{name.replace('_', ' ')} {projection[name]}")
     return ", ".join(said)
@@ -188,6 +188,7 @@ def _passage(
         "snippet": preview(passage, 110),
         "prompt": passage.get("prompt", ""),
         "body": shade(tokens) if tokens else escape(passage["text"]),
+        "query": shade(passage.get("query_tokens") or ()),
         "note": " · ".join(note),
     }
 

@@ -26,6 +26,7 @@ _PASSAGE = {
     "title?": str,
     "prompt?": str,
     "tokens?": [(str, float)],
+    "query_tokens?": [(str, float)],
 }
 _RESULTS = {
     "title": str,

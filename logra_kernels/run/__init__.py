@@ -4,15 +4,17 @@ from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage, LeftOut, WatchedModule
 from logra_kernels.run.diagnosis import Diagnosis, Finding
 from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
+from logra_kernels.run.labels import sample_labels
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
-from logra_kernels.run.pilot import Pilot
+from logra_kernels.run.pilot import MOMENTS, Pilot
 from logra_kernels.run.recorder import Recorder, check_curvature
 from logra_kernels.run.run import Run
 from logra_kernels.run.statistic import CorrectedEigval, Covariance, Setup
 from logra_kernels.run.watched import WatchedLayers
 
 __all__ = [
+    "MOMENTS",
     "NO_BOS",
     "Config",
     "CorrectedEigval",
@@ -34,4 +36,5 @@ __all__ = [
     "check_curvature",
     "check_ids",
     "examine",
+    "sample_labels",
 ]

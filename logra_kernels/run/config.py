@@ -55,7 +55,8 @@ class Config:
     check_weights: bool = True
 
     def __post_init__(self) -> None:
-        _ = self.projection  # raises for a rank or an init that is not available
+        if self.init != "pca":  # which add_lora makes of statistics
+            _ = self.projection  # raises for a rank or an init that is not available
         _one_of("dtype", self.dtype, codec_names())
         _one_of("averaged_loss", self.averaged_loss, AVERAGED_LOSS)
         _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)

@@ -1,32 +1,43 @@
-"""A pilot: passes over some examples, from which a run's projection is made."""
+"""A pilot: a pass over some examples, from which a run's projection is made."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from logra_kernels.capture import Capture
-from logra_kernels.curvature import KfacCurvature
-from logra_kernels.curvature.moment import Squares
+from logra_kernels.capture.tokens import Tokens
+from logra_kernels.curvature import KfacCurvature, KfacReduceCurvature, KroneckerCurvature
+from logra_kernels.curvature.moment import SequenceMoments
+from logra_kernels.curvature.preconditioner import each_module
 from logra_kernels.projection import PILOTED, ModuleProjection, PilotProjection
-from logra_kernels.projection.pilot import Basis, corner_sides, pca, staircase
+from logra_kernels.projection.pilot import Basis, pca, staircase
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout
 
+MOMENTS = ("expand", "reduce", "sequence")
+
 
 class Pilot:
-    """The moments of a model's activations, then the eigenvalues in their eigenbasis.
+    """The moments of a model's activations and output gradients, and what is made of them.
 
     Args:
-        watched: the layers; their projection is put aside until `run` ends.
+        watched: the layers; their projection is put aside until `running` ends.
         init: "pca" or "eigen".
         rank: of "pca": K, or (rank_out, rank_in).
         coordinates: of "eigen": D, over all modules.
+        moments: whose eigenvectors are taken: "expand", C_F = E[x xᵀ] and C_B = E[dy dyᵀ] over
+            tokens; "reduce", of each example's mean x and summed dy; "sequence", E[Gᵀ G] and
+            E[G Gᵀ] over examples.
 
-    Raises: ValueError for another init, or an option that is missing or not the kind's.
+    Raises: ValueError for another init, an option that is missing or not the kind's, or one-hot
+        inputs with other moments than "expand".
     """
 
     def __init__(
@@ -35,6 +46,7 @@ class Pilot:
         init: str,
         rank: int | tuple[int, int] | None,
         coordinates: int | None,
+        moments: str = "expand",
     ) -> None:
         if init not in PILOTED:
             raise ValueError(f"init: expected one of {', '.join(PILOTED)}, got {init!r}")
@@ -42,6 +54,8 @@ class Pilot:
         given = {"rank": rank, "coordinates": coordinates}
         if given[needed] is None or given[other] is not None:
             raise ValueError(f"{needed}: init={init!r} takes it, and no {other}")
+        if moments not in MOMENTS:
+            raise ValueError(f"moments: expected one of {', '.join(MOMENTS)}, got {moments!r}")
         whole = {layer.name: (layer.in_features, layer.out_features) for layer in watched.layers}
         most = sum(width_in * width_out for width_in, width_out in whole.values())
         if init == "eigen" and not (type(coordinates) is int and len(whole) <= coordinates <= most):
@@ -52,93 +66,115 @@ class Pilot:
         self._watched = watched
         self._before = watched.projections
         self._rank, self._coordinates = rank, coordinates
-        self.passes = 1 if init == "pca" else 2
-        self.number = 0  # of the pass that runs
         self._widths = whole
-        self._moments = KfacCurvature([Module(name, o, i) for name, (i, o) in whole.items()])
+        modules = [Module(name, o, i) for name, (i, o) in whole.items()]
+        self._form = moments
+        self._count = 0  # of the examples in the moments
+        self._kfac = (KfacReduceCurvature if moments == "reduce" else KfacCurvature)(modules)
+        self._sequence: dict[str, SequenceMoments] = {}  # in place of `_kfac`
         self._energies: dict[str, list[float]] = {name: [] for name in whole}  # ‖dL/dW‖² [N]
-        self._bases: dict[str, Basis] = {}
-        self._squares: Squares | None = None
-        self._corners: dict[str, ModuleProjection] = {}
 
-    def run(self) -> Generator[int, None, None]:
-        """The numbers of the passes; after the last one the layers have the projection.
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While examples are added; when it ends, the layers have the projection.
 
-        If it is closed before, or anything fails, they have the projection that they had.
+        If anything fails inside, they have the projection that they had.
 
-        Raises: RuntimeError if no example was added in a pass; ValueError for more coordinates than
-            there are.
+        Raises: RuntimeError if no example was added.
         """
         done = False
         whole = {name: ModuleProjection(*widths) for name, widths in self._widths.items()}
         try:
             self._watched.give(whole)
-            for number in range(self.passes):
-                yield number
-                self._end_pass()
+            yield
+            if not self._count:
+                raise RuntimeError("pilot: no example was passed inside `with run.pilot(...)`")
             self._watched.project(self._projection())
             done = True
         finally:
             if not done:
                 self._watched.give(self._before)
 
-    @property
-    def tokens_alone(self) -> bool:
-        """Whether the pass that runs needs the tokens, and no gradients."""
-        return self.number == 0
-
     def add(self, capture: Capture, ids: list[str], finite: FinitePolicy) -> None:
-        """Take the examples of a pass whose gradients are finite.
+        """Take the tokens of the examples whose gradients are finite.
 
         Raises: as `finite.check`.
         """
-        if not self.tokens_alone:
-            assert self._squares is not None
-            logged = finite.check(LoggedRows(ids, capture.rows().detach()), self._watched.layout)
-            self._squares.update(logged.rows.float().cpu())
-            return
         tokens = capture.tokens
         assert tokens is not None
         squares = torch.zeros(len(ids), len(self._widths), dtype=torch.float64)  # ‖dL/dW‖² [N, M]
         for i, name in enumerate(self._widths):
             for n in range(len(ids)):
-                x, dy = (side.double() for side in tokens.of(name, "expand", [n]))
+                x, dy = tokens.of(name, "expand", [n])
                 if len(x):  # ‖Σ_t dy_t x_tᵀ‖² = Σ_st (x_s·x_t)(dy_s·dy_t)
-                    squares[n, i] = ((x @ x.T) * (dy @ dy.T)).sum()
+                    squares[n, i] = (_products(x) * _products(dy)).sum()
         single = RowLayout.of(Module(name, 1, 1) for name in self._widths)
         kept = finite.check(LoggedRows(ids, squares, places=range(len(ids))), single)
         for i, name in enumerate(self._widths):
-            self._moments.update_tokens(i, *tokens.of(name, "expand", kept.places))
+            self._add_moments(i, name, tokens, kept.places)
             self._energies[name] += kept.rows[:, i].tolist()
-        self._moments.update_finite(kept.rows)
+        self._count += len(kept.ids)
 
-    def _end_pass(self) -> None:
-        """Make of a pass what the next one, or the projection, needs."""
-        if not self._moments.count or (self.number and not self._squares_count()):
-            raise RuntimeError("pilot: no example was passed inside `for _ in run.pilot(...)`")
-        if self.number == 0:
-            for name, (_, into, _, out) in self._moments.bases.items():
-                self._bases[name] = Basis(into.flip(1), out.flip(1))
-        if self.number == 0 and self.passes == 2:
-            assert self._coordinates is not None
-            for name, sides in corner_sides(self._widths, self._coordinates).items():
-                self._corners[name] = self._bases[name].corner(*sides)
-            self._watched.give(self._corners)
-            self._squares = Squares(self._watched.layout.dim)
-        self.number += 1
+    def _add_moments(self, i: int, name: str, tokens: Tokens, places: Sequence[int]) -> None:
+        if self._form != "sequence":
+            self._kfac.update_tokens(i, *tokens.of(name, self._form, places))
+            return
+        for place in places:
+            x, dy = tokens.of(name, "expand", [place])
+            if x.dtype == torch.int64:
+                raise ValueError(
+                    f"moments: module {name} has one-hot inputs, of which E[Gᵀ G] is I x I; "
+                    "take 'expand'"
+                )
+            if len(x):
+                sums = self._sequence.setdefault(name, SequenceMoments(*self._widths[name]))
+                sums.add(x, dy)
+
+    def _find_bases(self) -> dict[str, Basis]:
+        """The eigenvectors of the moments, largest eigenvalue first."""
+        if self._form != "sequence":
+            return bases_of(self._kfac)
+        found = {n: self._sequence.get(n, SequenceMoments(*w)) for n, w in self._widths.items()}
+        sums = list(found.values())
+
+        def basis(i: int) -> Basis:
+            inputs, outputs = (
+                torch.linalg.eigh(side.double()) for side in (sums[i].inputs, sums[i].outputs)
+            )
+            return _basis(*inputs, *outputs)
+
+        return dict(zip(found, each_module(len(sums), basis), strict=True))
 
     def _projection(self) -> PilotProjection:
-        """What the passes lead to."""
-        count = self._moments.count
-        if self._squares is None:
+        """What the pass leads to."""
+        bases, count = self._find_bases(), self._count
+        if self._coordinates is None:
             assert self._rank is not None
-            return pca(self._bases, self._rank, count)
-        assert self._coordinates is not None
-        layout = RowLayout.of(Module(n, c.ko, c.ki) for n, c in self._corners.items())
-        parts = layout.split(self._squares.total()[None] / self._squares.count)
-        values = {m.name: p.view(m.ko, m.ki) for m, p in zip(layout, parts, strict=True)}
-        energies = {name: math.fsum(each) / count for name, each in self._energies.items()}
-        return staircase(self._bases, values, energies, self._coordinates, count)
+            made = pca(bases, self._rank, count)
+        else:
+            energies = {name: math.fsum(each) / count for name, each in self._energies.items()}
+            made = staircase(bases, energies, self._coordinates, count)
+        if self._form == "expand":
+            return made
+        return replace(made, described={**made.described, "moments": self._form})
 
-    def _squares_count(self) -> int:
-        return 0 if self._squares is None else self._squares.count
+
+def _basis(values_in: Tensor, into: Tensor | None, values_out: Tensor, out: Tensor) -> Basis:
+    """Of ascending eigenvalues; `into` None: of one-hot inputs, whose values are in their order."""
+    if into is None:
+        values_in, order = values_in.sort(descending=True, stable=True)
+    else:
+        values_in, order = values_in.flip(0), into.flip(1)
+    return Basis(values_in, order, values_out.flip(0), out.flip(1))
+
+
+def bases_of(curvature: KroneckerCurvature) -> dict[str, Basis]:
+    """{module name: the eigenvectors of its moments}."""
+    return {name: _basis(*sides) for name, sides in curvature.bases.items()}
+
+
+def _products(vectors: Tensor) -> Tensor:
+    """v_s · v_t of vectors [T, F], or of one-hot ones by their places [T]; [T, T] float64."""
+    if vectors.dtype == torch.int64:
+        return ((vectors[:, None] == vectors) & (vectors >= 0)).double()
+    return vectors.double() @ vectors.double().T

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from logra_kernels.capture.layers import plain_name
-from logra_kernels.curvature import Curvature, curvature_kind
+from logra_kernels.curvature import Curvature, Labels, Place, Statistic, curvature_kind
 from logra_kernels.projection import projection_tensors
 from logra_kernels.rows import decode, encode
+from logra_kernels.run.accumulated import Accumulated, load_statistic, rows_seen
 from logra_kernels.run.logged_rows import LoggedRows
-from logra_kernels.run.statistic import Setup
+from logra_kernels.run.statistic import Setup, stored_name
 from logra_kernels.run.watched import WatchedLayers
-from logra_kernels.store import DuplicateIdError, Store, StoreWriter
+from logra_kernels.store import DuplicateIdError, Store, StoreMismatchError, StoreWriter
 from logra_kernels.store.writer import append_finite
 
 SAMPLED_VALUES = 256
@@ -76,12 +77,21 @@ class Recorder:
         self.ids = set(committed)  # of the rows in the store and on their way there
         self._lacking: set[str] = set()  # those whose tokens the curvature has not seen
         self.curvature: Curvature | None = None
+        self.statistics: dict[str, Accumulated] = {}  # by their names in the store
+        self._projections = watched.projections
+        self._samples = setup.labels == "sampled"
+        self._pass: int | None = None  # that runs
+        self._passed = 0  # its examples
         try:
+            seen = 0
+            if self._resumed and setup.of_tokens:
+                seen = rows_seen(Store.open(self._writer.path), setup.of_tokens)
+                self._lacking.update(committed[seen:])
+                self.ids -= self._lacking
             if setup.curvature is not None:
-                self.curvature = self._curvature_so_far(setup.curvature)
-                if self.curvature.tokens:
-                    self._lacking.update(committed[self.curvature.count :])
-                    self.ids -= self._lacking
+                self.curvature = self._curvature_so_far(setup, setup.curvature, seen)
+            for tensor, statistic in setup.statistics:
+                self._begin_statistic(tensor, statistic, seen)
         except BaseException:
             self._writer.abort()
             raise
@@ -92,15 +102,17 @@ class Recorder:
         Raises: RuntimeError if rows were saved before the curvature was asked for;
             DuplicateIdError for an id that was logged already.
         """
-        if setup.curvature is not None and self._lacks(setup.curvature) and self.ids:
+        kind = setup.curvature_of_rows
+        new = [stored_name(*one) not in self.statistics for one in setup.statistics]
+        if self.ids and (any(new) or (kind is not None and self._lacks(kind))):
             raise RuntimeError(
                 "statistic: rows were saved before it was asked for; setup comes first"
             )
-        kind = setup.curvature
         if kind is not None and curvature_kind(kind).corrected and not setup.save:
             raise RuntimeError(
                 f"statistic: '{kind}' corrects its eigenvalues by the rows in the "
-                'store; setup({"save": "grad", ...}) comes with it'
+                'store; setup({"save": "grad", ...}) comes with it, or two passes without stored '
+                "rows, inside `for _ in run.curvature_passes()`"
             )
         if setup.save:
             twice = [name for name in ids if name in self.ids and name not in self._resumed]
@@ -131,12 +143,73 @@ class Recorder:
             scale = None if row_scale is None else row_scale.numpy()
             append_finite(self._writer, logged.ids, stored.numpy(), scale, logged.metadata, own)
             self.ids.update(logged.ids)
-        if setup.curvature is not None:
-            if self.curvature is None or self._lacks(setup.curvature):
-                self.curvature = curvature_kind(setup.curvature)(self._layout)
+        kind = setup.curvature_of_rows
+        if kind is not None and (self.curvature is None or self._lacks(kind)):
+            self.curvature = self._new_curvature(kind, setup.factors)
+        if kind is not None or setup.statistics:
             rows = decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
+            self._accumulate(rows, logged, setup)
+
+    def curvature_passes(
+        self, kind: str, labels: Labels, place: Place = "cpu"
+    ) -> Generator[int, None, None]:
+        """The passes over examples that make a curvature anew, of rows that are not stored.
+
+        One, or two for a kind that corrects its eigenvalues: in the second the eigenbasis is that
+        of the first.
+
+        Raises: RuntimeError if no example was passed in one.
+        """
+        check_curvature(kind, self._chosen)
+        curvature = self._new_curvature(kind, place)
+        curvature.labels = labels
+        self.curvature, self._samples = curvature, labels == "sampled"
+        done = False
+        try:
+            for number in range(2 if curvature.corrected else 1):
+                self._pass, self._passed = number, 0
+                yield number
+                if not self._passed:
+                    raise RuntimeError(
+                        "no example was passed inside `for _ in run.curvature_passes()`"
+                    )
+            done = True
+        finally:
+            self._pass = None
+            if not done:
+                self.curvature = None
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the curvature's pass that runs needs the tokens."""
+        curvature = self.curvature
+        return curvature is not None and curvature.tokens is not None and self._pass == 0
+
+    def add_to_curvature(self, logged: LoggedRows) -> None:
+        """Add finite rows of a curvature's pass to it; they are not stored."""
+        assert self.curvature is not None
+        if not logged.ids:
+            return
+        self._passed += len(logged.ids)
+        rows = logged.rows.float()
+        if self._pass:
+            self.curvature.correct(rows)
+        else:
             self.curvature.update_finite(rows)
             self._add_tokens(self.curvature, logged)
+
+    @property
+    def lacks_sampled(self) -> bool:
+        """Whether sampled labels were asked for, and no pass has sampled any."""
+        return self._samples and (self.curvature is None or not self.curvature.count)
+
+    def check_sampled(self) -> None:
+        """Raise RuntimeError if sampled labels were asked for, and no pass has sampled any."""
+        if self.lacks_sampled:
+            raise RuntimeError(
+                "labels: 'sampled' was asked for; pass the examples inside "
+                "`for _ in run.curvature_passes()` before finalize"
+            )
 
     def finish(self) -> Store:
         """Close the store, put the curvature into it, and open it for reading."""
@@ -145,6 +218,8 @@ class Recorder:
         if self.curvature is not None:
             self.curvature.complete(store)
             self.curvature.save(store)
+        for statistic in self.statistics.values():
+            statistic.save(store)
         return store
 
     def suspend(self) -> None:
@@ -153,19 +228,52 @@ class Recorder:
         A curvature that rows alone do not make is kept with them.
         """
         self._writer.close(finalize=False)
-        curvature = self.curvature
-        # The first rows of the store must be those that the saved curvature has seen.
-        if curvature is not None and curvature.tokens and not self._lacking:
-            curvature.save(Store.open(self._writer.path))
+        # The first rows of the store must be those that the saved sums have seen.
+        if self._lacking:
+            return
+        store, curvature = Store.open(self._writer.path), self._curvature_of_tokens
+        if curvature is not None:
+            curvature.save(store)
+        for statistic in self.statistics.values():
+            if statistic.tensor != "grad":
+                statistic.save(store)
+
+    @property
+    def _curvature_of_tokens(self) -> Curvature | None:
+        """The curvature, if the tokens of logged passes go into it."""
+        found = self.curvature
+        if found is None or found.tokens is None or found.labels == "sampled":
+            return None
+        return found
+
+    def _accumulate(self, rows: Tensor, logged: LoggedRows, setup: Setup) -> None:
+        """Add rows as stored, and their tokens, to the curvature and the statistics."""
+        if setup.curvature_of_rows is not None and self.curvature is not None:
+            self.curvature.update_finite(rows)
+            self._add_tokens(self.curvature, logged)
+        for tensor, statistic in setup.statistics:
+            name = stored_name(tensor, statistic)
+            if name not in self.statistics:
+                self._begin_statistic(tensor, statistic, 0)
+            if tensor == "grad":
+                self.statistics[name].add_rows(rows.cpu())
+            else:
+                self.statistics[name].add_tokens(logged)
 
     def _add_lacking(self, logged: LoggedRows) -> None:
         """Add the tokens of examples whose rows a killed run saved without them."""
         again = logged.take([n for n, name in enumerate(logged.ids) if name in self._lacking])
-        if self.curvature is not None and again.ids:
-            self.curvature.update_finite(again.rows)
-            self._add_tokens(self.curvature, again)
-            self._lacking.difference_update(again.ids)
-            self.ids.update(again.ids)
+        if not again.ids:
+            return
+        curvature = self._curvature_of_tokens
+        if curvature is not None:
+            curvature.update_finite(again.rows)
+            self._add_tokens(curvature, again)
+        for one in self.statistics.values():
+            if one.tensor != "grad":
+                one.add_tokens(again)
+        self._lacking.difference_update(again.ids)
+        self.ids.update(again.ids)
 
     def _add_tokens(self, curvature: Curvature, logged: LoggedRows) -> None:
         if curvature.tokens is None:
@@ -179,16 +287,43 @@ class Recorder:
     def _lacks(self, kind: str) -> bool:
         return self.curvature is None or self.curvature.kind != kind
 
-    def _curvature_so_far(self, kind: str) -> Curvature:
+    def _begin_statistic(self, tensor: str, statistic: type[Statistic], seen: int) -> None:
+        """Make a statistic of what the store holds; `seen` is of its tokens."""
+        parts, of = None, (self._layout, self._projections)
+        if seen and tensor != "grad":
+            store = Store.open(self._writer.path)
+            parts = load_statistic(store, tensor, statistic, self._projections)
+        begun = Accumulated(tensor, statistic, *of, parts)
+        if self._resumed and tensor == "grad":
+            begun.add_store(Store.open(self._writer.path))
+        self.statistics[begun.name] = begun
+
+    def _curvature_so_far(self, setup: Setup, kind: str, seen: int) -> Curvature:
+        labels = setup.labels
         check_curvature(kind, self._chosen)
         found = curvature_kind(kind)
         if self._resumed:
             store = Store.open(self._writer.path)
-            if found.tokens is None:
+            if found.tokens is None and labels == "data":
                 return found.rebuild(store)
-            if kind in store.curvatures:
-                return found.load(store)
-        return found(self._layout)
+            if kind in store.curvatures and (seen or labels == "sampled"):
+                held = found.load(store)
+                held.place = setup.factors
+                if held.labels == labels:
+                    return held
+                if labels == "data":
+                    raise StoreMismatchError(
+                        f"{store.path}: labels: its curvature '{kind}' is of {held.labels} labels, "
+                        "got 'data'; log the examples into a store of their own"
+                    )
+        return self._new_curvature(kind, setup.factors)
+
+    def _new_curvature(self, kind: str, place: Place) -> Curvature:
+        curvature = curvature_kind(kind)(self._layout)
+        curvature.place = place
+        if curvature.of_coordinates:
+            curvature.complete(Store.open(self._writer.path))  # what its rows hold of a gradient
+        return curvature
 
     def _fix_exponents(self, row: Tensor, setup: Setup) -> None:
         """Take the modules' exponents from the run's first row, and give them to the store.
@@ -215,10 +350,10 @@ def check_curvature(kind: str, chosen: bool) -> None:
 
     Raises: ValueError that says which kind does; or for a kind that there is not.
     """
-    if chosen and curvature_kind(kind).tokens is not None:
+    if chosen and not curvature_kind(kind).of_coordinates:
         raise ValueError(
-            f"statistic: '{kind}' is made of whole projected gradients, and the rows hold "
-            "chosen coordinates of an eigenbasis; 'diagonal' is their curvature"
+            f"statistic: '{kind}' does not go with rows that hold chosen coordinates of an "
+            "eigenbasis; 'diagonal' is their curvature"
         )
 
 

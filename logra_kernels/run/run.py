@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -28,25 +28,34 @@ from logra_kernels.capture.layers import unwrapped
 from logra_kernels.curvature import (
     Curvature,
     DampingScale,
-    IdentityPreconditioner,
+    KfacCurvature,
     Preconditioner,
+    Statistic,
     curvature_kind,
     kinds,
+    plain_preconditioner,
+    usual_kind,
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
+from logra_kernels.projection import PilotProjection, stored_projections, stored_scales
+from logra_kernels.projection.pilot import pca
+from logra_kernels.run.accumulated import load_statistic, rows_seen
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage
 from logra_kernels.run.diagnosis import Diagnosis
 from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
-from logra_kernels.run.pilot import Pilot
+from logra_kernels.run.pilot import Pilot, bases_of
 from logra_kernels.run.recorder import Recorder, model_fingerprint
-from logra_kernels.run.statistic import Setup, parse_setup
+from logra_kernels.run.statistic import Setup, parse_setup, stored_name
 from logra_kernels.run.untrained_steps import UntrainedSteps
 from logra_kernels.run.user_batches import example_alone, mask_reader
 from logra_kernels.run.watched import WatchedLayers
 from logra_kernels.store import Module, RowLayout, Store
+from logra_kernels.store.folder import discard_empty
+
+S = TypeVar("S", bound=Statistic)
 
 
 class Run:
@@ -76,6 +85,7 @@ class Run:
         self._finite = FinitePolicy(self.config.on_nonfinite)
         self._warned_of_batch_norm = False
         self._pilot: Pilot | None = None  # while its passes run
+        self._curving: Recorder | None = None  # while passes make its curvature alone
         self._streamed: StreamedScores | None = None  # while passes are scored
         self._started: LoggedPass | None = None  # the pass that start entered
         self._inside: list[LoggedPass] = []  # the passes that are open, the innermost last
@@ -85,7 +95,7 @@ class Run:
         self._store: Store | None = None
         self._curvature: Curvature | None = None
         self._attributor: tuple[Any, Attributor] | None = None  # the last one, with its damping
-        self._ids_to_resume: dict[str | None, frozenset[str]] = {}  # by a curvature with tokens
+        self._ids_to_resume: dict[tuple[str, ...], frozenset[str]] = {}  # by what needs tokens
 
     # What to log.
 
@@ -145,19 +155,23 @@ class Run:
 
         Args:
             rank: K, or (rank_out, rank_in); the configuration's (64) by default.
-            init: "random" (normal) or "rademacher"; the configuration's by default.
+            init: "random" (normal), "rademacher", or "pca" (§3.2) after a pass over some examples
+                with setup({"statistic": {"forward": Covariance, "backward": Covariance}}), as in
+                LogIX; nothing of that pass is kept. The configuration's by default.
             seed: of the projection; the configuration's (0) by default.
             type_filter, name_filter: watch these alone; watch's, where one is not given.
             model: watch this model instead.
 
         Raises:
-            ValueError: an unknown init, or a rank below 1.
+            ValueError: an unknown init, a rank below 1, or "pca" without the statistics.
             RuntimeError: no model is watched, rows are being logged, or a store was opened.
         """
-        self._refuse_while_logging("add_lora")
+        init = self.config.init if init is None else init
+        if init != "pca":
+            self._refuse_while_logging("add_lora")
         if model is None:
             model = self._layers("add_lora").model
-        if self._store is not None:
+        if self._store is not None and init != "pca":
             raise RuntimeError("add_lora: the projection is the store's, which was opened already")
         watched = self._watched
         filtered = type_filter is not None or name_filter is not None
@@ -168,53 +182,105 @@ class Run:
             bias = watched is not None and watched.bias
             self.watch(model, types, names, bias=bias, batch_dim=self._batch_dim)
         told: dict[str, Any] = {"rank": rank, "init": init, "seed": seed}
-        self.config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
-        self._layers("add_lora").project(self.config.projection)
+        config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
+        if init == "pca":
+            self._layers("add_lora").project(self._pca_of_statistics(config.rank))
+        else:
+            self._layers("add_lora").project(config.projection)
+        self.config = config
 
+    @contextmanager
     def pilot(
         self,
         init: str = "eigen",
         *,
         coordinates: int | None = None,
         rank: int | tuple[int, int] | None = None,
-    ) -> Iterator[int]:
-        """Make the projection from the model's own activations: one pass or two over some examples.
+        moments: str = "expand",
+    ) -> Iterator[None]:
+        """Make the projection from the model's own activations: a pass over some examples.
 
-            for _ in run.pilot("eigen", coordinates=32768):
+            with run.pilot("eigen", coordinates=32768):
                 for batch in pilot_batches:                # 5 to 10 % of the data
                     with run(data_id=..., mask=...):
                         loss_of(model, batch).backward()
 
-        Nothing is stored meanwhile. After the loop the watched layers have the projection, in
-        place of what add_lora would give them.
+        Nothing is stored meanwhile. When it ends, the watched layers have the projection, in place
+        of what add_lora would give them.
 
         Args:
             init: "eigen": the eigenbasis of the activations' and output gradients' moments, of
-                which a row holds the D most telling coordinates; two passes. "pca": the first K
-                eigenvectors of each side (§3.2); one pass.
+                which a row holds the D most telling coordinates. "pca": the first K
+                eigenvectors of each side (§3.2).
             coordinates: of "eigen": D, over all modules.
             rank: of "pca": K, or (rank_out, rank_in).
+            moments: whose eigenvectors are taken. "expand": E[x xᵀ] and E[dy dyᵀ] over tokens.
+                "reduce": the same of each example's mean x and summed dy. "sequence": E[Gᵀ G] and
+                E[G Gᵀ] of the examples' gradients.
 
         Raises:
-            ValueError: another init, an option that is missing or not its own.
+            ValueError: another init or other moments, an option that is missing or not its own, an
+                embedding with other moments than "expand".
             RuntimeError: no model is watched, rows are being logged, a store was opened, or no
                 example was passed.
         """
         self._refuse_while_logging("pilot")
         if self._store is not None:
             raise RuntimeError("pilot: the projection is the store's, which was opened already")
-        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates)
+        self._pilot = Pilot(self._layers("pilot"), init, rank, coordinates, moments)
         try:
-            with closing(self._pilot.run()) as passes:
-                yield from passes
+            with self._pilot.running():
+                yield
         finally:
             self._pilot = None
+
+    def curvature_passes(self) -> Iterator[int]:
+        """Passes that make the curvature and store no row: as many as setup's statistic takes.
+
+        Where no rows are saved, they are over the data's own labels. For setup's "labels":
+        "sampled" they are over labels that the model draws:
+
+            for _ in run.curvature_passes():
+                for batch in batches:
+                    with run(data_id=batch["id"], mask=...):
+                        logits = model(batch)
+                        labels = sample_labels(logits, batch["id"])
+                        cross_entropy(logits, labels, reduction="sum").backward()
+
+        The curvature is then the Fisher matrix, which is the Gauss-Newton matrix of such a loss. A
+        kind that corrects its eigenvalues takes two passes. The examples may be a part of those
+        that are logged. A pass that is left, or killed, is begun anew.
+
+        Raises:
+            RuntimeError: setup asked for no curvature, or for that of the rows that are saved; or
+                no example was passed.
+            StoreError: as logging raises it.
+        """
+        setup = self._setup
+        if setup.curvature is None:
+            raise RuntimeError('curvature_passes: setup({"statistic": ...}) comes first')
+        if setup.save and setup.labels == "data":
+            raise RuntimeError(
+                "curvature_passes: the rows that are saved make the curvature; for that of labels "
+                'which the model draws, setup({"labels": "sampled", ...}) comes first'
+            )
+        recorder = self._begin_recording(setup)
+        self._curving = recorder
+        try:
+            made = recorder.curvature_passes(setup.curvature, setup.labels, setup.factors)
+            with closing(made) as passes:
+                yield from passes
+        finally:
+            self._curving = None
 
     def setup(self, options: Mapping[str, Any]) -> None:
         """Say what is kept: {"log": "grad", "save": "grad", "statistic": {"grad": Covariance}}.
 
         "log": the last pass's rows can be asked for (they always can). "save": rows go to the
         store. "statistic" (or "stat"): {"grad": Covariance}, or "raw", accumulates the curvature.
+        "labels": "sampled": the curvature is that of labels which the model draws
+        (`curvature_passes`). "factors": "device" or "offload" sums the moments of kfac and ekfac on
+        the modules' device; with "offload" they are in the CPU's memory between the modules' turns.
 
         Raises: ValueError for what is not available, with what is.
         """
@@ -287,9 +353,9 @@ class Run:
         if metadata is not None and len(metadata) != len(ids):
             raise ValueError(f"metadata: expected {len(ids)}, one per data_id, got {len(metadata)}")
         setup = self._setup if save is None else replace(self._setup, save=save)
-        if self._pilot is not None:
+        if self._pilot is not None or self._curving is not None:
             setup = Setup()
-        kind = setup.curvature
+        curving = self._curving is not None and self._curving.keeps_tokens
         capture = self._capture(
             len(ids),
             mask,
@@ -298,9 +364,10 @@ class Run:
             weight_gradients=weight_gradients,
             allow_unused=allow_unused,
             averaged_loss=averaged_loss,
-            keep_tokens=kind is not None and curvature_kind(kind).tokens is not None,
-            tokens_alone=self._pilot is not None and self._pilot.tokens_alone,
+            keep_tokens=bool(setup.of_tokens) or curving,
+            tokens_alone=self._pilot is not None,
             loss_scale=loss_scale,
+            token_queries=None if self._streamed is None else self._streamed.token_queries,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -416,6 +483,7 @@ class Run:
     def finalize(self) -> None:
         """Finish the store: the last rows, then the curvature. Queries may follow."""
         if self._recorder is not None:
+            self._recorder.check_sampled()
             recorder, self._recorder = self._recorder, None
             self._use(recorder.finish(), recorder.curvature)
 
@@ -502,9 +570,28 @@ class Run:
                     "computed from them now and kept there",
                     stacklevel=3,
                 )
-                self._curvature = curvature_kind(CURVATURE).rebuild(store)
+                self._curvature = usual_kind(store).rebuild(store)
                 self._curvature.save(store)
         return self._curvature
+
+    def statistic(self, tensor: str, statistic: type[S]) -> dict[str, S]:
+        """A statistic that setup asked for, of a running or a finished run.
+
+        Args:
+            tensor: "grad", "forward" or "backward".
+            statistic: Mean, Variance, or a subclass of Statistic.
+
+        Returns: {module name: the statistic}.
+
+        Raises: ValueError if the store keeps none; RuntimeError if no store is open.
+        """
+        recorder = self._recorder
+        if recorder is not None and stored_name(tensor, statistic) in recorder.statistics:
+            found = recorder.statistics[stored_name(tensor, statistic)].parts
+        else:
+            projections = stored_projections(self.store)
+            found = load_statistic(self.store, tensor, statistic, projections)
+        return cast(dict[str, S], found)
 
     def preconditioner(
         self,
@@ -524,7 +611,9 @@ class Run:
         """
         damping, damping_scale = self._dampings(damping, damping_scale)
         if not precondition:
-            return IdentityPreconditioner(self.modules)
+            watched = self._watched
+            scales = [p.scale for p in watched.projections.values()] if watched else None
+            return plain_preconditioner(self.modules, scales or stored_scales(self.store))
         return self.curvature.damped(damping=damping, damping_scale=damping_scale)
 
     def attributor(
@@ -559,6 +648,7 @@ class Run:
         groups: Groups = None,
         query_ids: Sequence[Any] | None = None,
         ids: Collection[Any] | None = None,
+        tokens: bool = False,
         precondition: bool = True,
         damping: float | None = None,
         damping_scale: DampingScale | None = None,
@@ -582,16 +672,21 @@ class Run:
             groups, query_ids: as in `Attributor.scores`.
             ids: score these examples alone, whatever else is in a batch, and miss none of them:
                 such as the best of an earlier, rougher ranking.
+            tokens: also give the result's `token_scores`: of each example [Q, T], what its tokens
+                add to its scores. Masked tokens add 0.
             precondition, damping, damping_scale: as in `preconditioner`.
 
         Raises:
             TypeError, ValueError: as `Attributor.scores`; an id that is passed twice.
-            RuntimeError: no model is watched, a pass, a pilot or another such context is open, or
-                no curvature was logged.
+            RuntimeError: no model is watched; a pass, a pilot or another such context is open; the
+                curvature was not made.
         """
         layers = self._layers("streamed").layers
-        if self._inside or self._pilot is not None or self._streamed is not None:
-            raise RuntimeError("streamed: a pass is open, a pilot or a `streamed`; leave it first")
+        others = (self._pilot, self._curving, self._streamed)
+        if self._inside or any(other is not None for other in others):
+            raise RuntimeError(
+                "streamed: a pass is open, or passes of another kind; leave it first"
+            )
         self._streamed = StreamedScores(
             queries,
             self.preconditioner(precondition, damping=damping, damping_scale=damping_scale),
@@ -600,6 +695,7 @@ class Run:
             query_ids=query_ids,
             top_k=top_k,
             ids=ids,
+            tokens=tokens,
             device=next(layers[0].module.parameters()).device,
         )
         setup, self._setup = self._setup, Setup()
@@ -628,6 +724,32 @@ class Run:
         return self._capture(num_examples, mask, token_queries=queries)
 
     # Steps of the above.
+
+    def _pca_of_statistics(self, rank: int | tuple[int, int]) -> PilotProjection:
+        """The projection from a pass that kept statistics alone, which are deleted.
+
+        Raises: ValueError if there was no such pass.
+        """
+        recorder = self._recorder
+        held = self._curvature if recorder is None else recorder.curvature
+        if recorder is None and held is None and self._store is not None:
+            held = self.curvature
+        whole = all(
+            p.proj_in is None and p.proj_out is None
+            for p in self._layers("add_lora").projections.values()
+        )
+        rows = self._store is not None and self._store.num_rows > 0
+        if not isinstance(held, KfacCurvature) or not whole or rows or (recorder and recorder.ids):
+            raise ValueError(
+                "init: 'pca' is made from a pilot: pass some examples inside `with "
+                "run.pilot('pca', rank=...)`; or in place of it, with setup({'statistic': "
+                "{'forward': Covariance, 'backward': Covariance}}), before add_lora"
+            )
+        projection = pca(bases_of(held), rank, held.count)
+        self.finalize()
+        discard_empty(self.path)
+        self._store = self._curvature = self._attributor = None
+        return projection
 
     def _capture(
         self,
@@ -676,8 +798,12 @@ class Run:
         logged = LoggedRows(left.ids, rows, left.metadata, capture.tokens, places)
         self._last = self._finite.check(logged, self.layout)
         if self._streamed is not None:
-            self._streamed.add(self._last.ids, self._last.rows)
-        if left.setup:
+            wanted = self._streamed.token_queries is not None
+            products = capture.token_scores()[:, list(self._last.places)] if wanted else None
+            self._streamed.add(self._last.ids, self._last.rows, products)
+        if self._curving is not None:
+            self._curving.add_to_curvature(self._last)
+        elif left.setup:
             self._begin_recording(left.setup).add(self._last, left.setup)
 
     def _begin_recording(self, setup: Setup) -> Recorder:
@@ -705,18 +831,16 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        kind = self._setup.curvature
-        if kind is not None and curvature_kind(kind).tokens is None:
-            kind = None
-        if kind not in self._ids_to_resume:
+        names = self._setup.of_tokens
+        if names not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():
                 store = Store.open(self.path)
             ids = [] if store is None else store.ids.to_pylist()
-            if store is not None and kind is not None:  # the others must be passed again
-                ids = ids[: store.curvatures[kind]["rows"] if kind in store.curvatures else 0]
-            self._ids_to_resume[kind] = frozenset(ids)
-        return self._ids_to_resume[kind]
+            if store is not None and names:  # the others must be passed again
+                ids = ids[: rows_seen(store, names)]
+            self._ids_to_resume[names] = frozenset(ids)
+        return self._ids_to_resume[names]
 
     def _use(self, store: Store, curvature: Curvature | None = None) -> None:
         self._store, self._curvature, self._attributor = store, curvature, None

@@ -66,6 +66,26 @@ def open_folder(
         raise
 
 
+def discard_empty(path: Path) -> None:
+    """Delete what a store without rows has written: its manifest and its tensors.
+
+    Raises:
+        StoreExistsError: it has rows.
+        StoreFormatError, StoreLockedError: as `StoreWriter.create` says.
+    """
+    try:
+        with Lock(path / LOCK):
+            manifest = read_manifest(path)
+            if manifest["shards"]:
+                raise StoreExistsError(f"{path}: expected a store without rows")
+            remove(path / MANIFEST)
+            for entry, _ in listed_files(manifest):
+                remove(path / entry["file"])
+            sync_folder(path)
+    except OSError as error:
+        raise write_error(error, f"{path}: cannot delete the empty store") from error
+
+
 def _refuse_other_folder(path: Path, resume: bool) -> None:
     """Raise StoreExistsError for a store that is not to be resumed, and for other files."""
     if not path.exists():

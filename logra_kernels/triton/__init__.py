@@ -16,6 +16,7 @@ from logra_kernels.triton.covariance_update import covariance_update_
 from logra_kernels.triton.pack_rows import pack_rows, unpack_rows
 from logra_kernels.triton.per_sample_gradients import per_sample_gradients
 from logra_kernels.triton.project import project
+from logra_kernels.triton.projected_coordinates import projected_coordinates
 from logra_kernels.triton.projected_gradients import projected_gradients
 from logra_kernels.triton.projected_gradients_grouped import projected_gradients_grouped
 from logra_kernels.triton.scores import scores
@@ -27,6 +28,7 @@ __all__ = [
     "pack_rows",
     "per_sample_gradients",
     "project",
+    "projected_coordinates",
     "projected_gradients",
     "projected_gradients_grouped",
     "scores",

@@ -223,6 +223,9 @@ def _gradient_calls() -> Calls:
     xs, projs = [x] * 8, [proj] * 8
     yield call("projected_gradients_grouped", "", xs, xs, projs, projs, mask)
     yield call("projected_gradients_grouped", ", one side", [projected] * 8, xs, [], projs, mask)
+    chosen = make(4096, dtype=torch.int64), make(4096, dtype=_FULL)
+    yield call("projected_coordinates", "", x, x, proj, proj, *chosen, mask)
+    yield call("projected_coordinates", ", one side", projected, x, None, proj, *chosen, mask)
     exact = make(64, _WIDTH, dtype=_FULL)
     for tokens, name in ((x, "float16"), (x.bfloat16(), "bfloat16")):
         what = f", {name} with float32 P"

@@ -133,6 +133,9 @@ def _gradients_kernel(
     addresses,  # [4, modules] int64: x, dy, proj_in, proj_out of each; None for one module
     out,  # [modules, S, Ko, Ki]
     partial,  # [modules, slots, Ko, Ki] float32
+    positions,  # [Ko, Ki] int32: where a row of out or partial has an element, or -1; None: all
+    scale,  # [n] float32, of the elements of a row; None: 1
+    row_size,  # n; None for all elements
     modules,
     segments,  # S (N if not packed)
     slots,  # chunks of tokens of all segments
@@ -165,7 +168,16 @@ def _gradients_kernel(
     slot = tl.program_id(0) // tiles
     o = ((tl.program_id(0) % tiles) // tiles_in) * RANK_OUT + tl.arange(0, RANK_OUT)
     i = ((tl.program_id(0) % tiles) % tiles_in) * RANK_IN + tl.arange(0, RANK_IN)
-    size = tl.cast(rank_out, tl.int64) * rank_in
+    inside = (o < rank_out)[:, None] & (i < rank_in)[None, :]
+    elements = o.to(tl.int64)[:, None] * rank_in + i[None, :]
+    if positions is not None:
+        size = tl.cast(row_size, tl.int64)
+        # A tile in which the row has no element is not computed.
+        first_positions = tl.load(positions + elements, mask=inside, other=-1)
+        if tl.max(tl.max(first_positions, 1), 0) < 0:
+            return
+    else:
+        size = tl.cast(rank_out, tl.int64) * rank_in
     if addresses is not None:
         module = slot // slots
         slot = slot % slots
@@ -226,8 +238,11 @@ def _gradients_kernel(
         )
         acc = dot_of_transposed(dy_side, x_side, acc, OUTER_PRECISION)
 
-    inside = (o < rank_out)[:, None] & (i < rank_in)[None, :]
-    elements = o.to(tl.int64)[:, None] * rank_in + i[None, :]
+    if positions is not None:
+        elements = tl.load(positions + elements, mask=inside, other=-1)
+        inside = elements >= 0
+        if scale is not None:
+            acc *= tl.load(scale + elements, mask=inside, other=0.0)
     if used == 1:
         tl.store(out + example * size + elements, acc, mask=inside)
     else:
@@ -308,6 +323,21 @@ class Side(NamedTuple):
         }
 
 
+class Chosen(NamedTuple):
+    """Which elements of a gradient a row holds, and how it scales them."""
+
+    positions: Tensor  # [Ko, Ki] int32: an element's place in the row, or -1
+    scale: Tensor | None  # [n] float32
+
+    @classmethod
+    def of(cls, coordinates: Tensor, scale: Tensor | None, rank_out: int, rank_in: int) -> "Chosen":
+        """From places in vec(G), which differ; without waiting for their device."""
+        device, count = coordinates.device, coordinates.shape[0]
+        positions = torch.full((rank_out * rank_in,), -1, dtype=torch.int32, device=device)
+        positions[coordinates] = torch.arange(count, dtype=torch.int32, device=device)
+        return cls(positions, scale)
+
+
 class Examples(NamedTuple):
     """Which tokens count, and where packed segments begin and end."""
 
@@ -377,7 +407,7 @@ def gradients_of_modules(
         x, dy = x.contiguous(), dy.contiguous()
         for modules in _alike(x, dy):
             sides = x.of_modules(modules), dy.of_modules(modules)
-            _write_gradients(*sides, examples, out[modules], how)
+            write_gradients(*sides, examples, out[modules], how)
     return out
 
 
@@ -394,10 +424,18 @@ def _alike(x: Side, dy: Side) -> Iterator[slice]:
         yield slice(members[0], members[-1] + 1)
 
 
-def _write_gradients(
-    x: Side, dy: Side, examples: Examples, out: Tensor, input_precision: str
+def write_gradients(
+    x: Side,
+    dy: Side,
+    examples: Examples,
+    out: Tensor,
+    input_precision: str,
+    chosen: Chosen | None = None,
 ) -> None:
-    """The gradients [M, S, Ko, Ki] of modules that are alike, in one launch or two."""
+    """The gradients [M, S, Ko, Ki] of modules that are alike, in one launch or two.
+
+    With `chosen`, out is [1, S, n], and there is one module.
+    """
     both_full = x.tokens[0].dtype == dy.tokens[0].dtype == torch.float32
     outer_precision = input_precision if both_full else "bf16x6"
     precisions = input_precision, outer_precision
@@ -419,6 +457,9 @@ def _write_gradients(
         **examples.arguments(),
         **shared,
         addresses=_addresses(x, dy) if len(out) > 1 else None,
+        positions=None if chosen is None else chosen.positions,
+        scale=None if chosen is None else chosen.scale,
+        row_size=None if chosen is None else out.shape[2],
         ALIGNED=all(_is_aligned(t) for side in (x, dy) for tensors in side for t in tensors),
         PRECISION=input_precision,
         OUTER_PRECISION=outer_precision,
@@ -431,7 +472,7 @@ def _write_gradients(
             choose("reduce_gradients", "half", out),
             **shared,
             cu_seqlens=examples.cu_seqlens,
-            size=x.rank * dy.rank,
+            size=out.shape[2:].numel(),
         )
 
 

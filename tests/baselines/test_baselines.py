@@ -162,11 +162,18 @@ def test_trak_is_the_papers_formula(
     assert (found - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-def test_a_row_projection_keeps_products_and_follows_from_its_seed() -> None:
+def test_a_row_projection_keeps_products_and_follows_from_its_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("logra_kernels.baselines.trak.BLOCK_ELEMENTS", 2048 * 1000)
     rows = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1))
     projection = RowProjection(2048, seed=7)
     first = projection(rows)
-    assert torch.equal(RowProjection(2048, seed=7)(rows), first)
+    assert torch.equal(projection(rows), first)
+    for kept_bytes in (0, 2048 * 4000):
+        again = RowProjection(2048, seed=7, kept_bytes=kept_bytes)
+        for _ in range(2):
+            assert torch.equal(again(rows), first)
     assert not torch.equal(RowProjection(2048, seed=8)(rows), first)
     norms = rows.norm(dim=1)
     error = (first @ first.T - rows @ rows.T).abs() / norms[:, None] / norms

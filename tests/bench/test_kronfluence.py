@@ -1,4 +1,6 @@
-"""K-FAC and EK-FAC beside kronfluence's: moments, eigenvalues and scores, with the data's labels.
+"""K-FAC and EK-FAC beside kronfluence's: moments, eigenvalues and scores.
+
+With the data's labels, and with labels that the model draws.
 
 Runs in the environment of `make peers-env` (its Python, -m pytest --import-mode=importlib).
 """
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from dense_influence import unpacked
+from sampled_losses import sampled
 from summed_losses import COUNT, Losses, Sample, cnn, log, mlp
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -86,8 +89,12 @@ def theirs(
     loss: Losses,
     mask: Tensor | None,
     names: dict[str, str],
+    sampled_loss: Losses | None = None,
 ) -> Theirs:
-    """What kronfluence makes of some modules; names: {ours: theirs}."""
+    """What kronfluence makes of some modules; names: {ours: theirs}.
+
+    With `sampled_loss` the factors are of that loss, and the scores of the other.
+    """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
@@ -96,8 +103,9 @@ def theirs(
         def compute_train_loss(
             self, batch: Tensor, model: nn.Module, sample: bool = False
         ) -> Tensor:
-            assert not sample
-            return loss(model, batch.tolist())
+            drawn = sampled_loss if sample else loss
+            assert drawn is not None
+            return drawn(model, batch.tolist())
 
         def compute_measurement(self, batch: Tensor, model: nn.Module) -> Tensor:
             return loss(model, batch.tolist())
@@ -117,7 +125,7 @@ def theirs(
         factors_name="factors",
         dataset=Examples(),
         per_device_batch_size=4,
-        factor_args=FactorArguments(strategy=kind, use_empirical_fisher=True),
+        factor_args=FactorArguments(strategy=kind, use_empirical_fisher=sampled_loss is None),
     )
     analyzer.compute_pairwise_scores(
         scores_name="scores",
@@ -171,14 +179,20 @@ class AddOn(nn.Module):
         return output + nn.functional.conv2d(self.inner(x), self.proj_out.T[:, :, None, None])
 
 
-def ours(folder: Path, name: str, kind: str, rank: int | None) -> Run:
+def ours(
+    folder: Path, name: str, kind: str, rank: int | None, sampled_loss: Losses | None = None
+) -> Run:
     model, loss, mask = SAMPLES[name]()
     run = Run("ours", logra.Config(root_dir=str(folder), dtype="float32"))
     run.watch(model, name_filter=PARTS.get(name), bias=rank is None)
     if rank is not None:
         run.add_lora(rank=rank)
-    run.setup({"save": "grad", "statistic": kind})
+    labels = "data" if sampled_loss is None else "sampled"
+    run.setup({"save": "grad", "statistic": kind, "labels": labels})
     log(run, model, loss, mask, 4)
+    if sampled_loss is not None:
+        for _ in run.curvature_passes():
+            log(run, model, sampled_loss, mask, 4)
     run.finalize()
     return run
 
@@ -214,7 +228,42 @@ def test_curvature_and_scores_are_kronfluences(
 ) -> None:
     """λ = 0.1 · mean eigenvalue in both. Modules with biases whole; projected without."""
     run = ours(tmp_path / "ours", name, kind, rank)
-    expected = of_kronfluence(tmp_path / "theirs", run, name, kind, rank)
+    assert_kronfluences(run, of_kronfluence(tmp_path / "theirs", run, name, kind, rank))
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "llama"])
+def test_full_ekfac_without_a_stored_row_is_kronfluences(tmp_path: Path, name: str) -> None:
+    """Two passes for the curvature, one for the scores."""
+    model, loss, mask = SAMPLES[name]()
+    run = Run("ours", logra.Config(root_dir=str(tmp_path / "ours")))
+    run.watch(model, name_filter=PARTS.get(name), bias=True)
+    run.setup({"statistic": "ekfac"})
+    for _ in run.curvature_passes():
+        log(run, model, loss, mask, 4)
+    run.finalize()
+    run.eval()
+    log(run, model, loss, mask, COUNT)
+    groups = {name: [name] for name in run.layout.names}
+    with run.streamed(run.last_rows()[1], "dot", groups=groups) as streamed:
+        log(run, model, loss, mask, 4)
+    result = streamed.result()
+    expected = of_kronfluence(tmp_path / "theirs", run, name, "ekfac", None)
+    for module in run.layout.names:
+        assert_near(result.groups[module].scores, expected.scores[module])
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_sampled_labels_give_kronfluences_default_factors(tmp_path: Path, kind: str) -> None:
+    """use_empirical_fisher=False there, with the same drawn labels in every pass."""
+    x = torch.randn(COUNT, 7, generator=torch.Generator().manual_seed(1))
+    drawn = sampled(lambda model, part: model(x[list(part)]))
+    run = ours(tmp_path / "ours", "mlp", kind, None, drawn)
+    model, loss, mask = mlp()
+    names = {name: name for name in run.layout.names}
+    assert_kronfluences(run, theirs(tmp_path / "theirs", kind, model, loss, mask, names, drawn))
+
+
+def assert_kronfluences(run: Run, expected: Theirs) -> None:
     curvature = load_curvature(run.store)
     assert isinstance(curvature, KroneckerCurvature)
     for module in run.layout.names:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -587,3 +589,21 @@ def test_token_scores_refuse_what_they_cannot_give(model: Mlp, x: Tensor) -> Non
             mixed, make_layers(mixed), 4, lambda: mixed(tokens).sum(),
             token_queries=torch.ones(2, 72),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("queries", [False, True])
+def test_gradients_are_freed_with_the_pass(model: Mlp, x: Tensor, queries: bool) -> None:
+    """By counting references: rows of whole gradients are too large to wait for the collector."""
+    asked = torch.ones(2, 212) if queries else None
+    gc.collect()
+    gc.disable()
+    try:
+        with Capture(
+            model, make_layers(model), 4, keep_tokens=True, token_queries=asked
+        ) as capture:
+            model(x).sum().backward()
+        kept = weakref.ref(capture)
+        del capture
+        assert kept() is None
+    finally:
+        gc.enable()

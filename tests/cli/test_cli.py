@@ -319,8 +319,35 @@ def test_token_contributions_sum_to_the_score(files: Path, tmp_path: Path) -> No
         slack = 5e-4 * sum(map(abs, values))
         assert abs(sum(values) - passage["score"]) <= slack
         assert "".join(text for text, _ in passage["tokens"]) == passage["text"]
+        assert "query_tokens" not in passage
     # l2 is not linear in the passage's gradient: it has no shares.
     assert all("tokens" not in passage for passage in l2["top"])
+
+
+def test_the_querys_tokens_sum_to_the_score_of_each_passage(files: Path, tmp_path: Path) -> None:
+    """Those of a passage that is the query itself are the passage's own."""
+    text = Store.open(files / "store").metadata([3])[0]["text"]  # type: ignore[index]
+    words = [*query_words(files), "--text", text, "--json", str(tmp_path / "r.json")]
+    words += ["--html", str(tmp_path / "r.html"), "--tokens", "both"]
+    assert main([*words, "--mode", "dot", "--mode", "gradient-dot", "--mode", "l2"]) == 0
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    dot, plain, l2 = results["queries"][0]["modes"]
+    for passage in dot["top"] + plain["top"]:
+        values = [value for _, value in passage["query_tokens"]]
+        assert abs(sum(values) - passage["score"]) <= 5e-4 * sum(map(abs, values))
+        assert "".join(part for part, _ in passage["query_tokens"]) == text
+        if passage["text"] == text:
+            slack = 2e-3 * max(map(abs, values))
+            for (_, mine), (_, theirs) in zip(
+                passage["query_tokens"], passage["tokens"], strict=True
+            ):
+                assert abs(mine - theirs) <= slack
+    assert any(passage["text"] == text for passage in plain["top"])
+    assert all("query_tokens" not in passage for passage in l2["top"])
+    assert "The query, as this passage moves it" in (tmp_path / "r.html").read_text("utf-8")
+    assert main([*words[:-1], "none"]) == 0
+    again = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert all("tokens" not in p for m in again["queries"][0]["modes"] for p in m["top"])
 
 
 def test_other_model_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

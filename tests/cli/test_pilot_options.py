@@ -76,6 +76,20 @@ def test_pca_rows(files: Path, tmp_path: Path) -> None:
     finds_itself(files, tmp_path / "s", tmp_path)
 
 
+def test_pca_of_sequence_moments(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = log_words(files, "--init", "pca", "--rank", "9", "--out", str(tmp_path / "s"))
+    assert main([*words, "--moments", "sequence"]) == 0
+    assert Store.open(tmp_path / "s").projection["moments"] == "sequence"
+    assert main(["info", str(tmp_path / "s")]) == 0
+    assert "moments sequence" in capsys.readouterr().out
+    assert main([*words, "--resume"]) == 2
+    assert 'projection.moments: the store has "sequence", this run' in capsys.readouterr().err
+    assert main([*log_words(files, "--moments", "reduce"), "--out", str(tmp_path / "b")]) == 2
+    assert "moments: does not go with --init random" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["ekfac", "kfac-reduce", "ec-shampoo"])
 def test_kronecker_curvatures(files: Path, tmp_path: Path, kind: str) -> None:
     words = log_words(files, "--init", "pca", "--rank", "9", "--curvature", kind)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from logra_kernels.evaluation import (
+    brittleness,
     half_subsets,
     lds,
     mislabelled_auc,
@@ -165,3 +166,34 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train: expected finite losses \[1, Q\]"):
         retrain(lambda i, s: np.full((1, Q), np.nan), subsets, 1, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_brittleness_is_each_querys_own_rise() -> None:
+    before = np.array([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0]])  # two models
+    after = np.zeros((3, 1, 3))
+    after[range(3), 0, range(3)] = [5.0, 1.0, 1.0]
+    after[0, 0, 1] = 100.0  # another query's loss
+    found = brittleness(before, after)
+    assert found.per_query.tolist() == [3.0, -1.0, 1.0]
+    assert found.value == pytest.approx(1.0)
+    assert -1 <= found.low < 1 < found.high <= 3
+    assert str(found).startswith("+1.000 [")
+    with pytest.raises(ValueError, match=r"before: expected \[R, Q\], got \[3\]"):
+        brittleness(before[0], after)
+    with pytest.raises(ValueError, match=r"after: expected \[3, R, 3\], got \[2, 1, 3\]"):
+        brittleness(before, after[:2])
+
+
+def test_influence_finds_what_least_squares_is_brittle_to(tmp_path: Path) -> None:
+    """The squared error rises most without the examples of the largest influence."""
+    everything = np.ones((1, N), bool)
+    before = retrain(LeastSquares(), everything, 1, tmp_path)[0]
+    scores = influences()
+    rises = [
+        brittleness(
+            before, retrain(LeastSquares(), without_top(order.argsort(axis=1), N, 6), 1, tmp_path)
+        ).value
+        for order in (-scores, np.random.default_rng(1).normal(size=(Q, N)), scores)
+    ]
+    assert rises[0] > max(rises[1], 0.01)
+    assert rises[1] > rises[2]

@@ -70,7 +70,7 @@ def valid(name: str, pick: random.Random) -> list[Any]:
     wide = pick.choice([torch.float32, torch.float32, torch.float64])
     if name == "project":
         return [tensor(pick, *pick.choice([(r, d), (d,), (2, r, d)])), tensor(pick, k, d)]
-    if name in ("per_sample_gradients", "projected_gradients", "projected_gradients_grouped"):
+    if name.startswith(("per_sample_gradients", "projected_")):
         (x, dy), mask, bounds = token_arguments(pick)
         rest = [mask, bounds, maybe(pick, pick.choice(DTYPES))]
         proj_in = maybe(pick, tensor(pick, pick.choice(SIZES[:8]), x.shape[-1]))
@@ -79,6 +79,11 @@ def valid(name: str, pick: random.Random) -> list[Any]:
             return [x, dy, *rest]
         if name == "projected_gradients":
             return [x, dy, proj_in, proj_out, *rest]
+        if name == "projected_coordinates":
+            pairs = ((x, proj_in), (dy, proj_out))
+            sides = [tokens.shape[-1] if p is None else p.shape[0] for tokens, p in pairs]
+            places = (torch.rand(sides[0] * sides[1]) < 0.4).nonzero()[:, 0]
+            return [x, dy, proj_in, proj_out, places, maybe(pick, torch.rand(len(places))), *rest]
         projs = [[] if proj is None else [proj] * 2 for proj in (proj_in, proj_out)]
         return [[x, x], [dy, dy], *projs, *rest]
     if name == "covariance_update_":
@@ -129,7 +134,7 @@ def spoiled(pick: random.Random, value: Any) -> Any:
 def expected(name: str, arguments: list[Any], got: Any) -> Any:
     """What the reference gives for arguments that the op took."""
     function = getattr(reference, name)
-    if "gradients" in name:
+    if "gradients" in name or "coordinates" in name:
         *tokens, out_dtype = arguments
         return function(*tokens, got.dtype if out_dtype is not None else None)
     result = function(*arguments)

@@ -27,7 +27,7 @@ from toy_run import (
 )
 
 import logra_kernels as logix
-from logra_kernels import Store
+from logra_kernels import Covariance, Store
 
 
 def test_get_log(tmp_path: Path, model: nn.Module, data: Data) -> None:
@@ -313,3 +313,64 @@ def test_logs_that_do_not_fit(tmp_path: Path, model: nn.Module, data: Data) -> N
     for value in values:
         with refuse(f"damping: expected a finite number >= 0, got {value!r}"):
             run.compute_influence_all(damping=value)
+
+
+def test_pca_from_statistics_in_two_passes(tmp_path: Path, model: nn.Module, data: Data) -> None:
+    """LogIX's form: statistics of both sides, then add_lora; with and without finalize between."""
+    projections, stores = [], []
+    for number in range(3):
+        run = logix.init(
+            "toy", {"lora": {"init": "pca", "rank": 3}}, root_dir=str(tmp_path / str(number))
+        )
+        run.watch(model)
+        if number == 2:  # the pilot's pass
+            with run.pilot("pca", rank=3):
+                log_all(run, model, data)
+        else:
+            run.setup({"statistic": {"forward": Covariance, "backward": Covariance}})
+            log_all(run, model, data)
+            if number:
+                run.finalize()
+            run.add_lora()
+        assert [module.ki for module in run.modules] == [3, 3, 3]
+        run.setup({"log": "grad", "save": "grad", "statistic": {"grad": Covariance}})
+        log_all(run, model, data)
+        run.finalize()
+        projections.append(run.store.projection)
+        stores.append(run.store.take(range(COUNT)))
+        assert not run.store.verify()
+    assert projections[0] == projections[1] == projections[2]
+    assert (stores[0] == stores[1]).all()
+    assert (stores[0] == stores[2]).all()
+    reader = make_run(tmp_path / "0", model, rank=None)
+    reader.initialize_from_log()
+    log_queries(reader, model, data, slice(2))
+    assert reader.compute_influence_all()["influence"].shape == (2, COUNT)
+
+
+def test_pca_without_statistics_is_refused(tmp_path: Path, model: nn.Module, data: Data) -> None:
+    run = make_run(tmp_path, model, rank=None)
+    with refuse("init: 'pca' is made from a pilot: pass some examples inside `with "):
+        run.add_lora(rank=3, init="pca")
+    run.setup({"save": "grad", "statistic": {"forward": Covariance, "backward": Covariance}})
+    log_all(run, model, data)
+    for _ in range(2):
+        with refuse("init: 'pca' is made from a pilot: pass some examples inside `with "):
+            run.add_lora(rank=3, init="pca")
+        run.finalize()
+    assert Store.open(tmp_path / "toy").num_rows == COUNT
+
+
+def test_the_papers_figure_3(tmp_path: Path, model: nn.Module, data: Data) -> None:
+    """Its words: setup with "stat", a loop, then influence from the store."""
+    run = logix.init("toy", root_dir=str(tmp_path))
+    run.watch(model, type_filter=[nn.Linear], name_filter=["first", "head"])
+    run.add_lora(rank=3)
+    run.setup({"log": "grad", "save": "grad", "stat": "kfac"})
+    log_all(run, model, data)
+    run.finalize()
+    run.setup({"log": "grad"})
+    with run(data_id=["query"]):
+        loss_of(model, data, slice(1)).backward()
+    result = run.compute_influence_all(run.get_log(), run.build_log_dataloader(), hessian="kfac")
+    assert result["influence"].shape == (1, COUNT)

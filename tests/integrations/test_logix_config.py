@@ -84,7 +84,7 @@ def test_keywords_win_over_the_file(tmp_path: Path) -> None:
         ("logging: {flush_threshold: 0}", "logging.flush_threshold: expected a number of bytes"),
         ("lora: {parameter_sharing: true}", "lora.parameter_sharing: expected False, got True"),
         ("lora: {parameter_sharing_groups: [q]}", "lora.parameter_sharing_groups: expected None"),
-        ("lora: {init: pca}", "init: 'pca' is made from a pilot"),
+        ("lora: {init: eigen}", "init: 'eigen' is made from a pilot"),
         ("lora: {rank: -1}", "rank: expected an integer >= 1"),
         ("lora: {alpha: 1}", "no key lora.alpha; there are init, rank, seed"),
         ("influence: {flatten: true}", "influence.flatten: expected False, got True"),

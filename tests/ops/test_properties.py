@@ -15,12 +15,14 @@ from op_cases import (
     DY,
     MASK,
     MODULES,
+    PLACES,
     PROJ_IN,
     PROJ_OUT,
     QUERIES,
     ROWS,
     SCALE,
     STATE,
+    WEIGHTS,
     OpCall,
     X,
     assert_same,
@@ -154,6 +156,9 @@ def test_empty_axes_give_zeros(isa: str, home: Any) -> None:
         (call("per_sample_gradients", *masked, torch.zeros(2, 4)), (2, 3, 5)),
         (call("projected_gradients", *tokens, *projections), (0, 2, 6)),
         (call("projected_gradients", *no_token, *projections), (2, 2, 6)),
+        (call("projected_coordinates", *tokens, *projections, torch.arange(5)), (0, 5)),
+        (call("projected_coordinates", *no_token, *projections, torch.arange(5)), (2, 5)),
+        (call("projected_coordinates", *masked, None, None, torch.arange(0)), (2, 0)),
         (call("projected_gradients_grouped", *grouped), (3, 0, 4, 6)),
         (call("covariance_update_", torch.zeros(0, 0), randn(3, 0)), (0, 0)),
         (call("scores", randn(0, 5), randn(3, 5)), (0, 3)),
@@ -172,6 +177,7 @@ def given(*arguments: Any, **options: Any) -> tuple[Any, Any]:
 
 FLOATS = "expected float16 or bfloat16 or float32 or float64"
 FALLS = "cu_seqlens: expected values that never fall, from 0 to 5 at most, got"
+RISE = "coordinates: expected rising places in G,"
 SIZES = "module_sizes: expected sizes of at least 0 that sum to 20, got"
 X0, DY0, COV = X[0], DY[0], torch.zeros(20, 20)
 # no difference is negative in int32
@@ -194,6 +200,10 @@ WRONG_TYPES: dict[str, dict[str, Any]] = {
         ),
     },
     "projected_gradients": {f"proj_out: {FLOATS}, got int64": given(X, DY, None, PROJ_OUT.long())},
+    "projected_coordinates": {
+        "coordinates: expected int64, got int32": given(X, DY, None, None, PLACES.int()),
+        "scale: expected float32, got float64": given(X, DY, None, None, PLACES, WEIGHTS.double()),
+    },
     "projected_gradients_grouped": {
         "xs[1]: expected the dtype float32 of xs[0], got float16": given(
             [X, X.half()], [DY, DY], [], []
@@ -236,6 +246,12 @@ WRONG_VALUES: dict[str, dict[str, Any]] = {
     "projected_gradients": {
         "proj_in: expected [Ki, I=8], got [2, 4]": given(X, DY, PROJ_OUT, None),
         "proj_out: expected [Ko, O=4], got [4]": given(X, DY, None, PROJ_OUT[0]),
+    },
+    "projected_coordinates": {
+        "scale: expected [n=6], got [5]": given(X, DY, None, None, PLACES, WEIGHTS[:5]),
+        f"{RISE} from 0 to 31, got [0, 32]": given(X, DY, None, None, torch.tensor([0, 32])),
+        f"{RISE} from 0 to 11, got [-1, 2]": given(X, DY, PROJ_IN, PROJ_OUT, torch.tensor([-1, 2])),
+        f"{RISE} from 0 to 31, got [4, 4]": given(X, DY, None, None, torch.tensor([4, 4])),
     },
     "projected_gradients_grouped": {
         "xs: expected at least one module, got none": given([], [], [], []),

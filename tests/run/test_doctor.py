@@ -507,7 +507,7 @@ def test_what_is_refused(model: nn.Module, data: Data) -> None:
         loss_of(model, data, slice(1)).backward()
         with refuse("doctor: a pass is open", RuntimeError):
             run.doctor(summed(model), batches_of(data))
-    for _ in run.pilot("pca", rank=2):
+    with run.pilot("pca", rank=2):
         with refuse("doctor: a pass is open, or a pilot", RuntimeError):
             run.doctor(summed(model), batches_of(data))
         with run(data_id=[0]):

@@ -137,6 +137,7 @@ def test_start_and_end(tmp_path: Path, model: nn.Module, data: Data) -> None:
         (RAW, True, True),
         ({"log": ["grad"], "save": ["grad"], "statistic": {"grad": [Covariance]}}, True, True),
         ({"stat": "raw", "save": "grad"}, True, True),
+        ({"statistic": {"grad": ["variance"]}}, False, False),
         ({"statistic": "covariance"}, False, True),
         ({"log": "grad"}, False, False),
         ({"save": "grad", "stat": "none"}, True, False),
@@ -154,8 +155,9 @@ def test_setup_forms(
     run.setup(options)
     log_all(run, model, data)
     run.finalize()
-    assert (tmp_path / "toy").exists() == (save or covariance)
-    if save or covariance:
+    kept = save or covariance or "variance" in str(options)
+    assert (tmp_path / "toy").exists() == kept
+    if kept:
         store = Store.open(tmp_path / "toy")
         assert store.num_rows == (COUNT if save else 0)
         assert ("raw" in store.curvatures) == covariance
@@ -168,7 +170,8 @@ def test_setup_forms(
         ({"statistic": {"forward": "kfac"}}, "statistic: forward: expected Covariance, got 'kfac'"),
         ({"statistic": ["raw", "ekfac"]}, "setup: expected one curvature, got ekfac and raw"),
         ({"statistic": {"grad": "median"}}, "statistic: no statistic 'median'; available"),
-        ({"statistic": {"grad": ["variance"]}}, "statistic: 'variance' (the variance of"),
+        ({"statistic": "raw", "factors": "offload"}, "factors: 'offload' is for a curvature of"),
+        ({"statistic": "kfac", "factors": "gpu"}, "factors: expected one of cpu, device, offload"),
         ({"log": "backward"}, "log: 'backward' is not available, only 'grad'"),
         ({"forward": ["log"]}, "forward: forward: expected Covariance, got 'log'"),
         ({"save": "gradient"}, "save: expected 'grad', got 'gradient'"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from torch import Tensor
 
 from logra_kernels import Config, Run
 from logra_kernels.attribution import Attributor
-from logra_kernels.curvature import KroneckerCurvature
+from logra_kernels.curvature import KroneckerCurvature, RawCurvature
+from logra_kernels.curvature.moment import SequenceMoments
+from logra_kernels.defaults import SCAN_MODES
+from logra_kernels.projection import PilotProjection
 from logra_kernels.projection.pilot import Basis, staircase
 from logra_kernels.store import Store
 
@@ -26,13 +32,15 @@ def piloted(
     init: str = "eigen",
     batch: int = 4,
     dtype: str = "float32",
-    **options: int | None,
+    moments: str = "expand",
+    rank: int | None = None,
+    coordinates: int | None = None,
 ) -> Run:
     """A run whose projection is made from all nine examples, and that then logs them."""
     model, loss, mask = SAMPLES[name]()
     run = Run("toy", Config(root_dir=str(folder), dtype=dtype))
     run.watch(model, name_filter=PARTS[name], bias=True)
-    for _ in run.pilot(init, **options):
+    with run.pilot(init, rank=rank, coordinates=coordinates, moments=moments):
         log(run, model, loss, mask, batch)
     run.setup({"save": "grad", "statistic": "diagonal"})
     log(run, model, loss, mask, batch)
@@ -40,85 +48,115 @@ def piloted(
     return run
 
 
-def ekfac_of(folder: Path, name: str) -> Run:
+def ekfac_of(folder: Path, name: str, kind: str = "ekfac") -> Run:
     """The same without a projection."""
     model, loss, mask = SAMPLES[name]()
     run = Run("toy", Config(root_dir=str(folder), dtype="float32"))
     watch(run, model, name, None, True)
-    run.setup({"save": "grad", "statistic": "ekfac"})
+    run.setup({"save": "grad", "statistic": kind})
     log(run, model, loss, mask, 4)
     run.finalize()
     return run
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt"])
-def test_eigen_rows_of_all_coordinates_reproduce_full_ekfac(tmp_path: Path, name: str) -> None:
+OF_MOMENTS = {"expand": "ekfac", "reduce": "ekfac-reduce", "sequence": "ec-shampoo"}
+
+
+# Nine vectors leave most of a basis of ekfac-reduce undetermined.
+@pytest.mark.parametrize(
+    ("name", "moments"),
+    [(name, moments) for name in SAMPLES for moments in ("expand", "sequence")],
+)
+def test_eigen_rows_of_all_coordinates_reproduce_full_ekfac(
+    tmp_path: Path, name: str, moments: str
+) -> None:
     """Relative to |u||g| 1e-4: both are float32 products of float64 bases."""
-    full = ekfac_of(tmp_path / "full", name).store
-    run = piloted(tmp_path / "eigen", name, coordinates=full.layout.dim)
+    full = ekfac_of(tmp_path / "full", name, OF_MOMENTS[moments]).store
+    run = piloted(tmp_path / "eigen", name, coordinates=full.layout.dim, moments=moments)
     ekfac, eigen = Attributor(full), Attributor(run.store)
     assert eigen.preconditioner.kind == "diagonal"
     rows, rotated = rows_of(full), rows_of(run.store)
     for module, a in ekfac.dampings.items():
         assert eigen.dampings[module] == pytest.approx(a, rel=1e-5)
-    assert torch.allclose(rotated.norm(dim=1), rows.norm(dim=1), rtol=1e-5)
+    plain = run.preconditioner(False).precondition(rotated)  # g / s of the rows s·g
+    norms = (plain * rotated).sum(dim=1).sqrt()
+    assert torch.allclose(norms, rows.norm(dim=1), rtol=1e-5)
     allowed = ekfac.precondition(rows).norm(dim=1)[:, None] * rows.norm(dim=1)
     got, want = eigen.scores(rotated).scores, ekfac.scores(rows).scores
     assert ((got - want).abs() <= 1e-4 * allowed).all()
     assert torch.allclose(eigen.self_influence(), ekfac.self_influence(), rtol=1e-4)
 
 
-def test_the_staircase_is_what_keeps_most_of_the_preconditioned_gradient(tmp_path: Path) -> None:
-    """Against all coordinates of full EKFAC, sorted by (Λ / (Λ + λ))²."""
-    full = ekfac_of(tmp_path / "full", "mlp")
+def test_the_staircase_is_the_largest_products_of_eigenvalues(tmp_path: Path) -> None:
+    """Against all products of full K-FAC, each module's over their mean."""
+    full = ekfac_of(tmp_path / "full", "mlp", "kfac")
     curvature = full.curvature
     assert isinstance(curvature, KroneckerCurvature)
-    gains = []
-    for name, values in curvature.eigenvalues.items():
-        damped = values + full.preconditioner().dampings[name]
-        gains.append((values / damped).square().flatten())
-    best = torch.cat(gains).sort(descending=True).values[:60].sum()
+    relative = {name: v / v.mean() for name, v in curvature.eigenvalues.items()}
+    best = torch.cat([values.flatten() for values in relative.values()]).sort(descending=True)
     run = piloted(tmp_path / "eigen", "mlp", coordinates=60)
     assert run.layout.dim == 60
-    curvature = run.curvature
-    kept = torch.cat(
-        [
-            (values / (values + run.preconditioner().dampings[name])).square()
-            for name, values in curvature.eigenvalues.items()  # type: ignore[attr-defined]
-        ]
-    )
-    assert float(kept.sum()) == pytest.approx(float(best), rel=1e-4)
+    shares = run.store.projection["energy_shares"]
+    kept = sum(shares[name] * values.numel() for name, values in relative.items())
+    assert kept == pytest.approx(float(best.values[:60].sum()), rel=1e-6)
     widths = [p.ko * p.ki for p in run._watched.projections.values()]  # type: ignore[union-attr]
     assert sum(widths) < full.layout.dim  # the corners are cut to the stairs
 
 
+def basis_of(values_out: list[float], values_in: list[float]) -> Basis:
+    sides = [torch.tensor(values).double() for values in (values_in, values_out)]
+    eyes = [torch.eye(len(values)).double() for values in sides]
+    return Basis(sides[0], eyes[0], sides[1], eyes[1])
+
+
 def test_staircase_gives_each_module_a_coordinate_and_keeps_to_d() -> None:
-    eye = Basis(torch.eye(3).double(), torch.eye(2).double())
-    values = {
-        "a": torch.tensor([[9.0, 4.0, 0.0], [1.0, 0.0, 0.0]]).double(),
-        "b": torch.full((2, 3), 1e-9).double(),
-    }
-    made = staircase({"a": eye, "b": eye}, values, {"a": 14.0, "b": 6.0}, 4, 7)
+    """a's products over their mean: [[3.6, 0.9, 0], [1.2, 0.3, 0]]; no gradient reached b."""
+    bases = {"a": basis_of([3, 1], [4, 1, 0]), "b": basis_of([0, 0], [0, 0, 0])}
+    made = staircase(bases, {"a": 12.0, "b": 0.0}, 4, 7)
     a, b = (made.projections[name] for name in "ab")
     assert a.coordinates is not None
     assert b.coordinates is not None
+    assert a.scale is not None
+    assert b.scale is not None
     assert (a.ko, a.ki, a.coordinates.tolist()) == (2, 2, [0, 1, 2])
     assert (b.ko, b.ki, b.coordinates.tolist()) == (1, 1, [0])
-    shares = made.described["energy_shares"]
-    assert shares == {"a": 1.0, "b": pytest.approx(1e-9 / 6)}
+    assert a.scale.pow(-2).tolist() == pytest.approx([2 * 3.7, 2 * 1.0, 2 * 1.3])  # mean of Λ: 2
+    assert b.scale.tolist() == [1.0]
+    assert made.described["energy_shares"] == {"a": pytest.approx(5.7 / 6), "b": 1.0}
     for count in (1, 13):
         with pytest.raises(ValueError, match=rf"expected 2 \(one a module\) to 12, got {count}"):
-            staircase({"a": eye, "b": eye}, values, {"a": 14.0, "b": 6.0}, count, 7)
+            staircase(bases, {"a": 12.0, "b": 0.0}, count, 7)
 
 
-def test_pca_is_the_first_eigenvectors(tmp_path: Path) -> None:
-    run = piloted(tmp_path / "pca", "gpt", "pca", rank=5)
-    model, loss, mask = gpt()
-    whole = Run("toy", Config(root_dir=str(tmp_path / "whole")))
-    watch(whole, model, "gpt", None, True)
-    whole.setup({"statistic": "kfac"})
-    log(whole, model, loss, mask, 4)
-    curvature = whole._recorder.curvature  # type: ignore[union-attr]
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_staircase_of_any_d_is_what_sorting_all_products_gives(equal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bases = {}
+    for name, sizes in {"a": (7, 12), "b": (9, 3), "c": (1, 5)}.items():
+        values = [
+            torch.rand(size, generator=generator).pow(8).sort(descending=True).values
+            for size in sizes
+        ]
+        values = [torch.ones(size) if equal else v for v, size in zip(values, sizes, strict=True)]
+        bases[name] = basis_of(*(v.tolist() for v in values))
+    products = [torch.outer(b.values_out, b.values_in) for b in bases.values()]
+    every = torch.cat([(p / p.mean()).flatten() for p in products]).sort(descending=True).values
+    for count in range(3, len(every) + 1):
+        made = staircase(bases, dict.fromkeys(bases, 1.0), count, 7)
+        kept_by = [math.prod(p.row_shape) for p in made.projections.values()]
+        assert sum(kept_by) == count
+        shares = made.described["energy_shares"]
+        kept = sum(shares[n] * p.numel() for n, p in zip(bases, products, strict=True))  # type: ignore[index]
+        alone = sum(float((p / p.mean()).max()) < float(every[count - 1]) for p in products)
+        if not alone:  # a module whose best is not among the first D displaces the last of them
+            assert kept == pytest.approx(float(every[:count].sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("moments", ["expand", "reduce", "sequence"])
+def test_pca_is_the_first_eigenvectors(tmp_path: Path, moments: str) -> None:
+    run = piloted(tmp_path / "pca", "gpt", "pca", rank=5, moments=moments)
+    kind = {"expand": "kfac", "reduce": "kfac-reduce", "sequence": "ec-shampoo"}[moments]
+    curvature = ekfac_of(tmp_path / "whole", "gpt", kind).curvature
     assert isinstance(curvature, KroneckerCurvature)
     for name, projection in run._watched.projections.items():  # type: ignore[union-attr]
         sides = zip(curvature.moments[name], (projection.proj_in, projection.proj_out), strict=True)
@@ -129,13 +167,78 @@ def test_pca_is_the_first_eigenvectors(tmp_path: Path) -> None:
             kept = torch.einsum("ki,ij,kj->k", matrix.double(), moment, matrix.double())
             assert torch.allclose(kept, values, rtol=1e-5, atol=1e-6 * float(values[0]))
     assert run.store.projection["kind"] == "pca"
+    assert run.store.projection.get("moments", "expand") == moments
+
+
+def test_sequence_moments_are_the_gradients() -> None:
+    """Formed without G for few tokens, and of G for many: float64's rounding apart."""
+    generator = torch.Generator().manual_seed(0)
+    sums, want_in, want_out = SequenceMoments(30, 20), torch.zeros(30, 30), torch.zeros(20, 20)
+    for tokens in (1, 3, 200):
+        x, dy = (torch.randn(tokens, k, generator=generator) for k in (30, 20))
+        gradient = dy.double().T @ x.double()
+        want_in, want_out = want_in + gradient.T @ gradient, want_out + gradient @ gradient.T
+        sums.add(x, dy)
+    for got, want in ((sums.inputs, want_in), (sums.outputs, want_out)):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))
+
+
+def unwhitened(*arguments: Any) -> PilotProjection:
+    """`staircase` as it was before rows were whitened: a store of that time has no scale."""
+    made = staircase(*arguments)
+    bare = {name: replace(p, scale=None) for name, p in made.projections.items()}
+    return PilotProjection(bare, made.described)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_scores_of_whitened_rows_are_those_of_the_coordinates(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every mode and damping, and no curvature, to the rounding of float32 rows."""
+    white = piloted(tmp_path / "white", name, coordinates=90)
+    monkeypatch.setattr("logra_kernels.run.pilot.staircase", unwhitened)
+    bare = piloted(tmp_path / "bare", name, coordinates=90)
+    rows = [rows_of(run.store) for run in (white, bare)]
+    scales = [p.scale for p in white._watched.projections.values()]  # type: ignore[union-attr]
+    scale = torch.cat([s for s in scales if s is not None])
+    assert scale.shape == (90,)
+    assert torch.allclose(rows[0], rows[1] * scale, rtol=1e-5)
+    # All columns of all modules are of about one size: the pilot saw just these rows.
+    assert 0.3 < float(rows[0].square().mean()) < 1
+    for options in (
+        {},
+        {"damping_scale": 1.0},
+        {"damping_scale": 0.0},
+        {"damping": 1e-3},
+        {"curvature": "none"},
+    ):
+        ours, theirs = (Attributor(run.store, **options) for run in (white, bare))
+        assert ours.preconditioner.dampings == pytest.approx(theirs.preconditioner.dampings)
+        for mode in SCAN_MODES:
+            got, want = (
+                a.scores(r, mode).scores.double() for a, r in zip((ours, theirs), rows, strict=True)
+            )
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    dimensions = [run.preconditioner().effective_dimensions() for run in (white, bare)]
+    assert dimensions[0] == pytest.approx(dimensions[1], rel=1e-5)
+    one, other = (run.preconditioner(False) for run in (white, bare))
+    assert torch.allclose(one.precondition(rows[0]) * scale, other.precondition(rows[1]), 1e-5)
+
+
+def test_only_the_diagonal_goes_with_scaled_rows(tmp_path: Path) -> None:
+    store = piloted(tmp_path, "mlp", coordinates=90).store
+    with pytest.raises(ValueError, match="which 'raw' would damp by their scale; 'diagonal' is"):
+        Attributor(store, RawCurvature.rebuild(store))
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    run.initialize_from_log()
+    assert run.curvature.kind == "diagonal"
 
 
 @pytest.mark.parametrize("init", ["eigen", "pca"])
 def test_queries_are_projected_as_the_store_says(tmp_path: Path, init: str) -> None:
     """A new process opens the store, and its queries have the rows of the training examples."""
-    options = {"coordinates": 700} if init == "eigen" else {"rank": 5}
-    piloted(tmp_path, "gpt", init, dtype="float16", **options)
+    rank, coordinates = (None, 700) if init == "eigen" else (5, None)
+    piloted(tmp_path, "gpt", init, dtype="float16", rank=rank, coordinates=coordinates)
     model, loss, mask = gpt()
     run = Run("toy", Config(root_dir=str(tmp_path)))
     run.watch(model, name_filter=PARTS["gpt"], bias=True)
@@ -175,12 +278,20 @@ def test_a_pilot_that_is_left_changes_nothing(tmp_path: Path) -> None:
     run = Run("toy", Config(root_dir=str(tmp_path)))
     watch(run, model, "gpt", 3, True)
     layout = run.layout
-    for _ in run.pilot("eigen", coordinates=90):
-        log(run, model, loss, mask, 4)
-        break
+
+    def stopped() -> None:
+        with run.pilot("eigen", coordinates=90):
+            log(run, model, loss, mask, 4)
+            raise OSError("the data ended")
+
+    with pytest.raises(OSError, match="the data ended"):
+        stopped()
     assert run.layout == layout
-    with pytest.raises(RuntimeError, match="no example was passed inside"):
-        list(run.pilot("eigen", coordinates=90))
+    with (
+        pytest.raises(RuntimeError, match="no example was passed inside"),
+        run.pilot("eigen", coordinates=90),
+    ):
+        pass
     assert run.layout == layout
     assert not (tmp_path / "toy").exists()
 
@@ -194,13 +305,17 @@ def test_what_a_pilot_refuses(tmp_path: Path) -> None:
         ({"init": "eigen"}, "coordinates: init='eigen' takes it, and no rank"),
         ({"init": "pca", "coordinates": 9}, "rank: init='pca' takes it, and no coordinates"),
         ({"init": "eigen", "coordinates": 3}, "expected a whole number of at least 4, one a"),
+        (
+            {"init": "pca", "rank": 3, "moments": "token"},
+            "moments: expected one of expand, reduce, sequence, got 'token'",
+        ),
         ({"init": "eigen", "coordinates": 10.0}, "expected a whole number of at least 4, one a"),
     ):
-        with pytest.raises(ValueError, match=message):
-            next(run.pilot(**options))
+        with pytest.raises(ValueError, match=message), run.pilot(**options):
+            pass
     with pytest.raises(ValueError, match=r"init: 'eigen' is made from a pilot"):
         run.add_lora(rank=3, init="eigen")
-    for _ in run.pilot("eigen", coordinates=90):
+    with run.pilot("eigen", coordinates=90):
         log(run, model, loss, mask, 4)
     run.setup({"save": "grad", "statistic": "kfac"})
     with pytest.raises(ValueError, match="'diagonal' is their curvature"):
@@ -214,12 +329,12 @@ def test_examples_that_are_not_finite_are_left_out_of_a_pilot(tmp_path: Path) ->
     run.watch(model, bias=True)
 
     def pilot() -> None:
-        for _ in run.pilot("eigen", coordinates=80):
+        with run.pilot("eigen", coordinates=80):
             log(run, model, loss, mask, 4)
             with run(["bad"]):
                 (loss(model, [0]) * float("nan")).backward()
 
     with pytest.warns(UserWarning, match="NaN or infinite in module"):
         pilot()
-    assert run.skipped_ids == ["bad", "bad"]
+    assert run.skipped_ids == ["bad"]
     assert run.layout.dim == 80

@@ -188,9 +188,12 @@ def test_what_streamed_refuses(toy: Logged) -> None:
         pass
     with refuse("queries: expected [Q, "), run.streamed(queries[:, 1:]):
         pass
-    with run.streamed(queries) as streamed, refuse("streamed: a pass is open", RuntimeError):  # noqa: SIM117
-        with run.streamed(queries):
-            pass
+    with (
+        run.streamed(queries) as streamed,
+        refuse("streamed: a pass is open, or passes of another kind", RuntimeError),
+        run.streamed(queries),
+    ):
+        pass
     with refuse("no example was scored: pass some inside the `with`", RuntimeError):
         streamed.result()
     with run.streamed(queries), refuse("expected new ids, got 'row0', which was scored already"):
@@ -222,3 +225,158 @@ def test_rows_in_memory_may_be_none_and_have_one_name(toy: Logged) -> None:
     assert none.scores.shape == (3, 0)
     same = influence_between(toy.queries, toy.queries, preconditioner, row_ids=["a", "a", "a"])
     assert same.row_ids == ["a", "a", "a"]
+
+
+# The curvature of rows that no store holds.
+
+
+def unstored(folder: Path, name: str, kind: str) -> tuple[Run, list[int]]:
+    """A run whose curvature is that of all examples, and the numbers of its passes."""
+    model, loss, mask = SAMPLES[name]()
+    run = Run("toy", Config(root_dir=str(folder), dtype="float32"))
+    watch(run, model, name, None, bias=True)
+    run.setup({"statistic": kind})
+    numbers = []
+    for number in run.curvature_passes():
+        numbers.append(number)
+        log(run, model, loss, mask, 4)
+    run.finalize()
+    return run, numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "passes"),
+    [
+        ("mlp", "raw", 1), ("gpt", "kfac", 1), ("gpt", "ekfac", 2), ("cnn", "ekfac", 2),
+        ("gpt", "ekfac-reduce", 2), ("mlp", "ec-shampoo", 2), ("mlp", "diagonal", 1),
+    ],
+)  # fmt: skip
+def test_no_row_is_stored_from_the_first_pass_to_the_last(
+    name: str, kind: str, passes: int, tmp_path: Path
+) -> None:
+    """Factors, corrected eigenvalues, scores: as with a store of all rows."""
+    toy = Logged(tmp_path / "stored", name, kind)
+    run, numbers = unstored(tmp_path / "unstored", name, kind)
+    assert numbers == list(range(passes))
+    assert run.store.num_rows == 0
+    assert run.curvature.count == COUNT
+    again = Run("toy", Config(root_dir=str(tmp_path / "unstored")))
+    model, loss, mask = SAMPLES[name]()
+    watch(again, model, name, None, bias=True)
+    again.initialize_from_log()
+    want = toy.attributor().scores(toy.queries, "l-relatif")
+    for asked in (run, again):
+        with asked.streamed(toy.queries, "l-relatif") as streamed:
+            log(asked, asked._watched.model, loss, mask, 4)  # type: ignore[union-attr]
+        found = streamed.result()
+        assert found.dampings == pytest.approx(want.dampings, rel=1e-6)
+        allowed = 1e-6 * want.scores.abs().amax(dim=1, keepdim=True)
+        assert ((found.scores - want.scores).abs() <= allowed).all()
+
+
+def test_what_passes_without_a_store_refuse(tmp_path: Path) -> None:
+    model, loss, mask = SAMPLES["mlp"]()
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    watch(run, model, "mlp", None, bias=True)
+    with refuse('curvature_passes: setup({"statistic": ...}) comes first', RuntimeError):
+        next(run.curvature_passes())
+    run.setup({"save": "grad", "statistic": "ekfac"})
+    with refuse("curvature_passes: the rows that are saved make the curvature", RuntimeError):
+        next(run.curvature_passes())
+    run.setup({"statistic": "ekfac"})
+    with refuse("or two passes without stored rows, inside `for _ in run.curv", RuntimeError):
+        log(run, model, loss, mask, 4)
+    with refuse("no example was passed inside `for _ in run.curv", RuntimeError):
+        list(run.curvature_passes())
+    for _ in run.curvature_passes():
+        with (
+            refuse("streamed: a pass is open, or passes of another kind", RuntimeError),
+            run.streamed(torch.zeros(1, run.layout.dim)),
+        ):
+            pass
+        log(run, model, loss, mask, 4)
+    run.finalize()
+    assert run.curvature.count == COUNT
+
+
+# Tokens.
+
+TOKEN_MODES = [mode for mode in SCAN_MODES if mode != "l2"]
+
+
+def assert_sums(found: InfluenceResult, mask: Tensor) -> None:
+    """A document's tokens add up to its score, and masked ones add nothing."""
+    assert found.token_scores is not None
+    assert len(found.token_scores) == len(found.row_ids)
+    for n, (name, shares) in enumerate(zip(found.row_ids, found.token_scores, strict=True)):
+        assert shares.shape == (3, mask.shape[1])
+        assert shares.dtype == torch.float32
+        want = found.scores[:, n]
+        allowed = 1e-5 * shares.abs().sum(1)
+        assert ((shares.sum(1) - want).abs() <= allowed).all()
+        assert (shares[:, mask[IDS.index(name)] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("mode", TOKEN_MODES)
+@pytest.mark.parametrize(("kind", "rank"), [("ekfac", None), ("raw", 3), ("none", 3)])
+def test_the_tokens_of_a_document_sum_to_its_score(
+    kind: str, rank: int | None, mode: str, tmp_path: Path
+) -> None:
+    toy = Logged(tmp_path, "gpt", kind, rank)
+    assert toy.mask is not None
+    with toy.run.streamed(
+        toy.queries, mode, tokens=True, ids=["row7", "row2", "row3"], precondition=kind != "none"
+    ) as streamed:
+        toy.passes()
+    found = streamed.result()
+    want = toy.attributor().scores(toy.queries, mode).scores[:, [2, 3, 7]]
+    assert torch.allclose(found.scores, want, rtol=1e-6)
+    assert_sums(found, toy.mask)
+
+
+@pytest.mark.parametrize("mode", ["dot", "l-relatif"])
+def test_the_tokens_in_an_eigenbasis_of_chosen_coordinates(mode: str, tmp_path: Path) -> None:
+    model, loss, mask = SAMPLES["gpt"]()
+    assert mask is not None
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    watch(run, model, "gpt", None, bias=True)
+    with run.pilot("eigen", coordinates=700):
+        log(run, model, loss, mask, 4)
+    run.setup({"save": "grad", "statistic": "diagonal"})
+    log(run, model, loss, mask, 4)
+    run.finalize()
+    run.eval()
+    with run(["a", "b", "c"], mask[:3]):
+        loss(model, [0, 1, 2]).backward()
+    with run.streamed(run.last_rows()[1], mode, tokens=True) as streamed:
+        log(run, model, loss, mask, 4)
+    found = streamed.result()
+    assert list(found.row_ids) == IDS
+    assert_sums(found, mask)
+
+
+def test_tokens_of_gradients_of_any_size(tmp_path: Path) -> None:
+    """Far beyond what float32 holds of their squares."""
+    toy = Logged(tmp_path, "gpt", "kfac", rank=3)
+    assert toy.mask is not None
+    ordinary = with_tokens(toy, 1.0)
+    for size in (1e-25, 1e25):
+        found = with_tokens(toy, size)
+        assert_sums(found, toy.mask)
+        for mine, theirs in zip(found.token_scores or (), ordinary.token_scores or (), strict=True):
+            assert torch.allclose(mine / size, theirs, rtol=1e-4, atol=1e-5)
+
+
+def with_tokens(toy: Logged, size: float) -> InfluenceResult:
+    """The scores of queries `size` times as large."""
+    with toy.run.streamed(toy.queries * size, "l-relatif", tokens=True) as streamed:
+        toy.passes()
+    return streamed.result()
+
+
+def test_modes_that_are_no_sums_have_no_tokens(toy: Logged) -> None:
+    with (
+        refuse("tokens: expected another mode than 'l2', which is no sum over them"),
+        toy.run.streamed(toy.queries, "l2", tokens=True),
+    ):
+        pass

@@ -123,6 +123,7 @@ X, DY, MASK = randn(3, 5, 8), randn(3, 5, 4, seed=1), torch.tensor([[1, 1, 1, 0,
 PROJ_IN, PROJ_OUT = randn(6, 8, seed=2), randn(2, 4, seed=3)
 QUERIES, ROWS = randn(2, 20, seed=4), randn(7, 20, seed=5).half()
 SCALE, BOUNDS, MODULES = torch.rand(7) + 0.1, torch.tensor([0, 2, 5]), ([12, 8], [0, -3])
+PLACES, WEIGHTS = torch.tensor([0, 1, 2, 4, 6, 11]), torch.rand(6) + 0.1
 STATE = list(ops.topk_scores(QUERIES, ROWS, 3))
 
 CALLS = [
@@ -136,6 +137,14 @@ CALLS = [
     call("projected_gradients", X, DY, PROJ_IN, PROJ_OUT, MASK.float()),
     call("projected_gradients", X.bfloat16(), DY, None, PROJ_OUT, out_dtype=torch.bfloat16),
     call("projected_gradients", X[0], DY[0], PROJ_IN, None, MASK[0], cu_seqlens=BOUNDS.int()),
+    call("projected_coordinates", X, DY, PROJ_IN, PROJ_OUT, PLACES, WEIGHTS, MASK),
+    call("projected_coordinates", X.half(), DY, None, PROJ_OUT, PLACES, None, MASK.float()),
+    call("projected_coordinates", X, DY, None, None, PLACES, WEIGHTS, out_dtype=torch.bfloat16),
+    call(
+        "projected_coordinates",
+        *(X[0], DY[0].bfloat16(), PROJ_IN, None, PLACES, WEIGHTS, MASK[0]),
+        cu_seqlens=BOUNDS,
+    ),
     call("projected_gradients_grouped", [X, X + 1], [DY, 2 * DY], [PROJ_IN] * 2, [], MASK),
     call("projected_gradients_grouped", [X, X], [DY, DY], [PROJ_IN] * 2, [PROJ_OUT] * 2, MASK),
     call("projected_gradients_grouped", [X.half()], [DY], [], [], out_dtype=torch.float16),

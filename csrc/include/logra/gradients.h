@@ -24,4 +24,22 @@ void per_sample_gradients(const Examples& examples, const Tokens& x, const Token
 void projected_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, const Matrix* proj_in,
                          const Matrix* proj_out, float* out);
 
+/// Elements of a gradient [Ko, Ki] that are asked for, and what each is multiplied by.
+struct Coordinates {
+  std::size_t count = 0;
+  const std::int64_t* places = nullptr;  // o * Ki + i, in any order
+  const float* scale = nullptr;          // nullptr: 1
+};
+
+/// out[n * out_stride + c] = scale[c] * G[n, places[c]], of the G [num_examples, Ko, Ki] that
+/// projected_gradients() gives: the same bits, times a float32. Of eight rows of G at a time, only the
+/// columns up to the last place are computed.
+///
+/// out  num_examples rows of coordinates.count float32, written in full
+///
+/// Throws std::invalid_argument also for a place outside of G.
+void projected_coordinates(const Examples& examples, const Tokens& x, const Tokens& dy, const Matrix* proj_in,
+                           const Matrix* proj_out, const Coordinates& coordinates, float* out,
+                           std::size_t out_stride);
+
 }  // namespace logra

@@ -132,18 +132,69 @@ class Side {
   Scratch<float> projected_;
 };
 
+/// The part of the results that coordinates need: bands of kBand rows, each as wide as its last coordinate
+/// asks, in whole vectors.
+class Stairs {
+ public:
+  Stairs(const Coordinates& coordinates, std::size_t num_examples, std::size_t rows, std::size_t cols,
+         std::size_t lanes)
+      : bands_(ceil_div(rows, kBand)), places_(coordinates.count), scale_(coordinates.scale) {
+    for (std::size_t& place : places_) {
+      const std::int64_t given = read(coordinates.places + (&place - places_.data()));
+      place = static_cast<std::size_t>(given);
+      expect(given >= 0 && place / cols < rows, "coordinates: expected places in the gradient");
+      Band& band = bands_[place / cols / kBand];
+      band.width = std::max(band.width, lanes * ceil_div(place % cols + 1, lanes));
+    }
+    for (Band& band : bands_) band.begin = size_, size_ += kBand * band.width;
+    for (std::size_t& place : places_) {
+      const Band& band = bands_[place / cols / kBand];
+      place = band.begin + place / cols % kBand * band.width + place % cols;
+    }
+    const std::size_t floats = checked_product(num_examples, size_);
+    sums_ = Scratch<float>(floats);
+    std::fill_n(sums_.get(), floats, 0.0f);
+  }
+  /// Floats of an example.
+  std::size_t size() const { return size_; }
+  /// The columns of the band that begins at a row.
+  std::size_t width(std::size_t row) const { return bands_[row / kBand].width; }
+  float* band(std::size_t example, std::size_t row) const {
+    return sums_.get() + example * size_ + bands_[row / kBand].begin;
+  }
+  /// The coordinates of an example, scaled.
+  void gather(std::size_t example, float* out) const {
+    const float* const sums = sums_.get() + example * size_;
+    for (std::size_t c = 0; c < places_.size(); ++c)
+      out[c] = scale_ != nullptr ? read(scale_ + c) * sums[places_[c]] : sums[places_[c]];
+  }
+
+ private:
+  struct Band {
+    std::size_t begin = 0, width = 0;  // its first float of an example's
+  };
+  std::vector<Band> bands_;
+  std::vector<std::size_t> places_;  // of the coordinates, in an example's floats
+  const float* scale_;
+  std::size_t size_ = 0;
+  Scratch<float> sums_;
+};
+
 /// The sums of the outer products of the kept tokens. Tokens go through in groups: all threads project a
 /// group, then all multiply it; so one long example is shared as well as many short ones are.
 class OuterProducts {
  public:
-  OuterProducts(const Kernels& kernels, const KeptTokens& kept, Side& left, Side& right, float* out)
+  /// The sums go into `out` [num_examples, left.size(), right.size()], or into `stairs` if there are any.
+  OuterProducts(const Kernels& kernels, const KeptTokens& kept, Side& left, Side& right, float* out,
+                const Stairs* stairs)
       : kernels_(kernels),
         kept_(kept),
         left_(left),
         right_(right),
         out_(out),
+        stairs_(stairs),
         pairs_(left.halves() && right.halves() && kernels.bf16 != nullptr),
-        edge_(right.size() != right.width()) {
+        edge_(stairs == nullptr && right.size() != right.width()) {
     choose_group();
     choose_rows();
     const std::size_t copies = checked_product(kOuterBlock, left.copied_floats() + right.copied_floats()) +
@@ -195,7 +246,8 @@ class OuterProducts {
   void choose_rows() {
     const std::size_t total = kept_.tokens.size(), num_examples = kept_.bounds.size() - 1;
     const std::size_t bands = ceil_div(left_.size(), kBand);
-    const double products = static_cast<double>(left_.size() * right_.size());
+    const double products =
+        static_cast<double>(stairs_ != nullptr ? stairs_->size() : left_.size() * right_.size());
     const double work = static_cast<double>(total) * (left_.work() + right_.work() + products / 4.0);
     threads_ = num_threads(bands * num_examples + ceil_div(total, kTokenBlock), work);
     const std::size_t parts = ceil_div(4 * static_cast<std::size_t>(threads_), num_examples);
@@ -222,7 +274,7 @@ class OuterProducts {
     const std::size_t num_rows = std::min(rows_, left_.size() - row);
     float* const left_copy = scratch;
     float* const right_copy = left_copy + kOuterBlock * left_.copied_floats();
-    float* const result = out_ + (range.example * left_.size() + row) * ki;
+    float* const result = stairs_ != nullptr ? nullptr : out_ + (range.example * left_.size() + row) * ki;
     if (!edge_) return add_whole(tokens, range, row, num_rows, left_copy, right_copy, result);
     // Rows that end within a vector go through a copy.
     float* const whole = right_copy + kOuterBlock * right_.copied_floats();
@@ -234,7 +286,7 @@ class OuterProducts {
     for (std::size_t r = 0; r < num_rows; ++r) std::copy_n(whole + r * width, ki, result + r * ki);
   }
 
-  /// The same for rows of whole vectors: c [num_rows, right_.width()].
+  /// The same for rows of whole vectors: c [num_rows, right_.width()], unless there are stairs.
   void add_whole(const Kept* tokens, const Range& range, std::size_t row, std::size_t num_rows,
                  float* left_copy, float* right_copy, float* c) const {
     for (std::size_t t = range.begin; t < range.end; t += kOuterBlock) {
@@ -248,14 +300,23 @@ class OuterProducts {
         right_.gather(tokens, t, count, b, right_copy);
       }
       const OuterTokens outer = pairs_ ? kernels_.bf16->outer_pairs : kernels_.gradients.outer_tokens;
-      outer(a, row, num_rows, b, right_.width(), pairs_ ? ceil_div(count, 2) : count, c, right_.width());
+      const std::size_t products = pairs_ ? ceil_div(count, 2) : count;
+      if (stairs_ == nullptr) {
+        outer(a, row, num_rows, b, right_.width(), products, c, right_.width());
+        continue;
+      }
+      for (std::size_t r = row; r < row + num_rows; r += kBand) {
+        const std::size_t width = stairs_->width(r), band_rows = std::min(kBand, row + num_rows - r);
+        outer(a, r, band_rows, b, width, products, stairs_->band(range.example, r), width);
+      }
     }
   }
 
   const Kernels& kernels_;
   const KeptTokens& kept_;
   Side &left_, &right_;
-  float* out_;  // [num_examples, left_.size(), right_.size()]
+  float* out_;
+  const Stairs* stairs_;
   bool pairs_;  // whether tokens are multiplied in pairs of bfloat16
   bool edge_;   // whether rows of the result end within a vector
   std::size_t group_ = 0, rows_ = 0, per_thread_ = 0, example_ = 0;
@@ -264,14 +325,10 @@ class OuterProducts {
   std::vector<Range> ranges_;
 };
 
-}  // namespace
-
-void per_sample_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, float* out) {
-  projected_gradients(examples, x, dy, nullptr, nullptr, out);
-}
-
-void projected_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, const Matrix* proj_in,
-                         const Matrix* proj_out, float* out) {
+/// Checks the arguments, and sums into `stairs` of the coordinates, or into `out` without any.
+void add_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, const Matrix* proj_in,
+                   const Matrix* proj_out, const Coordinates* coordinates, float* out,
+                   std::size_t out_stride) {
   expect_narrow(x.dtype, "x");
   expect_narrow(dy.dtype, "dy");
   if (proj_in != nullptr) {
@@ -285,9 +342,34 @@ void projected_gradients(const Examples& examples, const Tokens& x, const Tokens
   const Kernels& kernels = active_kernels();
   const KeptTokens kept(examples, x, dy);
   Side left(kernels, dy, &Kept::dy, proj_out, false), right(kernels, x, &Kept::x, proj_in, true);
-  std::fill_n(out, checked_product(checked_product(examples.num_examples, left.size()), right.size()), 0.0f);
-  if (!kept.tokens.empty() && left.size() != 0 && right.size() != 0)
-    OuterProducts(kernels, kept, left, right, out).run();
+  const bool any = !kept.tokens.empty() && left.size() != 0 && right.size() != 0;
+  if (coordinates == nullptr) {
+    std::fill_n(out, checked_product(checked_product(examples.num_examples, left.size()), right.size()),
+                0.0f);
+    if (any) OuterProducts(kernels, kept, left, right, out, nullptr).run();
+    return;
+  }
+  expect(coordinates->count == 0 || right.size() != 0, "coordinates: expected places in the gradient");
+  const Stairs stairs(*coordinates, examples.num_examples, left.size(), right.size(), kernels.lanes);
+  if (any) OuterProducts(kernels, kept, left, right, nullptr, &stairs).run();
+  for (std::size_t n = 0; n < examples.num_examples; ++n) stairs.gather(n, out + n * out_stride);
+}
+
+}  // namespace
+
+void per_sample_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, float* out) {
+  add_gradients(examples, x, dy, nullptr, nullptr, nullptr, out, 0);
+}
+
+void projected_gradients(const Examples& examples, const Tokens& x, const Tokens& dy, const Matrix* proj_in,
+                         const Matrix* proj_out, float* out) {
+  add_gradients(examples, x, dy, proj_in, proj_out, nullptr, out, 0);
+}
+
+void projected_coordinates(const Examples& examples, const Tokens& x, const Tokens& dy, const Matrix* proj_in,
+                           const Matrix* proj_out, const Coordinates& coordinates, float* out,
+                           std::size_t out_stride) {
+  add_gradients(examples, x, dy, proj_in, proj_out, &coordinates, out, out_stride);
 }
 
 }  // namespace logra
