@@ -13,11 +13,12 @@ from tiny_lm import make_model
 from logra_kernels.baselines import words
 from logra_kernels.demo import Size, explain
 from logra_kernels.demo.facts import FACTS, documents
-from logra_kernels.demo.methods import judge
+from logra_kernels.demo.methods import all_scores, judge
 from logra_kernels.demo.teaching import Teacher
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gguf import convert_gguf, hugging_face_name, undo_rotary_permutation
+from logra_kernels.lm.gradients import LMGradients
 from logra_kernels.report import read_results, render, write_results
 from logra_kernels.report.terminal import print_table
 from logra_kernels.store import Store
@@ -179,8 +180,17 @@ def test_a_model_that_learns_nothing_leaves_a_whole_report(
     assert [len(row) for row in table["rows"]] == [4, 4]
     print_table(table)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 96
-    assert Store.open(tmp_path / "store").num_rows == 2 * 7 + 2
-    assert CausalLM.load(tmp_path / "taught").fingerprint == results["model"]["fingerprint"]
+    store, taught = Store.open(tmp_path / "store"), CausalLM.load(tmp_path / "taught")
+    assert store.num_rows == 2 * 7 + 2
+    assert taught.fingerprint == results["model"]["fingerprint"]
+    pytest.importorskip("bm25s")
+    rows = LMGradients.of_store(store, taught).rows(examples_of(taught, ["blue", "harp"]))
+    logged = [Example.from_metadata("", kept) for kept in store.metadata(range(store.num_rows))]
+    scores = all_scores(store, taught, rows, logged, logged[:2])
+    assert {tuple(values.shape) for values in scores.values()} == {(2, store.num_rows)}
+    assert all(values.isfinite().all() for values in scores.values())
+    # A document is most like itself.
+    assert scores["hidden states"].argmax(dim=1).tolist() == [0, 1]
 
 
 @pytest.fixture(scope="module")
