@@ -28,6 +28,10 @@ from torch import Tensor
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.projection.spec import ModuleProjection, Rank, Widths, rank_pair
 
+# What the chosen coordinates keep at least of the largest Σ (Λ / (Λ + λ))² that as many could have.
+KEPT_GAIN = 0.98
+SMALLEST_SHARE = 0.1
+
 
 @dataclass(frozen=True)
 class PilotProjection:
@@ -108,20 +112,20 @@ def staircase(
         )
     sides = [(_relative(basis.values_out), _relative(basis.values_in)) for basis in bases.values()]
     least = _threshold(sides, coordinates)
-    corners = [_corner(*pair, least) for pair in sides]
+    corners = [_products(*pair, least) for pair in sides]
+    kept = _chosen(corners, list(bases.values()), coordinates)
     projections, shares = {}, {}
-    each = zip(bases.items(), corners, _largest(corners, coordinates), strict=True)
-    for (name, basis), relative, places in each:
+    for (name, basis), relative, places in zip(bases.items(), corners, kept, strict=True):
         rows, columns = places // relative.shape[1], places % relative.shape[1]
-        kept = relative.flatten()[places]
+        values = relative.flatten()[places]
         corner = basis.corner(int(rows.max()) + 1, int(columns.max()) + 1)
         size = corner.in_features * corner.out_features
         projections[name] = replace(
             corner,
             coordinates=rows * corner.ki + columns,
-            scale=_whitening((kept + DAMPING_SCALE) * (energies[name] / size)),
+            scale=_whitening((values + DAMPING_SCALE) * (energies[name] / size)),
         )
-        shares[name] = min(1.0, float(kept.sum()) / size) or 1.0
+        shares[name] = min(1.0, float(values.sum()) / size) or 1.0
     described = {
         "kind": "eigen",
         "coordinates": coordinates,
@@ -157,7 +161,7 @@ def _threshold(sides: Sequence[tuple[Tensor, Tensor]], count: int) -> float:
     return low
 
 
-def _corner(out: Tensor, into: Tensor, least: float) -> Tensor:
+def _products(out: Tensor, into: Tensor, least: float) -> Tensor:
     """The products [ko, ki] in the smallest corner that holds those of `least` and above."""
     rows = max(1, int((out * into[0] >= least).sum()))
     columns = max(1, int((into * out[0] >= least).sum()))
@@ -169,6 +173,50 @@ def _whitening(damped: Tensor) -> Tensor:
     scale = torch.where(damped > 0, damped, 1.0).rsqrt()
     # Whose squares float64, and products with a gradient float32, can hold.
     return scale.clamp(2.0**-100, 2.0**100).float()
+
+
+def _chosen(relative: Sequence[Tensor], bases: Sequence[Basis], count: int) -> list[Tensor]:
+    """Places [n] of each module, as `_largest` gives them, in corners that are cheap to project to.
+
+    A token's projections take ko·O + ki·I multiplications, its forward and backward pass 2·I·O. The
+    corners are those of the least share of these in which coordinates of `KEPT_GAIN` of the largest
+    gain lie: a few far coordinates are not worth the vectors that only they need.
+    """
+    gains = [(values / (values + DAMPING_SCALE)).square() for values in relative]
+    largest = _largest(gains, count)
+    best = sum(
+        float(gain.flatten()[places].sum()) for gain, places in zip(gains, largest, strict=True)
+    )
+    share = SMALLEST_SHARE
+    while True:
+        inside, held = [], 0
+        for gain, places, basis in zip(gains, largest, bases, strict=True):
+            ko, ki = _corner(gain, places, basis, share)
+            inside.append(torch.full_like(gain, -1))
+            inside[-1][:ko, :ki] = gain[:ko, :ki]
+            held += ko * ki
+        if held >= count:
+            chosen = _largest(inside, count)
+            pairs = zip(inside, chosen, strict=True)
+            kept = sum(float(gain.flatten()[places].sum()) for gain, places in pairs)
+            if not kept < KEPT_GAIN * best:
+                return chosen
+        share *= 1.1
+
+
+def _corner(gain: Tensor, places: Tensor, basis: Basis, share: float) -> tuple[int, int]:
+    """(ko, ki) of the corner that holds most of the gain at `places`, at this share of the cost."""
+    wanted = torch.full((gain.numel(),), 1e-9, dtype=gain.dtype)  # of equal corners, the largest
+    wanted[places] += gain.flatten()[places]
+    sums = wanted.view(gain.shape).cumsum(0).cumsum(1)  # of each corner, [ko, ki]
+    width_in, width_out = len(basis.vectors_in), len(basis.vectors_out)
+    # Projections have whole vectors of 16, so the last vector of each side may as well be full.
+    rows, columns = (16 * ((torch.arange(size) + 16) // 16) for size in gain.shape)
+    cost = rows[:, None] * width_out + columns * width_in
+    sums[cost > share * 2 * width_in * width_out] = -1
+    sums[0, 0].clamp_(min=0)
+    best = int(sums.argmax())
+    return best // gain.shape[1] + 1, best % gain.shape[1] + 1
 
 
 def _largest(gains: Sequence[Tensor], count: int) -> list[Tensor]:
