@@ -30,7 +30,7 @@ from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.projection.spec import ModuleProjection, Rank, Widths, rank_pair
 
 # What the chosen coordinates keep at least of the largest Σ (Λ / (Λ + λ))² that as many could have.
-KEPT_GAIN = 0.98
+KEPT_GAIN = 0.99
 # Of a module's forward and backward pass: what its projections may cost even where less would do.
 SMALLEST_SHARE = 0.1
 
