@@ -68,8 +68,8 @@ NOTES = (
     " Three more share the question's words and state something else; the beginnings of pages of"
     " the Python reference are filler.",
     "The truth that the rankings are judged by is the corpus's plan: which documents state the"
-    " fact. That a document mattered is shown by removing documents and teaching the model again,"
-    " for the first fact that was learnt.",
+    " fact. Whether documents mattered is tried once, by teaching the model again without those"
+    " that lead one ranking; what as many drawn by chance would change is not shown.",
     "Influence is a first-order estimate around the taught model, through the layers that were"
     " taught. It ranks by effect on the answer as the model gave it, right or wrong.",
     "The corpus is small and made by hand: what wins here need not win on a large one.",

@@ -185,7 +185,8 @@ def test_a_model_that_learns_nothing_leaves_a_whole_report(
     assert taught.fingerprint == results["model"]["fingerprint"]
     pytest.importorskip("bm25s")
     rows = LMGradients.of_store(store, taught).rows(examples_of(taught, ["blue", "harp"]))
-    logged = [Example.from_metadata("", kept) for kept in store.metadata(range(store.num_rows))]
+    metadata = store.metadata(range(store.num_rows))
+    logged = [Example.from_metadata("", kept) for kept in metadata if kept]
     scores = all_scores(store, taught, rows, logged, logged[:2])
     assert {tuple(values.shape) for values in scores.values()} == {(2, store.num_rows)}
     assert all(values.isfinite().all() for values in scores.values())
