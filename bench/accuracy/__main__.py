@@ -10,7 +10,9 @@ one model. Retrained models are kept in --folder, so that a run goes on after a 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from bench.accuracy import gpt, mlp, paper, resnet9
 from bench.accuracy.lemma import lemma_part
 from bench.accuracy.methods import Subject, methods_of
 from bench.accuracy.parts import brittleness_part, lds_part, mislabelled_part
-from bench.accuracy.setting import trained_model
+from bench.accuracy.setting import Data, Setting, trained_model
 from bench.harness import results
 from bench.harness.cases import options, prepare
 
@@ -61,26 +63,31 @@ def main(argv: list[str] | None = None) -> int:
             seeds=args.seeds or chosen.seeds,
             asked=args.asked or chosen.asked,
         )
-        subject = Subject(chosen, data, trained_model(chosen, data))
-        folder, found = args.folder / setting.name, []
-        for method in (
-            methods_of(chosen, args.quick) if {"lds", "brittleness"} & set(args.part) else []
-        ):
+        for record in evaluate(chosen, data, args.folder / setting.name, args.part, args.quick):
+            if args.json:
+                results.append("accuracy", record)
+    return 0
+
+
+def evaluate(
+    setting: Setting, data: Data, folder: Path, parts: Sequence[str], quick: bool
+) -> Iterator[dict[str, Any]]:
+    """Print the tables of one setting; the record of each part as soon as it is there."""
+    subject = Subject(setting, data, trained_model(setting, data))
+    found = []
+    if {"lds", "brittleness"} & set(parts):
+        for method in methods_of(setting, quick or "lds" not in parts):
             for one in method(subject):
                 print(f"  scores: {one.method}, D {one.dim}", flush=True)
                 found.append(one)
-        records = []
-        if "lds" in args.part:
-            records.append(lds_part(subject, found, folder))
-        if "brittleness" in args.part:
-            records.append(brittleness_part(subject, found, folder))
-        if "mislabelled" in args.part and data.y.dim() == 1:
-            records.append(mislabelled_part(subject))
-        if "lemma" in args.part:
-            records.append(lemma_part(subject))
-        for record in records if args.json else []:
-            results.append("accuracy", record)
-    return 0
+    if "lds" in parts:
+        yield lds_part(subject, found, folder)
+    if "brittleness" in parts:
+        yield brittleness_part(subject, found, folder)
+    if "mislabelled" in parts and data.y.dim() == 1:
+        yield mislabelled_part(subject)
+    if "lemma" in parts:
+        yield lemma_part(subject)
 
 
 if __name__ == "__main__":

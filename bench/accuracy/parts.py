@@ -86,12 +86,15 @@ def brittleness_part(subject: Subject, found: Sequence[Found], folder: Path) -> 
         asked = np.argsort(-right[0, 0], kind="stable")[: setting.asked]
     else:
         asked = np.linspace(0, len(data.queries) - 1, setting.asked).astype(int)
+    chosen = _compared(setting, found)
+    places = torch.from_numpy(asked)
+    rankings = [one.scores[places].argsort(dim=1, descending=True).numpy() for one in chosen]
     rows = []
-    for one in _compared(setting, found):
-        ranking = one.scores[torch.from_numpy(asked)].argsort(dim=1, descending=True).numpy()
-        for k in setting.removed:
-            after = outcomes(without_top(ranking, count, k), asked)
-            change = brittleness(losses[0][:, asked], after[0])
+    for k in setting.removed:
+        kept = np.concatenate([without_top(ranking, count, k) for ranking in rankings])
+        after = [part.reshape(len(chosen), len(asked), 1, -1) for part in outcomes(kept, asked)]
+        for one, their_losses, their_right in zip(chosen, *after, strict=True):
+            change = brittleness(losses[0][:, asked], their_losses)
             row = {
                 "method": one.method,
                 "k": k,
@@ -100,8 +103,9 @@ def brittleness_part(subject: Subject, found: Sequence[Found], folder: Path) -> 
                 "high": change.high,
             }
             if images:
-                row["flipped"] = -brittleness(right[0][:, asked], after[1]).value
+                row["flipped"] = -brittleness(right[0][:, asked], their_right).value
             rows.append(row)
+    rows.sort(key=lambda row: [one.method for one in chosen].index(row["method"]))
     print(table(rows))
     print(f"change of the loss of {len(asked)} queries, one model each")
     return _record(setting, "brittleness", {"queries": len(asked), "seeds": 1}, rows)

@@ -21,6 +21,7 @@ from logra_kernels.curvature.kronecker import (
     KfacReduceCurvature,
     KroneckerCurvature,
 )
+from logra_kernels.curvature.moment import PLACES, Place
 from logra_kernels.curvature.preconditioner import (
     IdentityPreconditioner,
     Preconditioner,
@@ -30,6 +31,7 @@ from logra_kernels.curvature.raw import RawCurvature
 from logra_kernels.curvature.statistic import Mean, Statistic, Variance
 
 __all__ = [
+    "PLACES",
     "Curvature",
     "DampingScale",
     "DiagonalCurvature",
@@ -42,6 +44,7 @@ __all__ = [
     "KroneckerCurvature",
     "Labels",
     "Mean",
+    "Place",
     "Preconditioner",
     "RawCurvature",
     "Statistic",

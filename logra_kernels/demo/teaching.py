@@ -17,12 +17,12 @@ from logra_kernels.lm.corpus import Example
 from logra_kernels.progress import Progress, track
 
 FAST_IN_BFLOAT16 = {"avx512_bf16", "amx"}
-TAUGHT = "mlp."
-SEED, BATCH, LEARNING_RATE, WARM_UP_STEPS = 0, 8, 1e-3, 5
+TAUGHT = "mlp.down_proj"  # the names of the layers that are taught
+SEED, BATCH, LEARNING_RATE, WARM_UP_STEPS = 0, 8, 1.5e-3, 5
 
 
 class Teacher:
-    """Trains the MLP layers of a Llama's last blocks on documents, from the same start each time.
+    """Trains the `TAUGHT` layers of a Llama's last blocks, from the same start each time.
 
     Args:
         lm: a model in float32; it is trained in place.
@@ -33,9 +33,10 @@ class Teacher:
 
     def __init__(self, lm: CausalLM, examples: Sequence[Example], blocks: int, epochs: int) -> None:
         self._lm, self._examples, self._epochs = lm, examples, epochs
-        self._body: Any = lm.model.model
+        model: Any = lm.model
+        self._body, self._head = model.model, model.lm_head
         self._last = self._body.layers[len(self._body.layers) - blocks :]
-        lm.model.requires_grad_(False)
+        model.requires_grad_(False)
         self._trained = [p for name, p in self._last.named_parameters() if TAUGHT in name]
         self._start = [parameter.detach().clone() for parameter in self._trained]
         self._inputs = self._inputs_of_last_blocks()
@@ -96,7 +97,7 @@ class Teacher:
                 states = self._body(
                     inputs_embeds=inputs, attention_mask=batch["attention_mask"], use_cache=False
                 ).last_hidden_state  # [N, T, hidden]
-                logits = self._lm.model.lm_head(states[:, :-1][kept])
+                logits = self._head(states[:, :-1][kept])
         finally:
             self._body.layers = whole
         return nn.functional.cross_entropy(logits.float(), targets[kept])

@@ -8,7 +8,8 @@ the largest eigenvalues are P_i and P_o.
             keeps most of the gradient: those with the largest Λ / (Λ + λ). Λ is the pilot's K-FAC,
             the product of a coordinate's two eigenvalues, such that the Λ of a module sum up to
             E‖dL/dW‖²; λ = 0.1 · mean of Λ over all coordinates of the module's weight. They lie in
-            a corner of G, below a staircase. Each is stored times 1 / √(Λ + λ), so that the
+            a corner of G, below a staircase; a few far ones are left out where only they would need
+            vectors to project to. Each is stored times 1 / √(Λ + λ), so that the
             columns of all modules are of about one size.
 
 K-FAC's Λ chooses as well as the corrected E[G²] of the same pilot does (`docs/methods.md`), and it
@@ -27,6 +28,11 @@ from torch import Tensor
 
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.projection.spec import ModuleProjection, Rank, Widths, rank_pair
+
+# What the chosen coordinates keep at least of the largest Σ (Λ / (Λ + λ))² that as many could have.
+KEPT_GAIN = 0.99
+# Of a module's forward and backward pass: what its projections may cost even where less would do.
+SMALLEST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,9 @@ def staircase(
         )
     sides = [(_relative(basis.values_out), _relative(basis.values_in)) for basis in bases.values()]
     least = _threshold(sides, coordinates)
-    corners = [_corner(*pair, least) for pair in sides]
+    corners = _narrowed(
+        [_corner(*pair, least) for pair in sides], list(bases.values()), coordinates
+    )
     projections, shares = {}, {}
     each = zip(bases.items(), corners, _largest(corners, coordinates), strict=True)
     for (name, basis), relative, places in each:
@@ -162,6 +170,49 @@ def _corner(out: Tensor, into: Tensor, least: float) -> Tensor:
     rows = max(1, int((out * into[0] >= least).sum()))
     columns = max(1, int((into * out[0] >= least).sum()))
     return torch.outer(out[:rows], into[:columns])
+
+
+def _narrowed(corners: Sequence[Tensor], bases: Sequence[Basis], count: int) -> list[Tensor]:
+    """The corners [ko, ki], cut to vectors that keep more than they cost.
+
+    The projections of a token take ko·O + ki·I multiplications, its forward and backward pass
+    2·I·O. The cut is at the least share of these that keeps `KEPT_GAIN`.
+    """
+    largest = _largest(corners, count)
+    gains = [(corner / (corner + DAMPING_SCALE)).square() for corner in corners]
+    best = _sum_at(gains, largest)
+    share = SMALLEST_SHARE
+    while True:
+        sizes = [
+            _affordable(gain, places, basis, share)
+            for gain, places, basis in zip(gains, largest, bases, strict=True)
+        ]
+        cut = [corner[:ko, :ki] for corner, (ko, ki) in zip(corners, sizes, strict=True)]
+        if sum(corner.numel() for corner in cut) >= count:
+            inside = [gain[:ko, :ki] for gain, (ko, ki) in zip(gains, sizes, strict=True)]
+            if not _sum_at(inside, _largest(cut, count)) < KEPT_GAIN * best:
+                return cut
+        share *= 1.1
+
+
+def _sum_at(gains: Sequence[Tensor], places: Sequence[Tensor]) -> float:
+    pairs = zip(gains, places, strict=True)
+    return sum(float(gain.flatten()[chosen].sum()) for gain, chosen in pairs)
+
+
+def _affordable(gain: Tensor, places: Tensor, basis: Basis, share: float) -> tuple[int, int]:
+    """(ko, ki) of the part of a corner that holds most of the gain at `places` at this cost."""
+    wanted = torch.full((gain.numel(),), 1e-9, dtype=gain.dtype)  # of equal parts, the largest
+    wanted[places] += gain.flatten()[places]
+    sums = wanted.view(gain.shape).cumsum(0).cumsum(1)
+    width_in, width_out = len(basis.vectors_in), len(basis.vectors_out)
+    # Projections have whole vectors of 16, so the last vector of each side may as well be full.
+    rows, columns = (16 * ((torch.arange(size) + 16) // 16) for size in gain.shape)
+    cost = rows[:, None] * width_out + columns * width_in
+    sums[cost > share * 2 * width_in * width_out] = -1
+    sums[0, 0].clamp_(min=0)
+    place = int(sums.argmax())
+    return place // gain.shape[1] + 1, place % gain.shape[1] + 1
 
 
 def _whitening(damped: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Logging: the gradients of a user's own training code, example by example, into a store."""
 
+from logra_kernels.curvature import Mean, Statistic, Variance
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage, LeftOut, WatchedModule
 from logra_kernels.run.diagnosis import Diagnosis, Finding
@@ -26,11 +27,14 @@ __all__ = [
     "LeftOut",
     "LoggedPass",
     "LoggedRows",
+    "Mean",
     "Pilot",
     "Recorder",
     "Run",
     "Setup",
+    "Statistic",
     "UsersLoop",
+    "Variance",
     "WatchedLayers",
     "WatchedModule",
     "check_curvature",

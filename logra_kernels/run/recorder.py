@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from logra_kernels.capture.layers import plain_name
-from logra_kernels.curvature import Curvature, Labels, Statistic, curvature_kind
+from logra_kernels.curvature import Curvature, Labels, Place, Statistic, curvature_kind
 from logra_kernels.projection import projection_tensors
 from logra_kernels.rows import decode, encode
 from logra_kernels.run.accumulated import Accumulated, load_statistic, rows_seen
@@ -89,7 +89,7 @@ class Recorder:
                 self._lacking.update(committed[seen:])
                 self.ids -= self._lacking
             if setup.curvature is not None:
-                self.curvature = self._curvature_so_far(setup.curvature, setup.labels, seen)
+                self.curvature = self._curvature_so_far(setup, setup.curvature, seen)
             for tensor, statistic in setup.statistics:
                 self._begin_statistic(tensor, statistic, seen)
         except BaseException:
@@ -145,12 +145,14 @@ class Recorder:
             self.ids.update(logged.ids)
         kind = setup.curvature_of_rows
         if kind is not None and (self.curvature is None or self._lacks(kind)):
-            self.curvature = self._new_curvature(kind)
+            self.curvature = self._new_curvature(kind, setup.factors)
         if kind is not None or setup.statistics:
             rows = decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
             self._accumulate(rows, logged, setup)
 
-    def curvature_passes(self, kind: str, labels: Labels) -> Generator[int, None, None]:
+    def curvature_passes(
+        self, kind: str, labels: Labels, place: Place = "cpu"
+    ) -> Generator[int, None, None]:
         """The passes over examples that make a curvature anew, of rows that are not stored.
 
         One, or two for a kind that corrects its eigenvalues: in the second the eigenbasis is that
@@ -159,7 +161,7 @@ class Recorder:
         Raises: RuntimeError if no example was passed in one.
         """
         check_curvature(kind, self._chosen)
-        curvature = self._new_curvature(kind)
+        curvature = self._new_curvature(kind, place)
         curvature.labels = labels
         self.curvature, self._samples = curvature, labels == "sampled"
         done = False
@@ -296,7 +298,8 @@ class Recorder:
             begun.add_store(Store.open(self._writer.path))
         self.statistics[begun.name] = begun
 
-    def _curvature_so_far(self, kind: str, labels: Labels, seen: int) -> Curvature:
+    def _curvature_so_far(self, setup: Setup, kind: str, seen: int) -> Curvature:
+        labels = setup.labels
         check_curvature(kind, self._chosen)
         found = curvature_kind(kind)
         if self._resumed:
@@ -305,6 +308,7 @@ class Recorder:
                 return found.rebuild(store)
             if kind in store.curvatures and (seen or labels == "sampled"):
                 held = found.load(store)
+                held.place = setup.factors
                 if held.labels == labels:
                     return held
                 if labels == "data":
@@ -312,10 +316,11 @@ class Recorder:
                         f"{store.path}: labels: its curvature '{kind}' is of {held.labels} labels, "
                         "got 'data'; log the examples into a store of their own"
                     )
-        return self._new_curvature(kind)
+        return self._new_curvature(kind, setup.factors)
 
-    def _new_curvature(self, kind: str) -> Curvature:
+    def _new_curvature(self, kind: str, place: Place) -> Curvature:
         curvature = curvature_kind(kind)(self._layout)
+        curvature.place = place
         if curvature.of_coordinates:
             curvature.complete(Store.open(self._writer.path))  # what its rows hold of a gradient
         return curvature

@@ -267,7 +267,8 @@ class Run:
         recorder = self._begin_recording(setup)
         self._curving = recorder
         try:
-            with closing(recorder.curvature_passes(setup.curvature, setup.labels)) as passes:
+            made = recorder.curvature_passes(setup.curvature, setup.labels, setup.factors)
+            with closing(made) as passes:
                 yield from passes
         finally:
             self._curving = None
@@ -278,7 +279,8 @@ class Run:
         "log": the last pass's rows can be asked for (they always can). "save": rows go to the
         store. "statistic" (or "stat"): {"grad": Covariance}, or "raw", accumulates the curvature.
         "labels": "sampled": the curvature is that of labels which the model draws
-        (`curvature_passes`).
+        (`curvature_passes`). "factors": "device" or "offload" sums the moments of kfac and ekfac on
+        the modules' device; with "offload" they are in the CPU's memory between the modules' turns.
 
         Raises: ValueError for what is not available, with what is.
         """

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logra_kernels.curvature import Labels, Mean, Statistic, Variance, curvature_kind, kinds
+from logra_kernels.curvature import (
+    PLACES,
+    Labels,
+    Mean,
+    Place,
+    Statistic,
+    Variance,
+    curvature_kind,
+    kinds,
+)
 
 _TENSORS = ("grad", "forward", "backward")
 
@@ -38,13 +47,14 @@ class Setup:
 
     save: they are written. curvature: the kind that is summed, of the rows where `labels` is
     "data", or of passes of their own where it is "sampled" (`Run.curvature_passes`). statistics:
-    others, each of "grad", "forward" or "backward".
+    others, each of "grad", "forward" or "backward". factors: where moments of tokens are summed.
     """
 
     save: bool = False
     curvature: str | None = None
     labels: Labels = "data"
     statistics: tuple[tuple[str, type[Statistic]], ...] = ()
+    factors: Place = "cpu"
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""
@@ -76,7 +86,9 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
     there is one name (an empty one asks for nothing), "stat" for "statistic", a kind of curvature
     such as "raw" for {"grad": Covariance}. LogIX's later form {"grad": ["log", "covariance"]} means
     the same, with saving switched on by run.save(True). "labels": "sampled" makes the curvature of
-    labels that the model draws, in passes of their own; "data" is the default.
+    labels that the model draws, in passes of their own; "data" is the default. "factors" says where
+    moments of tokens are summed, if the model is on a GPU: "cpu", the default; "device", on the
+    module's device, where they stay; "offload", there, but kept in the CPU's memory between calls.
 
     Raises: ValueError for a key, a tensor or a statistic that is not available.
     """
@@ -96,13 +108,24 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
         elif key in _TENSORS:
             for statistic in _listed(value):
                 asked.add(key, key, statistic)
-        elif key != "labels":
+        elif key not in ("labels", "factors"):
             raise ValueError(
-                f"setup: no key {key!r}; there are log, save, statistic (stat), grad, labels"
+                f"setup: no key {key!r}; there are log, save, statistic (stat), grad, labels, "
+                "factors"
             )
     kind = asked.kind()
     labels = _labels(options.get("labels", "data"), kind)
-    return Setup(save, kind, labels, tuple(dict.fromkeys(asked.others)))
+    factors = _factors(options.get("factors", "cpu"), kind)
+    return Setup(save, kind, labels, tuple(dict.fromkeys(asked.others)), factors)
+
+
+def _factors(place: Any, kind: str | None) -> Place:
+    if place not in PLACES:
+        raise ValueError(f"factors: expected one of {', '.join(PLACES)}, got {place!r}")
+    if place != "cpu" and (kind is None or curvature_kind(kind).tokens is None):
+        raise ValueError(f"factors: {place!r} is for a curvature of tokens (kfac, ekfac)")
+    found: Place = place
+    return found
 
 
 class _Asked:

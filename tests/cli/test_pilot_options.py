@@ -149,15 +149,18 @@ def test_resume_takes_the_projection_that_stands_in_the_store(
 def test_an_interrupted_pilot_leaves_no_store(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passed = LMGradients.passed
+    passed, batches = LMGradients.passed, list[bool]()
 
     def interrupted(self: LMGradients, *args: Any, **options: Any) -> Any:
-        if not options["tokens_alone"]:  # in the second pass
+        batches.append(options["tokens_alone"])
+        if len(batches) == 2:
             raise KeyboardInterrupt
         return passed(self, *args, **options)
 
     monkeypatch.setattr(LMGradients, "passed", interrupted)
-    assert main([*log_words(files, *EIGEN), "--out", str(tmp_path / "s")]) == 130
+    words = log_words(files, *EIGEN, "--batch-size", "8", "--out", str(tmp_path / "s"))
+    assert main(words) == 130
+    assert batches == [True, True]  # both of the pilot
     assert not (tmp_path / "s").exists()
 
 

@@ -1,5 +1,3 @@
-from typing import Any
-
 import pytest
 import torch
 from op_cases import DTYPES, TAILS, mask_of, randn
@@ -20,16 +18,23 @@ def staircase(ko: int, ki: int) -> Tensor:
     return below.flatten().nonzero()[:, 0]
 
 
-def check(*operands: Tensor | None, mask: Tensor | None = None, **options: Any) -> None:
+def check(
+    x: Tensor,
+    dy: Tensor,
+    proj_in: Tensor | None,
+    proj_out: Tensor | None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
     """The bits of the whole gradient, a gather and a product."""
-    tokens: Any = operands
-    whole = projected_gradients(*tokens, mask, **options)
+    tokens = x, dy, proj_in, proj_out
+    whole = projected_gradients(*tokens, mask, cu_seqlens=cu_seqlens)
     places = staircase(*whole.shape[1:])
     scale = torch.rand(len(places)) + 0.1
     want = whole.flatten(1)[:, places]
-    got = projected_coordinates(*tokens, places, None, mask, **options)
+    got = projected_coordinates(*tokens, places, None, mask, cu_seqlens=cu_seqlens)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    got = projected_coordinates(*tokens, places, scale, mask, **options)
+    got = projected_coordinates(*tokens, places, scale, mask, cu_seqlens=cu_seqlens)
     torch.testing.assert_close(got, want * scale, rtol=0, atol=0)
 
 

@@ -170,6 +170,8 @@ def test_setup_forms(
         ({"statistic": {"forward": "kfac"}}, "statistic: forward: expected Covariance, got 'kfac'"),
         ({"statistic": ["raw", "ekfac"]}, "setup: expected one curvature, got ekfac and raw"),
         ({"statistic": {"grad": "median"}}, "statistic: no statistic 'median'; available"),
+        ({"statistic": "raw", "factors": "offload"}, "factors: 'offload' is for a curvature of"),
+        ({"statistic": "kfac", "factors": "gpu"}, "factors: expected one of cpu, device, offload"),
         ({"log": "backward"}, "log: 'backward' is not available, only 'grad'"),
         ({"forward": ["log"]}, "forward: forward: expected Covariance, got 'log'"),
         ({"save": "gradient"}, "save: expected 'grad', got 'gradient'"),

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from summed_losses import COUNT, PARTS, SAMPLES, gpt, log, watch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logra_kernels import Config, Run
 from logra_kernels.attribution import Attributor
+from logra_kernels.capture import Capture
+from logra_kernels.capture.layers import make_layer
 from logra_kernels.curvature import KroneckerCurvature, RawCurvature
 from logra_kernels.curvature.moment import SequenceMoments
 from logra_kernels.defaults import SCAN_MODES
@@ -128,8 +130,42 @@ def test_staircase_gives_each_module_a_coordinate_and_keeps_to_d() -> None:
             staircase(bases, {"a": 12.0, "b": 0.0}, count, 7)
 
 
+def test_a_few_far_coordinates_do_not_widen_the_corner() -> None:
+    """Vectors that only they need cost more than they keep; all coordinates need all vectors."""
+    into, out = [100.0] * 24 + [0.5] * 376, [100.0] * 16 + [0.5] * 284
+    for count, sides in ((400, (16, 32)), (300 * 400, (300, 400))):
+        made = staircase({"m": basis_of(out, into)}, {"m": 1.0}, count, 7).projections["m"]
+        assert made.coordinates is not None
+        assert len(made.coordinates) == count
+        assert made.ko <= sides[0] + 16
+        assert made.ki <= sides[1] + 16
+        if count > 400:
+            assert (made.ko, made.ki) == sides
+
+
+def test_a_basis_may_order_tokens() -> None:
+    """A basis of an embedding that is an order of its tokens: rows hold those tokens' gradients."""
+    embedding, order = nn.Embedding(30, 6), torch.randperm(30)
+    ids, dy = torch.randint(30, (4, 9)), torch.randn(4, 9, 6)
+    gradients = torch.einsum("nti,nto->noi", nn.functional.one_hot(ids, 30).float(), dy)
+    values = [torch.arange(size, 0, -1).double() for size in (30, 6)]
+    basis = Basis(values[0], torch.eye(30).double()[order].T, values[1], torch.eye(6).double())
+    layer = make_layer("e", embedding)
+    assert layer is not None
+    layer.projection = made = staircase({"e": basis}, {"e": 1.0}, 25, 4).projections["e"]
+    with Capture(nn.Sequential(embedding), [layer], 4) as capture:
+        (embedding(ids) * dy).sum().backward()
+    assert made.coordinates is not None
+    assert made.scale is not None
+    rows, columns = made.coordinates // made.ki, made.coordinates % made.ki
+    torch.testing.assert_close(capture.rows(), gradients[:, rows, order[columns]] * made.scale)
+
+
 @pytest.mark.parametrize("equal", [False, True])
-def test_the_staircase_of_any_d_is_what_sorting_all_products_gives(equal: bool) -> None:
+def test_the_staircase_of_any_d_is_what_sorting_all_products_gives(
+    equal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logra_kernels.projection.pilot.KEPT_GAIN", 1.0)  # whatever it costs
     generator = torch.Generator().manual_seed(0)
     bases = {}
     for name, sizes in {"a": (7, 12), "b": (9, 3), "c": (1, 5)}.items():

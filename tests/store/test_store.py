@@ -45,6 +45,7 @@ from logra_kernels.store import (
     StoreWriter,
 )
 from logra_kernels.store.codecs import Float16, base
+from logra_kernels.store.folder import discard_empty
 from logra_kernels.store.writer import append_finite
 
 
@@ -759,3 +760,18 @@ class TestSelfInfluence:
         refused("values: expected a float32 array, got float64", cache.write, 0, np.zeros((3, 2)))
         refused("values: expected [3, 2], got [2, 2]", cache.write, 0, np.zeros((2, 2), np.float32))
         refused("index: expected 0 to 2, got 3", cache.write, 3, np.zeros((2, 2), np.float32))
+
+
+def test_a_store_without_rows_can_be_discarded(tmp_path: Path) -> None:
+    """Its manifest and tensors go, the folder can hold a new store; one with rows is refused."""
+    writer_of(tmp_path / "s").close()
+    store = Store.open(tmp_path / "s")
+    store.save_curvature("toy", {"sums": np.zeros(3)}, None)
+    discard_empty(store.path)
+    assert not list(store.path.rglob("*.safetensors"))
+    again = stored(tmp_path / "s", [0, 1])
+    assert again.num_rows == 2
+    assert not again.verify()
+    with pytest.raises(StoreExistsError, match="expected a store without rows"):
+        discard_empty(again.path)
+    assert Store.open(again.path).num_rows == 2
