@@ -1,5 +1,6 @@
 """A store's rows under another codec, in a store of their own."""
 
+import math
 import os
 from collections.abc import Callable
 
@@ -93,12 +94,12 @@ def module_exponents(rows: np.ndarray, layout: RowLayout) -> list[int]:
     """Powers of two that make the modules of usual rows [n, D] of one size.
 
     Of each module the median ratio of its largest element to its row's, over the rows in which it
-    is not zero.
+    is not zero; rounded up, for a module that is made the largest of its row costs all others bits.
     """
     largest = np.maximum.reduceat(np.abs(rows), layout.offsets[:-1], axis=1).astype(np.float64)
     found = []
     for module in largest.T:  # [n]
         there = module > 0
         ratio = np.median(module[there] / largest[there].max(axis=1)) if there.any() else 1.0
-        found.append(max(round(float(np.log2(ratio))), SMALLEST_EXPONENT))
+        found.append(max(math.ceil(np.log2(ratio)), SMALLEST_EXPONENT))
     return found

@@ -116,11 +116,11 @@ def test_modules_of_different_sizes_are_brought_together() -> None:
     layout = RowLayout.of(MODULES)  # of six columns and of four
     rows = np.concatenate([np.full((4, 6), 2.0**-20), np.full((4, 4), 3.0)], axis=1)
     rows[0, 6:] = 0
-    assert module.module_exponents(rows.astype(np.float32), layout) == [-22, 0]
+    assert module.module_exponents(rows.astype(np.float32), layout) == [-21, 0]
     assert module.module_exponents(np.zeros((4, 10), np.float32), layout) == [0, 0]
     codec = row_codec("int8")
-    stored, scale, own = codec.encode(rows, layout, [-22, 0])
-    back = codec.decode(stored, scale, own, layout, [-22, 0])
+    stored, scale, own = codec.encode(rows, layout, [-21, 0])
+    back = codec.decode(stored, scale, own, layout, [-21, 0])
     assert (np.abs(back - rows)[1:, :6] <= 2.0**-20 / 127).all()
 
 
