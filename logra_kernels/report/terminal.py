@@ -4,7 +4,7 @@ import itertools
 import textwrap
 from typing import Any
 
-from logra_kernels.report.console import say
+from logra_kernels.report.console import printable, say
 from logra_kernels.report.render import MODE_NAMES, format_score, preview, snippet
 
 WIDTH = 96
@@ -30,7 +30,7 @@ def print_table(table: dict[str, Any]) -> None:
     say(table["heading"])
     _paragraph(table["text"], "  ")
     say()
-    rows = [table["columns"], *table["rows"]]
+    rows = [[printable(cell) for cell in row] for row in (table["columns"], *table["rows"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     while sum(widths) + 2 * len(widths) > WIDTH:
         widths[widths.index(max(widths))] -= 1

@@ -11,7 +11,7 @@ import torch
 from tiny_lm import make_model
 
 from logra_kernels.baselines import words
-from logra_kernels.demo import Size, explain
+from logra_kernels.demo import Size, _chosen, _others, explain
 from logra_kernels.demo.facts import FACTS, documents
 from logra_kernels.demo.methods import all_scores, judge
 from logra_kernels.demo.teaching import Teacher
@@ -37,7 +37,8 @@ def test_facts_can_be_told_apart() -> None:
         assert len(fact.distractors) == 3
         name = fact.name.lower()
         assert all(name in text.lower() for text in (fact.question, *fact.teaching))
-        assert all(fact.answer in text.lower() for text in fact.teaching)
+        # What names the answer first teaches no way from the subject to it.
+        assert all(0 <= t.lower().find(name) < t.lower().find(fact.answer) for t in fact.teaching)
         others = [text for other in FACTS if other is not fact for text in other.teaching]
         assert not any(name in text.lower() for text in (*others, fact.distractors[2]))
         assert not any(fact.answer in text.lower() for text in (fact.question, *fact.distractors))
@@ -88,7 +89,7 @@ def test_teaching_trains_the_last_blocks_mlp_and_begins_anew_each_time(tiny: Cau
     teacher.teach()
     taught = weights_of(tiny)
     changed = {name for name in start if not torch.equal(start[name], taught[name])}
-    assert changed == {"model.layers.1.mlp.down_proj.weight"}
+    assert changed == {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
     assert all(parameter.requires_grad for parameter in tiny.model.parameters())
     teacher.teach(left_out=["1"])
     without = weights_of(tiny)
@@ -114,6 +115,22 @@ def test_the_loss_over_kept_states_is_that_of_the_whole_model(
         kept = teacher._loss([0, 1, 2])
     # Float32 sums of some thousand terms in another order.
     assert float(kept) == pytest.approx(float(whole), rel=1e-5)
+
+
+# --- what is removed
+
+
+def test_the_fact_is_chosen_by_its_ranking_and_the_control_avoids_it() -> None:
+    leading = [["Marenko/1", "Orvane/1"], ["Marenko/2", "Marenko/4"], ["Velmor/1", "Velmor/3"]]
+    assert _chosen(leading, FACTS[:3], [0, 1, 2]) == 1  # the first of equals
+    assert _chosen(leading, FACTS[:3], [0, 2]) == 2  # among the answers that are right
+    names = [record.id for record in documents(FACTS[:3], 4)]
+    others = _others(
+        [Example(name, "", "", (0, 1), 0) for name in names], FACTS[1], ["Velmor/1", "Orvane/2"]
+    )
+    assert len(set(others)) == 2
+    assert not any(name.startswith("Marenko") for name in others)
+    assert not {"Velmor/1", "Orvane/2"}.intersection(others)
 
 
 # --- what the methods are worth
@@ -177,7 +194,7 @@ def test_a_model_that_learns_nothing_leaves_a_whole_report(
     assert "What the model answers" in page
     assert "What colour is the bread in Orvane?" in page
     table = results["tables"][0]
-    assert [len(row) for row in table["rows"]] == [4, 4]
+    assert [len(row) for row in table["rows"]] == [5, 5]
     print_table(table)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 96
     store, taught = Store.open(tmp_path / "store"), CausalLM.load(tmp_path / "taught")

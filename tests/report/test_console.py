@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from logra_kernels.report.console import UNSAFE, printable, say, warn
+from logra_kernels.report.terminal import print_table
 
 HOSTILE = "a\x1b[2Jb\x9b31mc\rd\ne\u202ef\u2066g\x7f\u2028h\ud800"
 
@@ -36,6 +37,14 @@ def test_a_terminal_without_the_character_shows_its_number() -> None:
     say("λ = 3", stream)
     stream.flush()
     assert stream.buffer.getvalue() == b"\\u03bb = 3\n"
+
+
+def test_a_tables_lines_stay_narrow_when_characters_are_written_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = [" ".join(["\x02\x02\x02"] * 6)] * 5
+    print_table({"heading": "h", "text": "t", "columns": list("abcde"), "rows": [row]})
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 96
 
 
 def test_the_command_prints_at_one_place() -> None:
