@@ -136,7 +136,7 @@ def accuracy() -> Any:
     records = _accuracy_records("lds")
     if not records:
         return None
-    title = "Linear datamodeling score over the bytes that are kept of an example"
+    title = "LDS over the bytes that are kept of an example"
     figure, axes = _figure(title, records[0], 3.5 * len(records) + 2.6, 4.4, len(records))
     for axis, record in zip(axes, records, strict=True):
         lines: dict[str, list[dict[str, Any]]] = {}
@@ -170,7 +170,7 @@ def brittleness() -> Any:
     records = _accuracy_records("brittleness")
     if not records:
         return None
-    title = "Rise of a query's loss without the examples that a method ranks first"
+    title = "Rise of the loss without what a method ranks first"
     figure, axes = _figure(title, records[0], 3.5 * len(records) + 2.6, 4.4, len(records))
     for axis, record in zip(axes, records, strict=True):
         lines: dict[str, list[dict[str, Any]]] = {}

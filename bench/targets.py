@@ -83,6 +83,7 @@ class Setting:
     dim: int = 16384
     spend: Effort = SPEND
     logging: tuple[int, int, int] = (8, 4, 128)  # blocks, N, T
+    eigenbasis: tuple[int, int, int, int] = (4, 8, 256, 32768)  # blocks, N, T, D
     rank: int = 64
     width: int = 2048
     tokens: tuple[int, int] = (16, 512)
@@ -198,13 +199,16 @@ def logging_ops(setting: Setting) -> Iterator[Target]:
 
 def logging(setting: Setting) -> Iterator[Target]:
     """Logging a small language model beside the passes that it needs."""
-    from bench.paths.logging import language_model  # imports transformers, which is optional
+    from bench.paths.logging import eigenbasis, language_model  # import transformers: optional
 
-    case = language_model(*setting.logging, setting.rank)
-    case.providers = {name: case.providers[name] for name in ("logra", "floor")}
-    what = "logging a small LM, over its forward and activation-gradient pass"
-    timed = Timed(case, setting)
-    yield Target(what, 1.10, timed.ours_s / timed.seconds["floor"], at_least=False)
+    blocks, _, _, coordinates = setting.eigenbasis
+    chosen = f" of {blocks} blocks, D={coordinates:,} of an eigenbasis"
+    random = language_model(*setting.logging, setting.rank)
+    for which, case in (("", random), (chosen, eigenbasis(*setting.eigenbasis))):
+        case.providers = {name: case.providers[name] for name in ("logra", "floor")}
+        what = f"logging a small LM{which}, over its forward and activation-gradient pass"
+        timed = Timed(case, setting)
+        yield Target(what, 1.10, timed.ours_s / timed.seconds["floor"], at_least=False)
 
 
 def of_peers(part: str, *rivals: str) -> Callable[[dict[str, Any]], float | None]:

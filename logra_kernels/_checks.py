@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Of stored rows that a scan reads.
+STORED = (*FLOATS, torch.int8)
 WIDE = (torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 

@@ -73,7 +73,7 @@ def scanned(
     The row scales and the modules' exponents are not in it: a scan has them in its own factors.
     Rows with exponents of their own, [R, M] int16 on that device, are multiplied out in float32.
     """
-    if codec.name not in _KERNELS:
+    if not codec.scan_as_stored:
         elements = codec.elements(stored.cpu().numpy(), layout).astype(np.float32, copy=False)
         stored = share(elements).to(stored.device)
     if row_exponents is None:

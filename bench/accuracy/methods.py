@@ -93,20 +93,23 @@ class Rows:
     coordinates: int | None = None  # of eigenbasis rows
     dtype: str = "float16"
     pilot: float = 1.0  # share of the examples
+    moments: str = "expand"  # whose eigenvectors a pilot takes
     damping_scale: DampingScale | None = None
 
     def __str__(self) -> str:
         rank = "" if self.rank is None else f", rank {self.rank}"
         pilot = "" if self.pilot == 1 else f", pilot of {self.pilot:.0%}"
         scale = "" if self.damping_scale is None else f", damping {self.damping_scale}"
-        return f"{self.name}{rank}{pilot}{scale}"
+        moments = "" if self.moments == "expand" else f", {self.moments} moments"
+        return f"{self.name}{rank}{pilot}{moments}{scale}"
 
     def logged(self, subject: Subject, folder: str) -> Run:
         """The finished run of all training examples."""
         run = subject.run(folder, self.dtype)
         if self.init in ("pca", "eigen"):
             count = max(1, round(self.pilot * len(subject.data.x)))
-            with run.pilot(self.init, coordinates=self.coordinates, rank=self.rank):
+            size = {"coordinates": self.coordinates, "rank": self.rank}
+            with run.pilot(self.init, moments=self.moments, **size):
                 for ids, x, y in subject.batches():
                     kept = [n for n in ids if n < count]
                     if kept:
@@ -254,6 +257,10 @@ def methods_of(setting: Setting, quick: bool = False) -> list[Method]:
     methods += [
         Rows("eigenbasis", "diagonal", "eigen", coordinates=dim)
         for dim in ((middle,) if quick else setting.coordinates)
+    ]
+    methods += [
+        Rows("eigenbasis", "diagonal", "eigen", coordinates=dim, moments="sequence")
+        for dim in (() if quick else setting.coordinates)
     ]
     methods.append(Rows("eigenbasis", "diagonal", "eigen", coordinates=middle, pilot=0.1))
     methods += [Rows("PCA, EKFAC", "ekfac", "pca", rank=rank) for rank in quick_ranks]

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from bench.harness.cases import OURS, Case
 from bench.harness.models import linear_weights, llama, summed_loss
+from bench.table1.setting import BYTES, reference_text
 from logra_kernels.capture import Capture
 from logra_kernels.capture.layers import Layer, layer_kind
 from logra_kernels.projection import build_projections
+from logra_kernels.run import Run
 
 
 class Perceptron(nn.Sequential):
@@ -34,10 +36,17 @@ class Setting:
     """A small model with random weights, a batch, and the watched layers with their projections.
 
     precision: "fp32", "autocast" (to bf16), or "bf16" for a model in bf16.
+    coordinates: of eigenbasis rows, by a pilot over the batch; None: random projections of `rank`.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Tensor, rank: int, precision: str = "fp32", only: str = ""
+        self,
+        model: nn.Module,
+        batch: Tensor,
+        rank: int,
+        precision: str = "fp32",
+        only: str = "",
+        coordinates: int | None = None,
     ) -> None:
         self.model = (model.bfloat16() if precision == "bf16" else model).to(batch.device)
         self.batch, self.rank, self.precision = batch, rank, precision
@@ -47,8 +56,20 @@ class Setting:
         projections = build_projections(widths, rank)
         for layer in self.layers:
             layer.projection = projections[layer.name]
+        self.rows = f"rank {rank}"
+        if coordinates is not None:
+            self.rows = f"D={coordinates:,} of an eigenbasis"
+            self.layers = self._piloted(only, coordinates)
         self.lowest: list[Layer] = []  # autograd does not reach their outputs by itself
         self.hooked(self._find_lowest, self.layers)
+
+    def _piloted(self, only: str, coordinates: int) -> list[Layer]:
+        """The watched layers with the projection of a pilot over the batch."""
+        run, ids = Run("pilot"), range(len(self.batch))  # which stores nothing
+        run.watch(self.model, name_filter=[only])
+        with torch.enable_grad(), run.pilot("eigen", coordinates=coordinates), run(ids):
+            self.loss().backward()
+        return run(ids).capture.layers
 
     def loss(self) -> Tensor:
         """The summed loss of the batch."""
@@ -92,7 +113,11 @@ class Setting:
             assert proj_in is not None
             assert proj_out is not None
             x, dy = x @ proj_in.to(x).T, dy @ proj_out.to(dy).T
-            gradients[layer.name] = torch.einsum("nto,nti->noi", dy.float(), x.float())
+            made = torch.einsum("nto,nti->noi", dy.float(), x.float())
+            chosen, scale = layer.projection.coordinates, layer.projection.scale
+            if chosen is not None and scale is not None:
+                made = made.flatten(1)[:, chosen] * scale
+            gradients[layer.name] = made
 
         def hook(layer: Layer, _: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             output = output if output.requires_grad else output.clone().requires_grad_()
@@ -120,7 +145,7 @@ class Setting:
         n, t = self.batch.shape[:2]
         return Case(
             "logging",
-            f"{what}, N={n}, T={t}, rank {self.rank}, {self.precision}",
+            f"{what}, N={n}, T={t}, {self.rows}, {self.precision}",
             {OURS: self.rows_of_capture, "torch hooks, einsum": self.rows_of_hooks, **apart},
             self.rows_of_hooks(),
             # float32 sums over T in another order; the hooks' bf16 products have 8 bits, twice
@@ -148,6 +173,14 @@ def language_model(
     return setting.case(f"Llama, {blocks} blocks of {width}", "llama")
 
 
+def eigenbasis(blocks: int, n: int, t: int, coordinates: int, width: int = 384) -> Case:
+    """N texts of T bytes through a small Llama: Table 1's of 7 million weights has 4 blocks."""
+    model = llama(blocks=blocks, width=width, inner=width * 8 // 3, vocabulary=BYTES)
+    text = torch.tensor(list(reference_text().encode()[: n * t])).view(n, t)
+    setting = Setting(model, text, 64, only="mlp", coordinates=coordinates)
+    return setting.case(f"Llama, {blocks} blocks of {width}", "llama")
+
+
 def small_layers(depth: int, width: int, n: int, t: int, rank: int) -> Case:
     """N examples of T tokens through `depth` linear layers."""
     setting = Setting(Perceptron(depth, width), torch.randn(n, t, width), rank)
@@ -166,5 +199,6 @@ def cases(quick: bool) -> Iterator[Case]:
         yield language_model(4, 4, 128, rank)
     for precision in ("autocast", "bf16"):
         yield language_model(4, 8, 256, 64, precision)
+    yield eigenbasis(4, 8, 256, 32768)
     yield small_layers(60, 64, 8, 64, 16)
     yield small_layers(40, 256, 8, 64, 16)

@@ -59,6 +59,35 @@ void test_products(Dtype dtype, std::size_t dim, std::size_t num_rows, std::size
   }
 }
 
+/// Whole numbers below 128, of which int8 products keep every digit: sums of them below 2^24 are exact.
+void test_int8(std::size_t dim, std::size_t num_rows, std::size_t num_queries) {
+  std::mt19937 random(7);
+  std::vector<std::int8_t> rows(num_rows * dim);
+  std::vector<float> queries(num_queries * dim), out(num_rows * num_queries, NAN);
+  for (std::int8_t& code : rows) code = static_cast<std::int8_t>(static_cast<int>(random() % 255) - 127);
+  for (float& value : queries) value = static_cast<float>(static_cast<int>(random() % 255) - 127);
+  // The largest element is the scale's 32639, so that each of the others is a whole number.
+  for (std::size_t q = 0; q < num_queries; ++q) queries[q * dim] = q % 2 == 0 ? 32639.0f : -32639.0f;
+  const Matrix r = {rows.data(), Dtype::kInt8, num_rows, dim, dim};
+  const Matrix q = {queries.data(), Dtype::kFloat32, num_queries, dim, dim};
+  logra::scores(q, r, nullptr, nullptr, out.data());
+  std::vector<float> top(num_queries), bottom(num_queries);
+  std::vector<std::int64_t> top_ids(num_queries, -1), bottom_ids(num_queries, -1);
+  logra::topk_scores(q, r, nullptr, nullptr, 1, 0, {top.data(), top_ids.data()},
+                     {bottom.data(), bottom_ids.data()});
+  for (std::size_t i = 0; i < num_queries; ++i) {
+    float best = -INFINITY, worst = INFINITY;
+    for (std::size_t j = 0; j < num_rows; ++j) {
+      double exact = 0.0;
+      for (std::size_t d = 0; d < dim; ++d) exact += queries[i * dim + d] * double{1} * rows[j * dim + d];
+      const float score = out[i * num_rows + j];
+      expect(score == static_cast<float>(exact), "scores of int8 rows", dim, num_rows, num_queries);
+      best = std::fmax(best, score), worst = std::fmin(worst, score);
+    }
+    expect(top[i] == best && bottom[i] == worst, "topk_scores of int8 rows", dim, num_rows, num_queries);
+  }
+}
+
 void test_outer(Dtype dtype, std::size_t ki, std::size_t ko, std::size_t tokens) {
   const Data x = exact(dtype, 2 * tokens * ki, 3), dy = exact(Dtype::kFloat32, 2 * tokens * ko, 4);
   logra::Examples examples;
@@ -138,6 +167,13 @@ int main() {
       test_products(dtype, 600, 230, 20);
       test_outer(dtype, 70, 66, 130);
     }
+    for (const std::size_t size : tails) {
+      test_int8(size, 7, 5);
+      test_int8(150, size, 3);
+      test_int8(150, 3, size);
+    }
+    test_int8(5000, 50, 67);
+    test_int8(70001, 13, 2);
     std::printf("%s: ", logra::isa_name(isa));
     finish();
   }

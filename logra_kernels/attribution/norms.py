@@ -120,7 +120,9 @@ class Norms:
         layout, rows = self._preconditioner.layout, block.rows
         found = torch.empty(rows.shape[0], len(layout), device=rows.device)
         for i, columns in enumerate(layout.split(rows)):
-            found[:, i] = _norm(columns, self._whitenings[i])
+            # Int8 is what scans multiply; the factors of norms take floating point.
+            wide = columns.float() if columns.dtype == torch.int8 else columns
+            found[:, i] = _norm(wide, self._whitenings[i])
         values = found.cpu().numpy()
         finite = np.isfinite(values)
         if self._store is not None and not finite.all():

@@ -4,9 +4,9 @@ An op may be called by its public function, by `torch.ops.logra.<op>` or out of 
 its arguments are checked where all of these meet: in the registered kernels, and in the fake one.
 
 On CPU an op runs its C++ kernel if the extension is loaded, else the reference; on CUDA it calls
-the launcher of its name in `logra_kernels.triton`; on any other device it runs the reference. All
-take what `check` returns, positionally. The ops have no derivatives: a backward pass through one
-raises.
+the launcher of its name in `logra_kernels.triton`, or the reference for float64 and int8; on any
+other device it runs the reference. All take what `check` returns, positionally. The ops have no
+derivatives: a backward pass through one raises.
 """
 
 import importlib
@@ -71,7 +71,10 @@ def register(
         return native(_native.C, *args)
 
     def cuda(*args: Any) -> R:
-        if _native.MODE == "reference" or has_float64(args[first_input:]) or not triton_available():
+        plain = has_float64(args[first_input:]) or any(
+            tensor.dtype == torch.int8 for tensor in tensors_in(args)
+        )
+        if _native.MODE == "reference" or plain or not triton_available():
             return defined(*args)
         launchers = importlib.import_module("logra_kernels.triton")
         launcher: Callable[..., R] = getattr(launchers, computed_as or name)

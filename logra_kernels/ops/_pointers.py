@@ -6,7 +6,13 @@ from torch import Tensor
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 # the values of logra::Dtype
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float64: 3,
+    torch.int8: 4,
+}
 
 
 def view(tensor: Tensor) -> View:

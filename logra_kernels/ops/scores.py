@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels._checks import FLOATS, WIDE, expect_same_device, operand
+from logra_kernels._checks import STORED, WIDE, expect_same_device, operand
 from logra_kernels.ops._library import register
 from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.reference._dtype import accumulator
@@ -23,8 +23,8 @@ def scores(
 
     Args:
         queries: ``[Q, D]`` float32 (or float64), already preconditioned.
-        rows: ``[R, D]`` float16, bfloat16, float32 or float64; a module's columns of a shard are
-            read in place.
+        rows: ``[R, D]`` float16, bfloat16, float32, float64 or int8; a module's columns of a shard
+            are read in place.
         row_scale: ``[R]`` float32, a; None for 1.
         row_bias: ``[R]`` float32, b; None for 0.
 
@@ -36,6 +36,10 @@ def scores(
         infinity less infinity, on the way to a score that float32 holds, while D times the largest
         ``|rows|`` is below 2**63: so for all float16 rows. Scaled queries of an `Attributor` keep
         to the same on every device.
+
+        Int8 rows are multiplied in integers: a float32 query is rounded once to multiples of its
+        largest ``|element|`` / 32639, and the sum, which is exact, to float32. So the scores have
+        the same bits on every instruction set. A query that is not finite scores NaN.
 
     Raises:
         TypeError: another dtype.
@@ -51,7 +55,7 @@ def check_scan(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The arguments of `scores`, checked, each with a contiguous last axis."""
     queries = operand("queries", queries, WIDE, Q=None, D=None)
-    rows = operand("rows", rows, FLOATS, R=None, D=queries.shape[1])
+    rows = operand("rows", rows, STORED, R=None, D=queries.shape[1])
     wide = WIDE if torch.float64 in (queries.dtype, rows.dtype) else WIDE[:1]
     if row_scale is not None:
         row_scale = operand("row_scale", row_scale, wide, R=rows.shape[0])

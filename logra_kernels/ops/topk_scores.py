@@ -47,7 +47,7 @@ def topk_scores(
 
     Args:
         queries: ``[Q, D]`` float32 (or float64), already preconditioned.
-        rows: ``[R, D]`` float16, bfloat16, float32 or float64.
+        rows: ``[R, D]`` float16, bfloat16, float32, float64 or int8.
         k: rows to keep at each end, 1 to 2**31 - 1; it may exceed R.
         row_scale: ``[R]`` float32, a; None for 1.
         row_bias: ``[R]`` float32, b; None for 0.
@@ -56,7 +56,7 @@ def topk_scores(
 
     Returns:
         `TopK`; scores are float32 (float64 if queries or rows are), ids int64. Large queries and
-        rows do not overflow on the way, as `scores` says.
+        rows do not overflow on the way, as `scores` says, and int8 rows are multiplied as there.
 
     Raises:
         TypeError: another dtype.

@@ -8,7 +8,8 @@ the largest eigenvalues are P_i and P_o.
             keeps most of the gradient: those with the largest Λ / (Λ + λ). Λ is the pilot's K-FAC,
             the product of a coordinate's two eigenvalues, such that the Λ of a module sum up to
             E‖dL/dW‖²; λ = 0.1 · mean of Λ over all coordinates of the module's weight. They lie in
-            a corner of G, below a staircase. Each is stored times 1 / √(Λ + λ), so that the
+            a corner of G, below a staircase; a few far ones are left out where only they would need
+            vectors to project to. Each is stored times 1 / √(Λ + λ), so that the
             columns of all modules are of about one size.
 
 K-FAC's Λ chooses as well as the corrected E[G²] of the same pilot does (`docs/methods.md`), and it
@@ -29,7 +30,8 @@ from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.projection.spec import ModuleProjection, Rank, Widths, rank_pair
 
 # What the chosen coordinates keep at least of the largest Σ (Λ / (Λ + λ))² that as many could have.
-KEPT_GAIN = 0.98
+KEPT_GAIN = 0.99
+# Of a module's forward and backward pass: what its projections may cost even where less would do.
 SMALLEST_SHARE = 0.1
 
 
@@ -112,20 +114,22 @@ def staircase(
         )
     sides = [(_relative(basis.values_out), _relative(basis.values_in)) for basis in bases.values()]
     least = _threshold(sides, coordinates)
-    corners = [_products(*pair, least) for pair in sides]
-    kept = _chosen(corners, list(bases.values()), coordinates)
+    corners = _narrowed(
+        [_corner(*pair, least) for pair in sides], list(bases.values()), coordinates
+    )
     projections, shares = {}, {}
-    for (name, basis), relative, places in zip(bases.items(), corners, kept, strict=True):
+    each = zip(bases.items(), corners, _largest(corners, coordinates), strict=True)
+    for (name, basis), relative, places in each:
         rows, columns = places // relative.shape[1], places % relative.shape[1]
-        values = relative.flatten()[places]
+        kept = relative.flatten()[places]
         corner = basis.corner(int(rows.max()) + 1, int(columns.max()) + 1)
         size = corner.in_features * corner.out_features
         projections[name] = replace(
             corner,
             coordinates=rows * corner.ki + columns,
-            scale=_whitening((values + DAMPING_SCALE) * (energies[name] / size)),
+            scale=_whitening((kept + DAMPING_SCALE) * (energies[name] / size)),
         )
-        shares[name] = min(1.0, float(values.sum()) / size) or 1.0
+        shares[name] = min(1.0, float(kept.sum()) / size) or 1.0
     described = {
         "kind": "eigen",
         "coordinates": coordinates,
@@ -161,11 +165,54 @@ def _threshold(sides: Sequence[tuple[Tensor, Tensor]], count: int) -> float:
     return low
 
 
-def _products(out: Tensor, into: Tensor, least: float) -> Tensor:
+def _corner(out: Tensor, into: Tensor, least: float) -> Tensor:
     """The products [ko, ki] in the smallest corner that holds those of `least` and above."""
     rows = max(1, int((out * into[0] >= least).sum()))
     columns = max(1, int((into * out[0] >= least).sum()))
     return torch.outer(out[:rows], into[:columns])
+
+
+def _narrowed(corners: Sequence[Tensor], bases: Sequence[Basis], count: int) -> list[Tensor]:
+    """The corners [ko, ki], cut to vectors that keep more than they cost.
+
+    The projections of a token take ko·O + ki·I multiplications, its forward and backward pass
+    2·I·O. The cut is at the least share of these that keeps `KEPT_GAIN`.
+    """
+    largest = _largest(corners, count)
+    gains = [(corner / (corner + DAMPING_SCALE)).square() for corner in corners]
+    best = _sum_at(gains, largest)
+    share = SMALLEST_SHARE
+    while True:
+        sizes = [
+            _affordable(gain, places, basis, share)
+            for gain, places, basis in zip(gains, largest, bases, strict=True)
+        ]
+        cut = [corner[:ko, :ki] for corner, (ko, ki) in zip(corners, sizes, strict=True)]
+        if sum(corner.numel() for corner in cut) >= count:
+            inside = [gain[:ko, :ki] for gain, (ko, ki) in zip(gains, sizes, strict=True)]
+            if not _sum_at(inside, _largest(cut, count)) < KEPT_GAIN * best:
+                return cut
+        share *= 1.1
+
+
+def _sum_at(gains: Sequence[Tensor], places: Sequence[Tensor]) -> float:
+    pairs = zip(gains, places, strict=True)
+    return sum(float(gain.flatten()[chosen].sum()) for gain, chosen in pairs)
+
+
+def _affordable(gain: Tensor, places: Tensor, basis: Basis, share: float) -> tuple[int, int]:
+    """(ko, ki) of the part of a corner that holds most of the gain at `places` at this cost."""
+    wanted = torch.full((gain.numel(),), 1e-9, dtype=gain.dtype)  # of equal parts, the largest
+    wanted[places] += gain.flatten()[places]
+    sums = wanted.view(gain.shape).cumsum(0).cumsum(1)
+    width_in, width_out = len(basis.vectors_in), len(basis.vectors_out)
+    # Projections have whole vectors of 16, so the last vector of each side may as well be full.
+    rows, columns = (16 * ((torch.arange(size) + 16) // 16) for size in gain.shape)
+    cost = rows[:, None] * width_out + columns * width_in
+    sums[cost > share * 2 * width_in * width_out] = -1
+    sums[0, 0].clamp_(min=0)
+    place = int(sums.argmax())
+    return place // gain.shape[1] + 1, place % gain.shape[1] + 1
 
 
 def _whitening(damped: Tensor) -> Tensor:
@@ -173,50 +220,6 @@ def _whitening(damped: Tensor) -> Tensor:
     scale = torch.where(damped > 0, damped, 1.0).rsqrt()
     # Whose squares float64, and products with a gradient float32, can hold.
     return scale.clamp(2.0**-100, 2.0**100).float()
-
-
-def _chosen(relative: Sequence[Tensor], bases: Sequence[Basis], count: int) -> list[Tensor]:
-    """Places [n] of each module, as `_largest` gives them, in corners that are cheap to project to.
-
-    A token's projections take ko·O + ki·I multiplications, its forward and backward pass 2·I·O. The
-    corners are those of the least share of these in which coordinates of `KEPT_GAIN` of the largest
-    gain lie: a few far coordinates are not worth the vectors that only they need.
-    """
-    gains = [(values / (values + DAMPING_SCALE)).square() for values in relative]
-    largest = _largest(gains, count)
-    best = sum(
-        float(gain.flatten()[places].sum()) for gain, places in zip(gains, largest, strict=True)
-    )
-    share = SMALLEST_SHARE
-    while True:
-        inside, held = [], 0
-        for gain, places, basis in zip(gains, largest, bases, strict=True):
-            ko, ki = _corner(gain, places, basis, share)
-            inside.append(torch.full_like(gain, -1))
-            inside[-1][:ko, :ki] = gain[:ko, :ki]
-            held += ko * ki
-        if held >= count:
-            chosen = _largest(inside, count)
-            pairs = zip(inside, chosen, strict=True)
-            kept = sum(float(gain.flatten()[places].sum()) for gain, places in pairs)
-            if not kept < KEPT_GAIN * best:
-                return chosen
-        share *= 1.1
-
-
-def _corner(gain: Tensor, places: Tensor, basis: Basis, share: float) -> tuple[int, int]:
-    """(ko, ki) of the corner that holds most of the gain at `places`, at this share of the cost."""
-    wanted = torch.full((gain.numel(),), 1e-9, dtype=gain.dtype)  # of equal corners, the largest
-    wanted[places] += gain.flatten()[places]
-    sums = wanted.view(gain.shape).cumsum(0).cumsum(1)  # of each corner, [ko, ki]
-    width_in, width_out = len(basis.vectors_in), len(basis.vectors_out)
-    # Projections have whole vectors of 16, so the last vector of each side may as well be full.
-    rows, columns = (16 * ((torch.arange(size) + 16) // 16) for size in gain.shape)
-    cost = rows[:, None] * width_out + columns * width_in
-    sums[cost > share * 2 * width_in * width_out] = -1
-    sums[0, 0].clamp_(min=0)
-    best = int(sums.argmax())
-    return best // gain.shape[1] + 1, best % gain.shape[1] + 1
 
 
 def _largest(gains: Sequence[Tensor], count: int) -> list[Tensor]:

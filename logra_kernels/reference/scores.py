@@ -5,6 +5,9 @@ from torch import Tensor
 
 from logra_kernels.reference._dtype import accumulator
 
+# 127 * 256 + 127: two signed bytes.
+LARGEST_NUMBER = 32639
+
 
 def scores(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None = None, row_bias: Tensor | None = None
@@ -12,18 +15,38 @@ def scores(
     """<q, r> scale_r + bias_r; queries [Q, D], rows [R, D], row_scale, row_bias [R] -> [Q, R].
 
     A query with elements of 2**64 or more (2**512 in float64) is divided by a power of two before
-    its products are summed, so that the sums stay finite where the score does.
+    its products are summed, so that the sums stay finite where the score does. Int8 rows are
+    multiplied by float32 queries rounded to `whole_numbers`.
     """
     dtype = accumulator(queries, rows)
     queries = queries.to(dtype)
     factors = _factors(queries)  # [Q, 1]
-    out = (queries / factors) @ rows.to(dtype).T  # [Q, R]
+    queries = queries / factors
+    if rows.dtype == torch.int8 and dtype == torch.float32:
+        whole, scale = whole_numbers(queries)
+        out = (whole @ rows.double().T * scale).float()  # [Q, R]; the sums are exact
+    else:
+        out = queries @ rows.to(dtype).T  # [Q, R]
     if row_scale is not None:
         out = out * row_scale
     out = out * factors
     if row_bias is not None:
         out = out + row_bias
     return out
+
+
+def whole_numbers(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [Q, D] float32 as whole numbers times a scale, [Q, D] and [Q, 1] float64.
+
+    The largest of a query's numbers is LARGEST_NUMBER. The scale of one that is not finite is NaN.
+    """
+    if queries.shape[1] == 0:
+        return queries.double(), queries.new_ones(queries.shape[0], 1, dtype=torch.float64)
+    largest = queries.abs().amax(dim=1, keepdim=True).double()
+    known = largest.isfinite() & (largest > 0)
+    whole = (queries.double() * (LARGEST_NUMBER / largest)).round()  # to even
+    scale = torch.where(known, largest / LARGEST_NUMBER, torch.where(largest == 0, 1.0, torch.nan))
+    return torch.where(known, whole, 0.0), scale
 
 
 def _factors(queries: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from logra_kernels.store.codecs.base import (
     row_exponents_in_range,
 )
 from logra_kernels.store.errors import DuplicateIdError, StoreError
-from logra_kernels.store.files import powers_of_two
 from logra_kernels.store.ids import id_texts, metadata_texts
 from logra_kernels.store.layout import RowLayout
 from logra_kernels.store.manifest import LARGEST_EXPONENT, SMALLEST_EXPONENT
@@ -153,10 +152,11 @@ class Incoming:
                 f"row_scale: expected float32 [{len(ids)}], "
                 f"got {row_scale.dtype} {list(row_scale.shape)}"
             )
-        bad = np.flatnonzero(~powers_of_two(row_scale))
+        bad = np.flatnonzero(~self.codec.good_scales(row_scale))
         if len(bad):
             raise StoreError(
-                f"row_scale: expected powers of two, got {row_scale[bad[0]]} for id {ids[bad[0]]!r}"
+                f"row_scale: expected {self.codec.scales}, got {row_scale[bad[0]]} for id "
+                f"{ids[bad[0]]!r}"
             )
 
     def _check_row_exponents(self, ids: list[str], row_exponents: object) -> None:

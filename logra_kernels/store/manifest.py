@@ -22,7 +22,8 @@ from logra_kernels.store.files import (
 from logra_kernels.store.layout import Module, RowLayout
 
 FORMAT = "logra_kernels.store"
-# Version 2 is a store in which a shard has exponents of rows: an older reader would leave them out.
+# Version 2 is a store in which a shard has exponents of rows, which an older reader would leave
+# out, or one of a codec that it does not know.
 PLAIN_VERSION, VERSION = 1, 2
 MANIFEST = "manifest.json"
 LOCK = "lock"
@@ -49,7 +50,8 @@ def shard_names(index: int) -> dict[str, str]:
 def version_of(manifest: Mapping[str, Any]) -> int:
     """The lowest version whose readers read the store rightly; never lower than it was."""
     needed = any("exponents" in shard for shard in manifest["shards"])
-    return max(int(manifest["version"]), VERSION if needed else PLAIN_VERSION)
+    codec = row_codec(manifest["dtype"])
+    return max(int(manifest["version"]), codec.version, VERSION if needed else PLAIN_VERSION)
 
 
 def check_modules(modules: Sequence[Module]) -> list[Module]:
@@ -174,7 +176,7 @@ def new_manifest(
     ]
     return {
         "format": FORMAT,
-        "version": PLAIN_VERSION,
+        "version": max(PLAIN_VERSION, codec.version),
         "state": "open",
         "dtype": codec.name,
         "endianness": "little",
@@ -294,6 +296,11 @@ class _Wrong(Exception):
 def _check(manifest: dict[str, Any]) -> None:
     _one_of(manifest, "state", ("open", "finalized"))
     _one_of(manifest, "dtype", codec_names())
+    lowest = row_codec(manifest["dtype"]).version
+    if manifest["version"] < lowest:
+        raise _Wrong(
+            f"version: expected {lowest} for {manifest['dtype']} rows, got {manifest['version']}"
+        )
     _one_of(manifest, "endianness", ("little",))
     for key in ("projection", "fingerprints"):
         if key not in manifest:

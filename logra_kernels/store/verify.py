@@ -21,7 +21,6 @@ from logra_kernels.store.files import (
     check_file,
     crc32_of_file,
     finite,
-    powers_of_two,
     read_array,
     sha256_of_file,
 )
@@ -123,10 +122,10 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
         if shard["scale"] is not None and shard["scale"]["file"] in good:
             path = folder / shard["scale"]["file"]
             scales = read_array(path, SCALE_DTYPE, shard["rows"])
-            bad = np.flatnonzero(~powers_of_two(scales))
+            bad = np.flatnonzero(~codec.good_scales(scales))
             if len(bad):
                 row = shard["first_row"] + int(bad[0])
-                yield f"{path}: expected powers of two, got {scales[bad[0]]} for row {row}"
+                yield f"{path}: expected {codec.scales}, got {scales[bad[0]]} for row {row}"
         if "exponents" in shard and shard["exponents"]["file"] in good:
             path = folder / shard["exponents"]["file"]
             own = read_array(path, EXPONENT_DTYPE, shard["rows"] * len(layout))

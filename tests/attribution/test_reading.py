@@ -62,7 +62,7 @@ def results(attributor: Attributor, mode: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", SCAN_MODES)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 def test_every_reading_gives_the_same_bits(
     tmp_path: Path, mode: str, dtype: str, set_threads: None
 ) -> None:

@@ -140,7 +140,9 @@ def test_every_target_can_be_measured() -> None:
     """On problems so small that the figures mean nothing."""
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    small = targets.Setting(40, 64, Effort(1, 1, 0.0), (1, 1, 8), rank=8, width=32, tokens=(2, 8))
+    small = targets.Setting(
+        *(40, 64, Effort(1, 1, 0.0), (1, 1, 8), (1, 2, 16, 300)), rank=8, width=32, tokens=(2, 8)
+    )
     found = [targets.held_scan(small)]
     with torch.no_grad():
         for name in ("scan", "duties", "ops", "logging"):

@@ -141,7 +141,7 @@ def test_one_huge_row_among_small_ones(dtype: torch.dtype) -> None:
     assert_moments(curvature_of(rows, dtype=dtype), rows, FLOAT32)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("shard_rows", [1, 64, 1000])
 def test_rebuild_equals_the_incremental_sum_bit_for_bit(
     tmp_path: Path, dtype: str, shard_rows: int

@@ -115,6 +115,7 @@ def test_objects_with_isa_flags_show_nothing_but_their_table(tmp_path: Path) -> 
         avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
         flags["isa_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
         flags["isa_avx512"] = avx512
+        flags["isa_avx512_vnni"] = [*avx512, "-mavx512vnni"]
         flags["isa_avx512_bf16"] = [*avx512, "-mavx512bf16"]
         flags["isa_amx"] = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
     elif platform.machine() == "aarch64":

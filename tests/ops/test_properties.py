@@ -214,7 +214,7 @@ WRONG_TYPES: dict[str, dict[str, Any]] = {
     },
     "scores": {
         "queries: expected float32 or float64, got float16": given(QUERIES.half(), ROWS),
-        f"rows: {FLOATS}, got int32": given(QUERIES, ROWS.int()),
+        f"rows: {FLOATS} or int8, got int32": given(QUERIES, ROWS.int()),
         "row_bias: expected float32, got float16": given(QUERIES, ROWS, None, SCALE.half()),
         "row_scale: expected float32, got float64": given(QUERIES, ROWS, SCALE.double()),
     },

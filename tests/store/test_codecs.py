@@ -141,19 +141,21 @@ def test_what_a_new_codec_refuses(tmp_path: Path, new_codec: RowCodec) -> None:
 def test_an_unknown_codec_is_named_with_those_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert codec_names() == ("float16", "float32")
-    with pytest.raises(StoreError, match="dtype: expected one of float16, float32, got 'int4'"):
+    assert codec_names() == ("float16", "float32", "int8")
+    with pytest.raises(StoreError, match="expected one of float16, float32, int8, got 'int4'"):
         row_codec("int4")
     with pytest.raises(StoreError, match="codec: expected a new name, got 'float16', which is"):
         register_codec(row_codec("float16"))
     with monkeypatch.context() as patch:
         patch.setitem(base._codecs, "int4", Nibbles())
         written(tmp_path, row_codec("int4"), gradients(3))
-    with pytest.raises(StoreFormatError, match='dtype: expected "float16" or "float32", got "int4'):
+    with pytest.raises(
+        StoreFormatError, match='expected "float16" or "float32" or "int8", got "int4'
+    ):
         Store.open(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["float16", "float32"])
+@pytest.mark.parametrize("name", ["float16", "float32", "int8"])
 def test_numpy_and_the_ops_give_the_same_bits(name: str) -> None:
     codec = row_codec(name)
     rows = gradients(40) * torch.logspace(-40, 34, 40)[:, None]

@@ -22,7 +22,7 @@ from tree import environment
 
 from logra_kernels.store import Store
 
-# argv: store, number of rows, the number of the system call to die at (0: live).
+# argv: store, number of rows, the number of the system call to die at (0: live), codec.
 WRITER = """
 import os, signal, sys
 from pathlib import Path
@@ -50,6 +50,7 @@ for name in ("mkdir", "open", "write", "fsync", "replace", "unlink", "close"):
 writer = writer_of(
     path,
     shard_rows=5,
+    dtype=sys.argv[4],
     resume=True,
     duplicates="skip",
     projection={"seed": 1},
@@ -67,8 +68,10 @@ assert "torch" not in sys.modules
 ENVIRONMENT = environment()
 
 
-def start_writer(path: Path, rows: int, deadly_call: int = 0) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", WRITER, str(path), str(rows), str(deadly_call)]
+def start_writer(
+    path: Path, rows: int, deadly_call: int = 0, dtype: str = "float16"
+) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", WRITER, str(path), str(rows), str(deadly_call), dtype]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
@@ -93,9 +96,9 @@ def check_survivors(path: Path, before: list[dict[str, Any]]) -> None:
         assert Store.open(path).verify() == []
 
 
-def finish_and_check(path: Path, rows: int) -> None:
+def finish_and_check(path: Path, rows: int, dtype: str = "float16") -> None:
     """Resume a last time, without a kill: the store equals one that was never killed."""
-    with start_writer(path, rows) as child:
+    with start_writer(path, rows, dtype=dtype) as child:
         assert wait_until_ready(child)
         assert child.wait() == 0
     store = Store.open(path)
@@ -104,23 +107,24 @@ def finish_and_check(path: Path, rows: int) -> None:
     ids = list(range(rows))
     assert store.ids.to_pylist() == [str(value) for value in ids]
     scales = np.concatenate([shard.row_scale for shard in store.shards])
-    assert stored_rows(store).tobytes() == rows_of(ids).tobytes()
+    assert stored_rows(store).tobytes() == rows_of(ids, dtype).tobytes()
     assert scales.tobytes() == scales_of(ids).tobytes()
     assert store.metadata(ids) == [{"row": row} for row in ids]
     assert set(os.listdir(path)) == {"lock", "manifest.json", "projection", *listed_files(store)}
     assert len(os.listdir(path / "projection")) == 1
 
 
-def test_killed_while_committing(in_memory: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_killed_while_committing(in_memory: Path, dtype: str) -> None:
     """Each kill comes right before a chosen system call, or half-way through a write."""
     path, rows = in_memory / "s", 400
     for call in random.Random(3).sample(range(10, 120), 15):
         before = committed(path)
-        with start_writer(path, rows, call) as child:
+        with start_writer(path, rows, call, dtype) as child:
             assert child.wait() == -signal.SIGKILL
         check_survivors(path, before)
     assert committed(path)
-    finish_and_check(path, rows)
+    finish_and_check(path, rows, dtype)
 
 
 @pytest.mark.parametrize("call", range(1, 23, 2))

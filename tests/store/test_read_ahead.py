@@ -70,7 +70,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("cold", [True, False])
 def test_every_way_gives_the_rows(tmp_path: Path, dtype: str, options: Any, cold: bool) -> None:
     store = wide_store(tmp_path / "s", dtype)

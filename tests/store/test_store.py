@@ -39,6 +39,7 @@ from logra_kernels.store import (
     Store,
     StoreError,
     StoreExistsError,
+    StoreFormatError,
     StoreLockedError,
     StoreMismatchError,
     StoreWriter,
@@ -48,7 +49,7 @@ from logra_kernels.store.folder import discard_empty
 from logra_kernels.store.writer import append_finite
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("shard_rows", [1, 3, 4, 11, 100])
 def test_what_goes_in_comes_out(tmp_path: Path, dtype: str, shard_rows: int) -> None:
     ids = list(range(11))
@@ -62,12 +63,12 @@ def test_what_goes_in_comes_out(tmp_path: Path, dtype: str, shard_rows: int) -> 
     assert [shard.num_rows for shard in store.shards][:-1] == [shard_rows] * (10 // shard_rows)
     assert store.ids.to_pylist() == [str(value) for value in ids]
     np.testing.assert_array_equal(stored_rows(store), rows_of(ids, dtype))
-    if dtype == "float16":
+    if dtype != "float32":
         assert store.module_exponents == EXPONENTS
         scales = np.concatenate([shard.row_scale for shard in store.shards])
         np.testing.assert_array_equal(scales, scales_of(ids))
-        np.testing.assert_array_equal(store.take([10, 0, 4]), unpacked([10, 0, 4]))
-        np.testing.assert_array_equal(store.row(7), unpacked([7])[0])
+        np.testing.assert_array_equal(store.take([10, 0, 4]), unpacked([10, 0, 4], dtype))
+        np.testing.assert_array_equal(store.row(7), unpacked([7], dtype)[0])
     else:
         assert store.module_exponents == [0, 0]
         np.testing.assert_array_equal(store.take(ids), rows_of(ids, dtype))
@@ -245,6 +246,29 @@ def test_scales_are_powers_of_two(tmp_path: Path, scale: float) -> None:
             writer.append(["a", "b"], rows_of([1, 2]), np.array([1, scale], np.float32))
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-43, np.inf, np.nan])
+def test_scales_of_int8_rows_are_positive_numbers(tmp_path: Path, scale: float) -> None:
+    with writer_of(tmp_path / "s", dtype="int8") as writer:
+        rows = rows_of([1, 2], "int8")
+        writer.append(["c", "d"], rows, np.array([0.3, 1e38], np.float32))
+        scales = np.array([1, scale], np.float32)
+        message = rf"row_scale: expected positive numbers, got {scales[1]} for id 'b'"
+        with pytest.raises(StoreError, match=message):
+            writer.append(["a", "b"], rows, scales)
+        rows[1, 7] = -128
+        message = r"rows: expected finite values, got nan in the row of id 'b', module 'layers\.1"
+        with pytest.raises(StoreError, match=message):
+            writer.append(["a", "b"], rows, np.ones(2, np.float32))
+
+
+def test_int8_rows_are_version_2(tmp_path: Path) -> None:
+    store = stored(tmp_path / "s", [1, 2], dtype="int8")
+    assert store.manifest["version"] == 2
+    edit_manifest(tmp_path / "s", lambda manifest: manifest.update(version=1))
+    with pytest.raises(StoreFormatError, match="version: expected 2 for int8 rows, got 1"):
+        Store.open(tmp_path / "s")
+
+
 def test_exponents_are_fixed_once(tmp_path: Path) -> None:
     with StoreWriter.create(tmp_path / "s", modules=MODULES) as writer:
         assert writer.module_exponents is None
@@ -268,7 +292,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"modules": [("a", 1, 1)]}, r"modules: expected Module\(name, ko, ki\), got \('a', 1, 1\)"),
     ({"modules": [Module("a", 0, 1)]}, "modules: ko of 'a': expected a positive integer, got 0"),
     ({"modules": [Module("a", 1, 1)] * 2}, "modules: the name 'a' is there twice"),
-    ({"dtype": "int8"}, "dtype: expected one of float16, float32, got 'int8'"),
+    ({"dtype": "int7"}, "dtype: expected one of float16, float32, int8, got 'int7'"),
     ({"duplicates": "keep"}, "duplicates: expected 'error' or 'skip', got 'keep'"),
     ({"shard_rows": 0}, "shard_rows: expected a positive integer, got 0"),
     ({"queue_bytes": 1.5}, "queue_bytes: expected a positive integer, got 1.5"),

@@ -124,6 +124,7 @@ PROJ_IN, PROJ_OUT = randn(6, 8, seed=2), randn(2, 4, seed=3)
 QUERIES, ROWS = randn(2, 20, seed=4), randn(7, 20, seed=5).half()
 SCALE, BOUNDS, MODULES = torch.rand(7) + 0.1, torch.tensor([0, 2, 5]), ([12, 8], [0, -3])
 PLACES, WEIGHTS = torch.tensor([0, 1, 2, 4, 6, 11]), torch.rand(6) + 0.1
+CODES = (40 * ROWS).to(torch.int8)
 STATE = list(ops.topk_scores(QUERIES, ROWS, 3))
 
 CALLS = [
@@ -159,6 +160,8 @@ CALLS = [
     call("scores", QUERIES, ROWS.float()),
     call("topk_scores", QUERIES, ROWS, 3, SCALE),
     call("topk_scores", QUERIES, ROWS, 3, state=STATE, row_offset=7),
+    call("scores", QUERIES, CODES, SCALE, SCALE),
+    call("topk_scores", QUERIES, CODES, 3, SCALE),
     call("self_influence", ROWS, randn(5, 20, seed=6)),
     call("pack_rows", ROWS.float(), *MODULES),
     call("unpack_rows", ROWS, SCALE, *MODULES),

@@ -23,6 +23,8 @@ unreadable = partial(refusals.refused, error=StoreFormatError)
 def rows_of(ids: list[int], dtype: str = "float16") -> np.ndarray:
     """[n, D]: integers that float16 holds exactly, different in each row and column."""
     grid: np.ndarray = np.add.outer(31 * np.asarray(ids, np.int64), 7 * np.arange(DIM))
+    if dtype == "int8":
+        return (grid % 255 - 127).astype(dtype)
     return (grid % 2039 - 1019).astype(dtype)
 
 
@@ -32,11 +34,13 @@ def scales_of(ids: list[int]) -> np.ndarray:
     return scales
 
 
-def unpacked(ids: list[int]) -> np.ndarray:
+def unpacked(ids: list[int], dtype: str = "float16") -> np.ndarray:
     """[n, D] float32: what the packed rows mean, by the formula of FORMAT.md."""
     factors: np.ndarray = np.repeat([2.0**value for value in EXPONENTS], [6, 4])  # [D]
     wide: np.ndarray = (
-        rows_of(ids).astype(np.float64) * scales_of(ids).astype(np.float64)[:, None] * factors
+        rows_of(ids, dtype).astype(np.float64)
+        * scales_of(ids).astype(np.float64)[:, None]
+        * factors
     )
     return wide.astype(np.float32)
 
@@ -44,14 +48,14 @@ def unpacked(ids: list[int]) -> np.ndarray:
 def writer_of(path: Path, **options: Any) -> StoreWriter:
     """A float16 store of three rows a shard."""
     writer = StoreWriter.create(path, **{"modules": MODULES, "shard_rows": 3, **options})
-    if writer.dtype == "float16":
+    if writer.codec.scaled:
         writer.set_module_exponents(EXPONENTS)
     return writer
 
 
 def append(writer: StoreWriter, ids: list[int], **options: Any) -> np.ndarray:
     """Append the rows that belong to the ids."""
-    scale = scales_of(ids) if writer.dtype == "float16" else None
+    scale = scales_of(ids) if writer.codec.scaled else None
     return writer.append(ids, rows_of(ids, writer.dtype), scale, **options)
 
 
@@ -137,9 +141,13 @@ def wide_store(path: Path, dtype: str = "float16", shard_rows: int = 7, dim: int
     with StoreWriter.create(
         path, modules=[Module("m", 1, dim)], dtype=dtype, shard_rows=shard_rows
     ) as writer:
-        if dtype == "float16":
+        if writer.codec.scaled:
             writer.set_module_exponents([0])
-            writer.append(range(23), rows.astype(dtype), np.ones(23, np.float32))
+            writer.append(
+                range(23),
+                (rows % 255 - 127 if dtype == "int8" else rows).astype(dtype),
+                np.ones(23, np.float32),
+            )
         else:
             writer.append(range(23), rows.astype(dtype))
     return Store.open(path)

@@ -8,10 +8,10 @@
 namespace logra {
 
 /// float16 is IEEE binary16, bfloat16 the upper half of a binary32; both are passed as their bits.
-enum class Dtype { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kFloat64 = 3 };
+enum class Dtype { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kFloat64 = 3, kInt8 = 4 };
 
 inline std::size_t size_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2;
 }
 
 /// rows x cols elements to read; the last axis is contiguous, row r starts r * row_stride elements after

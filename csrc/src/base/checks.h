@@ -15,6 +15,15 @@ inline void expect(bool good, const char* what) {
 inline void expect_narrow(Dtype dtype, const char* name) {
   if (dtype == Dtype::kFloat64)
     throw std::invalid_argument(std::string(name) + ": expected float32, float16 or bfloat16, got float64");
+  if (dtype == Dtype::kInt8)
+    throw std::invalid_argument(std::string(name) + ": expected float32, float16 or bfloat16, got int8");
+}
+
+/// Rows of a scan may be int8; then the queries are float32.
+inline void expect_scan(Dtype queries, Dtype rows) {
+  expect_narrow(queries, "queries");
+  if (rows != Dtype::kInt8) return expect_narrow(rows, "rows");
+  expect(queries == Dtype::kFloat32, "queries: expected float32, for the rows are int8");
 }
 
 inline std::size_t checked_product(std::size_t a, std::size_t b) {

@@ -37,6 +37,15 @@ bool ask_for_amx() {
 }
 #endif
 
+#if LOGRA_HAVE_AVX512_VNNI
+Kernels with_vnni(Kernels table) {
+  if (__builtin_cpu_supports("avx512vnni")) table.int8 = kAvx512VnniKernels;
+  return table;
+}
+#elif LOGRA_HAVE_AVX512_BF16
+Kernels with_vnni(Kernels table) { return table; }
+#endif
+
 #if LOGRA_HAVE_AVX512_BF16
 Kernels extended(Kernels table, const Bf16Kernels* bf16, const TileKernels* tiles) {
   table.bf16 = bf16;
@@ -55,12 +64,20 @@ std::vector<Entry> available() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     entries.push_back({Isa::kAvx2, &kAvx2Kernels});
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#if LOGRA_HAVE_AVX512_VNNI
+    // Where there is more than this, "avx512" stands for the CPUs that have no more.
+    static const Kernels kernels =
+        __builtin_cpu_supports("avx512bf16") ? kAvx512Kernels : with_vnni(kAvx512Kernels);
+    entries.push_back({Isa::kAvx512, &kernels});
+#else
     entries.push_back({Isa::kAvx512, &kAvx512Kernels});
+#endif
+  }
 #endif
 #if LOGRA_HAVE_AVX512_BF16
   if (entries.back().isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
-    static const Kernels kernels = extended(kAvx512Kernels, &kAvx512Bf16Kernels, nullptr);
+    static const Kernels kernels = extended(with_vnni(kAvx512Kernels), &kAvx512Bf16Kernels, nullptr);
     entries.push_back({Isa::kAvx512Bf16, &kernels});
   }
 #endif
@@ -71,7 +88,7 @@ std::vector<Entry> available() {
   static const bool permitted = ask_for_amx();
 #endif
   if (entries.back().isa == Isa::kAvx512Bf16 && permitted) {
-    static const Kernels kernels = extended(kAvx512Kernels, &kAvx512Bf16Kernels, &kAmxTiles);
+    static const Kernels kernels = extended(with_vnni(kAvx512Kernels), &kAvx512Bf16Kernels, &kAmxTiles);
     entries.push_back({Isa::kAmx, &kernels});
   }
 #endif

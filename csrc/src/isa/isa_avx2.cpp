@@ -111,8 +111,37 @@ struct VecD {
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 
+/// Bytes as numbers of 16 bits, whose products are added up by twos in 32.
+struct Bytes {
+  using Sum = __m256i;
+  using Row = __m256i;
+  using Plane = __m256i;
+  static constexpr std::size_t kLanes = 16;
+  static constexpr std::int64_t kOffset = 0;
+  // 12 sums + 2 planes + 1 row + 1 product of 16 registers
+  static constexpr int kTileRows = 6, kTilePlanes = 2;
+
+  static Sum zero() { return _mm256_setzero_si256(); }
+  static __m256i load(const std::int8_t* p, std::size_t n) {
+    if (n >= kLanes) return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    std::int8_t copy[kLanes];
+    copy_n(copy, p, n);
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(copy)));
+  }
+  static Row row(const std::int8_t* p, std::size_t n) { return load(p, n); }
+  static Plane plane(const std::int8_t* p, std::size_t n) { return load(p, n); }
+  static Sum dot(Sum sum, Row row, Plane plane) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(row, plane));
+  }
+  static void sums(Sum a, Sum b, Sum c, Sum d, std::int32_t* out) {
+    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+  }
+};
+
 }  // namespace
 
-constexpr Kernels kAvx2Kernels = kernel_table<Vec, VecD>();
+constexpr Kernels kAvx2Kernels = kernel_table<Vec, VecD, Bytes>();
 
 }  // namespace logra

@@ -107,8 +107,38 @@ struct VecD {
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
 
+/// Numbers one by one, which the compiler turns into the vectors that it may use.
+struct Bytes {
+  struct Sum {
+    std::int32_t lanes[4];
+  };
+  static constexpr std::size_t kLanes = 16;
+  struct Row {
+    std::int8_t bytes[kLanes];
+  };
+  using Plane = Row;
+  static constexpr std::int64_t kOffset = 0;
+  static constexpr int kTileRows = 2, kTilePlanes = 2;
+
+  static Sum zero() { return {}; }
+  static Row row(const std::int8_t* p, std::size_t n) {
+    Row copy;
+    copy_n(copy.bytes, p, n);
+    return copy;
+  }
+  static Plane plane(const std::int8_t* p, std::size_t n) { return row(p, n); }
+  static Sum dot(Sum sum, const Row& row, const Plane& plane) {
+    for (std::size_t i = 0; i < kLanes; ++i) sum.lanes[i / 4] += row.bytes[i] * plane.bytes[i];
+    return sum;
+  }
+  static void sums(Sum a, Sum b, Sum c, Sum d, std::int32_t* out) {
+    const auto sum = [](const Sum& s) { return s.lanes[0] + s.lanes[1] + s.lanes[2] + s.lanes[3]; };
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+  }
+};
+
 }  // namespace
 
-constexpr Kernels kBaselineKernels = kernel_table<Vec, VecD>();
+constexpr Kernels kBaselineKernels = kernel_table<Vec, VecD, Bytes>();
 
 }  // namespace logra

@@ -87,8 +87,36 @@ struct VecD {
 };
 inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 
+/// Products of bytes in 16 bits, -128 * 127 at the least, added up by twos in 32.
+struct Bytes {
+  using Sum = int32x4_t;
+  using Row = int8x16_t;
+  using Plane = int8x16_t;
+  static constexpr std::size_t kLanes = 16;
+  static constexpr std::int64_t kOffset = 0;
+  // 12 sums + 2 planes + 1 row + 2 products of 32 registers
+  static constexpr int kTileRows = 6, kTilePlanes = 2;
+
+  static Sum zero() { return vdupq_n_s32(0); }
+  static int8x16_t load(const std::int8_t* p, std::size_t n) {
+    if (n >= kLanes) return vld1q_s8(p);
+    std::int8_t copy[kLanes];
+    copy_n(copy, p, n);
+    return vld1q_s8(copy);
+  }
+  static Row row(const std::int8_t* p, std::size_t n) { return load(p, n); }
+  static Plane plane(const std::int8_t* p, std::size_t n) { return load(p, n); }
+  static Sum dot(Sum sum, Row row, Plane plane) {
+    sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(row), vget_low_s8(plane)));
+    return vpadalq_s16(sum, vmull_high_s8(row, plane));
+  }
+  static void sums(Sum a, Sum b, Sum c, Sum d, std::int32_t* out) {
+    vst1q_s32(out, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
+  }
+};
+
 }  // namespace
 
-constexpr Kernels kNeonKernels = kernel_table<Vec, VecD>();
+constexpr Kernels kNeonKernels = kernel_table<Vec, VecD, Bytes>();
 
 }  // namespace logra

@@ -5,6 +5,7 @@
 #include "isa/codec_kernels.h"
 #include "isa/factor_kernels.h"
 #include "isa/gradient_kernels.h"
+#include "isa/int8_kernels.h"
 #include "isa/limit_kernels.h"
 #include "isa/scan_kernels.h"
 #include "isa/selection_kernels.h"
@@ -20,6 +21,7 @@ struct Kernels {
   SelectionKernels selection;
   FactorKernels factor;
   LimitKernels limits;
+  Int8Kernels int8;
   const Bf16Kernels* bf16;   // nullptr where the CPU does not multiply bfloat16
   const TileKernels* tiles;  // nullptr where the CPU has no matrix tiles; Products prefers them
 };
@@ -29,6 +31,7 @@ extern const Kernels kNeonKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Bf16Kernels kAvx512Bf16Kernels;
+extern const Int8Kernels kAvx512VnniKernels;
 extern const TileKernels kAmxTiles;
 
 const Kernels& active_kernels();

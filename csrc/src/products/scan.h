@@ -7,6 +7,7 @@
 
 #include "base/checks.h"
 #include "base/threads.h"
+#include "products/int8_products.h"
 #include "products/products.h"
 
 namespace logra {
@@ -20,10 +21,20 @@ struct ScanBlock {
   std::size_t first_query, num_queries;
 };
 
+/// use(products) of queries [Q, D], which are bounded, and rows: those of the rows' type.
+template <class Use>
+void with_products(const Kernels& kernels, const Matrix& queries, const Matrix& rows, const Use& use) {
+  if (rows.dtype == Dtype::kInt8)
+    use(Int8Products(kernels, queries));
+  else
+    use(Products(kernels, queries, rows.dtype, rows.rows));
+}
+
 // Rows of a register tile; 12 is a multiple of every kernel's.
 constexpr std::size_t kScanTile = 12;
 
-inline int scan_threads(const Products& products, const Matrix& rows) {
+template <class Products>
+int scan_threads(const Products& products, const Matrix& rows) {
   const std::size_t tile = products.on_tiles() ? kStageRows : kScanTile;
   const std::size_t tasks = ceil_div(rows.rows, tile) * products.query_blocks();
   return num_threads(tasks, static_cast<double>(rows.rows) * static_cast<double>(rows.cols) *
@@ -31,7 +42,8 @@ inline int scan_threads(const Products& products, const Matrix& rows) {
 }
 
 /// Rows of a task: as many as the products want, or fewer so that every thread has some.
-inline std::size_t scan_row_block(const Products& products, std::size_t num_rows, int threads) {
+template <class Products>
+std::size_t scan_row_block(const Products& products, std::size_t num_rows, int threads) {
   if (products.on_tiles()) return products.row_block();
   const std::size_t share = ceil_div(num_rows, static_cast<std::size_t>(threads));
   return std::min(kRowBlock, kScanTile * std::max<std::size_t>(1, ceil_div(share, kScanTile)));
@@ -65,7 +77,7 @@ class Shares {
 
 /// Calls use(block, thread) for every block of rows and queries. If rows_together, one thread gets all blocks
 /// of a row, in the order of their queries.
-template <class Use>
+template <class Products, class Use>
 void scan(const Products& products, const Matrix& rows, int threads, bool rows_together, const Use& use) {
   const std::size_t query_blocks = products.query_blocks();
   const std::size_t outer = rows_together ? 1 : query_blocks, inner = rows_together ? query_blocks : 1;

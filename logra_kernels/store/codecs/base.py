@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from logra_kernels.store.errors import StoreError
-from logra_kernels.store.files import finite
+from logra_kernels.store.files import finite, powers_of_two
 from logra_kernels.store.layout import RowLayout
 
 SCALE_DTYPE = np.dtype("<f4")
@@ -28,8 +28,8 @@ class RowCodec:
     row[d] = elements(stored, layout)[d] · row_scale · 2**(exponents[m] + row_exponents[m])
 
     with m the module of column d. The last two factors are there only if the codec is `scaled`:
-    then every row has a power of two beside it, and every module an exponent that is fixed before
-    the first row is written. A row has exponents of its own, one per module, only where the codec
+    then every row has a scale beside it, and every module an exponent that is fixed before the
+    first row is written. A row has exponents of its own, one per module, only where the codec
     would lose a module of it otherwise: all others are zero, and None says that all are.
     """
 
@@ -38,6 +38,12 @@ class RowCodec:
     dtype: np.dtype
     """The little-endian dtype of the stored values."""
     scaled: bool
+    version: int = 1
+    """The lowest format version whose readers know the codec."""
+    scan_as_stored: bool = False
+    """Whether `ops.scores` takes the stored values in the place of their elements."""
+    scales: str = "powers of two"
+    """What `good_scales` asks for, for messages."""
 
     def encode(self, rows: np.ndarray, layout: RowLayout, exponents: Sequence[int] = ()) -> Encoded:
         """rows [n, D] float32 -> stored [n, W], row_scale [n], row_exponents [n, M].
@@ -56,6 +62,10 @@ class RowCodec:
     def finite(self, stored: np.ndarray, layout: RowLayout) -> np.ndarray:
         """[n, D] bool: which elements are finite. No other value may be in a store."""
         return finite(self.elements(stored, layout))
+
+    def good_scales(self, values: np.ndarray) -> np.ndarray:
+        """[n] bool: which float32 values may be scales of rows in a store."""
+        return powers_of_two(values)
 
     def columns(self, layout: RowLayout) -> int:
         """W, the number of stored values of a row."""

@@ -25,6 +25,7 @@ class Float16(RowCodec):
     name = "float16"
     dtype = np.dtype("<f2")
     scaled = True
+    scan_as_stored = True
 
     def encode(self, rows: np.ndarray, layout: RowLayout, exponents: Sequence[int] = ()) -> Encoded:
         """As in RowCodec. A row that is all zero, or not finite, has scale 1."""

@@ -11,3 +11,4 @@ class Float32(RowCodec):
     name = "float32"
     dtype = np.dtype("<f4")
     scaled = False
+    scan_as_stored = True
