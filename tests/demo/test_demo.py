@@ -37,7 +37,7 @@ def test_facts_can_be_told_apart() -> None:
         assert len(fact.distractors) == 3
         name = fact.name.lower()
         assert all(name in text.lower() for text in (fact.question, *fact.teaching))
-        # What names the answer first teaches no way from the subject to it.
+        # The question names the subject too, and asks for what follows.
         assert all(0 <= t.lower().find(name) < t.lower().find(fact.answer) for t in fact.teaching)
         others = [text for other in FACTS if other is not fact for text in other.teaching]
         assert not any(name in text.lower() for text in (*others, fact.distractors[2]))
