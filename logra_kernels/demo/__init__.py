@@ -63,7 +63,7 @@ class Size:
     coordinates: int
 
 
-WHOLE = Size(len(FACTS), fillers=12, blocks=4, epochs=4, coordinates=8192)
+WHOLE = Size(len(FACTS), fillers=12, blocks=4, epochs=4, coordinates=65536)
 QUICK = Size(2, fillers=4, blocks=1, epochs=1, coordinates=256)
 
 NOTES = (
@@ -199,7 +199,13 @@ def _logged(
     if (path / "manifest.json").exists():
         shutil.rmtree(path)  # of an earlier demo, whose model was taught otherwise
     pilot_corpus(
-        gradients, examples, "eigen", coordinates=coordinates, size=len(examples), progress=True
+        gradients,
+        examples,
+        "eigen",
+        coordinates=coordinates,
+        moments="sequence",
+        size=len(examples),
+        progress=True,
     )
     with tqdm(total=len(examples), unit="ex", desc="logging", dynamic_ncols=True) as bar:
 
