@@ -168,12 +168,12 @@ def _gradients_kernel(
     slot = tl.program_id(0) // tiles
     o = ((tl.program_id(0) % tiles) // tiles_in) * RANK_OUT + tl.arange(0, RANK_OUT)
     i = ((tl.program_id(0) % tiles) % tiles_in) * RANK_IN + tl.arange(0, RANK_IN)
-    inside = (o < rank_out)[:, None] & (i < rank_in)[None, :]
-    elements = o.to(tl.int64)[:, None] * rank_in + i[None, :]
     if positions is not None:
         size = tl.cast(row_size, tl.int64)
         # A tile in which the row has no element is not computed.
-        first_positions = tl.load(positions + elements, mask=inside, other=-1)
+        in_tile = (o < rank_out)[:, None] & (i < rank_in)[None, :]
+        places = positions + o.to(tl.int64)[:, None] * rank_in + i[None, :]
+        first_positions = tl.load(places, mask=in_tile, other=-1)
         if tl.max(tl.max(first_positions, 1), 0) < 0:
             return
     else:
@@ -238,6 +238,9 @@ def _gradients_kernel(
         )
         acc = dot_of_transposed(dy_side, x_side, acc, OUTER_PRECISION)
 
+    # Not sooner: what is alive in the loop costs registers.
+    inside = (o < rank_out)[:, None] & (i < rank_in)[None, :]
+    elements = o.to(tl.int64)[:, None] * rank_in + i[None, :]
     if positions is not None:
         elements = tl.load(positions + elements, mask=inside, other=-1)
         inside = elements >= 0
