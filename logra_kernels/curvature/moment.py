@@ -94,10 +94,14 @@ class Squares(Folded):
         """Σ v², [K] float64; the sum itself stays as it is, as in `Moment.snapshot`."""
         if self._buffer is None or not self._buffered:
             return self._sums
-        return self._sums + sum_by_halves(self._buffer[: self._buffered].double().square(), 0)
+        return self._sums + self._of_block(self._buffer[: self._buffered])
 
     def _fold(self, block: Tensor) -> None:
-        self._sums = self._sums + sum_by_halves(block.double().square(), 0)
+        self._sums = self._sums + self._of_block(block)
+
+    def _of_block(self, block: Tensor) -> Tensor:
+        """What vectors [n, K] add to the sum."""
+        return sum_by_halves(block.double().square(), 0)
 
 
 class Moment(Folded):

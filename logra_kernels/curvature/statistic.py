@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from logra_kernels.curvature.moment import Folded, sum_by_halves
+from logra_kernels.curvature.moment import Squares, sum_by_halves
 
 S = TypeVar("S", bound="Statistic")
 M = TypeVar("M", bound="Mean")
@@ -103,7 +103,9 @@ class Mean(Statistic):
     def load(cls: type[M], size: int, tensors: Mapping[str, Tensor]) -> M:
         """The statistic that `save` kept."""
         statistic = cls(size)
-        statistic._sums = _Sums.of(tensors["sums"], int(tensors["count"]), tensors["waiting"])
+        statistic._sums = _Sums.of_folded(
+            tensors["sums"], int(tensors["count"]), tensors["waiting"]
+        )
         return statistic
 
 
@@ -117,7 +119,7 @@ class Variance(Mean):
         return (means[1] - means[0].square()).clamp(min=0)
 
 
-class _Sums(Folded):
+class _Sums(Squares):
     """Σ v and Σ v², [2, K] float64."""
 
     def __init__(self, size: int) -> None:
@@ -125,7 +127,7 @@ class _Sums(Folded):
         self._sums = torch.zeros(2, size, dtype=torch.float64)
 
     @classmethod
-    def of(cls, sums: Tensor, count: int, waiting: Tensor) -> _Sums:
+    def of_folded(cls, sums: Tensor, count: int, waiting: Tensor) -> _Sums:
         """What `folded` gave."""
         made = cls(sums.shape[1])
         made._sums, made._folded = sums, count
@@ -134,25 +136,9 @@ class _Sums(Folded):
 
     @property
     def folded(self) -> tuple[Tensor, int, Tensor]:
-        """What `of` takes: the sums without the vectors that wait [n, K], and their count."""
+        """What `of_folded` takes: the sums without the vectors that wait [n, K], their count."""
         waiting = torch.empty(0, self.size) if self._buffer is None else self._buffer
         return self._sums, self._folded, waiting[: self._buffered].clone()
 
-    def merge(self, other: _Sums) -> None:
-        """Add another's sums and count."""
-        self._sums = self._sums + other.total()
-        self._folded += other.count
-
-    def total(self) -> Tensor:
-        """The sums over all vectors; they stay as they are."""
-        if self._buffer is None or not self._buffered:
-            return self._sums
-        return self._sums + _of_block(self._buffer[: self._buffered])
-
-    def _fold(self, block: Tensor) -> None:
-        self._sums = self._sums + _of_block(block)
-
-
-def _of_block(block: Tensor) -> Tensor:
-    wide = block.double()
-    return torch.stack([sum_by_halves(wide, 0), sum_by_halves(wide.square(), 0)])
+    def _of_block(self, block: Tensor) -> Tensor:
+        return torch.stack([sum_by_halves(block.double(), 0), super()._of_block(block)])

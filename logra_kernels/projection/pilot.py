@@ -181,12 +181,11 @@ def _narrowed(corners: Sequence[Tensor], bases: Sequence[Basis], count: int) -> 
     largest = _largest(corners, count)
     gains = [(corner / (corner + DAMPING_SCALE)).square() for corner in corners]
     best = _sum_at(gains, largest)
+    worths = [_worth(gain, places) for gain, places in zip(gains, largest, strict=True)]
+    costs = [_cost(gain, basis) for gain, basis in zip(gains, bases, strict=True)]
     share = SMALLEST_SHARE
     while True:
-        sizes = [
-            _affordable(gain, places, basis, share)
-            for gain, places, basis in zip(gains, largest, bases, strict=True)
-        ]
+        sizes = [_affordable(*pair, share) for pair in zip(worths, costs, strict=True)]
         cut = [corner[:ko, :ki] for corner, (ko, ki) in zip(corners, sizes, strict=True)]
         if sum(corner.numel() for corner in cut) >= count:
             inside = [gain[:ko, :ki] for gain, (ko, ki) in zip(gains, sizes, strict=True)]
@@ -200,19 +199,27 @@ def _sum_at(gains: Sequence[Tensor], places: Sequence[Tensor]) -> float:
     return sum(float(gain.flatten()[chosen].sum()) for gain, chosen in pairs)
 
 
-def _affordable(gain: Tensor, places: Tensor, basis: Basis, share: float) -> tuple[int, int]:
-    """(ko, ki) of the part of a corner that holds most of the gain at `places` at this cost."""
+def _worth(gain: Tensor, places: Tensor) -> Tensor:
+    """[ko, ki]: the gain at `places` in the part of a corner that ends at each element."""
     wanted = torch.full((gain.numel(),), 1e-9, dtype=gain.dtype)  # of equal parts, the largest
     wanted[places] += gain.flatten()[places]
-    sums = wanted.view(gain.shape).cumsum(0).cumsum(1)
+    return wanted.view(gain.shape).cumsum(0).cumsum(1)
+
+
+def _cost(gain: Tensor, basis: Basis) -> Tensor:
+    """[ko, ki]: what projecting to such a part costs, over the module's two passes."""
     width_in, width_out = len(basis.vectors_in), len(basis.vectors_out)
     # Projections have whole vectors of 16, so the last vector of each side may as well be full.
     rows, columns = (16 * ((torch.arange(size) + 16) // 16) for size in gain.shape)
-    cost = rows[:, None] * width_out + columns * width_in
-    sums[cost > share * 2 * width_in * width_out] = -1
-    sums[0, 0].clamp_(min=0)
-    place = int(sums.argmax())
-    return place // gain.shape[1] + 1, place % gain.shape[1] + 1
+    return (rows[:, None] * width_out + columns * width_in) / (2 * width_in * width_out)
+
+
+def _affordable(worth: Tensor, cost: Tensor, share: float) -> tuple[int, int]:
+    """(ko, ki) of the part that is worth most at this cost."""
+    within = torch.where(cost > share, -1.0, worth)
+    within[0, 0].clamp_(min=0)
+    place = int(within.argmax())
+    return place // worth.shape[1] + 1, place % worth.shape[1] + 1
 
 
 def _whitening(damped: Tensor) -> Tensor:
