@@ -268,6 +268,10 @@ def _scale(text: str) -> float | str:
         ) from None
 
 
+def _scales(text: str) -> list[float | str]:
+    return list(dict.fromkeys(map(_scale, text.split(","))))
+
+
 def _one_of(*allowed: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in allowed:
@@ -459,10 +463,11 @@ def _query(parser: argparse.ArgumentParser) -> None:
     damping = rank.add_mutually_exclusive_group()
     damping.add_argument(
         "--damping-scale",
-        type=_scale,
-        metavar="S",
+        type=_scales,
+        metavar="S[,S…]",
         help='λ = S × the mean eigenvalue of a module\'s curvature; "auto": S = 0.1 + columns of '
-        f"the module / rows, raw curvature only; default: {DAMPING_SCALE}",
+        f"the module / rows, raw curvature only; default: {DAMPING_SCALE}; of several, each gives "
+        "rankings of its own",
     )
     damping.add_argument("--damping", type=_not_negative, metavar="λ", help="λ itself")
 

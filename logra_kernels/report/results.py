@@ -45,6 +45,7 @@ _RESULTS = {
         "damping?": float,
         "damping_scale?": float,
         "damping_rule?": str,
+        "dampings?": [{"damping_scale?": float, "damping_rule?": str}],
     },
     "notes": [str],
     "tables?": [{"heading": str, "text": str, "columns": [str], "rows": [[str]]}],
@@ -55,7 +56,15 @@ _RESULTS = {
             "text": str,
             "origin?": str,
             "expected?": {"what": str, "ranks": dict},
-            "modes": [{"mode": str, "top": [_PASSAGE], "bottom": [_PASSAGE]}],
+            "modes": [
+                {
+                    "mode": str,
+                    "damping_scale?": float,
+                    "damping_rule?": str,
+                    "top": [_PASSAGE],
+                    "bottom": [_PASSAGE],
+                }
+            ],
         }
     ],
 }
