@@ -314,6 +314,48 @@ class Attributor:
             found.append(torch.where(sums > 0, rows.norm(dim=1) / sums, 0.0))
         return torch.cat(found)
 
+    def known_norms(self, norm: str, progress: Progress = None) -> Norms:
+        """The norms of all rows, "sigma" or "theta"; those not known yet are computed first."""
+        with self._scanning:
+            self.store.check_unchanged()
+            norms = self._norms_of(norm)
+            missing = [i for i in range(len(self.store.shards)) if not norms.known(i)]
+            rows = sum(self.store.shards[index].num_rows for index in missing)
+            self._visit([(norms, [])], missing, self.block_rows, track(progress, rows, "norms"))
+            return norms
+
+    def visit(
+        self, sink: Sink, norms: Norms | None, num_queries: int, progress: Progress = None
+    ) -> None:
+        """Give a sink all rows in order, a block at a time, with their norms.
+
+        Args:
+            sink: gets the blocks.
+            norms: of this store's rows; computed where they are not known.
+            num_queries: that the sink has, by which blocks are chosen.
+            progress: as in `scores`.
+        """
+        with self._scanning:
+            self.store.check_unchanged()
+            block_rows = self._reading.block_rows_for(num_queries)
+            done = track(progress, self.store.num_rows, "scan")
+            self._visit([(norms, [sink])], range(len(self.store.shards)), block_rows, done)
+
+    def shard_rows(self, index: int) -> ShardRows:
+        """A shard's place in the store, its scales and exponents, as scans read them."""
+        return self._reading.shard(index)
+
+    def _visit(
+        self,
+        tasks: Sequence[tuple[Norms | None, Sequence[Sink]]],
+        shards: Sequence[int],
+        block_rows: int,
+        done: Callable[[int], None],
+    ) -> None:
+        with closing(lanes_of(self.device)) as lanes:
+            scan = _Scan(self._reading, tasks, done, lanes.upload)
+            self._reading.feed(scan.take, lanes, shards, block_rows)
+
     def _self_influence(self, groups: Groups, progress: Progress) -> Tensor | dict[str, Tensor]:
         self.store.check_unchanged()
         sink = SelfInfluence(chosen_modules(groups, self.modules), self.store.num_rows)
@@ -327,9 +369,7 @@ class Attributor:
                 done(rows.num_rows)
             else:
                 missing.append(index)
-        with closing(lanes_of(self.device)) as lanes:
-            scan = _Scan(self._reading, [(norms, [sink])], done, lanes.upload)
-            self._reading.feed(scan.take, lanes, missing, self.block_rows)
+        self._visit([(norms, [sink])], missing, self.block_rows, done)
         return sink.values if groups else sink.values[TOTAL]
 
     def _influence(
