@@ -1,6 +1,7 @@
 """`logra plan`: bytes, memory and time of logging and of queries, before anything is logged."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,26 @@ def run(arguments: argparse.Namespace) -> int:
     corpus = open_corpus(arguments, lm)
     sizes = {name: getattr(arguments, name) for name in ("batch_tokens", "batch_size")}
     facts = CorpusFacts.of(tqdm(corpus, unit="ex", desc="read", dynamic_ncols=True), **sizes)
-    pilot: dict[str, float] = {}
+    piloting, pilot = 0.0, 0.0  # seconds of the calibration's, and of the whole
 
     def pilot_few(of: argparse.Namespace, gradients: LMGradients, corpus: Corpus) -> None:
-        options = pilot_options(of)
-        pilot["pilot"] = calibrated_pilot(gradients, corpus, facts, of.init, **options)
+        nonlocal piloting, pilot
+        started = time.perf_counter()
+        pilot = calibrated_pilot(gradients, corpus, facts, of.init, **pilot_options(of))
+        piloting = time.perf_counter() - started
 
+    started = time.perf_counter()
     gradients = project_layers(arguments, lm, corpus, pilot=pilot_few)
+    watching = time.perf_counter() - started - piloting
     options = logging_options(arguments, corpus)
     folder = _existing(Path(arguments.out).absolute().parent)
-    plan = LoggingPlan(
-        gradients, facts, folder, options, arguments.queries, float(arguments.seconds)
-    )
+    told = (options, arguments.queries, watching, float(arguments.seconds))
+    plan = LoggingPlan(gradients, facts, folder, *told)
     found = {}
     for codec in tqdm(codecs, unit="codec", desc="trial", dynamic_ncols=True):
         found[codec] = plan.of(codec)
-        found[codec]["seconds"] |= pilot
+        if arguments.init in PILOTED:
+            found[codec]["seconds"]["pilot"] = watching + pilot
     made = {
         "format": FORMAT,
         "version": VERSION,

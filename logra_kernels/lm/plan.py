@@ -140,6 +140,7 @@ class LoggingPlan:
         folder: on whose disk the temporary stores lie.
         options: of `log_corpus`, without path, store_dtype and resume.
         queries: how many are asked at once.
+        watching: the seconds that it took to find the modules, as every process does once.
         seconds: that a calibration's passes may take, about.
     """
 
@@ -148,6 +149,7 @@ class LoggingPlan:
     folder: Path
     options: dict[str, Any]
     queries: int
+    watching: float
     seconds: float
 
     def of(self, store_dtype: str) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class LoggingPlan:
             )
             forget_peak()
             asked = _Asked(self, store, Path(name) / "scan", sizes["rows"])
-            of_query = asked.seconds
+            of_query = {"start": self.watching + warmed, **asked.seconds}
             memory["query"] = peak_bytes() - asked.mapped_bytes + asked.planned_mapped_bytes
             shards = sizes.pop("shards")
             return {
@@ -320,7 +322,8 @@ def _scan(
     def progress(done: int, total: int) -> None:
         nonlocal reached
         reached = done
-        if most_seconds is not None and time.perf_counter() - started > most_seconds:
+        late = most_seconds is not None and time.perf_counter() - started > most_seconds
+        if late and done < total:
             raise _EnoughTime
 
     opened = Store.open(store.path)
