@@ -6,17 +6,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from logra_kernels.attribution.finer import ComputeRows
 from logra_kernels.curvature import DampingScale
 from logra_kernels.defaults import MODES, RANKING_MODE
 from logra_kernels.lm import chat
 from logra_kernels.lm.causal_lm import CausalLM
-from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
+from logra_kernels.lm.corpus import Example, Record, TokenSettings, batches, encode
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
-from logra_kernels.lm.ranking import Ranking, Scans, Scores
+from logra_kernels.lm.ranking import Ranking, Scans, Scores, SecondLook
 from logra_kernels.lm.sources import json_lines
-from logra_kernels.lm.token_shares import add_query_shares, add_token_shares
+from logra_kernels.lm.token_shares import BATCH_TOKENS, add_query_shares, add_token_shares
 from logra_kernels.report import FORMAT, VERSION
 from logra_kernels.store import Store
 
@@ -77,6 +80,7 @@ def ask(
     token_scores: bool = True,
     query_tokens: bool = False,
     expected: Mapping[str, str] | None = None,
+    second: SecondLook | None = None,
     every_score: Callable[[Scores], None] | None = None,
     title: str = "Most influential passages",
     notes: Sequence[str] = (),
@@ -96,9 +100,10 @@ def ask(
             score.
         expected: {query id: beginning of a passage's id}: report the rank of the best passage
             whose id begins so. It takes all scores, so the memory grows with the store.
-        every_score: given the scores of all rows in each mode, as columns query, mode, row, id and
-            score of up to 65,536 rows. Beside them the matrix of one mode is in memory, [Q, N]
-            float32.
+        second: rank by finer rows, which a scan of the store chooses.
+        every_score: given the scores of all the store's rows in each mode, as columns query, mode,
+            row, id and score of up to 65,536 rows. Beside them the matrix of one mode is in
+            memory, [Q, N] float32.
         title, notes: for the report.
         progress: told what is being done.
     Returns:
@@ -115,7 +120,7 @@ def ask(
     examples = [query_example(record, lm) for record in queries]
     rows = torch.cat([gradients.rows([example]) for example in examples])  # [Q, D]
     names = [record.id for record in queries]
-    scans = Scans(store, rows, names, damping_scale=damping_scale, damping=damping)
+    scans = Scans(store, rows, names, damping_scale=damping_scale, damping=damping, second=second)
     rankings = []
     for mode in modes:
         progress(f"scan for {mode}")
@@ -135,6 +140,7 @@ def ask(
         "model": {"path": lm.name, "dtype": lm.dtype, "fingerprint": lm.fingerprint},
         "store": store_facts(store),
         "curvature": scans.curvature_facts(rankings),
+        "answers": [{"mode": ranking.mode, **ranking.answer} for ranking in rankings],
         "notes": list(notes),
         "queries": [
             _query_result(q, record, rankings, (expected or {}).get(record.id))
@@ -158,6 +164,28 @@ def store_facts(store: Store) -> dict[str, Any]:
         "data": lm_fingerprints(store)["data"],
         "tokens": lm_fingerprints(store)["tokens"],
     }
+
+
+def gradients_again(store: Store, gradients: LMGradients) -> ComputeRows:
+    """What makes the gradients of a store's rows again, from the texts that it keeps.
+
+    Of row numbers [n] int64 it gives [n, D] float32. It raises a ValueError for a row whose text
+    the store does not keep.
+    """
+
+    def rows_of(numbers: np.ndarray) -> Tensor:
+        examples = []
+        for row, kept in zip(numbers.tolist(), store.metadata(numbers), strict=True):
+            if not kept:
+                raise ValueError(f"rerank: {store.path} keeps no text of '{store.id_of(row)}'")
+            examples.append(Example.from_metadata(str(row), kept))
+        places = {str(row): place for place, row in enumerate(numbers.tolist())}
+        rows = torch.empty(len(numbers), store.dim)
+        for batch in batches(examples, batch_tokens=BATCH_TOKENS):
+            rows[[places[example.id] for example in batch]] = gradients.rows(batch)
+        return rows
+
+    return rows_of
 
 
 def query_example(record: Record, lm: CausalLM) -> Example:

@@ -1,13 +1,14 @@
 """A store's passages, ranked for the same queries in one mode after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from logra_kernels.attribution import Attributor, InfluenceResult, PreparedQueries
+from logra_kernels.attribution import Attributor, InfluenceResult, PreparedQueries, TwoStage
+from logra_kernels.attribution.finer import ComputeRows
 from logra_kernels.curvature import DampingScale, Preconditioner
 from logra_kernels.defaults import DAMPING_SCALE, GRADIENT_DOT, MATRIX_MODE, NO_CURVATURE
 from logra_kernels.store import Store
@@ -27,6 +28,20 @@ class Ranking:
     top: list[list[Passage]]  # of each query
     bottom: list[list[Passage]]
     expected_ranks: dict[str, int | None]  # {query id: rank of the best expected passage}
+    answer: dict[str, Any]  # how the passages were found: the fields of `Answer`, and its text
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """Finer rows by which the leading rows of a scan are ranked, and how many of these.
+
+    `finer` is what `TwoStage` takes, the others are arguments of its `top_k`.
+    """
+
+    finer: Store | ComputeRows
+    candidates: int | None = None
+    recall: float | None = None
+    certified: bool = False
 
 
 class Scans:
@@ -37,6 +52,7 @@ class Scans:
         rows: the queries' gradients, [Q, D].
         names: the queries' ids.
         damping_scale, damping: as in `Attributor`.
+        second: ranks by finer rows; None: by the store's.
     """
 
     def __init__(
@@ -47,12 +63,14 @@ class Scans:
         *,
         damping_scale: DampingScale | None,
         damping: float | None,
+        second: SecondLook | None = None,
     ) -> None:
         self._store = store
         self._rows = rows
         self._names = names
         self._damping_scale = damping_scale
         self._damping = damping
+        self._second = second
 
     @cached_property
     def _curved(self) -> tuple[Attributor, PreparedQueries]:
@@ -76,7 +94,7 @@ class Scans:
         """Rank the store's passages in one mode; `every` is given all scores, block by block."""
         attributor, queries = self._plain if mode == GRADIENT_DOT else self._curved
         scan_mode = MATRIX_MODE if mode == GRADIENT_DOT else mode
-        result = attributor.top_k(queries, top_k, scan_mode)
+        result = self._top_k(attributor, queries, top_k, scan_mode)
         ranks: dict[str, int | None] = {}
         scores: Tensor | None = None  # [Q, N]
         if expected or every is not None:
@@ -90,7 +108,23 @@ class Scans:
                 if name in expected:
                     ranks[name] = _best_rank(ids, of_query, expected[name])
         top, bottom = (_passages(result, end) for end in ("top", "bottom"))
-        return Ranking(mode, queries, attributor.preconditioner, top, bottom, ranks)
+        answer = {**asdict(result.answer), "text": str(result.answer)}
+        return Ranking(mode, queries, attributor.preconditioner, top, bottom, ranks, answer)
+
+    def _top_k(
+        self, attributor: Attributor, queries: PreparedQueries, top_k: int, mode: str
+    ) -> InfluenceResult:
+        second = self._second
+        if second is None:
+            return attributor.top_k(queries, top_k, mode)
+        return TwoStage(attributor, second.finer).top_k(
+            queries,
+            top_k,
+            mode,
+            candidates=second.candidates,
+            recall=second.recall,
+            certified=second.certified,
+        )
 
     def curvature_facts(self, rankings: Sequence[Ranking]) -> dict[str, Any]:
         """What a report says of the curvature and the damping that the rankings used."""

@@ -85,6 +85,10 @@ def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         else:
             damping = f"λ = {curvature['damping_scale']:g} × mean eigenvalue, per module"
         rows.append(("Damping", damping))
+    for answer in results.get("answers") or []:
+        if answer["method"] != "scan":
+            mode = MODE_NAMES.get(answer["mode"], answer["mode"])
+            rows.append((f"{mode}, found", answer["text"]))
     rows += [
         ("Model", f"{model['path']}, {model['dtype']}"),
         ("Fingerprint", model["fingerprint"]["weights"]),
