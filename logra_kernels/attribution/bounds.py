@@ -6,8 +6,9 @@ them (true units, exactly known), t the finer row, r the coarse one, and |·| of
     |<v, t> - <w, r>|  <=  Σ_m |v| |t - r|  +  Σ_m |v - w| |r|                  (Cauchy-Schwarz)
 
 |t - r| is the stored residual, |r| a norm of the coarse row. The finer kernel adds
-γ Σ_m |v| |t| with |t| <= |r| + |t - r|, the coarse one γ Σ_m |w| |r|. γ is n·2⁻²⁴ / (1 - n·2⁻²⁴) of n =
-D + 8 for float32 sums in any order, and 2⁻²³ for int8 rows, whose sums are exact. What a mode does
+γ Σ_m |v| |t| with |t| <= |r| + |t - r|, the coarse one γ Σ_m |w| |r|. γ is n·2⁻²⁴ / (1 - n·2⁻²⁴)
+with n = D + 8 for float32 sums in any order (Higham 2002, Accuracy and Stability of Numerical
+Algorithms, §3.1), and 2⁻²³ for int8 rows, whose sums are exact. What a mode does
 with the product, a factor and a term for each row, is the finer store's on both sides; its few
 roundings in float32 are in SCORE_ROUNDING, and what float32 loses below 2⁻¹²⁶ in SMALLEST.
 Everything here is in float64.
@@ -26,7 +27,7 @@ from logra_kernels import ops
 from logra_kernels.attribution.norms import Norms, ShardNorms
 from logra_kernels.attribution.plan import Plan
 from logra_kernels.attribution.reading import Block, ShardRows
-from logra_kernels.reference.scores import whole_numbers
+from logra_kernels.reference.scores import LARGEST_NUMBER, whole_numbers
 from logra_kernels.rows import share
 from logra_kernels.store import RowLayout, SelfInfluenceCache, Store
 
@@ -34,6 +35,7 @@ SCORE_ROUNDING = 2.0**-20  # of a product's way to a score: at most eight roundi
 SMALLEST = 2.0**-120  # more than float32 loses of an element of size 1 below its normal range
 LARGEST = 2.0**120  # from here on float32 might overflow: such rows are looked at exactly
 NORMS_ROUNDING = 1 + 2.0**-16  # of the float32 norms |r|, and of the float64 sums here
+PAIRS = 1 << 18  # of query and row that are bounded at a time, 2 MiB for each float64
 MOST_ENTRIES = 1 << 22  # pairs of query and row that are held; more become rows of all queries
 
 
@@ -52,7 +54,7 @@ class Multiplied:
         wide = queries.double()
         dim = queries.shape[1]
         if store.codec.scan_as_stored and store.codec.dtype == np.int8:
-            whole, scale = whole_numbers(queries)
+            whole, scale = whole_numbers(queries, LARGEST_NUMBER)
             wide, rounding = whole * scale, 2.0**-23
         else:
             share_lost = (dim + 8) * 2.0**-24
@@ -166,11 +168,19 @@ class Frontier:
         self._highs = self._middles = self._highs[:0]
         return rows
 
-    def leading(self, query: int) -> Tensor:
-        """The rows of a query's k entries with the highest scores; none are waiting."""
-        of_query = (self.queries == query).nonzero()[:, 0]
-        best = self._middles[of_query].topk(min(self._k, len(of_query))).indices
-        return self.rows[of_query[best]]
+    def counts(self) -> Tensor:
+        """[Q]: the entries of each query."""
+        found: Tensor = torch.bincount(self.queries, minlength=len(self.least))
+        return found
+
+    def leading(self) -> list[Tensor]:
+        """The rows of each query's k entries with the highest scores; none are waiting."""
+        order = self.queries.argsort(stable=True)
+        found = []
+        for entries in order.split(self.counts().tolist()):
+            best = self._middles[entries].topk(min(self._k, len(entries))).indices
+            found.append(self.rows[entries[best]])
+        return found
 
 
 class BoundedScores:
@@ -215,16 +225,27 @@ class BoundedScores:
     def add(self, block: Block, norms: ShardNorms | None) -> None:
         """Bound the scores of a block's rows; `norms` are those of the coarse rows themselves."""
         assert norms is not None
-        first, stop = block.first_row, block.first_row + len(block.rows)
+        step = max(1, PAIRS // max(1, len(self._plan.queries)))
+        for start in range(0, len(block.rows), step):
+            self._add(block, start, min(start + step, len(block.rows)), norms)
+        if len(self.top.rows) + len(self.bottom.rows) > MOST_ENTRIES:
+            for end in (self.top, self.bottom):
+                self.every_query[end.drop().numpy()] = True
+
+    def _add(self, block: Block, start: int, stop: int, norms: ShardNorms) -> None:
+        """Bound the scores of rows start … stop of a block."""
+        here = slice(block.start + start, block.start + stop)  # in the shard
+        first = block.first_row + start
         packed = block.shard.row_scale
-        scale = np.ones(stop - first) if packed is None else packed[block.here].astype(np.float64)
-        lengths = norms.values[block.here] * np.ldexp(1.0, np.asarray(norms.units))  # [R, M]
-        gaps = self._of_shard(block)[block.here] * self._powers
-        own, gain, bias, zero_rows = self._terms(first, stop)
+        scale = np.ones(stop - start) if packed is None else packed[here].astype(np.float64)
+        lengths = norms.values[here] * np.ldexp(1.0, np.asarray(norms.units))  # [R, M]
+        gaps = self._of_shard(block)[here] * self._powers
+        own, gain, bias, zero_rows = self._terms(first, first + stop - start)
         self.zero_rows += zero_rows
 
         scales = share(scale)
-        products = ops.scores(self._plan.queries, block.rows).cpu().double() * scales  # [Q, R]
+        products = ops.scores(self._plan.queries, block.rows[start:stop]).cpu().double()
+        products = products * scales  # [Q, R]
         products = torch.ldexp(products, self._plan.exponents.cpu()[:, None] - self._unit)
         radius = self._of_residual @ share(gaps).T + self._of_row @ share(lengths).T
         radius = radius * scales * NORMS_ROUNDING
@@ -244,9 +265,6 @@ class BoundedScores:
         radius = torch.where(safe, radius, torch.inf)
         self.top.add(middle, radius, first)
         self.bottom.add(-middle, radius, first)
-        if len(self.top.rows) + len(self.bottom.rows) > MOST_ENTRIES:
-            for end in (self.top, self.bottom):
-                self.every_query[end.drop().numpy()] = True
 
     def _of_shard(self, block: Block) -> np.ndarray:
         """The residuals of the block's shard, [r, M] float64."""

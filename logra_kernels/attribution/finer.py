@@ -25,7 +25,7 @@ ComputeRows = Callable[[np.ndarray], Tensor]  # numbers [n] int64, ascending -> 
 class FinerRows(Protocol):
     """Where rows come from by their numbers."""
 
-    exponents: Sequence[int]
+    exponents: list[int]
     """One per module; a true gradient is 2**exponent times what blocks hold."""
     kind: str
     """What they are, in a word."""
@@ -102,5 +102,5 @@ def score_rows(
     norm = NORM_OF_MODE[sinks[0].plan.mode]
     norms = None if norm is None else Norms(preconditioner, norm, rows.exponents, device)
     for block in rows.blocks(numbers):
-        use(block, norms, norms and norms.of_shard(block.shard), sinks)
-
+        found = None if norms is None else norms.of_shard(block.shard)
+        use(block, norms, found, sinks)

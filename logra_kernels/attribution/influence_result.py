@@ -37,8 +37,7 @@ class Answer:
             return "every row was scored"
         size = "" if self.reranked_bytes is None else f", {self.reranked_bytes / 1e6:,.1f} MB"
         again = (
-            f"{self.reranked_rows:,} of {self.rows:,} rows were scored again "
-            f"({self.finer}{size})"
+            f"{self.reranked_rows:,} of {self.rows:,} rows were scored again ({self.finer}{size})"
         )
         if self.method == "certified":
             return f"certified, the ranking of all {self.finer} rows: {again}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,7 @@ class TwoStage:
         StoreMismatchError: the finer store is of other examples, modules or another projection.
     """
 
-    def __init__(
-        self, scan: Attributor, finer: Store | str | PathLike[str] | ComputeRows
-    ) -> None:
+    def __init__(self, scan: Attributor, finer: Store | str | PathLike[str] | ComputeRows) -> None:
         self.scan = scan
         self._finer: Store | None = None
         if isinstance(finer, (str, PathLike)):
@@ -224,33 +222,36 @@ class TwoStage:
         for end in ends:
             end.prune()
         self._raise_bars(prepared, k, mode, sink)
-        needed = sum(torch.bincount(end.queries, minlength=len(prepared.names)) for end in ends)
+        looked_at = int(sink.every_query.sum())
+        needed = [
+            looked_at + int(of_top) + int(of_bottom)
+            for of_top, of_bottom in zip(*(end.counts() for end in ends), strict=True)
+        ]
         sink.every_query[torch.cat([end.rows for end in ends]).numpy()] = True
         numbers = np.flatnonzero(sink.every_query)
         result = self._exact_top_k(prepared, k, mode, numbers)
         result.zero_rows = None if norm is None else sink.zero_rows
-        result.answer = self._answer("certified", tuple(needed.tolist()), len(numbers))
+        result.answer = self._answer("certified", tuple(needed), len(numbers))
         return result
 
     def _raise_bars(
         self, prepared: PreparedQueries, k: int, mode: str, sink: BoundedScores
     ) -> None:
         """Score the rows that lead exactly: what cannot reach the k-th of those is left out."""
-        ends = sink.top, sink.bottom
-        for first in range(0, len(prepared.names), TOGETHER):
-            some = range(first, min(first + TOGETHER, len(prepared.names)))
-            leading = [[end.leading(q) for q in some] for end in ends]
-            numbers = torch.cat([rows for of_end in leading for rows in of_end]).unique()
-            if not len(numbers):
-                continue
-            scores = self._matrix(self._exact, prepared.some(some), mode, numbers.numpy()).double()
-            for end, sign in zip(ends, (1, -1), strict=True):
-                # The k-th best of any k rows is a bar that the k-th best of all rows reaches.
-                if len(numbers) >= k:
-                    bars = (sign * scores).topk(k, dim=1).values[:, -1]
-                    least = torch.full((len(prepared.names),), -torch.inf, dtype=torch.float64)
-                    least[first : first + len(some)] = bars
-                    end.prune(least)
+        count, ends = len(prepared.names), (sink.top, sink.bottom)
+        leading = [end.leading() for end in ends]
+        # The k-th best of any rows is a bar that the k-th best of all rows reaches.
+        bars = torch.full((2, count), -torch.inf, dtype=torch.float64)
+        for first in range(0, count, TOGETHER):
+            here = slice(first, first + TOGETHER)
+            numbers = torch.cat([rows for of_end in leading for rows in of_end[here]]).unique()
+            if len(numbers) >= k:
+                some = prepared.some(range(count)[here])
+                scores = self._matrix(self._exact, some, mode, numbers.numpy()).double()
+                bars[0, here] = scores.topk(k, dim=1).values[:, -1]
+                bars[1, here] = (-scores).topk(k, dim=1).values[:, -1]
+        for end, least in zip(ends, bars, strict=True):
+            end.prune(least)
 
     def _probe(
         self, prepared: PreparedQueries, k: int, mode: str, coarse: InfluenceResult

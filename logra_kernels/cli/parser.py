@@ -10,6 +10,7 @@ from logra_kernels.defaults import (
     NO_CURVATURE,
     RANK,
     RANKING_MODE,
+    RECALL,
     SEED,
     STORE_DTYPE,
 )
@@ -258,6 +259,16 @@ def _not_negative(text: str) -> float:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def _part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
     return value
 
 
@@ -529,6 +540,27 @@ def _query(parser: argparse.ArgumentParser) -> None:
         "rankings of its own",
     )
     damping.add_argument("--damping", type=_not_negative, metavar="λ", help="λ itself")
+
+    again = parser.add_argument_group("a second look at the leading rows")
+    again.add_argument(
+        "--rerank",
+        metavar="STORE|model",
+        help="rank by these finer rows, such as the store that --store was compressed from; model: "
+        "by gradients that the model makes again",
+    )
+    enough = again.add_mutually_exclusive_group()
+    enough.add_argument(
+        "--candidates", type=_positive, metavar="N", help="rows of each end that are looked at"
+    )
+    enough.add_argument(
+        "--recall",
+        type=_part,
+        metavar="R",
+        help=f"as many as find this part of the K best and worst, estimated; default: {RECALL}",
+    )
+    enough.add_argument(
+        "--certified", action="store_true", help="as many as prove that none is missed"
+    )
 
     out = parser.add_argument_group("output")
     out.add_argument("--least", action="store_true", help="print the least influential too")

@@ -80,6 +80,9 @@ def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     if curvature["kind"] != "none":
         dampings = curvature.get("dampings") or [curvature]
         rows.append(("Damping", "; ".join(map(_damping, dampings))))
+    for answer in results.get("answers") or []:
+        if answer["method"] != "scan":
+            rows.append((f"{mode_name(answer)}, found", answer["text"]))
     rows += [
         ("Model", f"{model['path']}, {model['dtype']}"),
         ("Fingerprint", model["fingerprint"]["weights"]),

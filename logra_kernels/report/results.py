@@ -47,6 +47,7 @@ _RESULTS = {
         "damping_rule?": str,
         "dampings?": [{"damping_scale?": float, "damping_rule?": str}],
     },
+    "answers?": [{"mode": str, "method": str, "text": str}],  # how each mode's were found
     "notes": [str],
     "tables?": [{"heading": str, "text": str, "columns": [str], "rows": [[str]]}],
     "queries": [

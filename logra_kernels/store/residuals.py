@@ -93,7 +93,7 @@ def _residuals(store: Store, finer: Store, numbers: range) -> np.ndarray:
         exact = finer.take(here).astype(np.float64)
         squares = np.add.reduceat((exact - rows) ** 2, layout.offsets[:-1], axis=1)  # [n, M]
         sizes = np.add.reduceat(exact**2, layout.offsets[:-1], axis=1)
-        # |r| is at most |t| + |t - r|; the smallest subnormal covers rounding below the normal ones.
+        # |r| is at most |t| + |t - r|; the last term is for what lies below normal numbers.
         gap = np.sqrt(squares)
         gap += DECODED_ROUNDING * (2 * np.sqrt(sizes) + gap) + 2.0**-148 * np.sqrt(layout.sizes)
         relative = gap / (units * scale[:, None].astype(np.float64)) * ROUNDED_UP
