@@ -117,13 +117,13 @@ class Norms:
         if self._whitenings is None:
             whitenings = self._preconditioner.whitenings(self._norm)
             self._whitenings = [whitening.to(self._device) for whitening in whitenings]
-        layout, rows = self._preconditioner.layout, block.rows
+        layout, rows = self._preconditioner.layout, block.shard.elements(block.rows)
         found = torch.empty(rows.shape[0], len(layout), device=rows.device)
         for i, columns in enumerate(layout.split(rows)):
-            # Int8 is what scans multiply; the factors of norms take floating point.
-            wide = columns.float() if columns.dtype == torch.int8 else columns
-            found[:, i] = _norm(wide, self._whitenings[i])
+            found[:, i] = _norm(columns, self._whitenings[i])
         values = found.cpu().numpy()
+        if norms.row_scale is not None:
+            values[norms.row_scale[block.here] == 0] = 0  # whatever the codes of such a row say
         finite = np.isfinite(values)
         if self._store is not None and not finite.all():
             row, module = (int(v) for v in np.argwhere(~finite)[0])
