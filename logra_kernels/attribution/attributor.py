@@ -283,6 +283,18 @@ class Attributor:
         with self._scanning:
             return self._self_influence(groups, progress)
 
+    def module_norms(self) -> np.ndarray:
+        """√sigma of every row in each module, [N, M] float64.
+
+        Raises:
+            ValueError, StoreError: as in `self_influence`.
+        """
+        with self._scanning:
+            self._self_influence(None, None)
+            norms = self._norms_of("sigma")
+            rows = [self._reading.shard(index) for index in range(len(self.store.shards))]
+            return np.concatenate([norms.of_shard(shard).of_modules(slice(None)) for shard in rows])
+
     def concentration(self) -> Tensor:
         """‖g‖₂ / ‖g‖₁ of every row as stored, [N] float64; 0 for a row of zeros.
 
@@ -365,10 +377,13 @@ class Attributor:
             done = track(progress, num_rows, "scan")
             scan = _Scan(self._reading, tasks, done, lanes.upload)
             self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
-            return [
+            results = [
                 result_of(sinks, one.queries.names, StoredIds(self.store), one.dampings)
                 for one, (_, sinks) in zip(asked, tasks, strict=True)
             ]
+            for one, result in zip(asked, results, strict=True):
+                result.normalised_by = None if one.norms is None else one.norms.said
+            return results
 
     def _norms_of(self, norm: str) -> Norms:
         if norm not in self._norms:

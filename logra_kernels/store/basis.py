@@ -99,12 +99,12 @@ class Basis:
 
     @property
     def _powers(self) -> np.ndarray:
-        powers: np.ndarray = np.repeat(np.ldexp(1.0, self.exponents), self.layout.sizes)
-        return powers  # [D] float64
+        """2**exponent of each column, [D] float64."""
+        return np.repeat(np.ldexp(np.ones(len(self.layout)), self.exponents), self.layout.sizes)
 
     def _forward(self, rows: np.ndarray) -> np.ndarray:
         """t [n, D] float64 of rows g. A row is rotated in float32, its largest element near 1."""
-        wide = rows / self._powers  # exact
+        wide: np.ndarray = rows / self._powers  # exact
         for i, factor in self._factors.items():
             columns = self.layout.columns[i]
             if i not in self._inverses:

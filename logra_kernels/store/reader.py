@@ -40,7 +40,7 @@ from logra_kernels.store.manifest import (
     write_manifest,
 )
 from logra_kernels.store.maps import map_array
-from logra_kernels.store.self_influence import SelfInfluenceCache
+from logra_kernels.store.self_influence import SelfInfluenceCache, read_key
 from logra_kernels.store.tensors import check_name, check_tensors, read_tensors, write_tensors
 from logra_kernels.store.verify import verify_store
 
@@ -400,6 +400,13 @@ class Store:
         check_name(key, "key")
         folder, shards = self.path / "self_influence", self.manifest["shards"]
         return SelfInfluenceCache(folder, key, meta, shards, len(self.modules))
+
+    def self_influence_keys(self) -> list[tuple[str, Any]]:
+        """(key, meta) of the norms that lie beside the rows, in the keys' order."""
+        folder = self.path / "self_influence"
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        found = [(name, read_key(folder / name)) for name in names]
+        return [(name, stored.get("meta")) for name, stored in found if stored is not None]
 
     def _place(self, row: int) -> tuple[Shard, int]:
         if not 0 <= row < self.num_rows:
