@@ -23,6 +23,7 @@ from logra_kernels.attribution.reading import BLOCK_BYTES, Block, ShardRows, blo
 from logra_kernels.attribution.sinks import FullMatrix, GroupScores, Sink, TokenShares, TopK
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.defaults import MATRIX_MODE
+from logra_kernels.store.basis import Basis
 
 
 class StreamedScores:
@@ -69,7 +70,7 @@ class StreamedScores:
         self._query_ids = prepared.names
         layout = preconditioner.layout
         exponents = [0] * len(layout)
-        plans = plan_scan(prepared, mode, groups, layout, exponents, self._device)
+        plans = plan_scan(prepared, mode, groups, Basis(layout), self._device)
         upload = HostLanes(self._device).upload
         self._sinks: list[GroupScores] = [
             FullMatrix(plan, upload) if top_k is None else TopK(plan, upload, top_k)
@@ -137,7 +138,7 @@ class StreamedScores:
         sinks = [*self._sinks, *([self._tokens] if self._tokens else [])]
         step = block_rows_of(BLOCK_BYTES, 4 * rows.shape[1])
         for start in range(0, rows.shape[0], step):
-            use(shard.block(start, rows[start : start + step]), self._norms, found, sinks)
+            use(shard.block(start, [rows[start : start + step]]), self._norms, found, sinks)
 
     def _result(self, row_ids: Sequence[str]) -> InfluenceResult:
         """The scores of all rows so far, under these names."""
