@@ -11,6 +11,7 @@ from torch import Tensor
 
 from logra_kernels.attribution.memory import SHARE_FOR_ROWS, available_bytes
 from logra_kernels.attribution.pipeline import HostLanes, Lanes, feed
+from logra_kernels.capture.short_examples import ShortRows
 from logra_kernels.rows import scanned, share
 from logra_kernels.store import BlockReader, Store, huge_buffer
 
@@ -59,6 +60,8 @@ class Block:
     shard: ShardRows
     start: int
     rows: Tensor  # [R, D]: the stored elements, times the powers of two of rows that have some
+    # Module's name -> the tokens of some of the rows, where they are known.
+    short: Callable[[str], ShortRows | None] = lambda name: None
 
     @property
     def here(self) -> slice:
