@@ -7,7 +7,7 @@ one dot product; a normaliser such as l-RelatIF's 1 / sqrt(sigma) is one factor 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -196,6 +196,7 @@ class Attributor:
         *,
         damping_scales: Sequence[DampingScale] | None = None,
         dampings: Sequence[float] | None = None,
+        preconditioners: Sequence[Preconditioner] | None = None,
         k: int | None = None,
         mode: str | None = None,
         groups: Groups = None,
@@ -210,37 +211,35 @@ class Attributor:
 
         Args:
             queries: [Q, D] float32 or float64.
-            damping_scales, dampings: λ relative to the mean eigenvalue ("auto" too), or λ itself;
-                one of the two, in the results' order.
+            damping_scales, dampings, preconditioners: λ relative to the mean eigenvalue ("auto"
+                too), λ itself, or what `Curvature.damped` made of one; one of the three, in the
+                results' order.
             k: as in `top_k`; None for the scores of all rows.
             mode: "dot" by default, with `k` "l-relatif".
             groups, query_ids, row_weights, progress: as in `scores`.
 
         Raises:
-            ValueError: both or neither of the two lists, no damping in it, an Attributor without a
-                curvature, or as in `scores` and `top_k`.
+            ValueError: several or none of the three lists, no damping in it, dampings for an
+                Attributor without a curvature, preconditioners of other modules than the store's,
+                or as in `scores` and `top_k`.
             TypeError, StoreError: as in `scores`.
         """
         mode = check_mode(mode or (MATRIX_MODE if k is None else RANKING_MODE))
         if k is not None:
             self._check_k(k)
-        given = damping_scales if dampings is None else dampings
-        if not given or (damping_scales is None) == (dampings is None):
-            raise ValueError("sweep: expected damping_scales or dampings, one of the two")
-        curvature = curvature_of(self.store, self._curvature)
-        if not isinstance(curvature, Curvature):
+        given = [damping_scales, dampings, preconditioners]
+        if not any(given) or sum(values is not None for values in given) > 1:
             raise ValueError(
-                "sweep: expected an Attributor of a curvature, got one of no curvature or of a "
-                "preconditioner, which has its own damping"
+                "sweep: expected damping_scales, dampings or preconditioners, one of the three"
             )
+        each = preconditioners or self._damped(damping_scales, dampings)
         weights = _checked_weights(row_weights, self.store.num_rows)
-        name, norm = "damping_scale" if dampings is None else "damping", NORM_OF_MODE[mode]
+        norm = NORM_OF_MODE[mode]
         with self._scanning:
             self.store.check_unchanged()
             asked: list[_Asked] = []
-            for value in given:
-                damping: Any = {name: value}
-                one = curvature.damped(**damping, solver=self._solver)
+            for one in each:
+                preconditioner_of(self.store, one)  # of the store's modules
                 prepared = PreparedQueries.of(queries, query_ids, one)
                 norms = None if norm is None else self._new_norms(one, norm)
                 asked.append(_Asked(prepared, norms, one.dampings))
@@ -254,6 +253,20 @@ class Attributor:
             result.of_queries(slice(n * count, (n + 1) * count), one.dampings)
             for n, one in enumerate(asked)
         ]
+
+    def _damped(
+        self, damping_scales: Sequence[DampingScale] | None, dampings: Sequence[float] | None
+    ) -> Iterator[Preconditioner]:
+        curvature = curvature_of(self.store, self._curvature)
+        if not isinstance(curvature, Curvature):
+            raise ValueError(
+                "sweep: expected an Attributor of a curvature, got one of no curvature or of a "
+                "preconditioner, which has its own damping"
+            )
+        for scale in damping_scales or ():
+            yield curvature.damped(damping_scale=scale, solver=self._solver)
+        for damping in dampings or ():
+            yield curvature.damped(damping=damping, solver=self._solver)
 
     def _check_k(self, k: int) -> None:
         check_top_k("k", k)

@@ -27,7 +27,7 @@ from logra_kernels import ops
 from logra_kernels.attribution.norms import Norms, ShardNorms
 from logra_kernels.attribution.plan import Plan
 from logra_kernels.attribution.reading import Block, ShardRows
-from logra_kernels.reference.scores import whole_numbers
+from logra_kernels.reference.scores import LARGEST_NUMBER, whole_numbers
 from logra_kernels.rows import share
 from logra_kernels.store import RowLayout, SelfInfluenceCache, Store
 
@@ -54,7 +54,7 @@ class Multiplied:
         wide = queries.double()
         dim = queries.shape[1]
         if store.codec.scan_as_stored and store.codec.dtype == np.int8:
-            whole, scale = whole_numbers(queries)
+            whole, scale = whole_numbers(queries, LARGEST_NUMBER)
             wide, rounding = whole * scale, 2.0**-23
         else:
             share_lost = (dim + 8) * 2.0**-24

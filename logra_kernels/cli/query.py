@@ -1,12 +1,14 @@
 """`logra query`: a store's passages, ranked for an answer."""
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from logra_kernels.cli.kept_plan import add_query
 from logra_kernels.cli.outputs import check_outputs
 from logra_kernels.defaults import RANKING_MODE
 from logra_kernels.lm.corpus import Record
@@ -28,6 +30,7 @@ NOTE = "The passages are ranked by influence, which is not the same as being abo
 
 def run(arguments: argparse.Namespace) -> int:
     """Rank, print, and write what was asked for."""
+    from logra_kernels.attribution.memory import peak_bytes
     from logra_kernels.lm.causal_lm import CausalLM
     from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
     from logra_kernels.lm.query import ask, chat_prompt, gradients_again
@@ -46,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     if finer is not None:
         check_finer(store, finer)
     shown = bool(arguments.json or arguments.html)
+    # Before: a first query computes the norms of the rows.
+    first = not any((store.path / "self_influence").glob("*/*.npy"))
+    started = time.perf_counter()
     asked = records
     if arguments.chat:
         asked = [Record(r.id, r.text, chat_prompt(lm, r.prompt), templated=True) for r in records]
@@ -74,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
             notes=[NOTE],
             progress=lambda step: warn(f"… {step}"),
         )
+    if not shown and not arguments.scores and arguments.mode is None:  # what a plan is of
+        seconds = time.perf_counter() - started
+        add_query(store, len(records), first, seconds, peak_bytes())
     for query, record in zip(results["queries"], records, strict=True):
         query["prompt"] = record.prompt  # without the chat template
     _write(results, arguments)

@@ -17,7 +17,7 @@ from logra_kernels.lm import chat
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Example, Record, TokenSettings, batches, encode
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
-from logra_kernels.lm.ranking import Ranking, Scans, Scores, SecondLook
+from logra_kernels.lm.ranking import Ranking, Scans, Scores, SecondLook, scale_facts
 from logra_kernels.lm.sources import json_lines
 from logra_kernels.lm.token_shares import BATCH_TOKENS, add_query_shares, add_token_shares
 from logra_kernels.report import FORMAT, VERSION
@@ -75,7 +75,7 @@ def ask(
     *,
     modes: Sequence[str] = (RANKING_MODE,),
     top_k: int = 5,
-    damping_scale: DampingScale | None = None,
+    damping_scale: DampingScale | Sequence[DampingScale] | None = None,
     damping: float | None = None,
     token_scores: bool = True,
     query_tokens: bool = False,
@@ -94,7 +94,8 @@ def ask(
         queries: the loss is on their text; their prompt stands before it.
         modes: of `MODES`, each ranked by itself.
         top_k: how many of the most and of the least influential passages are kept.
-        damping_scale, damping: λ, as in `Attributor`.
+        damping_scale, damping: λ, as in `Attributor`. Of several scales each gives rankings of its
+            own; a mode's scan is one for all.
         token_scores: run the top passages through the model again, for their tokens' shares.
         query_tokens: run the queries again, for the shares of their tokens in each top passage's
             score.
@@ -102,8 +103,8 @@ def ask(
             whose id begins so. It takes all scores, so the memory grows with the store.
         second: rank by finer rows, which a scan of the store chooses.
         every_score: given the scores of all the store's rows in each mode, as columns query, mode,
-            row, id and score of up to 65,536 rows. Beside them the matrix of one mode is in
-            memory, [Q, N] float32.
+            row, id and score of up to 65,536 rows, and damping_scale if there are several. Beside
+            them the matrix of one mode is in memory, [Q, N] float32 for each damping.
         title, notes: for the report.
         progress: told what is being done.
     Returns:
@@ -124,7 +125,7 @@ def ask(
     rankings = []
     for mode in modes:
         progress(f"scan for {mode}")
-        rankings.append(scans.rank(mode, top_k, expected or {}, every_score))
+        rankings += scans.rank(mode, top_k, expected or {}, every_score)
     _add_texts(store, rankings)
     if token_scores:
         progress("token contributions of the top passages")
@@ -140,7 +141,7 @@ def ask(
         "model": {"path": lm.name, "dtype": lm.dtype, "fingerprint": lm.fingerprint},
         "store": store_facts(store),
         "curvature": scans.curvature_facts(rankings),
-        "answers": [{"mode": ranking.mode, **ranking.answer} for ranking in rankings],
+        "answers": [{**_mode_facts(ranking), **ranking.answer} for ranking in rankings],
         "notes": list(notes),
         "queries": [
             _query_result(q, record, rankings, (expected or {}).get(record.id))
@@ -221,10 +222,20 @@ def _query_result(
     """One query and its rankings, as a results file holds them."""
     result: dict[str, Any] = {"id": record.id, "prompt": record.prompt, "text": record.text}
     if expected is not None:
-        ranks = {ranking.mode: ranking.expected_ranks[record.id] for ranking in rankings}
+        ranks = {ranking.name: ranking.expected_ranks[record.id] for ranking in rankings}
         result["expected"] = {"what": expected, "ranks": ranks}
     result["modes"] = [
-        {"mode": ranking.mode, "top": ranking.top[q], "bottom": ranking.bottom[q]}
+        {
+            **_mode_facts(ranking),
+            "top": ranking.top[q],
+            "bottom": ranking.bottom[q],
+        }
         for ranking in rankings
     ]
     return result
+
+
+def _mode_facts(ranking: Ranking) -> dict[str, Any]:
+    """The mode, and of several dampings its own."""
+    scale = {} if ranking.scale is None else scale_facts(ranking.scale)
+    return {"mode": ranking.mode, **scale}

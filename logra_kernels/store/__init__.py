@@ -16,6 +16,7 @@ from logra_kernels.store.errors import (
 )
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.maps import huge_buffer
+from logra_kernels.store.planned import planned_bytes
 from logra_kernels.store.read_ahead import BlockReader, RowBlock
 from logra_kernels.store.reader import Shard, Store
 from logra_kernels.store.self_influence import SelfInfluenceCache
@@ -42,6 +43,7 @@ __all__ = [
     "codec_names",
     "compress_store",
     "huge_buffer",
+    "planned_bytes",
     "register_codec",
     "row_codec",
     "verify_store",
