@@ -169,7 +169,7 @@ def project_layers(
     else:
         projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
         gradients = LMGradients(lm, names, projection)
-    row_bytes = row_codec(arguments.store_dtype).row_bytes(gradients.watched.layout)
+    row_bytes = row_codec(arguments.codec).row_bytes(gradients.watched.layout)
     warn(
         f"{lm.name}: {len(names)} layers, {names[0]} … {names[-1]};"
         f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row"
@@ -212,7 +212,7 @@ def _log(
             arguments.out,
             settings=corpus.settings.as_dict(),
             data=data,
-            store_dtype=arguments.store_dtype,
+            store_dtype=arguments.codec,
             shard_rows=arguments.shard_rows,
             batch_tokens=arguments.batch_tokens,
             batch_size=arguments.batch_size,

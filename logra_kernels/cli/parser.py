@@ -295,11 +295,14 @@ def _curvature_kind(text: str) -> str:
     return _one_of(*kinds(), NO_CURVATURE)(text)
 
 
-def _choice(group: argparse._ArgumentGroup, option: str, words: str, help: str) -> None:
-    """Add an option that takes one of a few words, "first|second"; the first by default."""
+def _choice(group: argparse._ArgumentGroup, option: str, words: str, help: str, *old: str) -> None:
+    """Add an option that takes one of a few words, "first|second"; the first by default.
+
+    `old` are other spellings of it.
+    """
     allowed = words.split("|")
     check = _one_of(*allowed)
-    group.add_argument(option, type=check, default=allowed[0], metavar=words, help=help)
+    group.add_argument(option, *old, type=check, default=allowed[0], metavar=words, help=help)
 
 
 def _count(
@@ -407,8 +410,9 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
         "expand",
     )
     group.add_argument("--seed", type=int, help=f"of a random projection; default: {SEED}")
-    scaled = f"default: {STORE_DTYPE}, with a scale per row"
-    _choice(group, "--store-dtype", f"{STORE_DTYPE}|float32|int8", scaled)
+    codecs = f"{STORE_DTYPE}|float32|int8|int4|int2|sign"
+    scaled = f"default: {STORE_DTYPE}; int4, int2 and sign are for rows of --init eigen"
+    _choice(group, "--codec", codecs, scaled, "--store-dtype")
     group.add_argument(
         "--curvature",
         type=_curvature_kind,
