@@ -73,6 +73,12 @@ class PreparedQueries:
         solved = torch.cat([part.solved for part in parts])
         return cls(names, gradients, solved, " ".join(part.key for part in parts))
 
+    def some(self, which: Sequence[int]) -> PreparedQueries:
+        """Some of the queries, by their numbers."""
+        rows = list(which)
+        names = [self.names[row] for row in rows]
+        return PreparedQueries(names, self.gradients[rows], self.solved[rows], self.key)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -198,4 +198,8 @@ class SelfInfluence:
             self.values[name][first_row : first_row + len(sigma)] = share(sigma)
 
 
-Sink = GroupScores | SelfInfluence
+class Sink(Protocol):
+    """What a scan gives the blocks of rows."""
+
+    def add(self, block: Block, norms: ShardNorms | None) -> None:
+        """Use a block's rows; `norms` are its shard's, None for a scan without."""

@@ -45,7 +45,9 @@ _RESULTS = {
         "damping?": float,
         "damping_scale?": float,
         "damping_rule?": str,
+        "dampings?": [{"damping_scale?": float, "damping_rule?": str}],
     },
+    "answers?": [{"mode": str, "method": str, "text": str}],  # how each mode's were found
     "notes": [str],
     "tables?": [{"heading": str, "text": str, "columns": [str], "rows": [[str]]}],
     "queries": [
@@ -55,7 +57,15 @@ _RESULTS = {
             "text": str,
             "origin?": str,
             "expected?": {"what": str, "ranks": dict},
-            "modes": [{"mode": str, "top": [_PASSAGE], "bottom": [_PASSAGE]}],
+            "modes": [
+                {
+                    "mode": str,
+                    "damping_scale?": float,
+                    "damping_rule?": str,
+                    "top": [_PASSAGE],
+                    "bottom": [_PASSAGE],
+                }
+            ],
         }
     ],
 }

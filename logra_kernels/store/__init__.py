@@ -15,6 +15,7 @@ from logra_kernels.store.errors import (
 )
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.maps import huge_buffer
+from logra_kernels.store.planned import planned_bytes
 from logra_kernels.store.read_ahead import BlockReader, RowBlock
 from logra_kernels.store.reader import Shard, Store
 from logra_kernels.store.self_influence import SelfInfluenceCache
@@ -40,6 +41,7 @@ __all__ = [
     "StoreWriter",
     "codec_names",
     "huge_buffer",
+    "planned_bytes",
     "register_codec",
     "row_codec",
     "verify_store",

@@ -1,5 +1,6 @@
 """Reading a store: mapped shards, ids, and what is kept beside them."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -22,7 +23,9 @@ from logra_kernels.store.files import (
     Lock,
     check_mapped,
     identity,
+    open_to_read,
     read_array,
+    read_whole,
     remove,
     sync_folder,
     write_error,
@@ -43,6 +46,8 @@ from logra_kernels.store.maps import map_array
 from logra_kernels.store.self_influence import SelfInfluenceCache, read_key
 from logra_kernels.store.tensors import check_name, check_tensors, read_tensors, write_tensors
 from logra_kernels.store.verify import verify_store
+
+TAKEN_BYTES = 16 << 20  # of rows that `Store.take` decodes at a time
 
 
 class ShardFile:
@@ -66,6 +71,28 @@ class ShardFile:
     @cached_property
     def _rows(self) -> np.ndarray:
         return map_array(self.path, self.dtype, self.shape, DATA_OFFSET_BYTES)
+
+    def gather(self, places: np.ndarray) -> np.ndarray:
+        """[n, W], as stored: rows [n] of the shard, read from the file and not mapped.
+
+        Raises:
+            StoreFormatError: the file was removed or cut short, or the system refuses to read it.
+        """
+        found = np.empty((len(places), self.shape[1]), self.dtype)
+        ends = np.flatnonzero(np.diff(places) != 1) + 1  # where rows do not follow each other
+        runs = list(itertools.pairwise([0, *ends.tolist(), len(places)]))
+        try:
+            with open_to_read(self.path) as file:
+                check_mapped(self.path, self.file_bytes, file.fileno())
+                if len(runs) > 1 and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for start, end in runs:
+                    place = found[start:end].reshape(-1).view(np.uint8).data
+                    offset = DATA_OFFSET_BYTES + int(places[start]) * self.row_bytes
+                    read_whole(file.fileno(), place, offset, self.path)
+        except OSError as error:
+            raise StoreFormatError(f"{self.path}: cannot be read: {error.strerror}") from None
+        return found
 
 
 class Shard:
@@ -109,6 +136,10 @@ class Shard:
     def stored(self, here: slice) -> np.ndarray:
         """`rows` [here]."""
         return joined([file.rows[here] for file in self.files])
+
+    def gather(self, places: np.ndarray) -> np.ndarray:
+        """[n, W], as stored: rows [n] of the shard, as `ShardFile.gather` reads them."""
+        return joined([file.gather(places) for file in self.files])
 
     @cached_property
     def row_scale(self) -> np.ndarray:
@@ -310,12 +341,45 @@ class Store:
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """[n, D] float32: rows by their index, decoded."""
-        taken = np.empty((len(rows), self.dim), np.float32)
-        for out, (shard, row) in zip(taken, map(self._place, rows), strict=True):
-            one = slice(row, row + 1)
-            own = None if shard.row_exponents is None else shard.row_exponents[one]
-            out[:] = self.basis.decode(self.codec, shard.stored(one), shard.row_scale[one], own)
+        numbers = np.asarray(rows, np.int64)
+        taken = np.empty((len(numbers), self.dim), np.float32)
+        step = max(1, TAKEN_BYTES // (4 * self.dim))
+        for start in range(0, len(numbers), step):
+            here = slice(start, start + step)
+            taken[here] = self.basis.decode(self.codec, *self.gather(numbers[here]))
         return taken
+
+    def gather(
+        self, rows: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Rows by their index, as `blocks` gives them: stored [n, W], row_scale, row_exponents.
+
+        They are read from their files, neighbours together, and nothing is mapped: what is read
+        is what was asked for.
+
+        Raises:
+            StoreError: a number that is no row's.
+            StoreFormatError: a file was removed or cut short, or the system refuses to read it.
+        """
+        numbers = np.asarray(rows, np.int64)
+        for wrong in numbers[(numbers < 0) | (numbers >= self.num_rows)][:1]:
+            raise StoreError(f"rows: expected 0 to {self.num_rows - 1}, got {wrong}")
+        columns = self.codec.columns(self.layout)
+        stored = np.empty((len(numbers), columns), self.codec.dtype)
+        scale = np.ones(len(numbers), np.float32)
+        own: np.ndarray | None = None
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        for index in np.unique(shard_of):
+            shard = self.shards[index]
+            here = np.flatnonzero(shard_of == index)
+            places = numbers[here] - shard.first_row
+            stored[here] = shard.gather(places)
+            scale[here] = shard.row_scale[places]
+            if shard.row_exponents is not None:
+                if own is None:
+                    own = np.zeros((len(numbers), len(self.layout)), EXPONENT_DTYPE)
+                own[here] = shard.row_exponents[places]
+        return stored, scale, own
 
     def verify(
         self, checksums: bool = True, progress: Callable[[int, int], None] | None = None

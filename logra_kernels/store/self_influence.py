@@ -37,7 +37,7 @@ from logra_kernels.store.manifest import (
 )
 
 KEY_FILE = "key.json"
-_DTYPE = "<f4"  # of the values, whatever the store's rows are
+VALUES_DTYPE = "<f4"  # of the values, whatever the store's rows are
 # The shard's index and the CRC-32 of its rows, then that of the values. Version 0.1 wrote names
 # without the middle one; such a file does not tell whose values it holds, and is not read.
 _FILE = re.compile(r"shard-(\d{5,})(?:-([0-9a-f]{8}))?-([0-9a-f]{8})\.npy\Z")
@@ -100,7 +100,7 @@ class SelfInfluenceCache:
             if of == self._rows_crc[index]:
                 _check_values_file(self.folder / name, shape)
                 count = shape[0] * shape[1]
-                return read_array(self.folder / name, np.dtype(_DTYPE), count).reshape(shape)
+                return read_array(self.folder / name, np.dtype(VALUES_DTYPE), count).reshape(shape)
         raise StoreFormatError(f"{self.folder}: expected the values of shard {index}, got none")
 
     def write(self, index: int, values: np.ndarray) -> None:
@@ -116,7 +116,7 @@ class SelfInfluenceCache:
             raise StoreError(f"values: expected a float32 array, got {got}")
         if values.shape != shape:
             raise StoreError(f"values: expected {list(shape)}, got {list(values.shape)}")
-        data = np.ascontiguousarray(values, _DTYPE).reshape(-1).view(np.uint8).data
+        data = np.ascontiguousarray(values, VALUES_DTYPE).reshape(-1).view(np.uint8).data
         name = f"shard-{index:05d}-{self._rows_crc[index]}-{crc32_text(zlib.crc32(data))}.npy"
         try:
             own_folder(self.folder.parent)
@@ -125,7 +125,7 @@ class SelfInfluenceCache:
                 if not (self.folder / KEY_FILE).exists():
                     text = seal({"key": self.key, "meta": self.meta})
                     replace_file(self.folder / KEY_FILE, text)
-                replace_file(self.folder / name, npy_header(_DTYPE, shape), data)
+                replace_file(self.folder / name, npy_header(VALUES_DTYPE, shape), data)
                 for other, *_ in find_files(self.folder).get(index, []):
                     if other != name:
                         remove(self.folder / other)
@@ -205,4 +205,6 @@ def _rows_crc(shard: dict[str, Any]) -> str:
 
 
 def _check_values_file(path: Path, shape: tuple[int, int]) -> None:
-    check_file(path.parent, path.name, npy_bytes(_DTYPE, shape), npy_header(_DTYPE, shape))
+    check_file(
+        path.parent, path.name, npy_bytes(VALUES_DTYPE, shape), npy_header(VALUES_DTYPE, shape)
+    )

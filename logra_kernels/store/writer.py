@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from logra_kernels.store.basis import Basis
-from logra_kernels.store.codecs import Encoded, Float16, row_codec
+from logra_kernels.store.codecs import Encoded, Float16, RowCodec, row_codec
 from logra_kernels.store.committer import Committer
 from logra_kernels.store.errors import StoreError
 from logra_kernels.store.files import write_error
@@ -95,9 +95,7 @@ class StoreWriter:
         for name, value in (("shard_rows", shard_rows), ("queue_bytes", queue_bytes)):
             if value is not None and (type(value) is not int or value < 1):
                 raise StoreError(f"{name}: expected a positive integer, got {value!r}")
-        if shard_rows is None:
-            largest = SHARD_BYTES // codec.row_bytes(layout)
-            shard_rows = min(max(1, largest), LARGEST_SHARD_ROWS)
+        shard_rows = shard_rows or usual_shard_rows(codec, layout)
         incoming = Incoming(codec, layout, duplicates)
         lock, manifest, ids = open_folder(folder, fresh, tensors, resume)
         incoming.known_ids.update(ids)
@@ -276,6 +274,11 @@ class StoreWriter:
     def _close_at_exit(self) -> None:
         if self._queue.failure is None and self._process == os.getpid():
             self.close(finalize=False)
+
+
+def usual_shard_rows(codec: RowCodec, layout: RowLayout) -> int:
+    """Rows of a full shard where nobody chooses: 256 MiB of them, at most 2**20."""
+    return min(max(1, SHARD_BYTES // codec.row_bytes(layout)), LARGEST_SHARD_ROWS)
 
 
 def append_finite(
