@@ -83,7 +83,9 @@ def test_rows_that_hold_scaled_coordinates_score_as_their_gradients(
         sigma = sigma + ((g @ inverse) * g).sum(1)
         theta = theta + (g @ inverse).square().sum(1)
         assert dimensions[name] == pytest.approx(float((h_g * inverse).sum()), rel=1e-6)
-    assert torch.allclose(preconditioned.double() @ rows.T, dot, rtol=1e-5, atol=1e-6 * dot.max())
+    assert torch.allclose(
+        preconditioned.double() @ rows.T, dot, rtol=1e-5, atol=1e-6 * float(dot.max())
+    )
     found = {mode: attributor.scores(rows.float(), mode).scores for mode in SCAN_MODES}
     for mode, divisor in (("dot", 1), ("l-relatif", sigma.sqrt()), ("theta-relatif", theta.sqrt())):
         want = (dot / divisor).float()
