@@ -229,8 +229,8 @@ class BoundedScores:
         """Bound the scores of a block's rows; `norms` are those of the coarse rows themselves."""
         assert norms is not None
         step = max(1, PAIRS // max(1, len(self._plan.queries)))
-        for start in range(0, len(block.rows), step):
-            self._add(block, start, min(start + step, len(block.rows)), norms)
+        for start in range(0, block.rows.shape[0], step):
+            self._add(block, start, min(start + step, block.rows.shape[0]), norms)
         if len(self.top) + len(self.bottom) > MOST_ENTRIES:
             for end in (self.top, self.bottom):
                 end.prune()
@@ -250,7 +250,9 @@ class BoundedScores:
         self.zero_rows += zero_rows
 
         scales = share(scale)
-        products = ops.scores(self._plan.queries, block.rows[start:stop]).cpu().double()
+        rows = block.rows
+        assert isinstance(rows, Tensor)
+        products = ops.scores(self._plan.queries, rows[start:stop]).cpu().double()
         products = products * scales  # [Q, R]
         products = torch.ldexp(products, self._plan.exponents.cpu()[:, None] - self._unit)
         radius = self._of_residual @ share(gaps).T + self._of_row @ share(lengths).T

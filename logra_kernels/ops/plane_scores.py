@@ -6,9 +6,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels._checks import WIDE, expect_same_device, operand
 from logra_kernels.ops._library import register
+from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.reference._dtype import accumulator
 
 MOST_PLANES = 4
@@ -91,8 +91,19 @@ def _fake(queries: Tensor, planes: list[Tensor], *rest: object) -> Tensor:
     return queries.new_empty(shape, dtype=accumulator(queries))
 
 
-def _native(c: ModuleType, *args: object) -> Tensor:
-    return reference.plane_scores(*args)  # type: ignore[arg-type]
+def _native(
+    c: ModuleType,
+    queries: Tensor,
+    planes: list[Tensor],
+    levels: Tensor,
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+) -> Tensor:
+    out = queries.new_empty((queries.shape[0], planes[0].shape[0]))
+    views = [view(plane) for plane in planes]
+    scales = pointer(row_scale), pointer(row_bias)
+    c.plane_scores(view(queries), views, levels.data_ptr(), *scales, out.data_ptr())
+    return out
 
 
 _call = register(

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from logra_kernels import reference
 from logra_kernels.ops._library import register
+from logra_kernels.ops._pointers import pointer, view
 from logra_kernels.ops.plane_scores import check_planes
-from logra_kernels.ops.topk_scores import TopK, check_ends, fake_ends
+from logra_kernels.ops.topk_scores import TopK, check_ends, fake_ends, new_ends
 from logra_kernels.reference._dtype import accumulator
 
 
@@ -77,8 +77,29 @@ def _fake(
     return fake_ends(queries, k, accumulator(queries))
 
 
-def _native(c: ModuleType, *args: Any) -> tuple[Tensor, ...]:
-    return reference.topk_plane_scores(*args)
+def _native(
+    c: ModuleType,
+    queries: Tensor,
+    planes: list[Tensor],
+    levels: Tensor,
+    k: int,
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+    state: list[Tensor] | None,
+    row_offset: int,
+) -> tuple[Tensor, ...]:
+    merged = new_ends(queries, k, state)
+    c.topk_plane_scores(
+        view(queries),
+        [view(plane) for plane in planes],
+        levels.data_ptr(),
+        k,
+        pointer(row_scale),
+        pointer(row_bias),
+        row_offset,
+        *(pointer(part) for part in merged),
+    )
+    return tuple(merged)
 
 
 _call = register(

@@ -205,6 +205,7 @@ def test_queries_of_another_kind_are_not_noted(
     given = ["--model", str(files / "model"), "--store", str(files / "asked")]
     assert main(["query", *given, "--queries", str(tmp_path / "q.jsonl")]) == 0
     ask(files, "asked", "--mode", "dot")
+    ask(files, "asked", "--damping-scale", "0.5")
     ask(files, "asked", "--json", str(tmp_path / "r.json"))
     assert not {"first query", "later query"} & set(known(files, "asked", capsys))
     ask(files, "asked")  # the norms are there already
