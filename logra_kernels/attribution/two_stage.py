@@ -38,6 +38,7 @@ LISTED_SHARE = 0.02  # of the rows that a scan lists at each end, at first, for 
 LEAST_LISTED = 256
 PROBED = 32  # rows of each end, or 2k, by which a query's coarse errors are judged
 SAMPLED = 1024  # random rows whose coarse scores stand for those of the rows not listed
+EXACT = ("float16", "float32")  # codecs whose rows are decoded without rounding
 TOGETHER = 32  # queries whose first rows are scored at a time
 
 
@@ -198,10 +199,10 @@ class TwoStage:
             raise ValueError(
                 "certified: expected a finer store, whose rows' residuals are known; got a function"
             )
-        if not self.scan.store.basis.plain:
+        if self._finer.codec.name not in EXACT or not self._finer.basis.plain:
             raise ValueError(
-                f"certified: expected rows in their modules' columns, got {self.scan.store.path}, "
-                "whose rows are whitened or rotated"
+                f"certified: expected finer rows in {' or '.join(EXACT)}, not rotated, got "
+                f"{self._finer.path}"
             )
         scan, norm = self.scan, NORM_OF_MODE[mode]
         if self._finer_scan is None:
@@ -210,7 +211,8 @@ class TwoStage:
         norms = None
         if norm is not None:
             norms = finer_scan.complete(self._norms(self._finer, norm), progress)
-        gaps = residuals(scan.store, self._finer)
+        lengths = finer_scan.complete(self._norms(self._finer), progress)
+        kept = residuals(scan.store, self._finer)
         plan = self._plan(self._coarse, prepared, mode)
         exact = self._plan(self._exact, prepared, mode)
         unit = exact.exponents.cpu()[:, None]
@@ -219,12 +221,12 @@ class TwoStage:
             Multiplied.of(plan, scan.store, unit),
             Multiplied.of(exact, self._finer, unit),
             unit,
-            FinerTerms(finer_scan.shard_rows, norms, exact, self._finer),
-            gaps,
-            scan.store,
+            FinerTerms(finer_scan.shard_rows, norms, lengths, exact, self._finer),
+            kept,
+            (scan.store, self._finer),
             k,
         )
-        scan.visit(sink, self._norms(scan.store), len(prepared.names), progress)
+        scan.visit(sink, None, len(prepared.names), progress)
         ends = sink.top, sink.bottom
         for end in ends:
             end.prune()
@@ -296,7 +298,7 @@ class TwoStage:
         if norm not in self._sampled:
             norms = None
             if norm is not None:
-                norms = Norms(self.scan.preconditioner, norm, self._coarse.exponents, device)
+                norms = Norms(self.scan.preconditioner, norm, self._coarse.basis.exponents, device)
             held = self._sampled[norm] = []
             for block in self._coarse.blocks(self._sample):
                 found = None
@@ -320,7 +322,9 @@ class TwoStage:
             return self._sizes[norm]
         store, parts = self.scan.store, []
         members = list(range(len(store.layout)))
-        lengths = self.scan.complete(self._norms(store), progress)
+        # Few bits do not tell |g|; of whitened rows √sigma is the norm.
+        base = None if store.basis.plain else "sigma"
+        lengths = self.scan.complete(self._norms(store, base), progress)
         norms = None if norm is None else self.scan.complete(self._norms(store, norm), progress)
         for index, shard in enumerate(store.shards):
             rows, whole = self.scan.shard_rows(index), slice(0, shard.num_rows)

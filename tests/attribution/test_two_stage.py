@@ -18,6 +18,7 @@ from logra_kernels.attribution import (
     InfluenceResult,
     TwoStage,
     bounds,
+    compress_store,
     influence_between,
 )
 from logra_kernels.curvature import RawCurvature
@@ -30,7 +31,6 @@ from logra_kernels.store import (
     StoreFormatError,
     StoreMismatchError,
     codecs,
-    compress_store,
 )
 
 KEPT = ("top_rows", "top_scores", "bottom_rows", "bottom_scores")
