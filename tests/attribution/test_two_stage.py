@@ -24,7 +24,14 @@ from logra_kernels.attribution import (
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
-from logra_kernels.store import RowLayout, Store, StoreMismatchError, codecs
+from logra_kernels.store import (
+    RowLayout,
+    Store,
+    StoreError,
+    StoreFormatError,
+    StoreMismatchError,
+    codecs,
+)
 
 KEPT = ("top_rows", "top_scores", "bottom_rows", "bottom_scores")
 ROWS = 900
@@ -361,3 +368,14 @@ def test_gathered_rows_are_the_mapped_ones(tmp_path: Path) -> None:
     np.testing.assert_array_equal(taken, np.stack([store.row(int(n)) for n in numbers]))
     assert share(taken).shape == (9, store.dim)
     assert store.take([]).shape == (0, store.dim)
+
+
+def test_a_file_that_was_cut_is_named(tmp_path: Path) -> None:
+    store = finer_store(tmp_path / "finer")
+    path = store.shards[1].path
+    path.write_bytes(path.read_bytes()[:-1])
+    store.take([3])
+    refused(f"{path}: expected", store.take, [3, 500], error=StoreFormatError)
+    path.unlink()
+    refused(f"{path}: cannot be read", store.gather, [500], error=StoreFormatError)
+    refused("rows: expected 0 to 899, got 900", store.gather, [3, 900], error=StoreError)
