@@ -25,9 +25,9 @@ from bench.accuracy.setting import Setting, trained_model
 from bench.harness import results
 from bench.harness.cases import options, prepare
 from bench.harness.tables import table
-from logra_kernels.attribution import Attributor, InfluenceResult, TwoStage
+from logra_kernels.attribution import Attributor, InfluenceResult, TwoStage, compress_store
 from logra_kernels.curvature import RawCurvature
-from logra_kernels.store import Module, Store, StoreWriter, codec_names, compress_store, row_codec
+from logra_kernels.store import Module, Store, StoreWriter, codec_names, row_codec
 
 BEST = 20
 FINER = "float16"

@@ -296,6 +296,18 @@ class Attributor:
         with self._scanning:
             return self._self_influence(groups, progress)
 
+    def module_norms(self) -> np.ndarray:
+        """√sigma of every row in each module, [N, M] float64.
+
+        Raises:
+            ValueError, StoreError: as in `self_influence`.
+        """
+        with self._scanning:
+            self._self_influence(None, None)
+            norms = self._norms_of("sigma")
+            rows = [self._reading.shard(index) for index in range(len(self.store.shards))]
+            return np.concatenate([norms.of_shard(shard).of_modules(slice(None)) for shard in rows])
+
     def concentration(self) -> Tensor:
         """‖g‖₂ / ‖g‖₁ of every row as stored, [N] float64; 0 for a row of zeros.
 
@@ -402,12 +414,12 @@ class Attributor:
         weights: np.ndarray | None = None,
     ) -> list[InfluenceResult]:
         """One result for each of what is asked, from one pass over the rows of a checked store."""
-        layout, num_rows = self.store.layout, self.store.num_rows
+        num_rows = self.store.num_rows
         block_rows = self._reading.block_rows_for(len(asked[0].queries.names))
         with closing(lanes_of(self.device)) as lanes:
             tasks: list[tuple[Norms | None, list[GroupScores]]] = []
             for one in asked:
-                plans = plan_scan(one.queries, mode, groups, layout, self._exponents, self.device)
+                plans = plan_scan(one.queries, mode, groups, self.store.basis, self.device)
                 sinks: list[GroupScores] = [
                     FullMatrix(plan, lanes.upload, num_rows, weights)
                     if k is None
@@ -418,10 +430,13 @@ class Attributor:
             done = track(progress, num_rows, "scan")
             scan = _Scan(self._reading, tasks, done, lanes.upload)
             self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
-            return [
+            results = [
                 result_of(sinks, one.queries.names, StoredIds(self.store), one.dampings)
                 for one, (_, sinks) in zip(asked, tasks, strict=True)
             ]
+            for one, result in zip(asked, results, strict=True):
+                result.normalised_by = None if one.norms is None else one.norms.said
+            return results
 
     def _norms_of(self, norm: str) -> Norms:
         if norm not in self._norms:
@@ -475,17 +490,20 @@ class _Scan:
         self._shard: ShardRows  # of the blocks that are coming
         self._found: list[ShardNorms | None]  # of the shard, for each task
 
-    def take(self, index: int, start: int, rows: Tensor) -> None:
-        """Use rows [R, D] from `start` on of the shard `index`; a shard's blocks come in order."""
+    def take(self, index: int, start: int, parts: Sequence[Tensor]) -> None:
+        """Use stored rows, [R, W] for each file, from `start` on of the shard `index`.
+
+        A shard's blocks come in order.
+        """
         if start == 0:
             self._shard = self._reading.open_shard(index)
             self._found = [
                 None if norms is None else norms.of_shard(self._shard) for norms, _ in self._tasks
             ]
-        block = self._shard.block(start, rows, self._upload)
+        block = self._shard.block(start, parts, self._upload)
         for (norms, sinks), found in zip(self._tasks, self._found, strict=True):
             use(block, norms, found, sinks)
-        self._done(rows.shape[0])
+        self._done(parts[0].shape[0])
         if block.last:
             for (norms, _), found in zip(self._tasks, self._found, strict=True):
                 if norms and found:

@@ -162,7 +162,7 @@ class Frontier:
     def drop(self) -> Tensor:
         """Take out all entries; their rows."""
         self.prune()
-        rows = self.rows.unique()
+        rows: Tensor = self.rows.unique()
         empty = self.queries[:0]
         self.queries, self.rows = empty, empty
         self._highs = self._middles = self._highs[:0]
@@ -226,8 +226,9 @@ class BoundedScores:
         """Bound the scores of a block's rows; `norms` are those of the coarse rows themselves."""
         assert norms is not None
         step = max(1, PAIRS // max(1, len(self._plan.queries)))
-        for start in range(0, len(block.rows), step):
-            self._add(block, start, min(start + step, len(block.rows)), norms)
+        num_rows = block.rows.shape[0]
+        for start in range(0, num_rows, step):
+            self._add(block, start, min(start + step, num_rows), norms)
         if len(self.top.rows) + len(self.bottom.rows) > MOST_ENTRIES:
             for end in (self.top, self.bottom):
                 self.every_query[end.drop().numpy()] = True
@@ -244,7 +245,9 @@ class BoundedScores:
         self.zero_rows += zero_rows
 
         scales = share(scale)
-        products = ops.scores(self._plan.queries, block.rows[start:stop]).cpu().double()
+        rows = block.rows
+        assert isinstance(rows, Tensor)
+        products = ops.scores(self._plan.queries, rows[start:stop]).cpu().double()
         products = products * scales  # [Q, R]
         products = torch.ldexp(products, self._plan.exponents.cpu()[:, None] - self._unit)
         radius = self._of_residual @ share(gaps).T + self._of_row @ share(lengths).T

@@ -16,8 +16,9 @@ from logra_kernels.attribution.reading import BLOCK_BYTES, Block, ShardRows, blo
 from logra_kernels.attribution.sinks import GroupScores
 from logra_kernels.attribution.streamed import use
 from logra_kernels.curvature import Preconditioner
-from logra_kernels.rows import scanned
+from logra_kernels.rows import elements, scanned
 from logra_kernels.store import RowLayout, Store
+from logra_kernels.store.basis import Basis
 
 ComputeRows = Callable[[np.ndarray], Tensor]  # numbers [n] int64, ascending -> rows [n, D] float32
 
@@ -25,8 +26,8 @@ ComputeRows = Callable[[np.ndarray], Tensor]  # numbers [n] int64, ascending -> 
 class FinerRows(Protocol):
     """Where rows come from by their numbers."""
 
-    exponents: list[int]
-    """One per module; a true gradient is 2**exponent times what blocks hold."""
+    basis: Basis
+    """In which blocks hold the rows."""
     kind: str
     """What they are, in a word."""
     row_bytes: int | None
@@ -42,25 +43,28 @@ class StoredRows:
     def __init__(self, store: Store, device: torch.device) -> None:
         self._store = store
         self._upload = HostLanes(device).upload
-        self.exponents = store.module_exponents
+        self.basis = store.basis
         self.kind = store.dtype
         self.row_bytes: int | None = store.row_bytes
 
     def blocks(self, numbers: np.ndarray) -> Iterator[Block]:
         """As in FinerRows; a row is read from the disk once."""
-        codec, layout = self._store.codec, self._store.layout
-        step = block_rows_of(BLOCK_BYTES, self._store.row_bytes)
+        store, codec = self._store, self._store.codec
+        widths = [file.shape[1] for file in store.shards[0].files]
+        step = block_rows_of(BLOCK_BYTES, store.row_bytes)
         for start in range(0, len(numbers), step):
-            stored, scale, own = self._store.gather(numbers[start : start + step])
+            stored, scale, own = store.gather(numbers[start : start + step])
             shard = ShardRows(
                 0,
                 start,
                 len(stored),
                 scale if codec.scaled else None,
-                lambda rows, exponents: scanned(codec, rows, layout, exponents),
+                lambda parts, exponents: scanned(codec, parts, store.layout, exponents),
+                lambda rows: elements(store, rows),
                 own,
             )
-            yield shard.block(0, self._upload(stored), self._upload)
+            parts = np.split(stored, np.cumsum(widths)[:-1], axis=1)
+            yield shard.block(0, [self._upload(part) for part in parts], self._upload)
 
 
 class ComputedRows:
@@ -70,7 +74,7 @@ class ComputedRows:
         self._compute = compute
         self._layout = layout
         self._device = device
-        self.exponents = [0] * len(layout)
+        self.basis = Basis(layout)
         self.kind = "computed"
         self.row_bytes: int | None = None
 
@@ -88,7 +92,7 @@ class ComputedRows:
             if len(rows) != len(some):
                 raise ValueError(f"rerank: expected {len(some)} rows, got {len(rows)}")
             shard = ShardRows(0, start, len(rows))
-            yield shard.block(0, rows.detach().float().to(self._device))
+            yield shard.block(0, [rows.detach().float().to(self._device)])
 
 
 def score_rows(
@@ -100,7 +104,7 @@ def score_rows(
 ) -> None:
     """Give every sink the rows `numbers`, ascending, under their places in `numbers`."""
     norm = NORM_OF_MODE[sinks[0].plan.mode]
-    norms = None if norm is None else Norms(preconditioner, norm, rows.exponents, device)
+    norms = None if norm is None else Norms(preconditioner, norm, rows.basis.exponents, device)
     for block in rows.blocks(numbers):
         found = None if norms is None else norms.of_shard(block.shard)
         use(block, norms, found, sinks)

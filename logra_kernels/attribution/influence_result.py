@@ -74,6 +74,8 @@ class InfluenceResult(Mapping[str, Any]):
     # Of each row what its tokens add to its scores, [Q, T] float32, where that was asked for.
     token_scores: list[Tensor] | None = None
     answer: Answer = Answer()
+    # What the rows' scores were divided by, where rows of few bits do not tell it for this damping.
+    normalised_by: str | None = None
 
     @property
     def top_ids(self) -> list[list[str]]:

@@ -198,6 +198,11 @@ class TwoStage:
             raise ValueError(
                 "certified: expected a finer store, whose rows' residuals are known; got a function"
             )
+        if not self.scan.store.basis.plain:
+            raise ValueError(
+                f"certified: expected rows in their modules' columns, got {self.scan.store.path}, "
+                "whose rows are whitened or rotated"
+            )
         scan, norm = self.scan, NORM_OF_MODE[mode]
         if self._finer_scan is None:
             self._finer_scan = Attributor(self._finer, scan.preconditioner, device=scan.device)
@@ -277,8 +282,7 @@ class TwoStage:
         return Norms(plain, "sigma", store.module_exponents, self.scan.device, store)
 
     def _plan(self, rows: FinerRows, prepared: PreparedQueries, mode: str) -> Plan:
-        layout, device = self.scan.store.layout, self.scan.device
-        return plan_scan(prepared, mode, None, layout, rows.exponents, device)[0]
+        return plan_scan(prepared, mode, None, rows.basis, self.scan.device)[0]
 
     def _matrix(
         self, rows: FinerRows, prepared: PreparedQueries, mode: str, numbers: np.ndarray

@@ -599,7 +599,9 @@ def _compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="folder of the store")
     parser.add_argument("out", help="folder of the new store")
     rows = parser.add_argument_group("rows")
-    _choice(rows, "--codec", f"int8|{STORE_DTYPE}|float32", "of the new store; default: int8")
+    _choice(
+        rows, "--codec", "int8|int4|int2|sign|float16|float32", "of the new store; default: int8"
+    )
 
 
 def _report(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ It imports numpy and file-format libraries only, so that a store can be read wit
 """
 
 from logra_kernels.store.codecs import RowCodec, codec_names, register_codec, row_codec
-from logra_kernels.store.compress import compress_store
 from logra_kernels.store.errors import (
     DuplicateIdError,
     StoreError,
@@ -41,7 +40,6 @@ __all__ = [
     "StoreWriteError",
     "StoreWriter",
     "codec_names",
-    "compress_store",
     "huge_buffer",
     "planned_bytes",
     "register_codec",

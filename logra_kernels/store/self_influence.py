@@ -28,6 +28,7 @@ from logra_kernels.store.files import (
 )
 from logra_kernels.store.manifest import (
     LOCK,
+    PLANE_KEYS,
     check_seal,
     first_difference,
     plain_json,
@@ -193,11 +194,14 @@ def find_files(folder: Path) -> dict[int, list[tuple[str, str | None, str]]]:
 
 
 def _rows_crc(shard: dict[str, Any]) -> str:
-    """What tells a shard's rows from others: their CRC-32, with that of their exponents in it."""
-    rows: str = shard["data"]["crc32"]
-    if "exponents" in shard:
-        rows = crc32_text(zlib.crc32((rows + shard["exponents"]["crc32"]).encode()))
-    return rows
+    """What tells a shard's rows from others: the CRC-32 of their file.
+
+    If they have several, or exponents, it is the CRC-32 of these files' CRC-32s, one after the
+    other.
+    """
+    keys = ("data", *PLANE_KEYS, "exponents")
+    files: list[str] = [shard[key]["crc32"] for key in keys if key in shard]
+    return files[0] if len(files) == 1 else crc32_text(zlib.crc32("".join(files).encode()))
 
 
 def _check_values_file(path: Path, shape: tuple[int, int]) -> None:
