@@ -42,6 +42,7 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {  # and the options that they
     "targets": ("bench.targets", ("threads", "json")),  # what this package holds itself to
     "codecs": ("bench.codecs", SHARED),  # bytes, accuracy and speed of rows by codec
     "plan": ("bench.plan", ("quick", "threads", "json")),  # `logra plan` beside what comes
+    "answers": ("bench.answers", ("quick", "threads", "json")),  # two-stage ones beside the exact
     "grid": ("bench.grid", SHARED),  # every op, dtype and shape against torch
     "peers": ("bench.peers", SHARED),  # LogIX, Bergson, dattri, dattri-llm
     "table1": ("bench.table1", SHARED),  # LoGra beside EKFAC

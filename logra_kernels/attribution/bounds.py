@@ -135,6 +135,10 @@ class Frontier:
         self._new: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._waiting = 0
 
+    def __len__(self) -> int:
+        """The entries, of which some may have to go."""
+        return len(self.rows) + self._waiting
+
     def add(self, middle: Tensor, radius: Tensor, first_row: int) -> None:
         """Scores [Q, R] float64 of rows from `first_row` on, and how far they may be off."""
         low, high = middle - radius, middle + radius
@@ -160,8 +164,7 @@ class Frontier:
         self._new, self._waiting = [], 0
 
     def drop(self) -> Tensor:
-        """Take out all entries; their rows."""
-        self.prune()
+        """Take out all entries, none of which is waiting; their rows."""
         rows: Tensor = self.rows.unique()
         empty = self.queries[:0]
         self.queries, self.rows = empty, empty
@@ -229,7 +232,10 @@ class BoundedScores:
         num_rows = block.rows.shape[0]
         for start in range(0, num_rows, step):
             self._add(block, start, min(start + step, num_rows), norms)
-        if len(self.top.rows) + len(self.bottom.rows) > MOST_ENTRIES:
+        if len(self.top) + len(self.bottom) > MOST_ENTRIES:
+            for end in (self.top, self.bottom):
+                end.prune()
+        if len(self.top) + len(self.bottom) > MOST_ENTRIES:
             for end in (self.top, self.bottom):
                 self.every_query[end.drop().numpy()] = True
 

@@ -25,7 +25,7 @@ from logra_kernels.attribution.plan import (
     check_top_k,
     plan_scan,
 )
-from logra_kernels.attribution.recall import CoarseEnd, ErrorModel, poisson_interval
+from logra_kernels.attribution.recall import CoarseEnd, ErrorModel, Scored, poisson_interval
 from logra_kernels.attribution.sinks import FullMatrix, TopK
 from logra_kernels.curvature import IdentityPreconditioner
 from logra_kernels.defaults import RANKING_MODE, RECALL
@@ -135,58 +135,53 @@ class TwoStage:
     ) -> InfluenceResult:
         """The best of the candidates, of a given number or as many as the recall takes."""
         rows = self.scan.store.num_rows
-        least = max(LEAST_LISTED, 8 * k, int(LISTED_SHARE * rows))
-        # Some rows behind the candidates show how many are missed.
-        listed = min(rows, least if candidates is None else 2 * candidates)
+        # The score of mode "l2" is a product and a term that has no error.
+        sizes = self._sizes(None if mode == "l2" else NORM_OF_MODE[mode], progress)
         sample = np.random.default_rng(0).choice(rows, min(rows, SAMPLED), replace=False)
-        sampled = self._matrix(self._coarse, prepared, mode, np.sort(sample))
-        errors: ErrorModel | None = None
-        while True:
-            coarse = self.scan.top_k(prepared, listed, mode, progress=progress)
-            if errors is None:
-                errors, lasts = self._probe(prepared, k, mode, coarse)
-            ends = (
-                (CoarseEnd(coarse.top_scores, sampled, rows), errors, lasts[0]),
-                (CoarseEnd(-coarse.bottom_scores, -sampled, rows), errors.reversed(), lasts[1]),
-            )
-            if candidates is not None:
-                counts = [torch.full((len(prepared.names),), min(candidates, rows))] * 2
-                break
-            allowed = (1 - recall) * k
+        sample.sort()
+        sampled = self._matrix(self._coarse, prepared, mode, sample)
+        # Some rows behind the candidates show how many are missed.
+        least = max(LEAST_LISTED, 8 * k, int(LISTED_SHARE * rows))
+        listed = min(rows, least if candidates is None else 2 * candidates)
+        coarse = self.scan.top_k(prepared, listed, mode, progress=progress)
+        errors, lasts = self._probe(prepared, k, mode, coarse, sizes)
+        counts = [torch.full((len(prepared.names),), min(candidates or 0, rows))] * 2
+        while candidates is None:
             _, high = errors.stretches()  # the wider spread, so that the recall is kept
-            missed = [end.missed(model, last, high) for end, model, last in ends]
-            enough = [of_end <= allowed for of_end in missed]  # [Q, listed + 1]
-            if listed == rows or all(bool(one[:, -1].all()) for one in enough):
-                counts = [one.double().argmax(dim=1).clamp(min=k) for one in enough]
+            ends = _ends(coarse, sampled, sample, sizes)
+            enough = [
+                end.missed(errors, last, high) <= (1 - recall) * k
+                for end, last in zip(ends, lasts, strict=True)
+            ]  # [Q, listed + 1]
+            if listed == rows or all(bool(of_end[:, -1].all()) for of_end in enough):
+                counts = [of_end.double().argmax(dim=1).clamp(min=k) for of_end in enough]
                 break
             listed = min(rows, 4 * listed)
+            coarse = self.scan.top_k(prepared, listed, mode, progress=progress)
         chosen = [
-            found[q, : counts[end][q]]
-            for end, found in enumerate((coarse.top_rows, coarse.bottom_rows))
-            for q in range(len(found))
+            of_query[:count]
+            for found, of_end in zip((coarse.top_rows, coarse.bottom_rows), counts, strict=True)
+            for of_query, count in zip(found, of_end.tolist(), strict=True)
         ]
         numbers = torch.cat(chosen).unique().numpy()
         result = self._exact_top_k(prepared, k, mode, numbers)
         result.zero_rows = coarse.zero_rows
-        last = result.top_scores[:, -1:].double(), -result.bottom_scores[:, -1:].double()
-        expected = [
-            sum(
-                float(end.missed(model, at, stretch).gather(1, count[:, None]).sum())
-                for (end, model, _), at, count in zip(ends, last, counts, strict=True)
-            )
-            for stretch in (1.0, *errors.stretches())
-        ]
-        if len(numbers) == rows:
-            expected = [0.0] * 3
+        ends = _ends(coarse, sampled, sample, sizes, numbers)
+        kept = result.top_scores, -result.bottom_scores
         places = 2 * k * len(prepared.names)
-        few, many = poisson_interval(*expected[1:])
-        needed = tuple((counts[0] + counts[1]).tolist())
+        lost = [0.0, 0.0, 0.0]
+        if len(numbers) < rows:
+            lost = [
+                sum(end.lost(errors, one, stretch) for end, one in zip(ends, kept, strict=True))
+                for stretch in (1.0, *errors.stretches())
+            ]
+        few, many = poisson_interval(*lost[1:])
         result.answer = self._answer(
             "re-ranked",
-            needed,
+            tuple((counts[0] + counts[1]).tolist()),
             len(numbers),
-            recall=max(0.0, 1 - expected[0] / places),
-            recall_interval=(max(0.0, 1 - many / places), 1 - few / places),
+            recall=1 - lost[0] / places,
+            recall_interval=(max(0.0, 1 - many / places), max(0.0, 1 - few / places)),
         )
         return result
 
@@ -207,7 +202,9 @@ class TwoStage:
         if self._finer_scan is None:
             self._finer_scan = Attributor(self._finer, scan.preconditioner, device=scan.device)
         finer_scan = self._finer_scan
-        norms = None if norm is None else finer_scan.known_norms(norm, progress)
+        norms = None
+        if norm is not None:
+            norms = finer_scan.complete(self._norms(self._finer, norm), progress)
         gaps = residuals(scan.store, self._finer)
         plan = self._plan(self._coarse, prepared, mode)
         exact = self._plan(self._exact, prepared, mode)
@@ -222,7 +219,7 @@ class TwoStage:
             scan.store,
             k,
         )
-        scan.visit(sink, self._lengths(), len(prepared.names), progress)
+        scan.visit(sink, self._norms(scan.store), len(prepared.names), progress)
         ends = sink.top, sink.bottom
         for end in ends:
             end.prune()
@@ -259,7 +256,12 @@ class TwoStage:
             end.prune(least)
 
     def _probe(
-        self, prepared: PreparedQueries, k: int, mode: str, coarse: InfluenceResult
+        self,
+        prepared: PreparedQueries,
+        k: int,
+        mode: str,
+        coarse: InfluenceResult,
+        sizes: Tensor,
     ) -> tuple[ErrorModel, tuple[Tensor, Tensor]]:
         """How coarse and exact scores of leading rows differ, and the k-th exact of each end."""
         probed = min(max(2 * k, PROBED), coarse.top_rows.shape[1])
@@ -273,13 +275,33 @@ class TwoStage:
             exact[here] = self._matrix(self._exact, some, mode, numbers.numpy()).gather(1, places)
         top = exact[:, :probed].topk(k, dim=1).values[:, -1:].double()
         bottom = (-exact[:, probed:]).topk(k, dim=1).values[:, -1:].double()
-        return ErrorModel.fit(scores, exact), (top, bottom)
+        return ErrorModel.fit(scores, exact, sizes[rows]), (top, bottom)
 
-    def _lengths(self) -> Norms:
-        """The norms of the coarse rows themselves, by module."""
-        store = self.scan.store
-        plain = IdentityPreconditioner(store.layout)
-        return Norms(plain, "sigma", store.module_exponents, self.scan.device, store)
+    def _norms(self, store: Store, norm: str | None = None) -> Norms:
+        """A store's norms by module, beside the store; None: of the rows themselves."""
+        preconditioner = self.scan.preconditioner
+        if norm is None:
+            preconditioner = IdentityPreconditioner(store.layout)
+        device = self.scan.device
+        return Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
+
+    def _sizes(self, norm: str | None, progress: Progress) -> Tensor:
+        """What the errors of the coarse rows' scores grow with, [N] float64.
+
+        A row's norm; divided by the norm that the mode divides the score by.
+        """
+        store, parts = self.scan.store, []
+        members = list(range(len(store.layout)))
+        lengths = self.scan.complete(self._norms(store), progress)
+        norms = None if norm is None else self.scan.complete(self._norms(store, norm), progress)
+        for index, shard in enumerate(store.shards):
+            rows, whole = self.scan.shard_rows(index), slice(0, shard.num_rows)
+            size = lengths.of_shard(rows).true_norms(members, whole)
+            if norms is not None:
+                by = norms.of_shard(rows).true_norms(members, whole)
+                size = np.divide(size, by, out=np.zeros_like(size), where=by > 0)
+            parts.append(size)
+        return torch.from_numpy(np.concatenate(parts))
 
     def _plan(self, rows: FinerRows, prepared: PreparedQueries, mode: str) -> Plan:
         return plan_scan(prepared, mode, None, rows.basis, self.scan.device)[0]
@@ -315,3 +337,37 @@ class TwoStage:
         size = None if row_bytes is None else reranked * row_bytes
         rows, kind = self.scan.store.num_rows, self._exact.kind
         return Answer(method, rows, kind, candidates, reranked, size, **estimate)
+
+
+def _ends(
+    coarse: InfluenceResult,
+    sampled: Tensor,
+    sample: np.ndarray,
+    sizes: Tensor,
+    known: np.ndarray | None = None,
+) -> tuple[CoarseEnd, CoarseEnd]:
+    """Both ends of a scan's rankings, without chances for rows whose exact scores are known.
+
+    Args:
+        coarse: a top k of the scan.
+        sampled: scores [Q, S] of the rows `sample` [S].
+        sizes: of all rows, [N].
+        known: numbers of rows.
+    """
+    out = torch.zeros(len(sizes), dtype=torch.bool)
+    if known is not None:
+        out[torch.from_numpy(known)] = True
+    rows = torch.from_numpy(sample)
+
+    def end(scores: Tensor, found: Tensor, of_sample: Tensor) -> CoarseEnd:
+        return CoarseEnd(
+            Scored(scores.masked_fill(out[found], -torch.inf), sizes[found]),
+            Scored(of_sample.masked_fill(out[rows], -torch.inf), sizes[rows]),
+            scores[:, -1:],
+            len(sizes),
+        )
+
+    return (
+        end(coarse.top_scores, coarse.top_rows, sampled),
+        end(-coarse.bottom_scores, coarse.bottom_rows, -sampled),
+    )

@@ -30,7 +30,12 @@ from logra_kernels.projection import PILOTED
 from logra_kernels.report.console import say, warn
 from logra_kernels.report.render import format_bytes, format_seconds, plural
 from logra_kernels.report.results import STANDARD_OUTPUT, write_json
-from logra_kernels.store import codec_names
+from logra_kernels.store import codec_names, row_codec
+
+
+def loggable(init: str) -> tuple[str, ...]:
+    """The codecs that rows can be logged in: those of few bits take rows of an eigenbasis."""
+    return tuple(name for name in codec_names() if init == "eigen" or row_codec(name).faithful)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,9 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("data: a plan reads the data, and standard input can be read once")
     complete_row_options(arguments)
     check_labels(arguments)
-    given = arguments.store_dtype or [STORE_DTYPE]
-    codecs = codec_names() if "all" in given else tuple(dict.fromkeys(given))
-    arguments.store_dtype = codecs[0]  # of the line that describes a row
+    given = arguments.codec or [STORE_DTYPE]
+    codecs = loggable(arguments.init) if "all" in given else tuple(dict.fromkeys(given))
+    arguments.codec = codecs[0]  # of the line that describes a row
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = open_corpus(arguments, lm)
     sizes = {name: getattr(arguments, name) for name in ("batch_tokens", "batch_size")}

@@ -225,12 +225,17 @@ def _query_result(
         ranks = {ranking.name: ranking.expected_ranks[record.id] for ranking in rankings}
         result["expected"] = {"what": expected, "ranks": ranks}
     result["modes"] = [
-        {**_mode_facts(ranking), "top": ranking.top[q], "bottom": ranking.bottom[q]}
+        {
+            **_mode_facts(ranking),
+            "top": ranking.top[q],
+            "bottom": ranking.bottom[q],
+        }
         for ranking in rankings
     ]
     return result
 
 
 def _mode_facts(ranking: Ranking) -> dict[str, Any]:
+    """The mode, and of several dampings its own."""
     scale = {} if ranking.scale is None else scale_facts(ranking.scale)
     return {"mode": ranking.mode, **scale}

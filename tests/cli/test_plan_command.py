@@ -19,11 +19,12 @@ from tiny_lm import make_model, sentences, write_jsonl
 import logra_kernels.lm.plan as planning
 from logra_kernels.cli import main
 from logra_kernels.lm.corpus import Example, batches
-from logra_kernels.store import Store, codec_names
+from logra_kernels.store import Store, codec_names, row_codec
 
 pytest.importorskip("transformers")
 
 COUNT = 90
+LOGGABLE = [name for name in codec_names() if row_codec(name).faithful]  # without a pilot
 EXACT = ["rows", "ids", "curvature", "projection", "norms"]
 
 
@@ -72,7 +73,7 @@ def ask(files: Path, store: str, *more: str) -> None:
     assert main(["query", *given, "--text", "the cat sat", *more]) == 0
 
 
-@pytest.mark.parametrize("dtype", codec_names())
+@pytest.mark.parametrize("dtype", LOGGABLE)
 def test_the_bytes_of_a_store_are_exact(
     files: Path, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +104,7 @@ def test_a_plan_says_what_it_is_of(files: Path, capsys: pytest.CaptureFixture[st
     assert (made["format"], made["version"]) == ("logra_kernels.plan", 1)
     assert (made["rows"], made["dim"], made["queries"]) == (COUNT, 6 * 8 * 8, 1)
     assert made["tokens"] == sum(len(text.encode()) for text in sentences(COUNT))
-    assert list(made["codecs"]) == list(codec_names())
+    assert list(made["codecs"]) == LOGGABLE
     assert made["estimated"] == ["manifest"]
     for plan in made["codecs"].values():
         assert plan["shards"] == 2

@@ -69,7 +69,7 @@ def test_rows_that_hold_scaled_coordinates_score_as_their_gradients(
     attributor = Attributor(store, "shrunk", solver=solver)
     assert attributor.preconditioner.kind == "shrunk"
     preconditioned = attributor.precondition(rows.float())
-    dot, sigma, theta = 0.0, 0.0, 0.0
+    dot, sigma, theta = (torch.zeros(1, dtype=torch.float64) for _ in range(3))
     dimensions = attributor.preconditioner.effective_dimensions()
     for i, s in enumerate(stored_scales(store)):
         name, part = store.layout.names[i], rows.split(store.layout.sizes, 1)[i]
@@ -83,13 +83,14 @@ def test_rows_that_hold_scaled_coordinates_score_as_their_gradients(
         sigma = sigma + ((g @ inverse) * g).sum(1)
         theta = theta + (g @ inverse).square().sum(1)
         assert dimensions[name] == pytest.approx(float((h_g * inverse).sum()), rel=1e-6)
-    assert torch.allclose(preconditioned.double() @ rows.T, dot, rtol=1e-5, atol=1e-6 * dot.max())
+    assert torch.allclose(
+        preconditioned.double() @ rows.T, dot, rtol=1e-5, atol=1e-6 * float(dot.max())
+    )
     found = {mode: attributor.scores(rows.float(), mode).scores for mode in SCAN_MODES}
-    close = {"rtol": 1e-4, "atol": 1e-5}
     for mode, divisor in (("dot", 1), ("l-relatif", sigma.sqrt()), ("theta-relatif", theta.sqrt())):
         want = (dot / divisor).float()
         want_size = float(want.abs().max())
-        assert torch.allclose(found[mode] / want_size, want / want_size, **close), mode
+        assert torch.allclose(found[mode] / want_size, want / want_size, rtol=1e-4, atol=1e-5), mode
     # Relative to the mean over all coordinates of a weight, as the diagonal's damping is.
     diagonal = Attributor(store, logra.curvature.DiagonalCurvature.rebuild(store))
     assert attributor.dampings == pytest.approx(diagonal.dampings, rel=1e-5)
