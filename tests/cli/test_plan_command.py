@@ -257,9 +257,10 @@ def test_refusals(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("--seconds", "0", "expected a whole number of at least 1"),
         ("--queries", "many", "expected a whole number of at least 1"),
     ):
+        names = "--codec/--store-dtype" if option == "--store-dtype" else option
         with pytest.raises(SystemExit, match="2"):
             main([*plan, option, value])
-        assert f"argument {option}: {wanted}, got '{value}'" in capsys.readouterr().err
+        assert f"argument {names}: {wanted}, got '{value}'" in capsys.readouterr().err
     assert "no folder" in refused([*plan, "--json", str(tmp_path / "no" / "plan.json")])
     place = plan.index("--data") + 1
     message = refused([*plan[:place], "-", *plan[place + 1 :], "--format", "jsonl"])
