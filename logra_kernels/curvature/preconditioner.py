@@ -237,6 +237,11 @@ class CholeskyPreconditioner(_OfMatrices):
     def _check(self, i: int) -> None:
         self._factor(i)
 
+    def lower_factors(self) -> dict[str, Tensor]:
+        """L with L Lᵀ = H + λI, {name: [K, K] float64}, of modules that a gradient reached."""
+        factors = zip(self.layout.names, each_module(len(self.layout), self._factor), strict=True)
+        return {name: factor for name, factor in factors if factor is not None}
+
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         factor = self._factor(i)
         if factor is None:

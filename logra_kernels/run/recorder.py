@@ -249,7 +249,9 @@ class Recorder:
     def _accumulate(self, rows: Tensor, logged: LoggedRows, setup: Setup) -> None:
         """Add rows as stored, and their tokens, to the curvature and the statistics."""
         if setup.curvature_of_rows is not None and self.curvature is not None:
-            self.curvature.update_finite(rows)
+            # Beside tokens, which are not rounded, the gradients are not either.
+            of_tokens = self.curvature.tokens is not None
+            self.curvature.update_finite(logged.rows.float() if of_tokens else rows)
             self._add_tokens(self.curvature, logged)
         for tensor, statistic in setup.statistics:
             name = stored_name(tensor, statistic)
@@ -267,7 +269,7 @@ class Recorder:
             return
         curvature = self._curvature_of_tokens
         if curvature is not None:
-            curvature.update_finite(again.rows)
+            curvature.update_finite(again.rows.float())
             self._add_tokens(curvature, again)
         for one in self.statistics.values():
             if one.tensor != "grad":
