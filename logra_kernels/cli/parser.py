@@ -486,8 +486,8 @@ def _log_rows(group: argparse._ArgumentGroup, several: bool = False) -> None:
         "--curvature",
         type=_curvature_kind,
         metavar="KIND",
-        help="raw (the covariance of the rows), kfac, ekfac, ec-shampoo, diagonal, or none; kept"
-        f" while logging; default: {CURVATURE}, and diagonal with --init eigen",
+        help="raw (the covariance of the rows), kfac, ekfac, ec-shampoo, diagonal, shrunk, or none;"
+        f" kept while logging; default: {CURVATURE}, and diagonal with --init eigen",
     )
 
 
