@@ -21,10 +21,10 @@ from bench.harness import results
 from bench.harness.cases import effort, medians, options, prepare, time_in_turns
 from bench.harness.tables import table
 from logra_kernels import ops
-from logra_kernels.attribution import Attributor
+from logra_kernels.attribution import Attributor, compress_store
 from logra_kernels.evaluation import recall_at
 from logra_kernels.evaluation.lds import spearman
-from logra_kernels.store import Store, codec_names, compress_store
+from logra_kernels.store import Store, codec_names
 
 BEST = 20
 ROW_BYTES = 1 << 28  # of float16 rows whose scan is timed

@@ -25,9 +25,9 @@ _ALSO = {
     ),
     "ops": (
         *("TopK", "covariance_update_", "isa", "pack_rows", "per_sample_gradients"),
-        *("project", "projected_coordinates", "projected_gradients"),
+        *("plane_scores", "project", "projected_coordinates", "projected_gradients"),
         *("projected_gradients_grouped", "scores"),
-        *("self_influence", "topk_scores", "unpack_rows"),
+        *("self_influence", "topk_plane_scores", "topk_scores", "unpack_rows"),
     ),
 }
 _HOMES = {

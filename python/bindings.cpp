@@ -155,6 +155,38 @@ void topk_scores(const View& queries, const View& rows, std::size_t k, Address r
            pointer<const float>(row_bias), k, row_offset, top, bottom);
 }
 
+// Of uint8, which logra::Dtype does not have, so the views' dtype is not looked at.
+logra::Planes planes(const std::vector<View>& views, std::size_t cols, Address levels) {
+  logra::Planes planes;
+  planes.count = views.size();
+  for (std::size_t p = 0; p < views.size() && p < logra::Planes::kMost; ++p) {
+    expect_axes(views[p], 2);
+    planes.data[p] = pointer<const std::uint8_t>(views[p].address);
+    planes.row_strides[p] = views[p].strides[0];
+    planes.rows = views[p].shape[0];
+  }
+  planes.cols = cols;
+  planes.levels = pointer<const std::int8_t>(levels);
+  return planes;
+}
+
+void plane_scores(const View& queries, const std::vector<View>& rows, Address levels, Address row_scale,
+                  Address row_bias, Address out) {
+  const logra::Matrix asked = matrix(queries);
+  released(logra::plane_scores, asked, planes(rows, asked.cols, levels), pointer<const float>(row_scale),
+           pointer<const float>(row_bias), pointer<float>(out));
+}
+
+void topk_plane_scores(const View& queries, const std::vector<View>& rows, Address levels, std::size_t k,
+                       Address row_scale, Address row_bias, std::int64_t row_offset, Address top_scores,
+                       Address top_ids, Address bottom_scores, Address bottom_ids) {
+  const logra::Matrix asked = matrix(queries);
+  const logra::Extremes top = {pointer<float>(top_scores), pointer<std::int64_t>(top_ids)};
+  const logra::Extremes bottom = {pointer<float>(bottom_scores), pointer<std::int64_t>(bottom_ids)};
+  released(logra::topk_plane_scores, asked, planes(rows, asked.cols, levels), pointer<const float>(row_scale),
+           pointer<const float>(row_bias), k, row_offset, top, bottom);
+}
+
 void self_influence(const View& rows, const View& factor, Address out) {
   released(logra::self_influence, matrix(rows), matrix(factor), pointer<float>(out));
 }
@@ -198,6 +230,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("covariance_update", &covariance_update);
   m.def("scores", &scores);
   m.def("topk_scores", &topk_scores);
+  m.def("plane_scores", &plane_scores);
+  m.def("topk_plane_scores", &topk_plane_scores);
   m.def("self_influence", &self_influence);
   m.def("pack_rows", &pack_rows);
   m.def("unpack_rows", &unpack_rows);

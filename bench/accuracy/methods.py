@@ -262,6 +262,10 @@ def methods_of(setting: Setting, quick: bool = False) -> list[Method]:
         Rows("eigenbasis", "diagonal", "eigen", coordinates=dim, moments="sequence")
         for dim in (() if quick else setting.coordinates)
     ]
+    methods += [
+        Rows("eigenbasis, shrunk", "shrunk", "eigen", coordinates=dim)
+        for dim in (() if quick else setting.coordinates[:2])
+    ]
     methods.append(Rows("eigenbasis", "diagonal", "eigen", coordinates=middle, pilot=0.1))
     methods += [Rows("PCA, EKFAC", "ekfac", "pca", rank=rank) for rank in quick_ranks]
     methods += [Rows("random, raw", "raw", rank=rank) for rank in quick_ranks]

@@ -70,6 +70,8 @@ class Norms:
         self._units = [e + u for e, u in zip(module_exponents, factor_units, strict=True)]
         self._memory: dict[int, np.ndarray] = {}  # shard -> norms that could not be written
         self._remembered: dict[int, ShardNorms] = {}
+        # What the norms are of, if they are others than were asked for.
+        self.said: str | None = None
         self._cache: SelfInfluenceCache | None = None
         self._missing: set[int] = set()  # shards without norms beside the store
         if store is not None:
@@ -81,6 +83,8 @@ class Norms:
             }
             self._cache = store.self_influence_cache(f"{norm}-{preconditioner.key}", meta)
             self.look_again()
+            if self._missing and not store.codec.faithful:
+                self._take_others(store)
 
     @property
     def whitenings(self) -> list[Whitening]:
@@ -95,6 +99,26 @@ class Norms:
         if self._cache is not None and self._cache.changed():
             self._missing = set(self._cache.missing())
             self._remembered.clear()
+
+    def _take_others(self, store: Store) -> None:
+        """Take the norms that came with the rows, of whichever curvature and damping.
+
+        Those of the decoded rows are not those of the rows: few bits add their error to them.
+        """
+        self.said = f"{self._norm} of the decoded rows"
+        for key, meta in store.self_influence_keys():
+            cache = store.self_influence_cache(key, meta)
+            if key.startswith(f"{self._norm}-") and not cache.missing():
+                self._cache, self._missing = cache, set()
+                self._units = list(meta["unit_exponents"])
+                of = meta["curvature"]
+                self.said = f"{self._norm} of the rows under '{of}' and the damping it came with"
+                break
+        warnings.warn(
+            f"{store.path}: rows in {store.dtype} do not tell their {self._norm} under this "
+            f"curvature and damping; the scores are divided by the {self.said}",
+            stacklevel=2,
+        )
 
     def known(self, index: int) -> bool:
         """Whether an earlier scan left the norms of the store's shard `index`."""
@@ -123,13 +147,13 @@ class Norms:
         """
         if not norms.fresh:
             return
-        layout, rows = self._preconditioner.layout, block.rows
+        layout, rows = self._preconditioner.layout, block.shard.elements(block.rows)
         found = torch.empty(rows.shape[0], len(layout), device=rows.device)
         for i, columns in enumerate(layout.split(rows)):
-            # Int8 is what scans multiply; the factors of norms take floating point.
-            wide = columns.float() if columns.dtype == torch.int8 else columns
-            found[:, i] = _norm(wide, self.whitenings[i], block.short(layout.names[i]))
+            found[:, i] = _norm(columns, self.whitenings[i], block.short(layout.names[i]))
         values = found.cpu().numpy()
+        if norms.row_scale is not None:
+            values[norms.row_scale[block.here] == 0] = 0  # whatever the codes of such a row say
         finite = np.isfinite(values)
         if self._store is not None and not finite.all():
             row, module = (int(v) for v in np.argwhere(~finite)[0])
@@ -146,7 +170,8 @@ class Norms:
         """
         if self._cache is None or not norms.fresh:
             return
-        if not self._memory:  # after one refusal no other shard is tried
+        faithful = self._store is not None and self._store.codec.faithful
+        if not self._memory and faithful:  # after one refusal no other shard is tried
             try:
                 self._cache.write(index, norms.values)
                 self._missing.discard(index)
@@ -154,6 +179,14 @@ class Norms:
             except (OSError, StoreError) as error:
                 warnings.warn(f"self-influence is not kept beside the store: {error}", stacklevel=2)
         self._memory[index] = norms.values
+
+    def adopt(self, rows: ShardRows, norms: np.ndarray) -> None:
+        """Keep norms [r, M] float64 of a shard's true rows, found elsewhere, beside the store."""
+        assert self._cache is not None
+        scale = np.ones(rows.num_rows, np.float32) if rows.row_scale is None else rows.row_scale
+        units = scale[:, None].astype(np.float64) * np.ldexp(1.0, self._units)  # [r, M]
+        found = np.divide(norms, units, out=np.zeros_like(norms), where=units > 0)
+        self._cache.write(rows.index, found.astype(np.float32))
 
     def _load(self, index: int) -> np.ndarray:
         if index in self._memory or self._cache is None:
@@ -203,6 +236,11 @@ class ShardNorms:
         """The norm over some modules of the true rows `here`, [R] float64."""
         norm = self._combined(members, here, 0)
         return norm if self.row_scale is None else norm * self.row_scale[here]
+
+    def of_modules(self, here: slice) -> np.ndarray:
+        """The norms of the true rows `here` in each module, [R, M] float64."""
+        norms = self.values[here] * np.ldexp(1.0, self.units)
+        return norms if self.row_scale is None else norms * self.row_scale[here][:, None]
 
     # NumPy on one thread: a vector of R numbers is not worth waking the others.
     def _terms(self, members: Sequence[int], here: slice, bias: bool) -> RowTerms:

@@ -25,6 +25,7 @@ from logra_kernels.attribution.sinks import FullMatrix, GroupScores, Sink, Token
 from logra_kernels.capture.short_examples import ShortExamples
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.defaults import MATRIX_MODE
+from logra_kernels.store.basis import Basis
 
 
 class StreamedScores:
@@ -71,7 +72,7 @@ class StreamedScores:
         self._query_ids = prepared.names
         layout = preconditioner.layout
         exponents = [0] * len(layout)
-        plans = plan_scan(prepared, mode, groups, layout, exponents, self._device)
+        plans = plan_scan(prepared, mode, groups, Basis(layout), self._device)
         upload = HostLanes(self._device).upload
         self._sinks: list[GroupScores] = [
             FullMatrix(plan, upload) if top_k is None else TopK(plan, upload, top_k)
@@ -159,7 +160,7 @@ class StreamedScores:
         step = block_rows_of(BLOCK_BYTES, 4 * rows.shape[1])
         for start in range(0, rows.shape[0], step):
             here = slice(start, start + step)
-            block = shard.block(start, rows[here])
+            block = shard.block(start, [rows[here]])
             if short is not None:
                 block.short = partial(short.of, places=places[here])
             use(block, self._norms, found, sinks)

@@ -1,13 +1,14 @@
 """A store's passages, ranked for the same queries in one mode after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from logra_kernels.attribution import Attributor, InfluenceResult, PreparedQueries
+from logra_kernels.attribution import Attributor, InfluenceResult, PreparedQueries, TwoStage
+from logra_kernels.attribution.finer import ComputeRows
 from logra_kernels.curvature import (
     DampingScale,
     Preconditioner,
@@ -34,11 +35,25 @@ class Ranking:
     top: list[list[Passage]]  # of each query
     bottom: list[list[Passage]]
     expected_ranks: dict[str, int | None]  # {query id: rank of the best expected passage}
+    answer: dict[str, Any]  # how the passages were found: the fields of `Answer`, and its text
 
     @property
     def name(self) -> str:
         """The mode, and of several dampings its own."""
         return self.mode if self.scale is None else f"{self.mode}, damping scale {self.scale}"
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """Finer rows by which the leading rows of a scan are ranked, and how many of these.
+
+    `finer` is what `TwoStage` takes, the others are arguments of its `top_k`.
+    """
+
+    finer: Store | ComputeRows
+    candidates: int | None = None
+    recall: float | None = None
+    certified: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,7 @@ class Scans:
         rows: the queries' gradients, [Q, D].
         names: the queries' ids.
         damping_scale, damping: as in `Attributor`; or several scales, which share each scan.
+        second: ranks by finer rows; None: by the store's.
     """
 
     def __init__(
@@ -68,6 +84,7 @@ class Scans:
         *,
         damping_scale: DampingScale | Sequence[DampingScale] | None,
         damping: float | None,
+        second: SecondLook | None = None,
     ) -> None:
         self._store = store
         self._rows = rows
@@ -78,6 +95,7 @@ class Scans:
         elif damping_scale is not None:
             self._scales = [*damping_scale]
         self._damping = damping
+        self._second = second
 
     @cached_property
     def _curved(self) -> tuple[Attributor, list[_Asked]]:
@@ -127,8 +145,9 @@ class Scans:
                         ranks[name] = _best_rank(ids, of_query, expected[name])
             top, bottom = (_passages(result, end) for end in ("top", "bottom"))
             scale = one.scale if len(self._scales) > 1 else None
+            answer = {**asdict(result.answer), "text": str(result.answer)}
             rankings.append(
-                Ranking(mode, scale, one.queries, one.preconditioner, top, bottom, ranks)
+                Ranking(mode, scale, one.queries, one.preconditioner, top, bottom, ranks, answer)
             )
         return rankings
 
@@ -148,6 +167,8 @@ class Scans:
         """The best and worst passages for each damping, or with no `top_k` the matrices."""
         attributor, asked = self._of(mode)
         scan_mode = MATRIX_MODE if mode == GRADIENT_DOT else mode
+        if self._second is not None and top_k is not None:
+            return [self._look_again(self._second, one, top_k, scan_mode) for one in asked]
         if len(asked) > 1:
             return attributor.sweep(
                 self._rows,
@@ -159,6 +180,19 @@ class Scans:
         if top_k is None:
             return [attributor.scores(asked[0].queries, scan_mode)]
         return [attributor.top_k(asked[0].queries, top_k, scan_mode)]
+
+    def _look_again(
+        self, second: SecondLook, asked: _Asked, top_k: int, mode: str
+    ) -> InfluenceResult:
+        """The best and worst passages by finer rows."""
+        return TwoStage(Attributor(self._store, asked.preconditioner), second.finer).top_k(
+            asked.queries,
+            top_k,
+            mode,
+            candidates=second.candidates,
+            recall=second.recall,
+            certified=second.certified,
+        )
 
     def _damping_facts(self, asked: _Asked) -> dict[str, Any]:
         facts: dict[str, Any] = {"lambdas": asked.preconditioner.dampings}

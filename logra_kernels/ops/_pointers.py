@@ -12,6 +12,7 @@ _DTYPES = {
     torch.bfloat16: 2,
     torch.float64: 3,
     torch.int8: 4,
+    torch.uint8: 5,  # of planes of bits, which are no Matrix
 }
 
 

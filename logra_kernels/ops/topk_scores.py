@@ -78,28 +78,55 @@ def _check(
     row_offset: int = 0,
 ) -> tuple[Any, ...]:
     queries, rows, row_scale, row_bias = check_scan(queries, rows, row_scale, row_bias)
+    check_ends(queries, rows.shape[0], k, state, row_offset, accumulator(queries, rows))
+    return queries, rows, k, row_scale, row_bias, state, row_offset
+
+
+def check_ends(
+    queries: Tensor,
+    num_rows: int,
+    k: int,
+    state: list[Tensor] | None,
+    row_offset: int,
+    score_dtype: torch.dtype,
+) -> None:
+    """Refuses what `num_rows` rows from row_offset on cannot be folded into."""
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
     if k > LARGEST_K:
         raise ValueError(f"k: expected at most {LARGEST_K}, got {k}")
     if row_offset < 0:
         raise ValueError(f"row_offset: expected at least 0, got {row_offset}")
-    if row_offset > LARGEST_ID - rows.shape[0]:
+    if row_offset > LARGEST_ID - num_rows:
         raise ValueError(f"row_offset: expected ids below 2**63, got {row_offset} + R")
     if state is not None:
         if len(state) != 4:
             raise ValueError(f"state: expected the four tensors of a TopK, got {len(state)}")
         for name, part in zip(TopK._fields, state, strict=True):
-            wanted = torch.int64 if name.endswith("ids") else accumulator(queries, rows)
+            wanted = torch.int64 if name.endswith("ids") else score_dtype
             expect_dtype(f"state.{name}", part, wanted)
             expect_shape(f"state.{name}", part, Q=queries.shape[0], k=k)
             expect_same_device(queries=queries, **{f"state.{name}": part})
-    return queries, rows, k, row_scale, row_bias, state, row_offset
+
+
+def fake_ends(queries: Tensor, k: int, score_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The shapes and dtypes of a TopK."""
+    dtypes = (score_dtype, torch.int64) * 2
+    return tuple(queries.new_empty(queries.shape[0], k, dtype=dtype) for dtype in dtypes)
+
+
+def new_ends(queries: Tensor, k: int, state: list[Tensor] | None) -> list[Tensor]:
+    """The four tensors that a kernel on the CPU folds rows into: empty, or a copy of `state`."""
+    if state is not None:
+        return [part.clone(memory_format=torch.contiguous_format) for part in state]
+    shape = (queries.shape[0], k)
+    best, worst = queries.new_full(shape, -torch.inf), queries.new_full(shape, torch.inf)
+    ids = queries.new_full(shape, -1, dtype=torch.int64)
+    return [best, ids, worst, ids.clone()]
 
 
 def _fake(queries: Tensor, rows: Tensor, k: int, *rest: object) -> tuple[Tensor, ...]:
-    dtypes = (accumulator(queries, rows), torch.int64) * 2
-    return tuple(queries.new_empty(queries.shape[0], k, dtype=dtype) for dtype in dtypes)
+    return fake_ends(queries, k, accumulator(queries, rows))
 
 
 def _native(
@@ -112,13 +139,7 @@ def _native(
     state: list[Tensor] | None,
     row_offset: int,
 ) -> tuple[Tensor, ...]:
-    if state is None:
-        shape = (queries.shape[0], k)
-        best, worst = queries.new_full(shape, -torch.inf), queries.new_full(shape, torch.inf)
-        ids = queries.new_full(shape, -1, dtype=torch.int64)
-        merged = [best, ids, worst, ids.clone()]
-    else:
-        merged = [part.clone(memory_format=torch.contiguous_format) for part in state]
+    merged = new_ends(queries, k, state)
     c.topk_scores(
         view(queries),
         view(rows),

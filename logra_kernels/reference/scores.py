@@ -1,5 +1,7 @@
 """Scores of every stored row against every query (Eq. 3, once the query is preconditioned)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,25 @@ def scores(
     multiplied by float32 queries rounded to `whole_numbers`.
     """
     dtype = accumulator(queries, rows)
-    queries = queries.to(dtype)
+
+    def products(queries: Tensor) -> Tensor:
+        if rows.dtype == torch.int8 and dtype == torch.float32:
+            whole, scale = whole_numbers(queries, LARGEST_NUMBER)
+            return (whole @ rows.double().T * scale).float()  # the sums are exact
+        return queries @ rows.to(dtype).T
+
+    return scaled(queries.to(dtype), products, row_scale, row_bias)
+
+
+def scaled(
+    queries: Tensor,
+    products: Callable[[Tensor], Tensor],
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+) -> Tensor:
+    """products(queries) [Q, R] times row_scale plus row_bias, safe for large queries."""
     factors = _factors(queries)  # [Q, 1]
-    queries = queries / factors
-    if rows.dtype == torch.int8 and dtype == torch.float32:
-        whole, scale = whole_numbers(queries)
-        out = (whole @ rows.double().T * scale).float()  # [Q, R]; the sums are exact
-    else:
-        out = queries @ rows.to(dtype).T  # [Q, R]
+    out = products(queries / factors)
     if row_scale is not None:
         out = out * row_scale
     out = out * factors
@@ -35,17 +48,17 @@ def scores(
     return out
 
 
-def whole_numbers(queries: Tensor) -> tuple[Tensor, Tensor]:
+def whole_numbers(queries: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Queries [Q, D] float32 as whole numbers times a scale, [Q, D] and [Q, 1] float64.
 
-    The largest of a query's numbers is LARGEST_NUMBER. The scale of one that is not finite is NaN.
+    The largest of a query's numbers is `most`. The scale of one that is not finite is NaN.
     """
     if queries.shape[1] == 0:
         return queries.double(), queries.new_ones(queries.shape[0], 1, dtype=torch.float64)
     largest = queries.abs().amax(dim=1, keepdim=True).double()
     known = largest.isfinite() & (largest > 0)
-    whole = (queries.double() * (LARGEST_NUMBER / largest)).round()  # to even
-    scale = torch.where(known, largest / LARGEST_NUMBER, torch.where(largest == 0, 1.0, torch.nan))
+    whole = (queries.double() * (most / largest)).round()  # to even
+    scale = torch.where(known, largest / most, torch.where(largest == 0, 1.0, torch.nan))
     return torch.where(known, whole, 0.0), scale
 
 

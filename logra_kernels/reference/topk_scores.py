@@ -22,8 +22,12 @@ def topk_scores(
     Row r has the id row_offset + r. Best first: by score, then by lower id. Where there are fewer
     than k rows the rest is -inf (+inf at the bottom) with id -1. A NaN score is never selected.
     """
-    values = scores(queries, rows, row_scale, row_bias)  # [Q, R]
-    ids = torch.arange(row_offset, row_offset + rows.shape[0], device=rows.device)
+    return fold(scores(queries, rows, row_scale, row_bias), k, state, row_offset)
+
+
+def fold(values: Tensor, k: int, state: State | None, row_offset: int) -> State:
+    """The scores [Q, R] of rows with ids from row_offset on, folded into `state`."""
+    ids = torch.arange(row_offset, row_offset + values.shape[1], device=values.device)
     ids = ids.expand(values.shape)  # [Q, R]
     kept: tuple[Tensor | None, ...] = state or (None, None, None, None)
     top = _select(values, ids, k, kept[0], kept[1], sign=1.0)

@@ -80,6 +80,9 @@ def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     if curvature["kind"] != "none":
         dampings = curvature.get("dampings") or [curvature]
         rows.append(("Damping", "; ".join(map(_damping, dampings))))
+    for answer in results.get("answers") or []:
+        if answer["method"] != "scan":
+            rows.append((f"{mode_name(answer)}, found", answer["text"]))
     rows += [
         ("Model", f"{model['path']}, {model['dtype']}"),
         ("Fingerprint", model["fingerprint"]["weights"]),
@@ -136,6 +139,15 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time, in milliseconds, seconds, minutes or hours."""
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def plural(count: int, noun: str) -> str:

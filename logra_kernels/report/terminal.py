@@ -23,6 +23,13 @@ def print_query(query: dict[str, Any], *, least: bool) -> None:
             _print_passages(f"{name}: least influential", mode["bottom"])
 
 
+def print_answers(results: dict[str, Any]) -> None:
+    """How the passages of each mode were found."""
+    say()
+    for answer in results["answers"]:
+        _paragraph(f"{mode_name(answer)}: {answer['text']}", "  ")
+
+
 def print_table(table: dict[str, Any]) -> None:
     """A results file's table, in lines of at most 96 characters: wide columns are wrapped."""
     say()

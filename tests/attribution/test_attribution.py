@@ -30,7 +30,7 @@ from logra_kernels.attribution import Attributor, InfluenceResult, influence_bet
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
-from logra_kernels.store import Store
+from logra_kernels.store import Store, codec_names
 
 QUERIES = gradients(4, seed=7)
 NORMALISED = ("l-relatif", "theta-relatif", "whitened-cosine")
@@ -277,7 +277,7 @@ def test_groups_may_be_a_list_of_substrings(store: Store) -> None:
 
 
 @pytest.mark.parametrize("mode", NORMALISED)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", codec_names())
 def test_rows_without_gradient_score_zero_and_are_counted(
     tmp_path: Path, mode: str, dtype: str
 ) -> None:

@@ -609,3 +609,23 @@ def test_a_defect_keeps_its_traceback(files: Path, monkeypatch: pytest.MonkeyPat
 def test_traceback_on_request(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(files / "none"), "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "passive"),
+        ({"OMP_WAIT_POLICY": "active"}, "active"),
+        ({"GOMP_SPINCOUNT": "1000"}, "None"),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    given: dict[str, str], found: str
+) -> None:
+    code = (
+        "import os; from logra_kernels.cli import main; main(['info', 'nowhere']); "
+        "print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    inherited = {name: value for name, value in environment().items() if name not in unset}
+    assert output(sys.executable, "-c", code, env={**inherited, **given}).strip() == found

@@ -88,11 +88,15 @@ def valid(name: str, pick: random.Random) -> list[Any]:
         return [[x, x], [dy, dy], *projs, *rest]
     if name == "covariance_update_":
         return [torch.zeros(d, d, dtype=wide), tensor(pick, r, d)]
-    scan = [tensor(pick, q, d, dtype=wide), tensor(pick, r, d)]
+    scan: list[Any] = [tensor(pick, q, d, dtype=wide), tensor(pick, r, d)]
     scales = [maybe(pick, torch.rand(r)), maybe(pick, torch.randn(r))]
-    if name == "scores":
+    if name.endswith("plane_scores"):
+        count = pick.randint(1, 4)
+        planes = [torch.randint(256, (r, (d + 7) // 8), dtype=torch.uint8) for _ in range(count)]
+        scan[1:] = [planes, torch.randint(-128, 128, (2**count,), dtype=torch.int8)]
+    if name in ("scores", "plane_scores"):
         return [*scan, *scales]
-    if name == "topk_scores":
+    if name.startswith("topk_"):
         return [*scan, pick.choice([1, 2, 9, 40]), *scales, None, pick.choice([0, 5, 2**62])]
     if name == "self_influence":
         return [tensor(pick, r, d), tensor(pick, k, d, dtype=wide)]

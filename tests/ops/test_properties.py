@@ -11,11 +11,14 @@ import pytest
 import torch
 from op_cases import (
     BOUNDS,
+    CODES,
     DTYPES,
     DY,
+    LEVELS,
     MASK,
     MODULES,
     PLACES,
+    PLANES,
     PROJ_IN,
     PROJ_OUT,
     QUERIES,
@@ -218,6 +221,17 @@ WRONG_TYPES: dict[str, dict[str, Any]] = {
         "row_bias: expected float32, got float16": given(QUERIES, ROWS, None, SCALE.half()),
         "row_scale: expected float32, got float64": given(QUERIES, ROWS, SCALE.double()),
     },
+    "plane_scores": {
+        "planes[1]: expected uint8, got int8": given(QUERIES, [PLANES[0], CODES], LEVELS[:4]),
+        "levels: expected int8, got float32": given(QUERIES, PLANES, LEVELS.float()),
+        "queries: expected float32 or float64, got float16": given(QUERIES.half(), PLANES, LEVELS),
+        "row_scale: expected float32, got float64": given(QUERIES, PLANES, LEVELS, SCALE.double()),
+    },
+    "topk_plane_scores": {
+        "state.top_ids: expected int64, got int32": given(
+            QUERIES, PLANES, LEVELS, 3, state=INT_IDS
+        ),
+    },
     "topk_scores": {
         "state.top_ids: expected int64, got int32": given(QUERIES, ROWS, 3, state=INT_IDS),
     },
@@ -282,6 +296,29 @@ WRONG_VALUES: dict[str, dict[str, Any]] = {
         "row_scale: expected [R=7], got [3]": given(QUERIES, ROWS, SCALE[:3]),
         "expected tensors on one device, got queries on cpu, rows on meta": given(
             QUERIES, ROWS.to("meta")
+        ),
+    },
+    "plane_scores": {
+        "planes: expected 1 to 4 tensors, got 0": given(QUERIES, [], LEVELS[:1]),
+        "planes: expected 1 to 4 tensors, got 5": given(QUERIES, [*PLANES, PLANES[0]], LEVELS),
+        "planes[0]: expected [R, B=3], got [7, 2]": given(QUERIES, [PLANES[0][:, :2]], LEVELS[:2]),
+        "planes[1]: expected [R=7, B=3], got [6, 3]": given(
+            QUERIES, [PLANES[0], PLANES[1][:6]], LEVELS[:4]
+        ),
+        "levels: expected [levels=4], got [16]": given(QUERIES, PLANES[:2], LEVELS),
+        "row_bias: expected [R=7], got [3]": given(QUERIES, PLANES, LEVELS, None, SCALE[:3]),
+        "expected tensors on one device, got queries on cpu, planes[0] on meta": given(
+            QUERIES, [PLANES[0].to("meta")], LEVELS[:2]
+        ),
+        "expected tensors on one device, got queries on cpu, levels on meta": given(
+            QUERIES, PLANES, LEVELS.to("meta")
+        ),
+    },
+    "topk_plane_scores": {
+        "k: expected at least 1, got 0": given(QUERIES, PLANES, LEVELS, 0),
+        "row_offset: expected at least 0, got -1": given(QUERIES, PLANES, LEVELS, 3, row_offset=-1),
+        "state.top_scores: expected [Q=2, k=2], got [2, 3]": given(
+            QUERIES, PLANES, LEVELS, 2, state=STATE
         ),
     },
     "topk_scores": {

@@ -125,6 +125,10 @@ QUERIES, ROWS = randn(2, 20, seed=4), randn(7, 20, seed=5).half()
 SCALE, BOUNDS, MODULES = torch.rand(7) + 0.1, torch.tensor([0, 2, 5]), ([12, 8], [0, -3])
 PLACES, WEIGHTS = torch.tensor([0, 1, 2, 4, 6, 11]), torch.rand(6) + 0.1
 CODES = (40 * ROWS).to(torch.int8)
+PLANES = [(CODES[:, n : n + 3] + 7 * n).view(torch.uint8) for n in range(4)]
+LEVELS = torch.tensor([-120, -83, -60, -47, -36, -23, -14, -5, 4, 14, 23, 37, 48, 63, 82, 127])
+LEVELS = LEVELS.to(torch.int8)
+SIGNS, QUARTERS = LEVELS[::15].contiguous(), LEVELS[::5].contiguous()
 STATE = list(ops.topk_scores(QUERIES, ROWS, 3))
 
 CALLS = [
@@ -162,6 +166,10 @@ CALLS = [
     call("topk_scores", QUERIES, ROWS, 3, state=STATE, row_offset=7),
     call("scores", QUERIES, CODES, SCALE, SCALE),
     call("topk_scores", QUERIES, CODES, 3, SCALE),
+    call("plane_scores", QUERIES, PLANES[:1], SIGNS, SCALE, SCALE),
+    call("plane_scores", QUERIES, PLANES, LEVELS),
+    call("topk_plane_scores", QUERIES, PLANES[:2], QUARTERS, 3, SCALE),
+    call("topk_plane_scores", QUERIES, PLANES[:2], QUARTERS, 3, state=STATE, row_offset=7),
     call("self_influence", ROWS, randn(5, 20, seed=6)),
     call("pack_rows", ROWS.float(), *MODULES),
     call("unpack_rows", ROWS, SCALE, *MODULES),

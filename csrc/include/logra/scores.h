@@ -18,4 +18,15 @@ namespace logra {
 void scores(const Matrix& queries, const Matrix& rows, const float* row_scale, const float* row_bias,
             float* out);
 
+/// The same of rows in planes of bits, of which each element is the level of its code: in integers. A query
+/// is rounded once, to multiples of its largest |element| / 127, and a sum, which is exact, to float32. One
+/// that is not finite scores NaN.
+///
+/// queries    [Q, D] float32
+/// planes     of R rows and D columns
+///
+/// Throws std::invalid_argument for other types, sizes that disagree or not 1 to 4 planes.
+void plane_scores(const Matrix& queries, const Planes& planes, const float* row_scale, const float* row_bias,
+                  float* out);
+
 }  // namespace logra

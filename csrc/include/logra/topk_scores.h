@@ -20,4 +20,9 @@ struct Extremes {
 void topk_scores(const Matrix& queries, const Matrix& rows, const float* row_scale, const float* row_bias,
                  std::size_t k, std::int64_t row_offset, const Extremes& top, const Extremes& bottom);
 
+/// The same of the scores that plane_scores() gives.
+void topk_plane_scores(const Matrix& queries, const Planes& planes, const float* row_scale,
+                       const float* row_bias, std::size_t k, std::int64_t row_offset, const Extremes& top,
+                       const Extremes& bottom);
+
 }  // namespace logra

@@ -24,6 +24,19 @@ struct Matrix {
   std::size_t row_stride = 0;
 };
 
+/// Rows of codes of `count` bits, 1 to 4, in as many planes, the highest bit first. Column d of a row is bit
+/// d % 8, the least significant first, of byte d / 8; row r of plane p starts at data[p] + r *
+/// row_strides[p]. Bits beyond cols are not looked at.
+struct Planes {
+  static constexpr std::size_t kMost = 4;
+  std::size_t count = 0;
+  const std::uint8_t* data[kMost] = {};
+  std::size_t row_strides[kMost] = {};
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  const std::int8_t* levels = nullptr;  // [2^count]: what each code stands for
+};
+
 /// Tokens of many examples, each a contiguous vector of `dim` elements. Token t of example n starts
 /// n * example_stride + t * token_stride elements after data.
 struct Tokens {

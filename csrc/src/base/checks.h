@@ -26,6 +26,12 @@ inline void expect_scan(Dtype queries, Dtype rows) {
   expect(queries == Dtype::kFloat32, "queries: expected float32, for the rows are int8");
 }
 
+inline void expect_planes(const Matrix& queries, const Planes& planes) {
+  expect(queries.dtype == Dtype::kFloat32, "queries: expected float32, for the rows are planes of bits");
+  expect(planes.count >= 1 && planes.count <= Planes::kMost, "planes: expected 1 to 4");
+  expect(queries.cols == planes.cols, "planes: expected as many columns as queries");
+}
+
 inline std::size_t checked_product(std::size_t a, std::size_t b) {
   if (b != 0 && a > static_cast<std::size_t>(-1) / b) throw std::length_error("logra: sizes overflow");
   return a * b;

@@ -115,11 +115,11 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)
 struct Bytes {
   using Sum = __m256i;
   using Row = __m256i;
-  using Plane = __m256i;
+  using Query = __m256i;
   static constexpr std::size_t kLanes = 16;
   static constexpr std::int64_t kOffset = 0;
-  // 12 sums + 2 planes + 1 row + 1 product of 16 registers
-  static constexpr int kTileRows = 6, kTilePlanes = 2;
+  // 12 sums + 2 queries + 1 row + 1 product of 16 registers
+  static constexpr int kTileRows = 6, kTileQueries = 2;
 
   static Sum zero() { return _mm256_setzero_si256(); }
   static __m256i load(const std::int8_t* p, std::size_t n) {
@@ -129,9 +129,34 @@ struct Bytes {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(copy)));
   }
   static Row row(const std::int8_t* p, std::size_t n) { return load(p, n); }
-  static Plane plane(const std::int8_t* p, std::size_t n) { return load(p, n); }
-  static Sum dot(Sum sum, Row row, Plane plane) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(row, plane));
+  static Query query(const std::int8_t* p, std::size_t n) { return load(p, n); }
+
+  using Table = __m128i;  // the levels of the codes
+  template <int kPlanes>
+  static Table table(const std::int8_t* levels) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels));
+  }
+  template <int kPlanes>
+  static Row coded(const std::uint8_t* const* planes, std::size_t byte, std::size_t n, const Table& table) {
+    const __m128i byte_of = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m128i bit_of = _mm_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+    __m128i codes = _mm_setzero_si128();
+#pragma GCC unroll 4
+    for (int p = 0; p < kPlanes; ++p) {
+      const __m128i bits = _mm_cvtsi32_si128(bits_n<std::uint16_t>(planes[p] + byte, n));
+      const __m128i set =
+          _mm_cmpeq_epi8(_mm_and_si128(_mm_shuffle_epi8(bits, byte_of), bit_of), bit_of);  // -1 for a set bit
+      codes = _mm_sub_epi8(_mm_add_epi8(codes, codes), set);
+    }
+    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(table, codes));
+  }
+  static void keep(std::int8_t* p, Row row) {
+    const __m128i low = _mm256_castsi256_si128(row), high = _mm256_extracti128_si256(row, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, high));
+  }
+
+  static Sum dot(Sum sum, Row row, Query query) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(row, query));
   }
   static void sums(Sum a, Sum b, Sum c, Sum d, std::int32_t* out) {
     const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));

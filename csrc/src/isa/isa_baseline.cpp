@@ -116,9 +116,9 @@ struct Bytes {
   struct Row {
     std::int8_t bytes[kLanes];
   };
-  using Plane = Row;
+  using Query = Row;
   static constexpr std::int64_t kOffset = 0;
-  static constexpr int kTileRows = 2, kTilePlanes = 2;
+  static constexpr int kTileRows = 2, kTileQueries = 2;
 
   static Sum zero() { return {}; }
   static Row row(const std::int8_t* p, std::size_t n) {
@@ -126,9 +126,33 @@ struct Bytes {
     copy_n(copy.bytes, p, n);
     return copy;
   }
-  static Plane plane(const std::int8_t* p, std::size_t n) { return row(p, n); }
-  static Sum dot(Sum sum, const Row& row, const Plane& plane) {
-    for (std::size_t i = 0; i < kLanes; ++i) sum.lanes[i / 4] += row.bytes[i] * plane.bytes[i];
+  static Query query(const std::int8_t* p, std::size_t n) { return row(p, n); }
+
+  struct Table {
+    std::int8_t levels[16];
+  };
+  template <int kPlanes>
+  static Table table(const std::int8_t* levels) {
+    Table copy;
+    __builtin_memcpy(copy.levels, levels, sizeof copy.levels);
+    return copy;
+  }
+  template <int kPlanes>
+  static Row coded(const std::uint8_t* const* planes, std::size_t byte, std::size_t n, const Table& table) {
+    std::uint16_t bits[kPlanes];
+    for (int p = 0; p < kPlanes; ++p) bits[p] = bits_n<std::uint16_t>(planes[p] + byte, n);
+    Row row;
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      unsigned code = 0;
+      for (int p = 0; p < kPlanes; ++p) code = 2 * code + ((bits[p] >> i) & 1u);
+      row.bytes[i] = table.levels[code];
+    }
+    return row;
+  }
+  static void keep(std::int8_t* p, const Row& row) { __builtin_memcpy(p, row.bytes, kLanes); }
+
+  static Sum dot(Sum sum, const Row& row, const Query& query) {
+    for (std::size_t i = 0; i < kLanes; ++i) sum.lanes[i / 4] += row.bytes[i] * query.bytes[i];
     return sum;
   }
   static void sums(Sum a, Sum b, Sum c, Sum d, std::int32_t* out) {

@@ -91,11 +91,11 @@ inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 struct Bytes {
   using Sum = int32x4_t;
   using Row = int8x16_t;
-  using Plane = int8x16_t;
+  using Query = int8x16_t;
   static constexpr std::size_t kLanes = 16;
   static constexpr std::int64_t kOffset = 0;
-  // 12 sums + 2 planes + 1 row + 2 products of 32 registers
-  static constexpr int kTileRows = 6, kTilePlanes = 2;
+  // 12 sums + 2 queries + 1 row + 2 products of 32 registers
+  static constexpr int kTileRows = 6, kTileQueries = 2;
 
   static Sum zero() { return vdupq_n_s32(0); }
   static int8x16_t load(const std::int8_t* p, std::size_t n) {
@@ -105,10 +105,32 @@ struct Bytes {
     return vld1q_s8(copy);
   }
   static Row row(const std::int8_t* p, std::size_t n) { return load(p, n); }
-  static Plane plane(const std::int8_t* p, std::size_t n) { return load(p, n); }
-  static Sum dot(Sum sum, Row row, Plane plane) {
-    sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(row), vget_low_s8(plane)));
-    return vpadalq_s16(sum, vmull_high_s8(row, plane));
+  static Query query(const std::int8_t* p, std::size_t n) { return load(p, n); }
+
+  using Table = int8x16_t;  // the levels of the codes
+  template <int kPlanes>
+  static Table table(const std::int8_t* levels) {
+    return vld1q_s8(levels);
+  }
+  template <int kPlanes>
+  static Row coded(const std::uint8_t* const* planes, std::size_t byte, std::size_t n, const Table& table) {
+    static const std::uint8_t kBits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8x16_t bit_of = vld1q_u8(kBits);
+    uint8x16_t codes = vdupq_n_u8(0);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPlanes; ++p) {
+      const std::uint16_t bits = bits_n<std::uint16_t>(planes[p] + byte, n);
+      const uint8x16_t both = vcombine_u8(vdup_n_u8(static_cast<std::uint8_t>(bits)),
+                                          vdup_n_u8(static_cast<std::uint8_t>(bits >> 8)));
+      codes = vsubq_u8(vaddq_u8(codes, codes), vtstq_u8(both, bit_of));  // less 255 for a set bit: one more
+    }
+    return vqtbl1q_s8(table, codes);
+  }
+  static void keep(std::int8_t* p, Row row) { vst1q_s8(p, row); }
+
+  static Sum dot(Sum sum, Row row, Query query) {
+    sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(row), vget_low_s8(query)));
+    return vpadalq_s16(sum, vmull_high_s8(row, query));
   }
   static void sums(Sum a, Sum b, Sum c, Sum d, std::int32_t* out) {
     vst1q_s32(out, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));

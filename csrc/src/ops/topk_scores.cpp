@@ -197,6 +197,41 @@ class Ends {
   Scratch<float> limits_;  // [thread, end, padded query]: what a score has to reach to be offered
 };
 
+template <class Products>
+void fold(const Kernels& kernels, const BoundedQueries& bounded, const Products& products, const Matrix& rows,
+          const float* row_scale, const float* row_bias, std::size_t k, std::int64_t row_offset,
+          const Extremes& top, const Extremes& bottom) {
+  const std::size_t num_queries = products.num_queries();
+  const int threads = scan_threads(products, rows);
+  Ends ends(kernels, static_cast<std::size_t>(threads), num_queries, k, top, bottom);
+  scan(products, rows, threads, false, [&](const ScanBlock& block, std::size_t thread) {
+    for (std::size_t r = 0; r < block.num_rows; ++r) {
+      const std::size_t row = block.first_row + r;
+      float* line = block.c + r * block.stride;
+      const float* scale = row_scale != nullptr ? row_scale + row : nullptr;
+      const float* bias = row_bias != nullptr ? row_bias + row : nullptr;
+      if (!bounded.all_as_given()) {  // offer() knows of no factors
+        bounded.finish(line, block.first_query, block.num_queries, scale, bias);
+        scale = bias = nullptr;
+      }
+      for (std::size_t q = 0; q < block.num_queries; q += kQueryBlock)
+        ends.offer(thread, line + q, block.first_query + q, std::min(kQueryBlock, block.num_queries - q),
+                   scale, bias, row_offset + static_cast<std::int64_t>(row));
+    }
+  });
+  // Merging and sorting takes some 20 ns an entry.
+  const int mergers = num_threads(
+      num_queries, 500.0 * static_cast<double>(num_queries) * static_cast<double>(std::min(k, rows.rows)));
+  const Scratch<Entry> sorted(checked_product(k, static_cast<std::size_t>(mergers)));
+  const Scratch<std::uint32_t> ranks(checked_product(k, static_cast<std::size_t>(mergers)));
+#pragma omp parallel for num_threads(mergers) schedule(static)
+  for (std::size_t q = 0; q < num_queries; ++q) {
+    const std::size_t own = thread_id() * k;
+    ends.merge(0, top, q, sorted.get() + own, ranks.get() + own);
+    ends.merge(1, bottom, q, sorted.get() + own, ranks.get() + own);
+  }
+}
+
 }  // namespace
 
 void topk_scores(const Matrix& queries, const Matrix& rows, const float* row_scale, const float* row_bias,
@@ -208,35 +243,20 @@ void topk_scores(const Matrix& queries, const Matrix& rows, const float* row_sca
   const Kernels& kernels = active_kernels();
   const BoundedQueries bounded(queries);
   with_products(kernels, bounded.matrix(), rows, [&](const auto& products) {
-    const int threads = scan_threads(products, rows);
-    Ends ends(kernels, static_cast<std::size_t>(threads), queries.rows, k, top, bottom);
-    scan(products, rows, threads, false, [&](const ScanBlock& block, std::size_t thread) {
-      for (std::size_t r = 0; r < block.num_rows; ++r) {
-        const std::size_t row = block.first_row + r;
-        float* line = block.c + r * block.stride;
-        const float* scale = row_scale != nullptr ? row_scale + row : nullptr;
-        const float* bias = row_bias != nullptr ? row_bias + row : nullptr;
-        if (!bounded.all_as_given()) {  // offer() knows of no factors
-          bounded.finish(line, block.first_query, block.num_queries, scale, bias);
-          scale = bias = nullptr;
-        }
-        for (std::size_t q = 0; q < block.num_queries; q += kQueryBlock)
-          ends.offer(thread, line + q, block.first_query + q, std::min(kQueryBlock, block.num_queries - q),
-                     scale, bias, row_offset + static_cast<std::int64_t>(row));
-      }
-    });
-    // Merging and sorting takes some 20 ns an entry.
-    const int mergers = num_threads(queries.rows, 500.0 * static_cast<double>(queries.rows) *
-                                                      static_cast<double>(std::min(k, rows.rows)));
-    const Scratch<Entry> sorted(checked_product(k, static_cast<std::size_t>(mergers)));
-    const Scratch<std::uint32_t> ranks(checked_product(k, static_cast<std::size_t>(mergers)));
-#pragma omp parallel for num_threads(mergers) schedule(static)
-    for (std::size_t q = 0; q < queries.rows; ++q) {
-      const std::size_t own = thread_id() * k;
-      ends.merge(0, top, q, sorted.get() + own, ranks.get() + own);
-      ends.merge(1, bottom, q, sorted.get() + own, ranks.get() + own);
-    }
+    fold(kernels, bounded, products, rows, row_scale, row_bias, k, row_offset, top, bottom);
   });
+}
+
+void topk_plane_scores(const Matrix& queries, const Planes& planes, const float* row_scale,
+                       const float* row_bias, std::size_t k, std::int64_t row_offset, const Extremes& top,
+                       const Extremes& bottom) {
+  expect_planes(queries, planes);
+  expect(k > 0, "k: expected at least 1, got 0");
+  if (queries.rows == 0) return;
+  const Kernels& kernels = active_kernels();
+  const BoundedQueries bounded(queries);
+  const PlaneProducts products(kernels, bounded.matrix(), planes);
+  fold(kernels, bounded, products, first_plane(planes), row_scale, row_bias, k, row_offset, top, bottom);
 }
 
 }  // namespace logra

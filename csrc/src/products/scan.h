@@ -8,6 +8,7 @@
 #include "base/checks.h"
 #include "base/threads.h"
 #include "products/int8_products.h"
+#include "products/plane_products.h"
 #include "products/products.h"
 
 namespace logra {
@@ -28,6 +29,11 @@ void with_products(const Kernels& kernels, const Matrix& queries, const Matrix& 
     use(Int8Products(kernels, queries));
   else
     use(Products(kernels, queries, rows.dtype, rows.rows));
+}
+
+/// What scan() needs of rows in planes, of which PlaneProducts reads more.
+inline Matrix first_plane(const Planes& planes) {
+  return {planes.data[0], Dtype::kInt8, planes.rows, planes.cols, planes.row_strides[0]};
 }
 
 // Rows of a register tile; 12 is a multiple of every kernel's.
@@ -105,7 +111,7 @@ void scan(const Products& products, const Matrix& rows, int threads, bool rows_t
         block.first_query = (task % outer + i) * query_block;
         block.num_queries = std::min(query_block, products.num_queries() - block.first_query);
         products.run({pointers, block.num_rows, ahead, block.first_query,
-                      block.first_query + block.num_queries, block.c, query_block},
+                      block.first_query + block.num_queries, block.c, query_block, block.first_row},
                      own);
         use(block, thread_id());
       }

@@ -11,6 +11,7 @@
 namespace logra {
 
 /// Rows times the queries begin to end - 1: out[r * out_stride + q - begin] = <rows[r], queries[q]>.
+/// The first of them is row first_row of a scan's.
 /// num_ahead pointers after those of the rows say what will be read next.
 struct ProductBlock {
   const void* const* rows;
@@ -18,6 +19,7 @@ struct ProductBlock {
   std::size_t begin, end;
   float* out;
   std::size_t out_stride;
+  std::size_t first_row = 0;
 };
 
 /// What Products does where tiles are used: from kMinTileDim columns on. Below, rounding errors of few
