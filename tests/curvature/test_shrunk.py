@@ -69,7 +69,8 @@ def test_rows_that_hold_scaled_coordinates_score_as_their_gradients(
     attributor = Attributor(store, "shrunk", solver=solver)
     assert attributor.preconditioner.kind == "shrunk"
     preconditioned = attributor.precondition(rows.float())
-    dot, sigma, theta = 0.0, 0.0, 0.0
+    dot = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    sigma, theta = dot[0].clone(), dot[0].clone()
     dimensions = attributor.preconditioner.effective_dimensions()
     for i, s in enumerate(stored_scales(store)):
         name, part = store.layout.names[i], rows.split(store.layout.sizes, 1)[i]
@@ -79,17 +80,17 @@ def test_rows_that_hold_scaled_coordinates_score_as_their_gradients(
         h_g = h / torch.outer(s, s)
         inverse = torch.linalg.inv(h_g + damping * torch.eye(len(h), dtype=torch.float64))
         g = part / s
-        dot = dot + g @ inverse @ g.T
-        sigma = sigma + ((g @ inverse) * g).sum(1)
-        theta = theta + (g @ inverse).square().sum(1)
+        dot += g @ inverse @ g.T
+        sigma += ((g @ inverse) * g).sum(1)
+        theta += (g @ inverse).square().sum(1)
         assert dimensions[name] == pytest.approx(float((h_g * inverse).sum()), rel=1e-6)
-    assert torch.allclose(preconditioned.double() @ rows.T, dot, rtol=1e-5, atol=1e-6 * dot.max())
+    largest = float(dot.abs().max())
+    assert torch.allclose(preconditioned.double() @ rows.T, dot, rtol=1e-5, atol=1e-6 * largest)
     found = {mode: attributor.scores(rows.float(), mode).scores for mode in SCAN_MODES}
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    for mode, divisor in (("dot", 1), ("l-relatif", sigma.sqrt()), ("theta-relatif", theta.sqrt())):
-        want = (dot / divisor).float()
-        want_size = float(want.abs().max())
-        assert torch.allclose(found[mode] / want_size, want / want_size, **close), mode
+    wanted = {"dot": dot, "l-relatif": dot / sigma.sqrt(), "theta-relatif": dot / theta.sqrt()}
+    for mode, want in wanted.items():
+        size = float(want.abs().max())
+        assert torch.allclose(found[mode].double(), want, rtol=1e-4, atol=1e-5 * size), mode
     # Relative to the mean over all coordinates of a weight, as the diagonal's damping is.
     diagonal = Attributor(store, logra.curvature.DiagonalCurvature.rebuild(store))
     assert attributor.dampings == pytest.approx(diagonal.dampings, rel=1e-5)
