@@ -106,7 +106,7 @@ class CoarseEnd:
         )
 
     def last(self, model: ErrorModel, k: int, least: Tensor) -> Tensor:
-        """[Q, 1] float64: the k-th best exact score, as the model expects it, but not below `least`.
+        """[Q, 1] float64: the k-th best exact score as the model expects it, at least `least`.
 
         It is where k rows are expected to exceed it, found by halving.
         """
