@@ -156,8 +156,8 @@ class TwoStage:
             _, high = errors.stretches()  # the wider spread, so that the recall is kept
             ends = _ends(coarse, sampled, sample, sizes)
             enough = [
-                end.missed(errors, last, high) <= (1 - recall) * k
-                for end, last in zip(ends, lasts, strict=True)
+                end.missed(errors, end.last(errors, k, least), high) <= (1 - recall) * k
+                for end, least in zip(ends, lasts, strict=True)
             ]  # [Q, listed + 1]
             if listed == rows or all(bool(of_end[:, -1].all()) for of_end in enough):
                 counts = [of_end.double().argmax(dim=1).clamp(min=k) for of_end in enough]
