@@ -42,9 +42,9 @@ class Setting:
 SMALL = {"blocks": 4, "width": 128, "vocabulary": 384}
 LARGE = {"blocks": 8, "width": 384, "vocabulary": 384}
 SETTINGS = (
-    Setting("random rank 16, float16", SMALL, 6000, "--rank 16"),
-    Setting("eigen D = 8,192, int8", SMALL, 6000, "--init eigen --coordinates 8192 --codec int8"),
-    Setting("random rank 32, float16, 13M weights", LARGE, 2000, "--rank 32"),
+    Setting("random rank 16, float16", SMALL, 1500, "--rank 16"),
+    Setting("eigen D = 8,192, int8", SMALL, 1500, "--init eigen --coordinates 8192 --codec int8"),
+    Setting("random rank 32, float16, 13M weights", LARGE, 500, "--rank 32"),
 )
 
 
@@ -116,7 +116,8 @@ def make_texts(path: Path, count: int) -> None:
 
 def logra(folder: Path, threads: int | None, *words: str) -> str:
     """Run the command in a folder; what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "logra_kernels.cli", *words]

@@ -326,14 +326,16 @@ class Attributor:
             found.append(torch.where(sums > 0, rows.norm(dim=1) / sums, 0.0))
         return torch.cat(found)
 
-    def known_norms(self, norm: str, progress: Progress = None) -> Norms:
-        """The norms of all rows, "sigma" or "theta"; those not known yet are computed first."""
+    def complete(self, norms: Norms, progress: Progress = None) -> Norms:
+        """Norms of this store's rows, after those that are not known were computed and kept."""
         with self._scanning:
             self.store.check_unchanged()
-            norms = self._norms_of(norm)
+            norms.look_again()
             missing = [i for i in range(len(self.store.shards)) if not norms.known(i)]
             rows = sum(self.store.shards[index].num_rows for index in missing)
-            self._visit([(norms, [])], missing, self.block_rows, track(progress, rows, "norms"))
+            if missing:
+                done = track(progress, rows, "norms")
+                self._visit([(norms, [])], missing, self.block_rows, done)
             return norms
 
     def visit(

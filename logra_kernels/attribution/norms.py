@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from logra_kernels.attribution.reading import Block, ShardRows
+from logra_kernels.capture.short_examples import ShortRows
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.curvature.whitening import Whitening
 from logra_kernels.rows import powers_of_two
@@ -85,6 +86,14 @@ class Norms:
             self._cache = store.self_influence_cache(f"{norm}-{preconditioner.key}", meta)
             self.look_again()
 
+    @property
+    def whitenings(self) -> list[Whitening]:
+        """W of each module, on the device."""
+        if self._whitenings is None:
+            whitenings = self._preconditioner.whitenings(self._norm)
+            self._whitenings = [whitening.to(self._device) for whitening in whitenings]
+        return self._whitenings
+
     def look_again(self) -> None:
         """Find out which norms lie beside the store, if files came or went since the last time."""
         if self._cache is not None and self._cache.changed():
@@ -144,13 +153,10 @@ class Norms:
         """
         if not norms.fresh:
             return
-        if self._whitenings is None:
-            whitenings = self._preconditioner.whitenings(self._norm)
-            self._whitenings = [whitening.to(self._device) for whitening in whitenings]
         layout, rows = self._preconditioner.layout, block.shard.elements(block.rows)
         found = torch.empty(rows.shape[0], len(layout), device=rows.device)
         for i, columns in enumerate(layout.split(rows)):
-            found[:, i] = _norm(columns, self._whitenings[i])
+            found[:, i] = _norm(columns, self.whitenings[i], block.short(layout.names[i]))
         values = found.cpu().numpy()
         if norms.row_scale is not None:
             values[norms.row_scale[block.here] == 0] = 0  # whatever the codes of such a row say
@@ -274,11 +280,21 @@ def _unit_exponents(meta: Any, modules: int) -> list[int] | None:
     return units if good else None
 
 
-def _norm(columns: Tensor, whitening: Whitening) -> Tensor:
-    """|W g| of g = columns [R, K], [R] float32; exact to rounding whatever the size of g."""
+def _norm(columns: Tensor, whitening: Whitening, short: ShortRows | None = None) -> Tensor:
+    """|W g| of g = columns [R, K], [R] float32; exact to rounding whatever the size of g.
+
+    Of `short` rows the tokens are used.
+    """
     if whitening.silent:
         return torch.zeros(columns.shape[0], device=columns.device)
-    square = whitening.squares(columns)
+    if short is None:
+        square = whitening.squares(columns)
+    else:
+        square = torch.empty(columns.shape[0], device=columns.device)
+        square[short.rows] = whitening.squares_of_tokens(short.inputs, short.outputs, short.ends)
+        others = sorted(set(range(len(square))).difference(short.rows))
+        if others:
+            square[others] = whitening.squares(columns[others])
     norm = square.sqrt()
     odd = (~((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE))).nonzero()[:, 0]
     if odd.numel():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from logra_kernels.attribution.memory import SHARE_FOR_ROWS, available_bytes
 from logra_kernels.attribution.pipeline import ALIGN_BYTES, HostLanes, Lanes, feed
+from logra_kernels.capture.short_examples import ShortRows
 from logra_kernels.rows import PlaneRows, elements, scanned, share
 from logra_kernels.store import BlockReader, Store, huge_buffer
 
@@ -75,6 +76,15 @@ class Block:
     start: int
     # [R, D] or bit planes: the stored elements, times the powers of two of rows that have some
     rows: Tensor | PlaneRows
+    # Module's name -> the tokens of some of the rows, where they are known.
+    short: Callable[[str], ShortRows | None] = lambda name: None
+
+    def some(self, start: int, stop: int) -> Tensor | PlaneRows:
+        """Rows start … stop of the block."""
+        if isinstance(self.rows, PlaneRows):
+            planes = tuple(plane[start:stop] for plane in self.rows.planes)
+            return self.rows._replace(planes=planes)
+        return self.rows[start:stop]
 
     @property
     def here(self) -> slice:

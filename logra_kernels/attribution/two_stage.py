@@ -16,7 +16,7 @@ from logra_kernels.attribution.bounds import BoundedScores, FinerTerms, Multipli
 from logra_kernels.attribution.finer import ComputedRows, ComputeRows, FinerRows, StoredRows
 from logra_kernels.attribution.finer import score_rows as score_finer
 from logra_kernels.attribution.influence_result import Answer, InfluenceResult, StoredIds
-from logra_kernels.attribution.norms import NORM_OF_MODE, Norms
+from logra_kernels.attribution.norms import NORM_OF_MODE, Norms, ShardNorms
 from logra_kernels.attribution.pipeline import HostLanes
 from logra_kernels.attribution.plan import (
     Plan,
@@ -25,6 +25,7 @@ from logra_kernels.attribution.plan import (
     check_top_k,
     plan_scan,
 )
+from logra_kernels.attribution.reading import Block
 from logra_kernels.attribution.recall import CoarseEnd, ErrorModel, poisson_interval
 from logra_kernels.attribution.sinks import FullMatrix, TopK
 from logra_kernels.curvature import IdentityPreconditioner
@@ -36,7 +37,8 @@ from logra_kernels.store.residuals import check_finer, residuals
 LISTED_SHARE = 0.02  # of the rows that a scan lists at each end, at first, for a recall
 LEAST_LISTED = 256
 PROBED = 32  # rows of each end, or 2k, by which a query's coarse errors are judged
-SAMPLED = 2048  # random rows whose coarse scores stand for those of the rows not listed
+SAMPLED = 1024  # random rows whose coarse scores stand for those of the rows not listed
+EXACT = ("float16", "float32")  # codecs whose rows are decoded without rounding
 TOGETHER = 32  # queries whose first rows are scored at a time
 
 
@@ -70,6 +72,12 @@ class TwoStage:
             self._exact = ComputedRows(finer, scan.store.layout, scan.device)
         self._coarse = StoredRows(scan.store, scan.device)
         self._finer_scan: Attributor | None = None
+        rows = scan.store.num_rows
+        self._sample = np.random.default_rng(0).choice(rows, min(rows, SAMPLED), replace=False)
+        self._sample.sort()
+        # Of each norm of a mode: the sampled coarse rows with theirs, and the sizes of all rows.
+        self._sampled: dict[str | None, list[tuple[Block, ShardNorms | None]]] = {}
+        self._sizes: dict[str | None, Tensor] = {}
 
     def top_k(
         self,
@@ -135,58 +143,51 @@ class TwoStage:
     ) -> InfluenceResult:
         """The best of the candidates, of a given number or as many as the recall takes."""
         rows = self.scan.store.num_rows
-        least = max(LEAST_LISTED, 8 * k, int(LISTED_SHARE * rows))
+        # The score of mode "l2" is a product and a term that has no error.
+        sizes = self._sizes_for(None if mode == "l2" else NORM_OF_MODE[mode], progress)
+        sample, sampled = self._sample, self._sample_scores(prepared, mode)
         # Some rows behind the candidates show how many are missed.
+        least = max(LEAST_LISTED, 8 * k, int(LISTED_SHARE * rows))
         listed = min(rows, least if candidates is None else 2 * candidates)
-        sample = np.random.default_rng(0).choice(rows, min(rows, SAMPLED), replace=False)
-        sampled = self._matrix(self._coarse, prepared, mode, np.sort(sample))
-        errors: ErrorModel | None = None
-        while True:
-            coarse = self.scan.top_k(prepared, listed, mode, progress=progress)
-            if errors is None:
-                errors, lasts = self._probe(prepared, k, mode, coarse)
-            ends = (
-                (CoarseEnd(coarse.top_scores, sampled, rows), errors, lasts[0]),
-                (CoarseEnd(-coarse.bottom_scores, -sampled, rows), errors.reversed(), lasts[1]),
-            )
-            if candidates is not None:
-                counts = [torch.full((len(prepared.names),), min(candidates, rows))] * 2
-                break
-            allowed = (1 - recall) * k
+        coarse = self.scan.top_k(prepared, listed, mode, progress=progress)
+        errors, lasts = self._probe(prepared, k, mode, coarse, sizes)
+        counts = [torch.full((len(prepared.names),), min(candidates or 0, rows))] * 2
+        while candidates is None:
             _, high = errors.stretches()  # the wider spread, so that the recall is kept
-            missed = [end.missed(model, last, high) for end, model, last in ends]
-            enough = [of_end <= allowed for of_end in missed]  # [Q, listed + 1]
-            if listed == rows or all(bool(one[:, -1].all()) for one in enough):
-                counts = [one.double().argmax(dim=1).clamp(min=k) for one in enough]
+            ends = _ends(coarse, sampled, sample, sizes)
+            enough = [
+                end.missed(errors, last, high) <= (1 - recall) * k
+                for end, last in zip(ends, lasts, strict=True)
+            ]  # [Q, listed + 1]
+            if listed == rows or all(bool(of_end[:, -1].all()) for of_end in enough):
+                counts = [of_end.double().argmax(dim=1).clamp(min=k) for of_end in enough]
                 break
             listed = min(rows, 4 * listed)
+            coarse = self.scan.top_k(prepared, listed, mode, progress=progress)
         chosen = [
-            found[q, : counts[end][q]]
-            for end, found in enumerate((coarse.top_rows, coarse.bottom_rows))
-            for q in range(len(found))
+            of_query[:count]
+            for found, of_end in zip((coarse.top_rows, coarse.bottom_rows), counts, strict=True)
+            for of_query, count in zip(found, of_end.tolist(), strict=True)
         ]
         numbers = torch.cat(chosen).unique().numpy()
         result = self._exact_top_k(prepared, k, mode, numbers)
         result.zero_rows = coarse.zero_rows
-        last = result.top_scores[:, -1:].double(), -result.bottom_scores[:, -1:].double()
-        expected = [
-            sum(
-                float(end.missed(model, at, stretch).gather(1, count[:, None]).sum())
-                for (end, model, _), at, count in zip(ends, last, counts, strict=True)
-            )
-            for stretch in (1.0, *errors.stretches())
-        ]
-        if len(numbers) == rows:
-            expected = [0.0] * 3
+        ends = _ends(coarse, sampled, sample, sizes, numbers)
+        kept = result.top_scores, -result.bottom_scores
         places = 2 * k * len(prepared.names)
-        few, many = poisson_interval(*expected[1:])
-        needed = tuple((counts[0] + counts[1]).tolist())
+        lost = [0.0, 0.0, 0.0]
+        if len(numbers) < rows:
+            lost = [
+                sum(end.lost(errors, one, stretch) for end, one in zip(ends, kept, strict=True))
+                for stretch in (1.0, *errors.stretches())
+            ]
+        few, many = poisson_interval(*lost[1:])
         result.answer = self._answer(
             "re-ranked",
-            needed,
+            tuple((counts[0] + counts[1]).tolist()),
             len(numbers),
-            recall=max(0.0, 1 - expected[0] / places),
-            recall_interval=(max(0.0, 1 - many / places), 1 - few / places),
+            recall=1 - lost[0] / places,
+            recall_interval=(max(0.0, 1 - many / places), max(0.0, 1 - few / places)),
         )
         return result
 
@@ -198,17 +199,20 @@ class TwoStage:
             raise ValueError(
                 "certified: expected a finer store, whose rows' residuals are known; got a function"
             )
-        if not self.scan.store.basis.plain:
+        if self._finer.codec.name not in EXACT or not self._finer.basis.plain:
             raise ValueError(
-                f"certified: expected rows in their modules' columns, got {self.scan.store.path}, "
-                "whose rows are whitened or rotated"
+                f"certified: expected finer rows in {' or '.join(EXACT)}, not rotated, got "
+                f"{self._finer.path}"
             )
         scan, norm = self.scan, NORM_OF_MODE[mode]
         if self._finer_scan is None:
             self._finer_scan = Attributor(self._finer, scan.preconditioner, device=scan.device)
         finer_scan = self._finer_scan
-        norms = None if norm is None else finer_scan.known_norms(norm, progress)
-        gaps = residuals(scan.store, self._finer)
+        norms = None
+        if norm is not None:
+            norms = finer_scan.complete(self._norms(self._finer, norm), progress)
+        lengths = finer_scan.complete(self._norms(self._finer), progress)
+        kept = residuals(scan.store, self._finer)
         plan = self._plan(self._coarse, prepared, mode)
         exact = self._plan(self._exact, prepared, mode)
         unit = exact.exponents.cpu()[:, None]
@@ -217,12 +221,12 @@ class TwoStage:
             Multiplied.of(plan, scan.store, unit),
             Multiplied.of(exact, self._finer, unit),
             unit,
-            FinerTerms(finer_scan.shard_rows, norms, exact, self._finer),
-            gaps,
-            scan.store,
+            FinerTerms(finer_scan.shard_rows, norms, lengths, exact, self._finer),
+            kept,
+            (scan.store, self._finer),
             k,
         )
-        scan.visit(sink, self._lengths(), len(prepared.names), progress)
+        scan.visit(sink, None, len(prepared.names), progress)
         ends = sink.top, sink.bottom
         for end in ends:
             end.prune()
@@ -252,14 +256,19 @@ class TwoStage:
             numbers = torch.cat([rows for of_end in leading for rows in of_end[here]]).unique()
             if len(numbers) >= k:
                 some = prepared.some(range(count)[here])
-                scores = self._matrix(self._exact, some, mode, numbers.numpy()).double()
+                scores = self._exact_scores(some, mode, numbers.numpy()).double()
                 bars[0, here] = scores.topk(k, dim=1).values[:, -1]
                 bars[1, here] = (-scores).topk(k, dim=1).values[:, -1]
         for end, least in zip(ends, bars, strict=True):
             end.prune(least)
 
     def _probe(
-        self, prepared: PreparedQueries, k: int, mode: str, coarse: InfluenceResult
+        self,
+        prepared: PreparedQueries,
+        k: int,
+        mode: str,
+        coarse: InfluenceResult,
+        sizes: Tensor,
     ) -> tuple[ErrorModel, tuple[Tensor, Tensor]]:
         """How coarse and exact scores of leading rows differ, and the k-th exact of each end."""
         probed = min(max(2 * k, PROBED), coarse.top_rows.shape[1])
@@ -270,27 +279,74 @@ class TwoStage:
             here = slice(first, first + TOGETHER)
             numbers, places = rows[here].unique(return_inverse=True)
             some = prepared.some(range(len(rows))[here])
-            exact[here] = self._matrix(self._exact, some, mode, numbers.numpy()).gather(1, places)
+            exact[here] = self._exact_scores(some, mode, numbers.numpy()).gather(1, places)
         top = exact[:, :probed].topk(k, dim=1).values[:, -1:].double()
         bottom = (-exact[:, probed:]).topk(k, dim=1).values[:, -1:].double()
-        return ErrorModel.fit(scores, exact), (top, bottom)
+        return ErrorModel.fit(scores, exact, sizes[rows]), (top, bottom)
 
-    def _lengths(self) -> Norms:
-        """The norms of the coarse rows themselves, by module."""
-        store = self.scan.store
-        plain = IdentityPreconditioner(store.layout)
-        return Norms(plain, "sigma", store.module_exponents, self.scan.device, store)
+    def _norms(self, store: Store, norm: str | None = None) -> Norms:
+        """A store's norms by module, beside the store; None: of the rows themselves."""
+        preconditioner = self.scan.preconditioner
+        if norm is None:
+            preconditioner = IdentityPreconditioner(store.layout)
+        device = self.scan.device
+        norms = Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
+        if norm is not None:
+            norms.settle()
+        return norms
+
+    def _sample_scores(self, prepared: PreparedQueries, mode: str) -> Tensor:
+        """The coarse scores of the sampled rows, [Q, S] float32."""
+        norm, device = NORM_OF_MODE[mode], self.scan.device
+        if norm not in self._sampled:
+            norms = None
+            if norm is not None:
+                norms = Norms(self.scan.preconditioner, norm, self._coarse.basis.exponents, device)
+            held = self._sampled[norm] = []
+            for block in self._coarse.blocks(self._sample):
+                found = None
+                if norms is not None:
+                    found = norms.of_shard(block.shard)
+                    norms.compute(block, found)
+                held.append((block, found))
+        plan = self._plan(self._coarse, prepared, mode)
+        sink = FullMatrix(plan, HostLanes(device).upload, len(self._sample))
+        for block, found in self._sampled[norm]:
+            sink.add(block, found)
+        scores: Tensor = sink.result(prepared.names, (), {}).scores
+        return scores
+
+    def _sizes_for(self, norm: str | None, progress: Progress) -> Tensor:
+        """What the errors of the coarse rows' scores grow with, [N] float64.
+
+        A row's norm; divided by the norm that the mode divides the score by.
+        """
+        if norm in self._sizes:
+            return self._sizes[norm]
+        store, parts = self.scan.store, []
+        members = list(range(len(store.layout)))
+        # Few bits do not tell |g|; of whitened rows √sigma is the norm.
+        base = None if store.basis.plain else "sigma"
+        lengths = self.scan.complete(self._norms(store, base), progress)
+        norms = None if norm is None else self.scan.complete(self._norms(store, norm), progress)
+        for index, shard in enumerate(store.shards):
+            rows, whole = self.scan.shard_rows(index), slice(0, shard.num_rows)
+            size = lengths.of_shard(rows).true_norms(members, whole)
+            if norms is not None:
+                by = norms.of_shard(rows).true_norms(members, whole)
+                size = np.divide(size, by, out=np.zeros_like(size), where=by > 0)
+            parts.append(size)
+        self._sizes[norm] = torch.from_numpy(np.concatenate(parts))
+        return self._sizes[norm]
 
     def _plan(self, rows: FinerRows, prepared: PreparedQueries, mode: str) -> Plan:
         return plan_scan(prepared, mode, None, rows.basis, self.scan.device)[0]
 
-    def _matrix(
-        self, rows: FinerRows, prepared: PreparedQueries, mode: str, numbers: np.ndarray
-    ) -> Tensor:
-        """The scores of some rows, [Q, n] float32 on the CPU."""
+    def _exact_scores(self, prepared: PreparedQueries, mode: str, numbers: np.ndarray) -> Tensor:
+        """The finer scores of some rows, [Q, n] float32 on the CPU."""
         upload = HostLanes(self.scan.device).upload
-        sink = FullMatrix(self._plan(rows, prepared, mode), upload, len(numbers))
-        score_finer(rows, numbers, self.scan.preconditioner, [sink], self.scan.device)
+        sink = FullMatrix(self._plan(self._exact, prepared, mode), upload, len(numbers))
+        score_finer(self._exact, numbers, self.scan.preconditioner, [sink], self.scan.device)
         scores: Tensor = sink.result(prepared.names, (), {}).scores
         return scores
 
@@ -315,3 +371,36 @@ class TwoStage:
         size = None if row_bytes is None else reranked * row_bytes
         rows, kind = self.scan.store.num_rows, self._exact.kind
         return Answer(method, rows, kind, candidates, reranked, size, **estimate)
+
+
+def _ends(
+    coarse: InfluenceResult,
+    sampled: Tensor,
+    sample: np.ndarray,
+    sizes: Tensor,
+    known: np.ndarray | None = None,
+) -> tuple[CoarseEnd, CoarseEnd]:
+    """Both ends of a scan's rankings, without chances for rows whose exact scores are known.
+
+    Args:
+        coarse: a top k of the scan.
+        sampled: scores [Q, S] of the rows `sample` [S].
+        sizes: of all rows, [N].
+        known: numbers of rows.
+    """
+    out = torch.zeros(len(sizes), dtype=torch.bool)
+    if known is not None:
+        out[torch.from_numpy(known)] = True
+    rows = torch.from_numpy(sample)
+    top, bottom = (
+        CoarseEnd.of(
+            (sign * scores, sizes[found], out[found]),
+            (sign * sampled, sizes[rows], out[rows]),
+            len(sizes),
+        )
+        for sign, scores, found in (
+            (1, coarse.top_scores, coarse.top_rows),
+            (-1, coarse.bottom_scores, coarse.bottom_rows),
+        )
+    )
+    return top, bottom

@@ -33,6 +33,7 @@ from logra_kernels.capture.loss_reduction import (
     check_summed,
 )
 from logra_kernels.capture.masks import PartMasks, refuse_one_mask
+from logra_kernels.capture.short_examples import ShortExamples
 from logra_kernels.capture.token_scores import TokenScores
 from logra_kernels.capture.tokens import Tokens
 
@@ -63,6 +64,7 @@ class Capture:
             examples.
         keep_tokens: keep what the rows are made of, for Kronecker factors; asks for `tokens`.
         tokens_alone: keep the tokens, and compute no gradients.
+        short_limits: {module name: tokens}; asks for `short`, as `ShortExamples` says.
 
     Raises: ValueError for a mask, an input shape, an averaged loss or a number of backward passes
         that does not fit; the message names the module.
@@ -84,6 +86,7 @@ class Capture:
         token_queries: Tensor | None = None,
         keep_tokens: bool = False,
         tokens_alone: bool = False,
+        short_limits: Mapping[str, int] | None = None,
     ) -> None:
         if averaged_loss not in AVERAGED_LOSS:
             raise ValueError(
@@ -113,6 +116,7 @@ class Capture:
             self._loss_scale, averaged_loss = check_loss_scale(loss_scale), "allow"
         self.tokens = Tokens(self._loss_scale) if keep_tokens or tokens_alone else None
         self._tokens_alone = tokens_alone
+        self.short = ShortExamples(short_limits, self._loss_scale) if short_limits else None
         self._passes = BackwardPasses(partial(check_summed, averaged_loss, num_examples))
         self._swapped = SwappedAxes()
         self._undo: list[Callable[[], object]] = []
@@ -317,6 +321,8 @@ class Capture:
                 self._token_scores.add(layer, call, dy)
             if self.tokens is not None:
                 self.tokens.add(layer, call, dy)
+            if self.short is not None:
+                self.short.add(layer, call, dy)
         # The user's loss keeps the graph alive, and with it this hook and the call.
         call.release()
 

@@ -82,9 +82,9 @@ PLAN = """
 Say what `logra log` with the same options will take, before it runs: bytes on disk, memory, and the
 time of the pilot, of logging and of queries, for several --codec side by side. The corpus is
 read whole, then some of its batches are logged into a temporary store beside --out and that store
-is asked; it is deleted. The bytes of rows, ids, norms and curvature are exact, those of a pilot's
-projection where the pilot is of at most 64 examples. Exponents that float16 gives to odd rows are
-counted where the trial rows have some. Times are of this machine as busy as it is now.
+is asked; it is deleted. Bytes are exact where no "about" stands beside them; exponents that float16
+gives to odd rows are counted where the trial rows have some. Times are of this machine as busy as
+it is now.
 """
 PLAN_EXAMPLE = """
 Example: what would a byte an element save? Afterwards, how right was the plan?
@@ -486,8 +486,8 @@ def _log_rows(group: argparse._ArgumentGroup, several: bool = False) -> None:
         "--curvature",
         type=_curvature_kind,
         metavar="KIND",
-        help="raw (the covariance of the rows), kfac, ekfac, ec-shampoo, diagonal, or none; kept"
-        f" while logging; default: {CURVATURE}, and diagonal with --init eigen",
+        help="raw (the covariance of the rows), kfac, ekfac, ec-shampoo, diagonal, shrunk, or none;"
+        f" kept while logging; default: {CURVATURE}, and diagonal with --init eigen",
     )
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from logra_kernels.lm.ranking import Scores
 
 MODEL = "model"  # what --rerank takes beside a store's folder
+# A query that has one of these is another than a plan is of.
+UNPLANNED = ("json", "html", "scores", "mode", "rerank", "damping_scale", "damping")
 NOTE = "The passages are ranked by influence, which is not the same as being about it."
 
 
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             notes=[NOTE],
             progress=lambda step: warn(f"… {step}"),
         )
-    if not shown and not arguments.scores and arguments.mode is None:  # what a plan is of
+    if all(getattr(arguments, option) is None for option in UNPLANNED):
         seconds = time.perf_counter() - started
         add_query(store, len(records), first, seconds, peak_bytes())
     for query, record in zip(results["queries"], records, strict=True):

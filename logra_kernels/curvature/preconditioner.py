@@ -295,6 +295,45 @@ class EigenPreconditioner(_OfMatrices):
         return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
 
 
+class ScaledRows(Preconditioner):
+    """(H + λI)⁻¹ of gradients g, for rows that hold t = s·g: a score is of g, and so are norms.
+
+    Args:
+        inner: of g.
+        scales: s [K] of each module; None: every s is 1.
+    """
+
+    def __init__(self, inner: Preconditioner, scales: Sequence[Tensor | None]) -> None:
+        digest = hashlib.blake2b(digest_size=16)
+        for s in scales:
+            digest.update(b"" if s is None else s.numpy().data)
+        key, dampings = _key(inner.key, digest.hexdigest()), list(inner.dampings.values())
+        super().__init__(inner.kind, key, inner.layout, inner.mean_eigenvalues, dampings)
+        self._inner = inner
+        self._scales = [
+            torch.ones((), dtype=torch.float64) if s is None else s.double() for s in scales
+        ]
+
+    def units(self, norm: str) -> list[int]:
+        """As `Preconditioner.units`, of the factors for t."""
+        each = zip(self._inner.units(norm), self._scales, strict=True)
+        return [unit - round(math.log2(float(s.mean()))) for unit, s in each]
+
+    def _dimension(self, i: int) -> float:
+        return self._inner._dimension(i)
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        s = self._scales[i].reshape(-1, 1)
+        return self._inner._solve(i, columns / s) / s
+
+    def _root(self, i: int) -> Tensor:
+        return self._inner._root(i) / self._scales[i]
+
+    def _inverse(self, i: int) -> Tensor:
+        """(H + λI)⁻¹ of g = t / s, for the norm |(H + λI)⁻¹ g|."""
+        return self._inner._inverse(i) / self._scales[i]
+
+
 class DiagonalPreconditioner(Preconditioner):
     """H = diag(Λ), so that W = diag((Λ + λ)^(-1/2)); zero where Λ + λ is rounding.
 

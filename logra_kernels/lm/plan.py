@@ -350,7 +350,7 @@ def _repeated(store: Store, path: Path, num_rows: int) -> Store:
 
 def _evict(store: Store) -> None:
     """Drop a store's files from the page cache, where the system does so."""
-    for file in store.path.glob("*.npy"):
+    for file in store.path.glob("*.npy") if hasattr(os, "posix_fadvise") else ():
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)

@@ -232,5 +232,6 @@ def _query_result(
 
 
 def _mode_facts(ranking: Ranking) -> dict[str, Any]:
+    """The mode, and of several dampings its own."""
     scale = {} if ranking.scale is None else scale_facts(ranking.scale)
     return {"mode": ranking.mode, **scale}

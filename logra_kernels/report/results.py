@@ -47,7 +47,16 @@ _RESULTS = {
         "damping_rule?": str,
         "dampings?": [{"damping_scale?": float, "damping_rule?": str}],
     },
-    "answers?": [{"mode": str, "method": str, "text": str}],  # how each mode's were found
+    # How each mode's passages were found.
+    "answers?": [
+        {
+            "mode": str,
+            "damping_scale?": float,
+            "damping_rule?": str,
+            "method": str,
+            "text": str,
+        }
+    ],
     "notes": [str],
     "tables?": [{"heading": str, "text": str, "columns": [str], "rows": [[str]]}],
     "queries": [

@@ -418,7 +418,7 @@ def check_curvature(kind: str, chosen: bool) -> None:
     if chosen and not curvature_kind(kind).of_coordinates:
         raise ValueError(
             f"statistic: '{kind}' does not go with rows that hold chosen coordinates of an "
-            "eigenbasis; 'diagonal' is their curvature"
+            "eigenbasis; 'diagonal' and 'shrunk' are their curvatures"
         )
 
 

@@ -381,6 +381,7 @@ class Run:
             tokens_alone=self._pilot is not None,
             loss_scale=loss_scale,
             token_queries=None if self._streamed is None else self._streamed.token_queries,
+            short_limits=None if self._streamed is None else self._streamed.short_limits,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -816,7 +817,8 @@ class Run:
         if self._streamed is not None:
             wanted = self._streamed.token_queries is not None
             products = capture.token_scores()[:, list(self._last.places)] if wanted else None
-            self._streamed.add(self._last.ids, self._last.rows, products)
+            last = self._last
+            self._streamed.add(last.ids, last.rows, products, capture.short, last.places)
         if self._curving is not None:
             self._curving.add_to_curvature(self._last)
         elif left.setup:

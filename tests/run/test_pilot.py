@@ -263,7 +263,7 @@ def test_scores_of_whitened_rows_are_those_of_the_coordinates(
 
 def test_only_the_diagonal_goes_with_scaled_rows(tmp_path: Path) -> None:
     store = piloted(tmp_path, "mlp", coordinates=90).store
-    with pytest.raises(ValueError, match="which 'raw' would damp by their scale; 'diagonal' is"):
+    with pytest.raises(ValueError, match="which 'raw' would damp by their scale; 'diagonal' and"):
         Attributor(store, RawCurvature.rebuild(store))
     run = Run("toy", Config(root_dir=str(tmp_path)))
     run.initialize_from_log()
@@ -415,7 +415,7 @@ def test_what_a_pilot_refuses(tmp_path: Path) -> None:
     with run.pilot("eigen", coordinates=90):
         log(run, model, loss, mask, 4)
     run.setup({"save": "grad", "statistic": "kfac"})
-    with pytest.raises(ValueError, match="'diagonal' is their curvature"):
+    with pytest.raises(ValueError, match="'diagonal' and 'shrunk' are their curvatures"):
         log(run, model, loss, mask, 4)
 
 
