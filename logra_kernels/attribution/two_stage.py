@@ -290,7 +290,10 @@ class TwoStage:
         if norm is None:
             preconditioner = IdentityPreconditioner(store.layout)
         device = self.scan.device
-        return Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
+        norms = Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
+        if norm is not None:
+            norms.settle()
+        return norms
 
     def _sample_scores(self, prepared: PreparedQueries, mode: str) -> Tensor:
         """The coarse scores of the sampled rows, [Q, S] float32."""
