@@ -21,6 +21,9 @@ from logra_kernels.rows import elements, scanned
 from logra_kernels.store import RowLayout
 from logra_kernels.store.basis import Basis
 
+# Of a block: it stays in cache between reading and scoring, and its memory is used again.
+GATHERED_BYTES = 4 << 20
+
 ComputeRows = Callable[[np.ndarray], Tensor]  # numbers [n] int64, ascending -> rows [n, D] float32
 
 
@@ -57,7 +60,7 @@ class StoredRows:
         """As in FinerRows; a row is read from the disk once."""
         store, codec = self._store, self._store.codec
         widths = [file.shape[1] for file in store.shards[0].files]
-        step = block_rows_of(BLOCK_BYTES, store.row_bytes)
+        step = block_rows_of(GATHERED_BYTES, store.row_bytes)
         for start in range(0, len(numbers), step):
             stored, scale, own = store.gather(numbers[start : start + step])
             shard = ShardRows(
