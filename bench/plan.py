@@ -43,9 +43,7 @@ SMALL = {"blocks": 4, "width": 128, "vocabulary": 384}
 LARGE = {"blocks": 8, "width": 384, "vocabulary": 384}
 SETTINGS = (
     Setting("random rank 16, float16", SMALL, 1500, "--rank 16"),
-    Setting(
-        "eigen D = 8,192, int8", SMALL, 1500, "--init eigen --coordinates 8192 --store-dtype int8"
-    ),
+    Setting("eigen D = 8,192, int8", SMALL, 1500, "--init eigen --coordinates 8192 --codec int8"),
     Setting("random rank 32, float16, 13M weights", LARGE, 500, "--rank 32"),
 )
 

@@ -237,6 +237,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpack_rows", &unpack_rows);
   m.def("read_all", &read_all);
   m.def("multiply", &logra::multiply, py::call_guard<py::gil_scoped_release>());
+  m.def("multiply_bytes", &logra::multiply_bytes, py::call_guard<py::gil_scoped_release>());
   m.def("multiply_tiles", &logra::multiply_tiles, py::call_guard<py::gil_scoped_release>());
 #ifdef __clang__
   m.attr("compiler") = __VERSION__;

@@ -449,7 +449,9 @@ class Attributor:
 
     def _new_norms(self, preconditioner: Preconditioner, norm: str) -> Norms:
         remember = self.reading != "streamed"
-        return Norms(preconditioner, norm, self._exponents, self.device, self.store, remember)
+        norms = Norms(preconditioner, norm, self._exponents, self.device, self.store, remember)
+        norms.settle()
+        return norms
 
 
 @dataclass(frozen=True)

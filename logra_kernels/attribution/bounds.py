@@ -1,14 +1,15 @@
 """How far a row's exact score may lie from its coarse one, and which rows may lead for that.
 
-For a query and a row, with v and w the queries as the finer and the coarse store's kernels multiply
-them (true units, exactly known), t the finer row, r the coarse one, and |·| of one module m each:
+Everything is taken in the basis of the coarse store, in which its queries are folded too. For a
+query and a row, with v and w the queries as the finer and the coarse kernel multiply them (exactly
+known), t the finer row, r the coarse one, and |·| over the columns of one module m each:
 
     |<v, t> - <w, r>|  <=  Σ_m |v| |t - r|  +  Σ_m |v - w| |r|                  (Cauchy-Schwarz)
 
-|t - r| is the stored residual, |r| a norm of the coarse row. The finer kernel adds
-γ Σ_m |v| |t| with |t| <= |r| + |t - r|, the coarse one γ Σ_m |w| |r|. γ is n·2⁻²⁴ / (1 - n·2⁻²⁴)
-with n = D + 8 for float32 sums in any order (Higham 2002, Accuracy and Stability of Numerical
-Algorithms, §3.1), and 2⁻²³ for int8 rows, whose sums are exact. What a mode does
+|t - r| and |r| are kept beside the coarse store. The finer kernel adds γ Σ_m |v| |t| in the finer
+store's own columns, the coarse one γ Σ_m |w| |r|. γ is n·2⁻²⁴ / (1 - n·2⁻²⁴) with n = D + 8 for
+float32 sums in any order (Higham 2002, Accuracy and Stability of Numerical Algorithms, §3.1), and
+2⁻²³ for int8 rows and bit planes, whose sums are exact. What a mode does
 with the product, a factor and a term for each row, is the finer store's on both sides; its few
 roundings in float32 are in SCORE_ROUNDING, and what float32 loses below 2⁻¹²⁶ in SMALLEST.
 Everything here is in float64.
@@ -23,18 +24,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels import ops
 from logra_kernels.attribution.norms import Norms, ShardNorms
 from logra_kernels.attribution.plan import Plan
 from logra_kernels.attribution.reading import Block, ShardRows
+from logra_kernels.reference.plane_scores import LARGEST_BYTE
 from logra_kernels.reference.scores import LARGEST_NUMBER, whole_numbers
-from logra_kernels.rows import share
+from logra_kernels.rows import scores, share
 from logra_kernels.store import RowLayout, SelfInfluenceCache, Store
+from logra_kernels.store.codecs import Planes
+from logra_kernels.store.residuals import row_units
 
 SCORE_ROUNDING = 2.0**-20  # of a product's way to a score: at most eight roundings of 2**-24
 SMALLEST = 2.0**-120  # more than float32 loses of an element of size 1 below its normal range
 LARGEST = 2.0**120  # from here on float32 might overflow: such rows are looked at exactly
 NORMS_ROUNDING = 1 + 2.0**-16  # of the float32 norms |r|, and of the float64 sums here
+FOLD_ROUNDING = 2.0**-30  # of v, which is folded in float64
 PAIRS = 1 << 18  # of query and row that are bounded at a time, 2 MiB for each float64
 MOST_ENTRIES = 1 << 22  # pairs of query and row that are held; more become rows of all queries
 
@@ -43,7 +47,7 @@ MOST_ENTRIES = 1 << 22  # pairs of query and row that are held; more become rows
 class Multiplied:
     """Queries as a store's kernel multiplies its rows by them."""
 
-    vectors: Tensor  # [Q, D] float64, of true gradients, divided by 2**unit
+    vectors: Tensor  # [Q, D] float64, for rows as the store holds them, divided by 2**unit
     rounding: float  # of the kernel's sums, relative to Σ |v| |row| over modules
     smallest: Tensor  # what float32's range costs a product, [Q, 1], times the row's scale
 
@@ -53,21 +57,17 @@ class Multiplied:
         queries = plan.queries.cpu()
         wide = queries.double()
         dim = queries.shape[1]
-        if store.codec.scan_as_stored and store.codec.dtype == np.int8:
-            whole, scale = whole_numbers(queries, LARGEST_NUMBER)
+        if isinstance(store.codec, Planes) or store.codec.dtype == np.int8:
+            most = LARGEST_BYTE if isinstance(store.codec, Planes) else LARGEST_NUMBER
+            whole, scale = whole_numbers(queries, most)
             wide, rounding = whole * scale, 2.0**-23
         else:
             share_lost = (dim + 8) * 2.0**-24
             rounding = share_lost / (1 - share_lost) if share_lost < 0.5 else torch.inf
-        powers = np.repeat(np.ldexp(1.0, np.negative(store.module_exponents)), store.layout.sizes)
-        wide = torch.ldexp(wide * share(powers), plan.exponents.cpu()[:, None] - unit)
+        wide = torch.ldexp(wide, plan.exponents.cpu()[:, None] - unit)
         largest = queries.abs().amax(dim=1, keepdim=True).double().clamp(min=1)
         smallest = torch.ldexp(dim * SMALLEST * largest, plan.exponents.cpu()[:, None] - unit)
         return cls(wide, rounding, smallest)
-
-    def norms(self, layout: RowLayout) -> Tensor:
-        """[Q, M] float64: of each module."""
-        return _norms(self.vectors, layout)
 
 
 class FinerTerms:
@@ -80,45 +80,48 @@ class FinerTerms:
         self,
         shard_rows: Callable[[int], ShardRows],
         norms: Norms | None,
+        lengths: Norms,
         plan: Plan,
         store: Store,
     ) -> None:
         self._shard_rows, self._norms, self._plan = shard_rows, norms, plan
+        self._lengths = lengths
         self._ends = np.array([shard.first_row + shard.num_rows for shard in store.shards])
         self._bias = plan.mode == "l2"
-        self._held: tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._held: tuple[int, list[np.ndarray]] | None = None
         self.unit = 0
 
-    def __call__(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Row scale, gain and bias [n] float64 of rows start … stop, and the rows of norm zero."""
-        parts, zero_rows = [], 0
+    def __call__(self, start: int, stop: int) -> list[np.ndarray]:
+        """Scales, gains, biases, zeros and lengths of rows start … stop, n of them.
+
+        [n] float64 three times, [n] bool for norms of zero, and |t| of each module [n, M] float64.
+        """
+        parts = []
         while start < stop:
             index = int(np.searchsorted(self._ends, start, side="right"))
-            first, scale, gain, bias, zero = self._shard(index)
+            values = self._shard(index)
+            first = int(self._ends[index]) - len(values[0])
             here = slice(start - first, min(stop, int(self._ends[index])) - first)
-            parts.append((scale[here], gain[here], bias[here]))
-            zero_rows += int(np.count_nonzero(zero[here]))
+            parts.append([value[here] for value in values])
             start = first + here.stop
-        scale, gain, bias = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return scale, gain, bias, zero_rows
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
-    def _shard(self, index: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _shard(self, index: int) -> list[np.ndarray]:
         if self._held is None or self._held[0] != index:
             rows = self._shard_rows(index)
-            ones = np.ones(rows.num_rows)
+            whole, ones = slice(0, rows.num_rows), np.ones(rows.num_rows)
             scale = ones if rows.row_scale is None else rows.row_scale.astype(np.float64)
             gain, bias, zero = ones, np.zeros(rows.num_rows), np.zeros(rows.num_rows, bool)
             if self._norms is not None:
-                found, whole = self._norms.of_shard(rows), slice(0, rows.num_rows)
+                found = self._norms.of_shard(rows)
                 values, zero = found.terms(self._plan.members, whole, bias=self._bias)
                 if self._bias:
                     bias = values.astype(np.float64)
                 else:
                     gain, self.unit = values / scale, found.unit(self._plan.members)
-            self._held = index, scale, gain, bias, zero
-        index, *terms = self._held
-        first = int(self._ends[index]) - len(terms[0])
-        return first, *terms  # type: ignore[return-value]
+            lengths = self._lengths.of_shard(rows).of_modules(whole)
+            self._held = index, [scale, gain, bias, zero, lengths]
+        return self._held[1]
 
 
 class Frontier:
@@ -194,8 +197,8 @@ class BoundedScores:
         coarse, finer: the queries as the two stores' kernels multiply them, in units of 2**unit.
         unit: [Q, 1] int32.
         terms: of the finer store.
-        residuals: of the coarse store's rows against the finer ones.
-        store: the coarse one.
+        kept: |t - r| and |r| of the coarse store's rows.
+        stores: the coarse one, and the finer one, whose rows are in their modules' columns.
         k: rows of each end.
     """
 
@@ -206,32 +209,36 @@ class BoundedScores:
         finer: Multiplied,
         unit: Tensor,
         terms: FinerTerms,
-        residuals: SelfInfluenceCache,
-        store: Store,
+        kept: tuple[SelfInfluenceCache, SelfInfluenceCache],
+        stores: tuple[Store, Store],
         k: int,
     ) -> None:
-        num_queries = len(plan.queries)
+        num_queries, (store, other) = len(plan.queries), stores
         self.top, self.bottom = Frontier(num_queries, k), Frontier(num_queries, k)
         self.every_query = np.zeros(store.num_rows, bool)  # rows that are looked at in any case
         self.zero_rows = 0
-        self._plan, self._terms, self._residuals, self._unit = plan, terms, residuals, unit
+        self._plan, self._terms, self._kept, self._unit = plan, terms, kept, unit
         layout = store.layout
-        size, other = finer.norms(layout), coarse.norms(layout)
-        apart = _norms(finer.vectors - coarse.vectors, layout)
-        # What |t - r| and |r| of a module are multiplied by, [Q, M].
-        self._of_residual = size * (1 + finer.rounding)
-        self._of_row = apart + finer.rounding * size + coarse.rounding * other
+        powers = np.repeat(np.ldexp(1.0, np.negative(other.module_exponents)), layout.sizes)
+        true = finer.vectors * share(powers)  # for gradients
+        folded = share(store.basis.fold(true.numpy()))  # for coarse rows
+        # What |t - r| and |r| of a module are multiplied by, and the |t| of true rows; [Q, M].
+        size = _norms(folded, layout)
+        self._of_residual = size
+        self._of_row = (
+            _norms(folded - coarse.vectors, layout)
+            + coarse.rounding * _norms(coarse.vectors, layout)
+            + FOLD_ROUNDING * size
+        )
+        self._of_true = finer.rounding * _norms(true, layout)
         self._smallest = coarse.smallest, finer.smallest
-        self._powers = np.ldexp(1.0, np.asarray(store.module_exponents))
-        self._shard: tuple[int, np.ndarray] | None = None
+        self._shard: tuple[int, list[np.ndarray]] | None = None
 
     def add(self, block: Block, norms: ShardNorms | None) -> None:
-        """Bound the scores of a block's rows; `norms` are those of the coarse rows themselves."""
-        assert norms is not None
+        """Bound the scores of a block's rows."""
         step = max(1, PAIRS // max(1, len(self._plan.queries)))
-        num_rows = block.rows.shape[0]
-        for start in range(0, num_rows, step):
-            self._add(block, start, min(start + step, num_rows), norms)
+        for start in range(0, block.rows.shape[0], step):
+            self._add(block, start, min(start + step, block.rows.shape[0]))
         if len(self.top) + len(self.bottom) > MOST_ENTRIES:
             for end in (self.top, self.bottom):
                 end.prune()
@@ -239,35 +246,34 @@ class BoundedScores:
             for end in (self.top, self.bottom):
                 self.every_query[end.drop().numpy()] = True
 
-    def _add(self, block: Block, start: int, stop: int, norms: ShardNorms) -> None:
+    def _add(self, block: Block, start: int, stop: int) -> None:
         """Bound the scores of rows start … stop of a block."""
         here = slice(block.start + start, block.start + stop)  # in the shard
         first = block.first_row + start
         packed = block.shard.row_scale
-        scale = np.ones(stop - start) if packed is None else packed[here].astype(np.float64)
-        lengths = norms.values[here] * np.ldexp(1.0, np.asarray(norms.units))  # [R, M]
-        gaps = self._of_shard(block)[here] * self._powers
-        own, gain, bias, zero_rows = self._terms(first, first + stop - start)
-        self.zero_rows += zero_rows
+        scale = np.ones(stop - start, np.float32) if packed is None else packed[here]
+        gaps, lengths = (share(values[here]) for values in self._of_shard(block))  # [R, M]
+        own, gain, bias, zero, true = (
+            share(part) for part in self._terms(first, first + stop - start)
+        )
+        self.zero_rows += int(zero.sum())
 
-        scales = share(scale)
-        rows = block.rows
-        assert isinstance(rows, Tensor)
-        products = ops.scores(self._plan.queries, rows[start:stop]).cpu().double()
+        scales = share(scale.astype(np.float64))
+        products = scores(self._plan.queries, block.some(start, stop), None, None).cpu().double()
         products = products * scales  # [Q, R]
         products = torch.ldexp(products, self._plan.exponents.cpu()[:, None] - self._unit)
-        radius = self._of_residual @ share(gaps).T + self._of_row @ share(lengths).T
-        radius = radius * scales * NORMS_ROUNDING
-        radius += self._smallest[0] * scales + self._smallest[1] * share(own)
+        radius = self._of_residual @ gaps.T + self._of_row @ lengths.T
+        radius = (radius * share(row_units(scale)) + self._of_true @ true.T) * NORMS_ROUNDING
+        radius += self._smallest[0] * scales + self._smallest[1] * own
         # A bound below this says of the kernels' sums that they stay below 2**24 times it.
         safe = radius < LARGEST * 2.0**-24
 
         exponent = self._unit - self._terms.unit
         factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
-        scored = products * share(gain)
-        middle = scored * factor + share(bias)
-        radius = radius * share(gain) * factor
-        sizes = (scored * factor).abs() + share(bias).abs() + radius
+        scored = products * gain
+        middle = scored * factor + bias
+        radius = radius * gain * factor
+        sizes = (scored * factor).abs() + bias.abs() + radius
         radius = radius + SCORE_ROUNDING * sizes + SMALLEST * (1 + factor)
         safe &= (sizes < LARGEST) & (scored.abs() < LARGEST)
         middle = torch.where(safe, middle, 0.0)
@@ -275,15 +281,15 @@ class BoundedScores:
         self.top.add(middle, radius, first)
         self.bottom.add(-middle, radius, first)
 
-    def _of_shard(self, block: Block) -> np.ndarray:
-        """The residuals of the block's shard, [r, M] float64."""
+    def _of_shard(self, block: Block) -> list[np.ndarray]:
+        """|t - r| and |r| of the block's shard, [r, M] float64, divided by the rows' units."""
         if self._shard is None or self._shard[0] != block.shard.index:
-            values = self._residuals.read(block.shard.index)
-            self._shard = block.shard.index, values.astype(np.float64)
+            values = [kept.read(block.shard.index).astype(np.float64) for kept in self._kept]
+            self._shard = block.shard.index, values
         return self._shard[1]
 
 
 def _norms(vectors: Tensor, layout: RowLayout) -> Tensor:
-    """|v| of every module, [Q, M] of vectors [Q, D]."""
+    """|v| over the columns of every module, [Q, M] of vectors [Q, D]."""
     parts: Sequence[Tensor] = layout.split(vectors)
     return torch.stack([part.norm(dim=1) for part in parts], dim=1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ RowTerms = tuple[np.ndarray, np.ndarray]
 
 # A sum of squares outside these has lost bits to float32's range, or is about to.
 SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-90, 2.0**100
+LARGEST_UNIT = 1000  # of a cache that was written for another curvature: 2**unit is a float64
 
 
 class Norms:
@@ -83,8 +85,6 @@ class Norms:
             }
             self._cache = store.self_influence_cache(f"{norm}-{preconditioner.key}", meta)
             self.look_again()
-            if self._missing and not store.codec.faithful:
-                self._take_others(store)
 
     @property
     def whitenings(self) -> list[Whitening]:
@@ -100,24 +100,30 @@ class Norms:
             self._missing = set(self._cache.missing())
             self._remembered.clear()
 
-    def _take_others(self, store: Store) -> None:
-        """Take the norms that came with the rows, of whichever curvature and damping.
+    def settle(self) -> None:
+        """Take the norms that came with rows of few bits, where they are of another damping.
 
-        Those of the decoded rows are not those of the rows: few bits add their error to them.
+        Those of the decoded rows are not those of the rows: few bits add their error to them. A
+        warning, and `said`, say which ones are used.
         """
+        store = self._store
+        if store is None or store.codec.faithful or not self._missing:
+            return
         self.said = f"{self._norm} of the decoded rows"
         for key, meta in store.self_influence_keys():
+            units = _unit_exponents(meta, len(store.layout))
+            if units is None or not key.startswith(f"{self._norm}-"):
+                continue
             cache = store.self_influence_cache(key, meta)
-            if key.startswith(f"{self._norm}-") and not cache.missing():
-                self._cache, self._missing = cache, set()
-                self._units = list(meta["unit_exponents"])
-                of = meta["curvature"]
-                self.said = f"{self._norm} of the rows under '{of}' and the damping it came with"
+            if not cache.missing():
+                self._cache, self._missing, self._units = cache, set(), units
+                of = meta.get("curvature")
+                self.said = f"{self._norm} of the rows under {of!r} and the damping it came with"
                 break
         warnings.warn(
             f"{store.path}: rows in {store.dtype} do not tell their {self._norm} under this "
             f"curvature and damping; the scores are divided by the {self.said}",
-            stacklevel=2,
+            stacklevel=4,
         )
 
     def known(self, index: int) -> bool:
@@ -263,6 +269,15 @@ class ShardNorms:
         wide *= np.ldexp(1.0, [2 * (self.units[i] - unit) for i in members])
         # NumPy adds along a contiguous row by its length alone: the bits do not depend on R.
         return np.asarray(np.sqrt(wide.sum(axis=1)))
+
+
+def _unit_exponents(meta: Any, modules: int) -> list[int] | None:
+    """The exponents of a cache's modules; None for a meta that this package does not write."""
+    units = meta.get("unit_exponents") if isinstance(meta, dict) else None
+    if not isinstance(units, list) or len(units) != modules:
+        return None
+    good = all(type(unit) is int and abs(unit) <= LARGEST_UNIT for unit in units)
+    return units if good else None
 
 
 def _norm(columns: Tensor, whitening: Whitening, short: ShortRows | None = None) -> Tensor:

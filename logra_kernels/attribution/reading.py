@@ -79,6 +79,13 @@ class Block:
     # Module's name -> the tokens of some of the rows, where they are known.
     short: Callable[[str], ShortRows | None] = lambda name: None
 
+    def some(self, start: int, stop: int) -> Tensor | PlaneRows:
+        """Rows start … stop of the block."""
+        if isinstance(self.rows, PlaneRows):
+            planes = tuple(plane[start:stop] for plane in self.rows.planes)
+            return self.rows._replace(planes=planes)
+        return self.rows[start:stop]
+
     @property
     def here(self) -> slice:
         """The block's place in its shard."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = 1e-9  # of the rows that are expected to exceed an exact score
+HALVINGS = 24
 NORMAL_QUANTILE = 1.96  # of a two-sided interval of 95 %
 
 
@@ -39,14 +41,18 @@ class ErrorModel:
         # Below what float32 tells apart, scores are equal.
         return cls(slope, spread + 2.0**-24 * f.abs().amax(dim=1, keepdim=True), freedom)
 
-    def chances(self, rows: Scored, last: Tensor, stretch: float = 1.0) -> Tensor:
-        """[Q, n] float64: how likely f exceeds last [Q, 1] for rows of these coarse scores.
+    def chances(self, scores: Tensor, sizes: Tensor, last: Tensor, stretch: float = 1.0) -> Tensor:
+        """[Q, n] float64: how likely f exceeds last [Q, 1] for coarse scores and sizes [Q, n].
 
         1 for a query whose coarse scores say nothing of the exact ones.
         """
-        z = (last - self.slope * rows.scores.double()) / (stretch * self.spread * rows.sizes)
+        z = (last - self.slope * scores.double()) / (stretch * self.spread * sizes)
         chance = 0.5 * torch.special.erfc(z / math.sqrt(2))
         return torch.where((self.slope > 0) & ~z.isnan(), chance, 1.0)
+
+    def of(self, queries: Tensor) -> ErrorModel:
+        """The model of some queries, as often as they are named, [P, 1] each."""
+        return ErrorModel(self.slope[queries], self.spread[queries], self.freedom)
 
     def stretches(self) -> tuple[float, float]:
         """The 95 % interval of the true spread, in units of the fitted one."""
@@ -59,52 +65,84 @@ class ErrorModel:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Rows of coarse scores [Q, n], and their sizes [Q, n] or [n] float64."""
-
-    scores: Tensor
-    sizes: Tensor
-
-
-@dataclass(frozen=True)
 class CoarseEnd:
-    """One end of the coarse rankings, best first; at the bottom all scores are negated.
+    """One end of the coarse rankings: listed rows, best first, then random ones for the rest.
 
-    A row whose coarse score is -inf has no chance.
+    At the bottom all scores are negated. Row n of query q stands for weights[q, n] rows.
     """
 
-    listed: Scored  # L rows, falling
-    sample: Scored  # random rows
-    ends: Tensor  # the score with which the list ends, [Q, 1]
-    num_rows: int
+    scores: Tensor  # coarse, [Q, L + S]
+    sizes: Tensor  # [Q, L + S] float64
+    weights: Tensor  # [Q, L + S] float64; 0 for a row whose exact score is known
+    listed: int  # L
+
+    @classmethod
+    def of(
+        cls,
+        listed: tuple[Tensor, Tensor, Tensor],
+        sample: tuple[Tensor, Tensor, Tensor],
+        num_rows: int,
+    ) -> CoarseEnd:
+        """From coarse scores, sizes, and whether the exact score is known.
+
+        Args:
+            listed: [Q, L] each, by falling scores.
+            sample: [Q, S] scores; [S] sizes and known.
+            num_rows: of the store.
+        """
+        (scores, sizes, known), (others, other_sizes, other_known) = listed, sample
+        rest = num_rows - scores.shape[1]
+        below = (others < scores[:, -1:]).double()  # they stand for the rows that are not listed
+        count = below.sum(dim=1, keepdim=True)
+        weights = (~known).double()
+        # Without a sampled row behind the list, every row there counts as its last.
+        weights[:, -1:] += torch.where(count > 0, 0.0, float(rest))
+        stands = torch.where(other_known, 0.0, below * rest / count.clamp(min=1))
+        return cls(
+            torch.cat([scores, others], dim=1),
+            torch.cat([sizes, other_sizes.expand(others.shape)], dim=1),
+            torch.cat([weights, stands], dim=1),
+            scores.shape[1],
+        )
+
+    def last(self, model: ErrorModel, k: int, least: Tensor) -> Tensor:
+        """[Q, 1] float64: the k-th best exact score as the model expects it, at least `least`.
+
+        It is where k rows are expected to exceed it, found by halving.
+        """
+        high = (model.slope * self.scores.double() + 8 * model.spread * self.sizes).amax(
+            dim=1, keepdim=True
+        )
+        low = least
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            above = (self.weights * model.chances(self.scores, self.sizes, middle)).sum(1, True)
+            low, high = (
+                torch.where(above >= k, middle, low),
+                torch.where(above >= k, high, middle),
+            )
+        return torch.where(low.isfinite(), torch.maximum(low, least), least)
 
     def missed(self, model: ErrorModel, last: Tensor, stretch: float = 1.0) -> Tensor:
         """[Q, L + 1] float64: how many rows behind the first 0 … L likely exceed `last`."""
-        chances = model.chances(self.listed, last, stretch)
-        tails = chances.flip(1).cumsum(1).flip(1)  # [Q, L]
-        rest = self.num_rows - self.listed.scores.shape[1]
-        beyond = chances.new_zeros(len(chances), 1)
-        if rest:
-            of_sample = model.chances(self.sample, last, stretch)
-            below = self.sample.scores < self.ends
-            mean = (of_sample * below).sum(dim=1) / below.sum(dim=1)
-            # Without a sampled row behind the list, every row there counts as its last.
-            mean = torch.where(below.any(dim=1), mean, chances[:, -1])
-            beyond = rest * mean[:, None]
-        return torch.cat([tails + beyond, beyond], dim=1)
+        expected = self.weights * model.chances(self.scores, self.sizes, last, stretch)
+        behind = expected.flip(1).cumsum(1).flip(1)
+        none = behind.new_zeros(len(behind), 1)
+        return torch.cat([behind, none], dim=1)[:, : self.listed + 1]
 
     def lost(self, model: ErrorModel, kept: Tensor, stretch: float = 1.0) -> float:
-        """How many of the exact scores kept [Q, k], falling, are expected not to be the k best.
-
-        Rows whose exact scores are known have no chance here.
-        """
-        k, total = kept.shape[1], 0.0
-        for place in range(k):
-            at = kept[:, place : place + 1].double()
-            above = self.missed(model, at, stretch)[:, :1]
-            room = torch.full_like(above, k - place)  # one more than may exceed it
-            total += float((1 - torch.special.gammaincc(room, above)).sum())
-        return total
+        """How many of the exact scores kept [Q, k], falling, are expected not to be the k best."""
+        k, exact = kept.shape[1], kept.double()
+        expected = self.weights * model.chances(self.scores, self.sizes, exact[:, -1:], stretch)
+        queries, rows = (expected > NEGLIGIBLE).nonzero(as_tuple=True)  # P of them
+        one = (queries, rows)
+        scores, sizes, weights = (
+            part[one][:, None] for part in (self.scores, self.sizes, self.weights)
+        )
+        chances = model.of(queries).chances(scores, sizes, exact[queries], stretch)  # [P, k]
+        above = torch.zeros_like(exact).index_add_(0, queries, weights * chances)  # [Q, k]
+        room = torch.arange(k, 0, -1, dtype=torch.float64).expand(above.shape)  # may exceed, and 1
+        return float((1 - torch.special.gammaincc(room, above)).sum())
 
 
 def poisson_interval(low: float, high: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from logra_kernels.attribution.bounds import BoundedScores, FinerTerms, Multipli
 from logra_kernels.attribution.finer import ComputedRows, ComputeRows, FinerRows, StoredRows
 from logra_kernels.attribution.finer import score_rows as score_finer
 from logra_kernels.attribution.influence_result import Answer, InfluenceResult, StoredIds
-from logra_kernels.attribution.norms import NORM_OF_MODE, Norms
+from logra_kernels.attribution.norms import NORM_OF_MODE, Norms, ShardNorms
 from logra_kernels.attribution.pipeline import HostLanes
 from logra_kernels.attribution.plan import (
     Plan,
@@ -25,7 +25,8 @@ from logra_kernels.attribution.plan import (
     check_top_k,
     plan_scan,
 )
-from logra_kernels.attribution.recall import CoarseEnd, ErrorModel, Scored, poisson_interval
+from logra_kernels.attribution.reading import Block
+from logra_kernels.attribution.recall import CoarseEnd, ErrorModel, poisson_interval
 from logra_kernels.attribution.sinks import FullMatrix, TopK
 from logra_kernels.curvature import IdentityPreconditioner
 from logra_kernels.defaults import RANKING_MODE, RECALL
@@ -36,7 +37,8 @@ from logra_kernels.store.residuals import check_finer, residuals
 LISTED_SHARE = 0.02  # of the rows that a scan lists at each end, at first, for a recall
 LEAST_LISTED = 256
 PROBED = 32  # rows of each end, or 2k, by which a query's coarse errors are judged
-SAMPLED = 2048  # random rows whose coarse scores stand for those of the rows not listed
+SAMPLED = 1024  # random rows whose coarse scores stand for those of the rows not listed
+EXACT = ("float16", "float32")  # codecs whose rows are decoded without rounding
 TOGETHER = 32  # queries whose first rows are scored at a time
 
 
@@ -70,6 +72,12 @@ class TwoStage:
             self._exact = ComputedRows(finer, scan.store.layout, scan.device)
         self._coarse = StoredRows(scan.store, scan.device)
         self._finer_scan: Attributor | None = None
+        rows = scan.store.num_rows
+        self._sample = np.random.default_rng(0).choice(rows, min(rows, SAMPLED), replace=False)
+        self._sample.sort()
+        # Of each norm of a mode: the sampled coarse rows with theirs, and the sizes of all rows.
+        self._sampled: dict[str | None, list[tuple[Block, ShardNorms | None]]] = {}
+        self._sizes: dict[str | None, Tensor] = {}
 
     def top_k(
         self,
@@ -136,10 +144,8 @@ class TwoStage:
         """The best of the candidates, of a given number or as many as the recall takes."""
         rows = self.scan.store.num_rows
         # The score of mode "l2" is a product and a term that has no error.
-        sizes = self._sizes(None if mode == "l2" else NORM_OF_MODE[mode], progress)
-        sample = np.random.default_rng(0).choice(rows, min(rows, SAMPLED), replace=False)
-        sample.sort()
-        sampled = self._matrix(self._coarse, prepared, mode, sample)
+        sizes = self._sizes_for(None if mode == "l2" else NORM_OF_MODE[mode], progress)
+        sample, sampled = self._sample, self._sample_scores(prepared, mode)
         # Some rows behind the candidates show how many are missed.
         least = max(LEAST_LISTED, 8 * k, int(LISTED_SHARE * rows))
         listed = min(rows, least if candidates is None else 2 * candidates)
@@ -150,8 +156,8 @@ class TwoStage:
             _, high = errors.stretches()  # the wider spread, so that the recall is kept
             ends = _ends(coarse, sampled, sample, sizes)
             enough = [
-                end.missed(errors, last, high) <= (1 - recall) * k
-                for end, last in zip(ends, lasts, strict=True)
+                end.missed(errors, end.last(errors, k, least), high) <= (1 - recall) * k
+                for end, least in zip(ends, lasts, strict=True)
             ]  # [Q, listed + 1]
             if listed == rows or all(bool(of_end[:, -1].all()) for of_end in enough):
                 counts = [of_end.double().argmax(dim=1).clamp(min=k) for of_end in enough]
@@ -193,10 +199,10 @@ class TwoStage:
             raise ValueError(
                 "certified: expected a finer store, whose rows' residuals are known; got a function"
             )
-        if not self.scan.store.basis.plain:
+        if self._finer.codec.name not in EXACT or not self._finer.basis.plain:
             raise ValueError(
-                f"certified: expected rows in their modules' columns, got {self.scan.store.path}, "
-                "whose rows are whitened or rotated"
+                f"certified: expected finer rows in {' or '.join(EXACT)}, not rotated, got "
+                f"{self._finer.path}"
             )
         scan, norm = self.scan, NORM_OF_MODE[mode]
         if self._finer_scan is None:
@@ -205,7 +211,8 @@ class TwoStage:
         norms = None
         if norm is not None:
             norms = finer_scan.complete(self._norms(self._finer, norm), progress)
-        gaps = residuals(scan.store, self._finer)
+        lengths = finer_scan.complete(self._norms(self._finer), progress)
+        kept = residuals(scan.store, self._finer)
         plan = self._plan(self._coarse, prepared, mode)
         exact = self._plan(self._exact, prepared, mode)
         unit = exact.exponents.cpu()[:, None]
@@ -214,12 +221,12 @@ class TwoStage:
             Multiplied.of(plan, scan.store, unit),
             Multiplied.of(exact, self._finer, unit),
             unit,
-            FinerTerms(finer_scan.shard_rows, norms, exact, self._finer),
-            gaps,
-            scan.store,
+            FinerTerms(finer_scan.shard_rows, norms, lengths, exact, self._finer),
+            kept,
+            (scan.store, self._finer),
             k,
         )
-        scan.visit(sink, self._norms(scan.store), len(prepared.names), progress)
+        scan.visit(sink, None, len(prepared.names), progress)
         ends = sink.top, sink.bottom
         for end in ends:
             end.prune()
@@ -249,7 +256,7 @@ class TwoStage:
             numbers = torch.cat([rows for of_end in leading for rows in of_end[here]]).unique()
             if len(numbers) >= k:
                 some = prepared.some(range(count)[here])
-                scores = self._matrix(self._exact, some, mode, numbers.numpy()).double()
+                scores = self._exact_scores(some, mode, numbers.numpy()).double()
                 bars[0, here] = scores.topk(k, dim=1).values[:, -1]
                 bars[1, here] = (-scores).topk(k, dim=1).values[:, -1]
         for end, least in zip(ends, bars, strict=True):
@@ -272,7 +279,7 @@ class TwoStage:
             here = slice(first, first + TOGETHER)
             numbers, places = rows[here].unique(return_inverse=True)
             some = prepared.some(range(len(rows))[here])
-            exact[here] = self._matrix(self._exact, some, mode, numbers.numpy()).gather(1, places)
+            exact[here] = self._exact_scores(some, mode, numbers.numpy()).gather(1, places)
         top = exact[:, :probed].topk(k, dim=1).values[:, -1:].double()
         bottom = (-exact[:, probed:]).topk(k, dim=1).values[:, -1:].double()
         return ErrorModel.fit(scores, exact, sizes[rows]), (top, bottom)
@@ -283,16 +290,44 @@ class TwoStage:
         if norm is None:
             preconditioner = IdentityPreconditioner(store.layout)
         device = self.scan.device
-        return Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
+        norms = Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
+        if norm is not None:
+            norms.settle()
+        return norms
 
-    def _sizes(self, norm: str | None, progress: Progress) -> Tensor:
+    def _sample_scores(self, prepared: PreparedQueries, mode: str) -> Tensor:
+        """The coarse scores of the sampled rows, [Q, S] float32."""
+        norm, device = NORM_OF_MODE[mode], self.scan.device
+        if norm not in self._sampled:
+            norms = None
+            if norm is not None:
+                norms = Norms(self.scan.preconditioner, norm, self._coarse.basis.exponents, device)
+            held = self._sampled[norm] = []
+            for block in self._coarse.blocks(self._sample):
+                found = None
+                if norms is not None:
+                    found = norms.of_shard(block.shard)
+                    norms.compute(block, found)
+                held.append((block, found))
+        plan = self._plan(self._coarse, prepared, mode)
+        sink = FullMatrix(plan, HostLanes(device).upload, len(self._sample))
+        for block, found in self._sampled[norm]:
+            sink.add(block, found)
+        scores: Tensor = sink.result(prepared.names, (), {}).scores
+        return scores
+
+    def _sizes_for(self, norm: str | None, progress: Progress) -> Tensor:
         """What the errors of the coarse rows' scores grow with, [N] float64.
 
         A row's norm; divided by the norm that the mode divides the score by.
         """
+        if norm in self._sizes:
+            return self._sizes[norm]
         store, parts = self.scan.store, []
         members = list(range(len(store.layout)))
-        lengths = self.scan.complete(self._norms(store), progress)
+        # Few bits do not tell |g|; of whitened rows √sigma is the norm.
+        base = None if store.basis.plain else "sigma"
+        lengths = self.scan.complete(self._norms(store, base), progress)
         norms = None if norm is None else self.scan.complete(self._norms(store, norm), progress)
         for index, shard in enumerate(store.shards):
             rows, whole = self.scan.shard_rows(index), slice(0, shard.num_rows)
@@ -301,18 +336,17 @@ class TwoStage:
                 by = norms.of_shard(rows).true_norms(members, whole)
                 size = np.divide(size, by, out=np.zeros_like(size), where=by > 0)
             parts.append(size)
-        return torch.from_numpy(np.concatenate(parts))
+        self._sizes[norm] = torch.from_numpy(np.concatenate(parts))
+        return self._sizes[norm]
 
     def _plan(self, rows: FinerRows, prepared: PreparedQueries, mode: str) -> Plan:
         return plan_scan(prepared, mode, None, rows.basis, self.scan.device)[0]
 
-    def _matrix(
-        self, rows: FinerRows, prepared: PreparedQueries, mode: str, numbers: np.ndarray
-    ) -> Tensor:
-        """The scores of some rows, [Q, n] float32 on the CPU."""
+    def _exact_scores(self, prepared: PreparedQueries, mode: str, numbers: np.ndarray) -> Tensor:
+        """The finer scores of some rows, [Q, n] float32 on the CPU."""
         upload = HostLanes(self.scan.device).upload
-        sink = FullMatrix(self._plan(rows, prepared, mode), upload, len(numbers))
-        score_finer(rows, numbers, self.scan.preconditioner, [sink], self.scan.device)
+        sink = FullMatrix(self._plan(self._exact, prepared, mode), upload, len(numbers))
+        score_finer(self._exact, numbers, self.scan.preconditioner, [sink], self.scan.device)
         scores: Tensor = sink.result(prepared.names, (), {}).scores
         return scores
 
@@ -358,16 +392,15 @@ def _ends(
     if known is not None:
         out[torch.from_numpy(known)] = True
     rows = torch.from_numpy(sample)
-
-    def end(scores: Tensor, found: Tensor, of_sample: Tensor) -> CoarseEnd:
-        return CoarseEnd(
-            Scored(scores.masked_fill(out[found], -torch.inf), sizes[found]),
-            Scored(of_sample.masked_fill(out[rows], -torch.inf), sizes[rows]),
-            scores[:, -1:],
+    top, bottom = (
+        CoarseEnd.of(
+            (sign * scores, sizes[found], out[found]),
+            (sign * sampled, sizes[rows], out[rows]),
             len(sizes),
         )
-
-    return (
-        end(coarse.top_scores, coarse.top_rows, sampled),
-        end(-coarse.bottom_scores, coarse.bottom_rows, -sampled),
+        for sign, scores, found in (
+            (1, coarse.top_scores, coarse.top_rows),
+            (-1, coarse.bottom_scores, coarse.bottom_rows),
+        )
     )
+    return top, bottom

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,7 @@ class Capture:
         self._undo: list[Callable[[], object]] = []
         self._hooks: dict[str, int] = {}  # {module name: the number of its forward hook}
         self._watched = {layer.module for layer in self._layers}
+        self._latest: tuple[ref[Tensor], int, Batch, Layer, Call] | None = None  # the last input
         self._raw: dict[nn.Module, tuple[Tensor, int]] = {}  # outputs before global hooks, versions
 
     @property
@@ -207,6 +209,7 @@ class Capture:
         while self._undo:
             self._undo.pop()()
         self._raw.clear()
+        self._latest = None
         self._swapped.forget()
 
     def _hook(self, layer: Layer) -> None:
@@ -285,12 +288,22 @@ class Capture:
         self._check_unchanged(layer, output)
         x = args[0] if args else next(iter(kwargs.values()))
         with plain_arithmetic(x):
-            call = layer.call(x.detach(), self._batch_of(layer, x))
+            batch = self._batch_of(layer, x)
+            call = layer.call(x.detach(), batch, self._same_input(x, batch))
+            self._latest = None if x.is_inference() else (ref(x), x._version, batch, layer, call)
         # The hook belongs to this value of the output. An in-place ReLU that follows makes
         # another value, and another call of the module has a hook of its own.
         output, node, place = hookable(output)
         node.register_prehook(partial(self._at_output_gradient, layer, call, place))
         return output
+
+    def _same_input(self, x: Tensor, batch: Batch) -> tuple[Layer, Call] | None:
+        """The latest call, if it was with this very tensor, which has not changed since."""
+        if self._latest is None:
+            return None
+        tensor, version, its_batch, layer, call = self._latest
+        same = tensor() is x and x._version == version and its_batch is batch
+        return (layer, call) if same else None
 
     def _batch_of(self, layer: Layer, x: Tensor) -> Batch:
         batch = self._batch if self._part_masks is None else self._part_masks.of(layer, x)

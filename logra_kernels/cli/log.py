@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_existing_store(arguments)
     complete_row_options(arguments)
     check_labels(arguments)
-    plan = read_plan(arguments.plan, arguments.store_dtype) if arguments.plan else None
+    plan = read_plan(arguments.plan, arguments.codec) if arguments.plan else None
     store = _store_to_resume(arguments)
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = open_corpus(arguments, lm)
@@ -199,7 +199,7 @@ def project_layers(
     else:
         projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
         gradients = LMGradients(lm, names, projection)
-    row_bytes = row_codec(arguments.store_dtype).row_bytes(gradients.watched.layout)
+    row_bytes = row_codec(arguments.codec).row_bytes(gradients.watched.layout)
     warn(
         f"{lm.name}: {len(names)} layers, {names[0]} … {names[-1]};"
         f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row"
@@ -255,7 +255,7 @@ def _log(
             gradients,
             corpus,
             arguments.out,
-            store_dtype=arguments.store_dtype,
+            store_dtype=arguments.codec,
             resume=arguments.resume,
             stop=stop,
             report=_shown_by(bar),

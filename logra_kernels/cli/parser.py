@@ -80,18 +80,18 @@ How large is the store? modules × rank² × 2 bytes a row: 24 × 64² × 2 = 19
 
 PLAN = """
 Say what `logra log` with the same options will take, before it runs: bytes on disk, memory, and the
-time of the pilot, of logging and of queries, for several --store-dtype side by side. The corpus is
+time of the pilot, of logging and of queries, for several --codec side by side. The corpus is
 read whole, then some of its batches are logged into a temporary store beside --out and that store
-is asked; it is deleted. The bytes of rows, ids, norms and curvature are exact, those of a pilot's
-projection where the pilot is of at most 64 examples. Exponents that float16 gives to odd rows are
-counted where the trial rows have some. Times are of this machine as busy as it is now.
+is asked; it is deleted. Bytes are exact where no "about" stands beside them; exponents that float16
+gives to odd rows are counted where the trial rows have some. Times are of this machine as busy as
+it is now.
 """
 PLAN_EXAMPLE = """
 Example: what would a byte an element save? Afterwards, how right was the plan?
 
-  logra plan --model ./model --data train.jsonl --store-dtype float16 --store-dtype int8 \\
+  logra plan --model ./model --data train.jsonl --codec float16 --codec int8 \\
       --json plan.json
-  logra log  --model ./model --data train.jsonl --store-dtype int8 --out ./store --plan plan.json
+  logra log  --model ./model --data train.jsonl --codec int8 --out ./store --plan plan.json
   logra info ./store
 """
 
@@ -334,11 +334,14 @@ def _codec_or_all(text: str) -> str:
     return _one_of(*codec_names(), "all")(text)
 
 
-def _choice(group: argparse._ArgumentGroup, option: str, words: str, help: str) -> None:
-    """Add an option that takes one of a few words, "first|second"; the first by default."""
+def _choice(group: argparse._ArgumentGroup, option: str, words: str, help: str, *old: str) -> None:
+    """Add an option that takes one of a few words, "first|second"; the first by default.
+
+    `old` are other spellings of it.
+    """
     allowed = words.split("|")
     check = _one_of(*allowed)
-    group.add_argument(option, type=check, default=allowed[0], metavar=words, help=help)
+    group.add_argument(option, *old, type=check, default=allowed[0], metavar=words, help=help)
 
 
 def _count(
@@ -466,17 +469,19 @@ def _log_rows(group: argparse._ArgumentGroup, several: bool = False) -> None:
         "expand",
     )
     group.add_argument("--seed", type=int, help=f"of a random projection; default: {SEED}")
-    scaled = f"default: {STORE_DTYPE}, with a scale per row"
+    codecs = f"{STORE_DTYPE}|float32|int8|int4|int2|sign"
+    scaled = f"default: {STORE_DTYPE}; int4, int2 and sign are for rows of --init eigen"
     if several:
         group.add_argument(
+            "--codec",
             "--store-dtype",
             action="append",
             type=_codec_or_all,
-            metavar="DTYPE|all",
+            metavar="CODEC|all",
             help=f"as in `logra log`; may be repeated; {scaled}",
         )
     else:
-        _choice(group, "--store-dtype", f"{STORE_DTYPE}|float32|int8", scaled)
+        _choice(group, "--codec", codecs, scaled, "--store-dtype")
     group.add_argument(
         "--curvature",
         type=_curvature_kind,

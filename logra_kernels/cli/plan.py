@@ -18,7 +18,8 @@ from logra_kernels.cli.log import (
     what_is_asked,
 )
 from logra_kernels.cli.outputs import check_outputs
-from logra_kernels.defaults import STORE_DTYPE
+from logra_kernels.curvature import curvature_kind
+from logra_kernels.defaults import NO_CURVATURE, STORE_DTYPE
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.corpus import Corpus
 from logra_kernels.lm.gradients import LMGradients
@@ -29,7 +30,12 @@ from logra_kernels.projection import PILOTED
 from logra_kernels.report.console import say, warn
 from logra_kernels.report.render import format_bytes, format_seconds, plural
 from logra_kernels.report.results import STANDARD_OUTPUT, write_json
-from logra_kernels.store import codec_names
+from logra_kernels.store import codec_names, row_codec
+
+
+def loggable(init: str) -> tuple[str, ...]:
+    """The codecs that rows can be logged in: those of few bits take rows of an eigenbasis."""
+    return tuple(name for name in codec_names() if init == "eigen" or row_codec(name).faithful)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,9 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("data: a plan reads the data, and standard input can be read once")
     complete_row_options(arguments)
     check_labels(arguments)
-    given = arguments.store_dtype or [STORE_DTYPE]
-    codecs = codec_names() if "all" in given else tuple(dict.fromkeys(given))
-    arguments.store_dtype = codecs[0]  # of the line that describes a row
+    given = arguments.codec or [STORE_DTYPE]
+    codecs = loggable(arguments.init) if "all" in given else tuple(dict.fromkeys(given))
+    arguments.codec = codecs[0]  # of the line that describes a row
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = open_corpus(arguments, lm)
     sizes = {name: getattr(arguments, name) for name in ("batch_tokens", "batch_size")}
@@ -74,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         "tokens": facts.tokens,
         "dim": gradients.dim,
         "queries": arguments.queries,
-        "exact_projection": _exact_projection(arguments, facts),
+        "estimated": _estimated(arguments, facts),  # of the bytes; all others are exact
         "asked": what_is_asked(arguments, gradients, options),
         "codecs": found,
     }
@@ -90,10 +96,15 @@ def _existing(folder: Path) -> Path:
     return folder if folder.is_dir() else _existing(folder.parent)
 
 
-def _exact_projection(arguments: argparse.Namespace, facts: CorpusFacts) -> bool:
-    if arguments.init not in PILOTED:
-        return True
-    return pilot_size(facts.rows, arguments.pilot) <= PILOTED_EXAMPLES
+def _estimated(arguments: argparse.Namespace, facts: CorpusFacts) -> list[str]:
+    """The sizes that a trial does not tell to the byte."""
+    found = ["manifest"]
+    if arguments.init in PILOTED and pilot_size(facts.rows, arguments.pilot) > PILOTED_EXAMPLES:
+        found.append("projection")
+    kind = arguments.curvature
+    if kind != NO_CURVATURE and curvature_kind(kind).tokens is not None:
+        found.append("curvature")  # with the last tokens, which wait for more to be summed
+    return found
 
 
 def _print(made: dict[str, Any]) -> None:
@@ -104,11 +115,10 @@ def _print(made: dict[str, Any]) -> None:
         f"{plural(made['tokens'], 'token')}"
     )
     lines = [["", *made["codecs"]], ["bytes a row", *(f"{plan['row_bytes']:,}" for plan in plans)]]
-    about = {"manifest"} | (set() if made["exact_projection"] else {"projection"})
     for name in BYTES:
         label = {"norms": "norms, from a query on"}.get(name, name)
         sizes = [f"{plan['bytes'][name]:,}" for plan in plans]
-        lines.append([f"{label}, about" if name in about else label, *sizes])
+        lines.append([f"{label}, about" if name in made["estimated"] else label, *sizes])
     total = [format_bytes(sum(plan["bytes"].values())) for plan in plans]
     lines.append(["on disk in all", *total])
     for name in MEMORY:

@@ -337,8 +337,7 @@ def _repeated(store: Store, path: Path, num_rows: int) -> Store:
     """A store's rows over and over, as many as asked for."""
     few = range(min(store.num_rows, num_rows, 256))
     exponents = store.module_exponents
-    encoded = store.codec.encode(store.take(few), store.layout, exponents)
-    stored, scale, own = encoded
+    stored, scale, own = store.basis.encode(store.codec, store.take(few))
     with StoreWriter.create(path, modules=store.modules, dtype=store.dtype) as writer:
         if store.codec.scaled:
             writer.set_module_exponents(exponents)
@@ -351,7 +350,7 @@ def _repeated(store: Store, path: Path, num_rows: int) -> Store:
 
 def _evict(store: Store) -> None:
     """Drop a store's files from the page cache, where the system does so."""
-    for file in store.path.glob("*.npy"):
+    for file in store.path.glob("*.npy") if hasattr(os, "posix_fadvise") else ():
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)

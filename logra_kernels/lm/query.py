@@ -225,11 +225,7 @@ def _query_result(
         ranks = {ranking.name: ranking.expected_ranks[record.id] for ranking in rankings}
         result["expected"] = {"what": expected, "ranks": ranks}
     result["modes"] = [
-        {
-            **_mode_facts(ranking),
-            "top": ranking.top[q],
-            "bottom": ranking.bottom[q],
-        }
+        {**_mode_facts(ranking), "top": ranking.top[q], "bottom": ranking.bottom[q]}
         for ranking in rankings
     ]
     return result

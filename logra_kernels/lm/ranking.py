@@ -73,7 +73,8 @@ class Scans:
         rows: the queries' gradients, [Q, D].
         names: the queries' ids.
         damping_scale, damping: as in `Attributor`; or several scales, which share each scan.
-        second: ranks by finer rows; None: by the store's.
+        second: ranks by finer rows, of several scales under one after the other; None: by the
+            store's.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Scans:
         Returns: a ranking for each damping; one in a mode without a curvature.
         """
         _, asked = self._of(mode)
-        results = self._scan(mode, top_k)
+        results = self._scan(mode, top_k) if self._second is None else self._look(mode, top_k)
         matrices = results if every is None and not expected else self._scan(mode, None)
         rankings = []
         for one, result, matrix in zip(asked, results, matrices, strict=True):
@@ -167,8 +168,6 @@ class Scans:
         """The best and worst passages for each damping, or with no `top_k` the matrices."""
         attributor, asked = self._of(mode)
         scan_mode = MATRIX_MODE if mode == GRADIENT_DOT else mode
-        if self._second is not None and top_k is not None:
-            return [self._look_again(self._second, one, top_k, scan_mode) for one in asked]
         if len(asked) > 1:
             return attributor.sweep(
                 self._rows,
@@ -181,18 +180,22 @@ class Scans:
             return [attributor.scores(asked[0].queries, scan_mode)]
         return [attributor.top_k(asked[0].queries, top_k, scan_mode)]
 
-    def _look_again(
-        self, second: SecondLook, asked: _Asked, top_k: int, mode: str
-    ) -> InfluenceResult:
-        """The best and worst passages by finer rows."""
-        return TwoStage(Attributor(self._store, asked.preconditioner), second.finer).top_k(
-            asked.queries,
-            top_k,
-            mode,
-            candidates=second.candidates,
-            recall=second.recall,
-            certified=second.certified,
-        )
+    def _look(self, mode: str, top_k: int) -> list[InfluenceResult]:
+        """The best and worst passages for each damping, by finer rows."""
+        second = self._second
+        assert second is not None
+        scan_mode = MATRIX_MODE if mode == GRADIENT_DOT else mode
+        return [
+            TwoStage(Attributor(self._store, one.preconditioner), second.finer).top_k(
+                one.queries,
+                top_k,
+                scan_mode,
+                candidates=second.candidates,
+                recall=second.recall,
+                certified=second.certified,
+            )
+            for one in self._of(mode)[1]
+        ]
 
     def _damping_facts(self, asked: _Asked) -> dict[str, Any]:
         facts: dict[str, Any] = {"lambdas": asked.preconditioner.dampings}

@@ -34,6 +34,14 @@ def multiply(flops_per_thread: float) -> float:
     return float(_kernels().multiply(flops_per_thread))
 
 
+def multiply_bytes(operations_per_thread: float) -> float:
+    """Run products of signed bytes, operands in registers; return the operations done.
+
+    Two for each product: a multiplication and an addition in 32 bits.
+    """
+    return float(_kernels().multiply_bytes(operations_per_thread))
+
+
 def multiply_tiles(flops_per_thread: float) -> float:
     """Run products of bfloat16 tiles, one tile loaded from L1 for each; return the FLOP done.
 

@@ -28,7 +28,8 @@ class Config:
     root_dir: the folder whose subfolder `project` is the store.
     rank, init, seed: of the projection that add_lora makes; rank is K or (rank_out, rank_in).
     coordinates: D, which init "eigen" takes in place of a rank.
-    dtype: of the stored rows, "float16" or "int8" (each row with a scale), or "float32".
+    dtype: the codec of the stored rows: "float16", "int8", "float32"; or for rows of an eigenbasis,
+        which a pilot makes, "int4", "int2" or "sign".
     shard_bytes: size of a finished shard; None leaves it to the store.
     damping, damping_scale: λ, or λ relative to the mean eigenvalue of each module ("auto": see
         `Curvature.damped`).

@@ -99,7 +99,7 @@ class Run:
         self._store: Store | None = None
         self._curvature: Curvature | None = None
         self._attributor: tuple[Any, Attributor] | None = None  # the last one, with its damping
-        self._ids_to_resume: dict[tuple[str, ...], frozenset[str]] = {}  # by what needs tokens
+        self._ids_to_resume: dict[Setup, frozenset[str]] = {}
 
     # What to log.
 
@@ -849,16 +849,16 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        names = self._setup.of_tokens
-        if names not in self._ids_to_resume:
+        setup = self._setup
+        if setup not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():
                 store = Store.open(self.path)
             ids = [] if store is None else store.ids.to_pylist()
-            if store is not None and names:  # the others must be passed again
-                ids = ids[: rows_seen(store, names)]
-            self._ids_to_resume[names] = frozenset(ids)
-        return self._ids_to_resume[names]
+            if store is not None:  # the others must be passed again
+                ids = ids[: rows_seen(store, setup)]
+            self._ids_to_resume[setup] = frozenset(ids)
+        return self._ids_to_resume[setup]
 
     def _use(self, store: Store, curvature: Curvature | None = None) -> None:
         self._store, self._curvature, self._attributor = store, curvature, None

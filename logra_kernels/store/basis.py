@@ -102,14 +102,24 @@ class Basis:
         """2**exponent of each column, [D] float64."""
         return np.repeat(np.ldexp(np.ones(len(self.layout)), self.exponents), self.layout.sizes)
 
-    def _forward(self, rows: np.ndarray) -> np.ndarray:
-        """t [n, D] float64 of rows g. A row is rotated in float32, its largest element near 1."""
-        wide: np.ndarray = rows / self._powers  # exact
+    def coordinates(self, rows: np.ndarray) -> np.ndarray:
+        """t [n, D] float64 of rows g, to float64's rounding; the codec gets it from float32."""
+        wide: np.ndarray = rows.astype(np.float64) / self._powers
+        self._whiten(wide)
+        return wide if self.rotation is None else self.rotation.forward(wide)
+
+    def _whiten(self, rows: np.ndarray) -> None:
+        """L⁻¹ of each module's columns [n, D] float64, in place."""
         for i, factor in self._factors.items():
             columns = self.layout.columns[i]
             if i not in self._inverses:
                 self._inverses[i] = np.linalg.inv(factor)
-            wide[:, columns] = wide[:, columns] @ self._inverses[i].T
+            rows[:, columns] = rows[:, columns] @ self._inverses[i].T
+
+    def _forward(self, rows: np.ndarray) -> np.ndarray:
+        """t [n, D] float64 of rows g. A row is rotated in float32, its largest element near 1."""
+        wide: np.ndarray = rows / self._powers  # exact
+        self._whiten(wide)
         if self.rotation is None:
             return wide
         unit = np.frexp(np.abs(wide).max(axis=1, keepdims=True))[1]  # [n, 1]

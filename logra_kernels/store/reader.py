@@ -1,5 +1,6 @@
 """Reading a store: mapped shards, ids, and what is kept beside them."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -466,11 +467,17 @@ class Store:
         return SelfInfluenceCache(folder, key, meta, shards, len(self.modules))
 
     def self_influence_keys(self) -> list[tuple[str, Any]]:
-        """(key, meta) of the norms that lie beside the rows, in the keys' order."""
-        folder = self.path / "self_influence"
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        found = [(name, read_key(folder / name)) for name in names]
-        return [(name, stored.get("meta")) for name, stored in found if stored is not None]
+        """(key, meta) of the norms that lie beside the rows, in the keys' order.
+
+        A folder that no cache could be, or whose key.json is damaged, is none.
+        """
+        folder, found = self.path / "self_influence", []
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+            with contextlib.suppress(StoreError):
+                stored = read_key(folder / check_name(name, "key"))
+                if stored is not None:
+                    found.append((name, stored.get("meta")))
+        return found
 
     def _place(self, row: int) -> tuple[Shard, int]:
         if not 0 <= row < self.num_rows:

@@ -30,7 +30,7 @@ from logra_kernels.attribution import Attributor, InfluenceResult, influence_bet
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
-from logra_kernels.store import Store, codec_names
+from logra_kernels.store import Store, codec_names, row_codec
 
 QUERIES = gradients(4, seed=7)
 NORMALISED = ("l-relatif", "theta-relatif", "whitened-cosine")
@@ -287,9 +287,10 @@ def test_rows_without_gradient_score_zero_and_are_counted(
     attributor = open_attributor(make_store(tmp_path / "s", rows, dtype, shard_rows=20))
     result = attributor.scores(QUERIES, mode, groups={"first": "layer.0.up"})
     assert result.zero_rows == 2
-    assert result.groups["first"].zero_rows == 3
     assert not result.scores[:, [3, 44]].any()
-    assert not result.groups["first"].scores[:, 7].any()
+    if row_codec(dtype).faithful:  # a module of few bits has the error of the others, rotated
+        assert result.groups["first"].zero_rows == 3
+        assert not result.groups["first"].scores[:, 7].any()
     assert result.scores.isfinite().all()
     assert attributor.scores(QUERIES, mode).zero_rows == 2  # from the cache
     assert attributor.scores(QUERIES, "dot").zero_rows is None
@@ -507,7 +508,7 @@ def test_bad_attributor(tmp_path: Path, store: Store) -> None:
     empty = make_store(tmp_path / "empty", gradients(0))
     refused("empty: the store holds no rows; log some first", Attributor, empty, "none")
     refused("block_rows: expected at least 1, got 0", Attributor, store, "none", block_rows=0)
-    with pytest.raises(ValueError, match=r"curvature: expected .*'raw', 'none', .* got 'hessian'"):
+    with pytest.raises(ValueError, match=r"curvature: expected .*'raw', .*'none', .* got 'hessian'"):
         Attributor(store, "hessian")
     other = RawCurvature(MODULES[:2])
     refused("curvature: expected the store's modules", Attributor, store, other)

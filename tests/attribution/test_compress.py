@@ -219,6 +219,20 @@ class TestLowBits:
                 other.self_influence(), Attributor(source).self_influence(), rtol=1e-6
             )
 
+    def test_rows_and_modules_without_gradient(self, tmp_path: Path, dtype: str) -> None:
+        """Their norms are those of the rows before, so that they score zero and are counted."""
+        rows = gradients(50)
+        rows[[3, 44]] = 0
+        rows[7, :12] = 0  # all columns of the first module
+        source = make_store(tmp_path / "a", rows, "float32")
+        RawCurvature.rebuild(source).save(source)
+        made = compress_store(Store.open(source.path), tmp_path / "b", dtype)
+        queries, first = gradients(3, seed=3), {"first": "layer.0.up"}
+        result = Attributor(made).scores(queries, "l-relatif", groups=first)
+        assert (result.zero_rows, result.groups["first"].zero_rows) == (2, 3)
+        assert not result.scores[:, [3, 44]].any()
+        assert not result.groups["first"].scores[:, 7].any()
+
     def test_without_a_curvature(self, tmp_path: Path, dtype: str) -> None:
         source = make_store(tmp_path / "a", gradients(50), "float32")
         made = compress_store(source, tmp_path / "b", dtype)

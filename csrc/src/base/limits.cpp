@@ -28,6 +28,17 @@ double multiply(double per_thread) {
   return total > 0.0f ? round * static_cast<double>(rounds) * threads : 0.0;
 }
 
+double multiply_bytes(double per_thread) {
+  const Int8Kernels& bytes = active_kernels().int8;
+  const double round = 2.0 * static_cast<double>(bytes.spin_products);
+  const std::size_t rounds = static_cast<std::size_t>(per_thread / round);
+  const int threads = max_threads();
+  std::int32_t total = 0;
+#pragma omp parallel num_threads(threads) reduction(| : total)
+  total |= bytes.spin(rounds);
+  return total == 0 ? round * static_cast<double>(rounds) * threads : 0.0;
+}
+
 double multiply_tiles(double per_thread) {
   const TileKernels* tiles = active_kernels().tiles;
   if (tiles == nullptr) return 0.0;

@@ -16,23 +16,27 @@ struct QueryBytes {
   std::size_t stride, count;
 };
 
-/// Rows of codes in P planes of bits: rows[r * P + p] points to the bits of plane p, and the offset counts
-/// their bytes. levels [16] says what a code stands for.
+/// A kind of rows: bytes, or codes in P planes of bits. Of row r, rows[r * P + p] points to its plane p; the
+/// offset counts the bytes of each. levels [16] says what a code stands for; bytes do not need it.
 struct CodedKernels {
-  /// As Int8Kernels::dots, of the rows' levels.
+  /// out[r * out_stride + q] += sum_{d < dim} (row[r][d] + offset) * queries[q][d], for up to kMostDimInt8
+  /// columns altogether.
+  /// What lies at ahead[r * P + p] is fetched meanwhile, unless ahead is nullptr; memory need not exist
+  /// there.
   void (*dots)(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead,
                const QueryBytes& queries, std::size_t dim, std::int32_t* out, std::size_t out_stride);
-  /// out[r * out_stride + d] = the level of the code of column d; writes up to the next multiple of 64.
-  void (*expand)(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead, std::size_t dim,
-                 std::int8_t* out, std::size_t out_stride);
+  /// Writes the rows' elements as Int8Kernels::prepared wants them, up to the next multiple of 64 columns.
+  void (*prepare)(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead, std::size_t dim,
+                  std::int8_t* out, std::size_t out_stride);
 };
 
 struct Int8Kernels {
-  /// out[r * out_stride + q] = sum_{d < dim} (rows[r][d] + offset) * queries[q][d], for dim <= kMostDimInt8.
-  /// What lies at ahead[r] is fetched meanwhile, unless ahead is nullptr; memory need not exist there.
-  void (*dots)(const RowSpan& rows, const void* const* ahead, const QueryBytes& queries, std::size_t dim,
-               std::int32_t* out, std::size_t out_stride);
-  CodedKernels coded[Planes::kMost];  // of P planes: coded[P - 1]
+  CodedKernels bytes;
+  CodedKernels planes[Planes::kMost];  // of P planes: planes[P - 1]
+  decltype(CodedKernels::dots) prepared;
+  /// `rounds` of spin_products products of bytes in registers, to know what the machine reaches; returns 0.
+  std::int32_t (*spin)(std::size_t rounds);
+  std::size_t spin_products;
   std::int64_t offset;
 };
 

@@ -51,9 +51,9 @@ struct Bytes {
       codes = _mm512_mask_add_epi8(codes, bits[p], codes, _mm512_set1_epi8(1 << (kPlanes - 1 - p)));
     return _mm512_shuffle_epi8(table.first, codes);
   }
-  static void keep(std::int8_t* p, Row row) {
-    _mm512_storeu_si512(p, _mm512_xor_si512(row, _mm512_set1_epi8(static_cast<char>(0x80))));
-  }
+  static Row prepared(const std::int8_t* p, std::size_t n) { return load(p, n); }
+  static void hide(Row& row) { __asm__ volatile("" : "+v"(row)); }
+  static void keep(std::int8_t* p, Row row) { _mm512_storeu_si512(p, row); }
 
   // gcc 12 copies the sums of the intrinsic from register to register, and so to the stack.
   static Sum dot(Sum sum, Row row, Query query) {

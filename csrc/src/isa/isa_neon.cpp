@@ -126,6 +126,8 @@ struct Bytes {
     }
     return vqtbl1q_s8(table, codes);
   }
+  static Row prepared(const std::int8_t* p, std::size_t n) { return row(p, n); }
+  static void hide(Row& row) { __asm__ volatile("" : "+w"(row)); }
   static void keep(std::int8_t* p, Row row) { vst1q_s8(p, row); }
 
   static Sum dot(Sum sum, Row row, Query query) {

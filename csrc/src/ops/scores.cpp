@@ -52,7 +52,7 @@ void plane_scores(const Matrix& queries, const Planes& planes, const float* row_
   if (queries.rows == 0 || planes.rows == 0) return;
   const Kernels& kernels = active_kernels();
   const BoundedQueries bounded(queries);
-  const PlaneProducts products(kernels, bounded.matrix(), planes);
+  const IntegerProducts products(kernels, bounded.matrix(), planes);
   write_scores(kernels, bounded, products, first_plane(planes), row_scale, row_bias, out);
 }
 

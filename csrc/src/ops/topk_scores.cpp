@@ -255,7 +255,7 @@ void topk_plane_scores(const Matrix& queries, const Planes& planes, const float*
   if (queries.rows == 0) return;
   const Kernels& kernels = active_kernels();
   const BoundedQueries bounded(queries);
-  const PlaneProducts products(kernels, bounded.matrix(), planes);
+  const IntegerProducts products(kernels, bounded.matrix(), planes);
   fold(kernels, bounded, products, first_plane(planes), row_scale, row_bias, k, row_offset, top, bottom);
 }
 

@@ -7,8 +7,7 @@
 
 #include "base/checks.h"
 #include "base/threads.h"
-#include "products/int8_products.h"
-#include "products/plane_products.h"
+#include "products/integer_products.h"
 #include "products/products.h"
 
 namespace logra {
@@ -26,12 +25,12 @@ struct ScanBlock {
 template <class Use>
 void with_products(const Kernels& kernels, const Matrix& queries, const Matrix& rows, const Use& use) {
   if (rows.dtype == Dtype::kInt8)
-    use(Int8Products(kernels, queries));
+    use(IntegerProducts(kernels, queries, rows));
   else
     use(Products(kernels, queries, rows.dtype, rows.rows));
 }
 
-/// What scan() needs of rows in planes, of which PlaneProducts reads more.
+/// What scan() needs of rows in planes, of which IntegerProducts reads more.
 inline Matrix first_plane(const Planes& planes) {
   return {planes.data[0], Dtype::kInt8, planes.rows, planes.cols, planes.row_strides[0]};
 }

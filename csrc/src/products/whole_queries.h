@@ -19,6 +19,7 @@ class WholeQueries {
 
   std::size_t count() const { return count_; }
   std::size_t dim() const { return dim_; }
+  std::size_t num_bytes() const { return bytes_; }
   std::size_t dim_block() const { return dim_block_; }
 
   /// The bytes of queries begin to end - 1 from column `first` on, a multiple of dim_block(): of each query
