@@ -7,26 +7,31 @@ curvature. Speed: random rows in memory, in turns. Settings whose data are not t
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.accuracy import gpt, mlp
 from bench.accuracy.methods import Rows, Subject
 from bench.accuracy.setting import Setting, trained_model
 from bench.harness import results
 from bench.harness.cases import effort, medians, options, prepare, time_in_turns
+from bench.harness.limits import BYTES, READ, probes
 from bench.harness.tables import table
-from logra_kernels import ops
+from logra_kernels import ops, reference
 from logra_kernels.attribution import Attributor, compress_store
 from logra_kernels.evaluation import recall_at
 from logra_kernels.evaluation.lds import spearman
 from logra_kernels.store import Store, codec_names
 
 BEST = 20
+PLANES = {"int4": 4, "int2": 2, "sign": 1}  # bits an element
 ROW_BYTES = 1 << 28  # of float16 rows whose scan is timed
 
 
@@ -43,20 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         print(table(records))
         if args.json:
             results.append("codecs", {"bench": "codecs", "case": setting.title, "rows": records})
-    rows = []
+    rows: list[dict[str, object]] = []
     for num_queries in (1, 16, 64):
-        for dim in (8192,) if args.quick else (1024, 8192, 65536):
-            spent = effort(args)
-            calls = scans(num_queries, dim, (ROW_BYTES >> 3 if args.quick else ROW_BYTES) // 2)
-            seconds = medians(time_in_turns(calls, spent))
-            rows.append(
-                {
-                    "queries": num_queries,
-                    "D": dim,
-                    **{f"{name}, ms": 1e3 * taken for name, taken in seconds.items()},
-                    "int8 x float16": seconds["float16"] / seconds["int8"],
-                }
-            )
+        for dim in (8192,) if args.quick else (8192, 32768, 65536):
+            rows += scan_rates(num_queries, dim, args)
     print(f"\nA scan in memory, {torch.get_num_threads()} threads, {ops.isa()}")
     print(table(rows))
     if args.json:
@@ -98,16 +93,61 @@ def accuracy(setting: Setting) -> Iterator[dict[str, object]]:
                     }
 
 
-def scans(num_queries: int, dim: int, elements: int) -> dict[str, Callable[[], object]]:
-    """Calls of `ops.scores` over the same rows in both codecs."""
+def scan_rates(num_queries: int, dim: int, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """A row for each codec: its scan beside the machine's read bandwidth and rate of bytes.
+
+    Every codec has as many rows, so narrow ones may lie in the last level of cache.
+    """
+    elements = (ROW_BYTES >> 3 if args.quick else ROW_BYTES) // 2
+    calls, row_bytes = scans(num_queries, dim, elements)
+    byte_work = ops.limits.multiply_bytes(1e8) / 2
+    beside = {READ: probes()[READ][1], BYTES: lambda: ops.limits.multiply_bytes(1e8)}
+    seconds = medians(time_in_turns({**calls, **beside}, effort(args)))
+    read_rate, byte_rate = probes()[READ][0] / seconds[READ], byte_work / seconds[BYTES]
+    count = elements // dim
+    for name in calls:
+        products = num_queries * count * dim * (2 if name == "int8" else 1) / seconds[name]
+        yield {
+            "queries": num_queries,
+            "D": dim,
+            "codec": name,
+            "ms": 1e3 * seconds[name],
+            "x float16": seconds["float16"] / seconds[name],
+            "GB/s": count * row_bytes[name] / seconds[name] / 1e9,
+            "of read": count * row_bytes[name] / seconds[name] / read_rate,
+            "of byte products": None if name == "float16" else products / byte_rate,
+        }
+
+
+def scans(
+    num_queries: int, dim: int, elements: int
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
+    """Calls of the scans of as many rows in every codec, checked; and the bytes of a row."""
     count = elements // dim
     queries, scale = torch.randn(num_queries, dim), torch.rand(count)
     halves = torch.randn(count, dim).half()
     codes = (30 * halves).clamp(-127, 127).to(torch.int8)
-    return {
-        "float16": lambda: ops.scores(queries, halves, scale),
-        "int8": lambda: ops.scores(queries, codes, scale),
+    bits = [torch.randint(256, (count, dim // 8), dtype=torch.uint8) for _ in range(4)]
+    calls: dict[str, Callable[[], Tensor]] = {
+        "float16": partial(ops.scores, queries, halves, scale),
+        "int8": partial(ops.scores, queries, codes, scale),
     }
+    row_bytes = {"float16": 2 * dim, "int8": dim}
+    few = min(24, count)
+    wanted = {
+        "float16": queries @ halves[:few].float().T * scale[:few],
+        "int8": reference.scores(queries, codes[:few], scale[:few]),
+    }
+    for name, planes in PLANES.items():
+        levels = torch.linspace(-120, 120, 2**planes).round().to(torch.int8)
+        calls[name] = partial(ops.plane_scores, queries, bits[:planes], levels, scale)
+        row_bytes[name] = planes * dim // 8
+        first = [plane[:few] for plane in bits[:planes]]
+        wanted[name] = reference.plane_scores(queries, first, levels, scale[:few])
+    for name, call in calls.items():
+        rtol, atol = (1e-3, 1e-1) if name == "float16" else (0.0, 0.0)
+        torch.testing.assert_close(call()[:, :few], wanted[name], rtol=rtol, atol=atol)
+    return calls, row_bytes
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from logra_kernels import ops
 
-READ, FMA, TILES = "(read)", "(fma)", "(tiles)"  # the probes' names
+READ, FMA, TILES, BYTES = "(read)", "(fma)", "(tiles)", "(bytes)"  # the probes' names
 READ_BYTES = 1 << 28  # 256 MiB: several times any cache we know of but a server's last level
 
 

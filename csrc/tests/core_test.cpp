@@ -88,6 +88,49 @@ void test_int8(std::size_t dim, std::size_t num_rows, std::size_t num_queries) {
   }
 }
 
+/// Queries of whole numbers with 127 among them, of which every digit is kept: scores of planes are exact.
+void test_planes(std::size_t count, std::size_t dim, std::size_t num_rows, std::size_t num_queries) {
+  std::mt19937 random(8);
+  const std::size_t width = (dim + 7) / 8, codes = std::size_t{1} << count;
+  std::vector<std::uint8_t> bits(count * num_rows * width);
+  std::vector<int> levels(codes);
+  std::vector<std::int8_t> stored(codes);
+  std::vector<float> queries(num_queries * dim), out(num_rows * num_queries, NAN);
+  for (std::uint8_t& byte : bits) byte = static_cast<std::uint8_t>(random());
+  for (std::size_t i = 0; i < codes; ++i) {
+    levels[i] = static_cast<int>(255 * i / (codes - 1)) - 128;
+    stored[i] = static_cast<std::int8_t>(levels[i]);
+  }
+  for (float& value : queries) value = static_cast<float>(static_cast<int>(random() % 255) - 127);
+  for (std::size_t q = 0; q < num_queries; ++q) queries[q * dim] = q % 2 == 0 ? 127.0f : -127.0f;
+  logra::Planes planes;
+  planes.count = count, planes.rows = num_rows, planes.cols = dim, planes.levels = stored.data();
+  for (std::size_t p = 0; p < count; ++p)
+    planes.data[p] = bits.data() + p * num_rows * width, planes.row_strides[p] = width;
+  const Matrix q = {queries.data(), Dtype::kFloat32, num_queries, dim, dim};
+  logra::plane_scores(q, planes, nullptr, nullptr, out.data());
+  std::vector<float> top(num_queries), bottom(num_queries);
+  std::vector<std::int64_t> top_ids(num_queries, -1), bottom_ids(num_queries, -1);
+  logra::topk_plane_scores(q, planes, nullptr, nullptr, 1, 0, {top.data(), top_ids.data()},
+                           {bottom.data(), bottom_ids.data()});
+  for (std::size_t i = 0; i < num_queries; ++i) {
+    float best = -INFINITY, worst = INFINITY;
+    for (std::size_t j = 0; j < num_rows; ++j) {
+      double exact = 0.0;
+      for (std::size_t d = 0; d < dim; ++d) {
+        std::size_t code = 0;
+        for (std::size_t p = 0; p < count; ++p)
+          code = 2 * code + ((planes.data[p][j * width + d / 8] >> (d % 8)) & 1u);
+        exact += static_cast<double>(queries[i * dim + d]) * levels[code];
+      }
+      const float score = out[i * num_rows + j];
+      expect(score == static_cast<float>(exact), "plane_scores", dim, num_rows, num_queries);
+      best = std::fmax(best, score), worst = std::fmin(worst, score);
+    }
+    expect(top[i] == best && bottom[i] == worst, "topk_plane_scores", dim, num_rows, num_queries);
+  }
+}
+
 void test_outer(Dtype dtype, std::size_t ki, std::size_t ko, std::size_t tokens) {
   const Data x = exact(dtype, 2 * tokens * ki, 3), dy = exact(Dtype::kFloat32, 2 * tokens * ko, 4);
   logra::Examples examples;
@@ -171,6 +214,16 @@ int main() {
       test_int8(size, 7, 5);
       test_int8(150, size, 3);
       test_int8(150, 3, size);
+    }
+    for (std::size_t planes = 1; planes <= 4; ++planes) {
+      for (const std::size_t size : tails) {
+        test_planes(planes, size, 7, 5);
+        test_planes(planes, 150, size, 3);
+        test_planes(planes, 150, 3, size);
+      }
+      test_planes(planes, 9000, 20, 2);
+      test_planes(planes, 2500, 13, 67);
+      test_planes(planes, 70001, 7, 5);
     }
     test_int8(5000, 50, 67);
     test_int8(70001, 13, 2);

@@ -6,8 +6,9 @@
 namespace logra {
 namespace {
 
-// Up to so many queries a row's elements are made once for each tile of queries: of int8, and of P planes.
-constexpr std::size_t kDirectBytes = 4, kDirectPlanes[Planes::kMost] = {4, 4, 4, 4};
+// Up to so many queries a row's elements are made of its bits once for each tile of queries. Bytes always
+// are: a copy of them in the L1 cache cost more than it gave.
+constexpr std::size_t kDirectPlanes = 4;
 // Up to so many queries a longer block of D is worth its place in the cache: the bits of 6 rows of it are
 // 6 KiB, and each query's bytes 8 KiB.
 constexpr std::size_t kLongQueries = 2, kLongBlock = 8192;
@@ -28,7 +29,7 @@ IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, 
       rows_(as_planes(rows)),
       byte_columns_(1),
       coded_(kernels.int8.bytes),
-      direct_(queries.rows <= kDirectBytes),
+      direct_(true),
       queries_(kernels, queries, 2, kDimBlockInt8) {}
 
 IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, const Planes& planes)
@@ -36,7 +37,7 @@ IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, 
       rows_(planes),
       byte_columns_(8),
       coded_(kernels.int8.planes[planes.count - 1]),
-      direct_(queries.rows <= kDirectPlanes[planes.count - 1]),
+      direct_(queries.rows <= kDirectPlanes),
       queries_(kernels, queries, 1, queries.rows <= kLongQueries ? kLongBlock : kDimBlockInt8) {
   std::memcpy(levels_, planes.levels, std::size_t{1} << planes.count);
 }
