@@ -41,6 +41,8 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {  # and the options that they
     "streaming": ("bench.paths.streaming", SHARED),  # queries of a store on disk
     "targets": ("bench.targets", ("threads", "json")),  # what this package holds itself to
     "codecs": ("bench.codecs", SHARED),  # bytes, accuracy and speed of rows by codec
+    "plan": ("bench.plan", ("quick", "threads", "json")),  # `logra plan` beside what comes
+    "answers": ("bench.answers", ("quick", "threads", "json")),  # two-stage ones beside the exact
     "grid": ("bench.grid", SHARED),  # every op, dtype and shape against torch
     "peers": ("bench.peers", SHARED),  # LogIX, Bergson, dattri, dattri-llm
     "table1": ("bench.table1", SHARED),  # LoGra beside EKFAC

@@ -25,10 +25,10 @@ from bench.harness.cases import effort, medians, options, prepare, time_in_turns
 from bench.harness.limits import BYTES, READ, probes
 from bench.harness.tables import table
 from logra_kernels import ops, reference
-from logra_kernels.attribution import Attributor
+from logra_kernels.attribution import Attributor, compress_store
 from logra_kernels.evaluation import recall_at
 from logra_kernels.evaluation.lds import spearman
-from logra_kernels.store import Store, codec_names, compress_store
+from logra_kernels.store import Store, codec_names
 
 BEST = 20
 PLANES = {"int4": 4, "int2": 2, "sign": 1}  # bits an element

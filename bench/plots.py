@@ -44,6 +44,7 @@ PEERS = {"l-relatif": "l-RelatIF", "influence": "Influence (Eq. 3)"}  # the part
 # The lines of accuracy.png and brittleness.png.
 METHODS = {
     "eigenbasis": OUR_COLOUR,
+    "eigenbasis, shrunk": "#ea580c",
     "eigenbasis, sequence moments": "#fb7185",
     "eigenbasis, pilot of 10%": "#f59e0b",
     "full EKFAC": "#111827",

@@ -18,4 +18,5 @@ NO_CURVATURE = "none"  # asks for plain dot products of gradients
 DAMPING_SCALE = 0.1  # λ in units of the mean eigenvalue of a module's curvature
 RANK = 64
 SEED = 0
+RECALL = 0.98  # that a two-stage answer aims at where nothing else is asked
 STORE_DTYPE = "float16"

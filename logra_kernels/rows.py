@@ -11,6 +11,7 @@ from torch import Tensor
 
 from logra_kernels import ops
 from logra_kernels.store import RowCodec, RowLayout, Store
+from logra_kernels.store.codecs import Planes
 from logra_kernels.store.codecs.base import EXPONENT_DTYPE
 from logra_kernels.store.codecs.float16 import LARGEST_ELEMENT_EXPONENT
 from logra_kernels.store.layout import SAMPLES
@@ -20,6 +21,24 @@ SMALLEST_NORMAL_BITS, INFINITE_BITS = 0x0400, 0x7C00
 
 # Stored rows [R, W], row_scale [R] float32, and on the host row_exponents [R, M] int16.
 Encoded = tuple[Tensor, Tensor | None, np.ndarray | None]
+
+
+class PlaneRows(NamedTuple):
+    """Rows in bit planes, as `ops.plane_scores` takes them."""
+
+    planes: tuple[Tensor, ...]  # [R, B] uint8 each, the sign's first
+    levels: Tensor  # [2**P] int8 on the CPU
+    dim: int  # D
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, D)."""
+        return self.planes[0].shape[0], self.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the planes are."""
+        return self.planes[0].device
 
 
 class _Kernels(NamedTuple):
@@ -66,13 +85,25 @@ def decode(
 
 
 def scanned(
-    codec: RowCodec, stored: Tensor, layout: RowLayout, row_exponents: Tensor | None = None
-) -> Tensor:
-    """[R, D] on the same device, of a dtype that `ops.scores` takes: what a scan multiplies.
+    codec: RowCodec,
+    parts: Sequence[Tensor],
+    layout: RowLayout,
+    row_exponents: Tensor | None = None,
+) -> Tensor | PlaneRows:
+    """What a scan multiplies of stored rows: [R, D] of a dtype that `ops.scores` takes, or planes.
 
     The row scales and the modules' exponents are not in it: a scan has them in its own factors.
     Rows with exponents of their own, [R, M] int16 on that device, are multiplied out in float32.
+
+    Args:
+        codec: of the store.
+        parts: the stored rows on a device, [R, W] for each of their files.
+        layout: the modules of a row.
+        row_exponents: [R, M] int16 on that device; None: all are zero.
     """
+    if isinstance(codec, Planes):
+        return PlaneRows(tuple(parts), share(codec.levels), layout.dim)
+    stored = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
     if not codec.scan_as_stored:
         elements = codec.elements(stored.cpu().numpy(), layout).astype(np.float32, copy=False)
         stored = share(elements).to(stored.device)
@@ -86,10 +117,57 @@ def scanned(
     return wide
 
 
+def elements(store: Store, rows: Tensor | PlaneRows) -> Tensor:
+    """[R, D] in the modules' columns, of rows as a scan takes them: the gradients without scales.
+
+    Neither row scales nor modules' exponents are in it. Rows in a basis of their own are taken out
+    of it on the CPU, in float64, and rounded to float32.
+    """
+    codec, basis = store.codec, store.basis
+    if isinstance(rows, PlaneRows):
+        stored = np.concatenate([plane.cpu().numpy() for plane in rows.planes], axis=1)
+        found = codec.elements(stored, store.layout)
+    elif basis.plain:
+        # Int8 is what scans multiply; the factors of norms take floating point.
+        return rows.float() if rows.dtype == torch.int8 else rows
+    else:
+        found = rows.cpu().numpy()
+    if not basis.plain:
+        found = basis.original(found).astype(np.float32)
+    return share(found).to(rows.device)
+
+
+def scores(
+    queries: Tensor, rows: Tensor | PlaneRows, row_scale: Tensor | None, row_bias: Tensor | None
+) -> Tensor:
+    """`ops.scores`, or `ops.plane_scores` for rows in bit planes: [Q, R] float32."""
+    if isinstance(rows, PlaneRows):
+        return ops.plane_scores(queries, rows.planes, rows.levels, row_scale, row_bias)
+    return ops.scores(queries, rows, row_scale, row_bias)
+
+
+def topk_scores(
+    queries: Tensor,
+    rows: Tensor | PlaneRows,
+    k: int,
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+    state: ops.TopK | None,
+    row_offset: int,
+) -> ops.TopK:
+    """`ops.topk_scores`, or `ops.topk_plane_scores` for rows in bit planes."""
+    terms = row_scale, row_bias, state, row_offset
+    if isinstance(rows, PlaneRows):
+        return ops.topk_plane_scores(queries, rows.planes, rows.levels, k, *terms)
+    return ops.topk_scores(queries, rows, k, *terms)
+
+
 def stored_rows(
     store: Store, rows: np.ndarray, row_scale: np.ndarray, row_exponents: np.ndarray | None
 ) -> Tensor:
     """A block of a store's rows, [R, D] float32, as the curvature is to see them."""
+    if not store.basis.plain:
+        return share(store.basis.decode(store.codec, rows, row_scale, row_exponents))
     shared = share(rows), share(row_scale), row_exponents
     return decode(store.codec, *shared, store.layout, store.module_exponents)
 

@@ -197,6 +197,7 @@ def gradient_variants() -> Iterator[Variant]:
     """The variants of the gradient kernels: types, projections, masks and segments."""
     mask = make(16, 512, dtype=torch.uint8)
     bounds = make(17, dtype=torch.int64)
+    chosen = make(1000, dtype=torch.int64), make(1000)
     ops = "per_sample_gradients", "one_sided_gradients", "projected_gradients"
     sides = [(x, x) for x in DTYPES] + [("f32", half) for half in DTYPES if half != "f32"]
     for (x_name, dy_name), project_in, project_out in product(sides, (True, False), (True, False)):
@@ -210,7 +211,10 @@ def gradient_variants() -> Iterator[Variant]:
         dense = x, dy, proj_in, proj_out, mask
         flat = x.flatten(0, 1), dy.flatten(0, 1), proj_in, proj_out, mask.flatten(), bounds
         for packed in (False, True):
-            call = partial(launchers.projected_gradients, *(flat if packed else dense))
+            operands = flat if packed else dense
+            call = partial(launchers.projected_gradients, *operands)
+            operands = *operands[:4], *chosen, *operands[4:]
+            some = partial(launchers.projected_coordinates, *operands)
             for aligned in (True, False):
                 parts = {
                     "x": x_name,
@@ -222,6 +226,7 @@ def gradient_variants() -> Iterator[Variant]:
                 }
                 op = ops[project_in + project_out]
                 yield Variant("gradients", "_gradients_kernel", call, parts, op)
+                yield Variant("coordinates", "_gradients_kernel", some, parts, op)
             if (x_name, dy_name, project_in, project_out) == ("f16", "f16", True, True):
                 yield Variant("reduce", "_reduce_kernel", call, {"packed": packed})
 

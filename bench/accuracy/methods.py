@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import tempfile
@@ -224,10 +225,12 @@ def kronfluence(subject: Subject) -> Iterator[Found]:
         def get_attention_mask(self, batch: Any) -> None:
             return None
 
+    # kronfluence puts its own modules in the place of the watched ones.
+    model = copy.deepcopy(subject.model)
     task, examples = Summed(), TensorDataset(data.x, data.y)
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer(
-            subject.setting.name, prepare_model(subject.model, task), task, cpu=True,
+            subject.setting.name, prepare_model(model, task), task, cpu=True,
             log_level=logging.ERROR, disable_tqdm=True, output_dir=folder,
         )  # fmt: skip
         analyzer.fit_all_factors(
@@ -261,6 +264,10 @@ def methods_of(setting: Setting, quick: bool = False) -> list[Method]:
     methods += [
         Rows("eigenbasis", "diagonal", "eigen", coordinates=dim, moments="sequence")
         for dim in (() if quick else setting.coordinates)
+    ]
+    methods += [
+        Rows("eigenbasis, shrunk", "shrunk", "eigen", coordinates=dim)
+        for dim in (() if quick else setting.coordinates[:2])
     ]
     methods.append(Rows("eigenbasis", "diagonal", "eigen", coordinates=middle, pilot=0.1))
     methods += [Rows("PCA, EKFAC", "ekfac", "pca", rank=rank) for rank in quick_ranks]

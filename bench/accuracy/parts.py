@@ -18,6 +18,7 @@ from logra_kernels.evaluation import (
     brittleness,
     half_subsets,
     lds,
+    lds_difference,
     mislabelled_auc,
     retrain,
     without_top,
@@ -54,12 +55,41 @@ def lds_part(subject: Subject, found: Sequence[Found], folder: Path) -> Record:
         }
         for one, value in zip(found, values, strict=True)
     ]
+    differences = []
+    for one, other in _of_equal_bytes(found):
+        less = lds_difference(one.scores, other.scores, subsets, outcomes, resamples=RESAMPLES)
+        differences.append(
+            {
+                "method": one.method,
+                "D": one.dim,
+                "less": other.method,
+                "its D": other.dim,
+                "LDS": less.value,
+                "low": less.low,
+                "high": less.high,
+            }
+        )
     print(table(rows))
+    print("\nThe differences at equal bytes, over the same queries and models\n")
+    print(table(differences))
     ceiling = values[0].ceiling
     told = "one seed" if ceiling is None else f"ceiling by the seeds' noise {ceiling:.2f}"
     print(f"{setting.halves} halves, {setting.seeds} seeds each; {told}")
     params = {"halves": setting.halves, "seeds": setting.seeds, "ceiling": ceiling}
-    return _record(setting, "lds", params, rows)
+    return {**_record(setting, "lds", params, rows), "differences": differences}
+
+
+def _of_equal_bytes(found: Sequence[Found]) -> list[tuple[Found, Found]]:
+    """Eigenbasis rows, each beside every random and PCA row within a tenth of their bytes."""
+    stored = [(one, one.size) for one in found if one.size is not None]
+    return [
+        (one, other)
+        for one, size in stored
+        for other, its in stored
+        if one.method.startswith("eigenbasis")
+        and other.method.startswith(("random,", "PCA,"))
+        and abs(its - size) <= size / 10
+    ]
 
 
 def brittleness_part(subject: Subject, found: Sequence[Found], folder: Path) -> Record:
@@ -93,14 +123,19 @@ def brittleness_part(subject: Subject, found: Sequence[Found], folder: Path) -> 
     for k in setting.removed:
         kept = np.concatenate([without_top(ranking, count, k) for ranking in rankings])
         after = [part.reshape(len(chosen), len(asked), 1, -1) for part in outcomes(kept, asked)]
+        ours = after[0][[one.method for one in chosen].index("eigenbasis")]  # [q, 1, q]
         for one, their_losses, their_right in zip(chosen, *after, strict=True):
             change = brittleness(losses[0][:, asked], their_losses)
+            less = brittleness(their_losses[:, 0].diagonal()[None], ours)
             row = {
                 "method": one.method,
                 "k": k,
                 "loss": change.value,
                 "low": change.low,
                 "high": change.high,
+                "eigenbasis less it": less.value,
+                "less low": less.low,
+                "less high": less.high,
             }
             if images:
                 row["flipped"] = -brittleness(right[0][:, asked], their_right).value
@@ -115,8 +150,8 @@ def _compared(setting: Setting, found: Sequence[Found]) -> list[Found]:
     """One of each kind: eigenbasis rows of the middle size, the largest of the others."""
     rank = setting.ranks[-1]
     names = (
-        FULL, "eigenbasis", f"PCA, EKFAC, rank {rank}", f"random, raw, rank {rank}", "gradient dot",
-        "TRAK, one model", "representation similarity", "BM25", "random scores",
+        FULL, "eigenbasis", f"random, raw, rank {rank}", "gradient dot",
+        "representation similarity", "BM25", "random scores",
     )  # fmt: skip
     return [
         one

@@ -24,19 +24,28 @@ bool aligned_side(const logra_cuda_tokens& tokens, const logra_cuda_matrix* proj
          (packed || divides(tokens.example_stride)) && (proj == nullptr || aligned(*proj));
 }
 
+/// Which elements of a gradient a row holds.
+struct Chosen {
+  std::int64_t count;
+  const std::int32_t* positions;
+  const float* scale;
+};
+
 /// What one call is given, and the memory that it takes.
 struct Plan {
   const logra_cuda_examples* examples;
   const logra_cuda_tokens *x, *dy;
   const logra_cuda_matrix *proj_in, *proj_out;
+  const Chosen* chosen;  // null for whole gradients
   bool packed;
   std::int64_t rank_in, rank_out, chunks, slots;
   std::uint8_t* keep_all;
+  float* ones = nullptr;
   float* partial = nullptr;
 
   Plan(const logra_cuda_examples* which, const logra_cuda_tokens* x_side, const logra_cuda_tokens* dy_side,
-       const logra_cuda_matrix* in, const logra_cuda_matrix* out, Workspace& workspace)
-      : examples(which), x(x_side), dy(dy_side), proj_in(in), proj_out(out) {
+       const logra_cuda_matrix* in, const logra_cuda_matrix* out, const Chosen* some, Workspace& workspace)
+      : examples(which), x(x_side), dy(dy_side), proj_in(in), proj_out(out), chosen(some) {
     expect(examples != nullptr, "examples: expected a description, got NULL");
     check_size(examples->num_examples, "num_examples");
     check_size(examples->num_tokens, "num_tokens");
@@ -50,12 +59,17 @@ struct Plan {
     rank_in = proj_in != nullptr ? proj_in->rows : x->dim;
     rank_out = proj_out != nullptr ? proj_out->rows : dy->dim;
     expect(rank_in * rank_out <= INT32_MAX, "proj_in, proj_out: the gradient has 2^31 elements or more");
+    if (chosen != nullptr)
+      expect(0 <= chosen->count && chosen->count <= rank_in * rank_out,
+             "count: expected 0 to " + std::to_string(rank_in * rank_out) + ", the gradient's elements, got " +
+                 std::to_string(chosen->count));
     chunks = std::max<std::int64_t>(1, ceil_div(examples->num_tokens, kChunk));
     slots = packed ? examples->num_tokens / kChunk + examples->num_examples : examples->num_examples * chunks;
     keep_all = workspace.take<std::uint8_t>(1);
-    if (chunks > 1) partial = workspace.take<float>(slots * rank_in * rank_out);
+    if (chosen != nullptr) ones = workspace.take<float>(chosen->count);
+    if (chunks > 1) partial = workspace.take<float>(slots * size());
   }
-  std::int64_t size() const { return rank_in * rank_out; }
+  std::int64_t size() const { return chosen != nullptr ? chosen->count : rank_in * rank_out; }
 };
 
 const Kernel& gradients_kernel(const Plan& plan, const float* out, const float* partial) {
@@ -63,7 +77,8 @@ const Kernel& gradients_kernel(const Plan& plan, const float* out, const float* 
   const bool fast = divides(out) && divides(partial) &&
                     aligned_side(x, plan.proj_in, plan.packed, plan.rank_in) &&
                     aligned_side(dy, plan.proj_out, plan.packed, plan.rank_out);
-  const Kernel& chosen = kernel("gradients." + part("x", x.dtype) + "," + part("dy", dy.dtype) + "," +
+  const Kernel& chosen = kernel((plan.chosen != nullptr ? "coordinates." : "gradients.") + part("x", x.dtype) +
+                                "," + part("dy", dy.dtype) + "," +
                                 part("project_in", plan.proj_in != nullptr) + "," +
                                 part("project_out", plan.proj_out != nullptr) + "," +
                                 part("packed", plan.packed) + "," + part("aligned", fast));
@@ -76,6 +91,14 @@ const std::uint8_t* mask_of(const Plan& plan, Stream stream) {
   if (plan.examples->mask != nullptr) return plan.examples->mask;
   expect_success(driver().fill8(address(plan.keep_all), 1, 1, stream), "mask");
   return plan.keep_all;
+}
+
+/// The scale of the chosen elements, or ones in the workspace.
+const float* scale_of(const Plan& plan, Stream stream) {
+  if (plan.chosen->scale != nullptr) return plan.chosen->scale;
+  const std::size_t count = static_cast<std::size_t>(plan.chosen->count);
+  expect_success(driver().fill32(address(plan.ones), 0x3f800000u, count, stream), "scale");
+  return plan.ones;
 }
 
 /// The gradients of examples of one chunk, into out; the sums of all chunks, into partial, for the others.
@@ -92,6 +115,10 @@ void launch_gradients(const Plan& plan, float* out, float* partial, Stream strea
   launch.pointer(mask_of(plan, stream));
   if (packed) launch.pointer(examples.cu_seqlens);
   launch.pointer(out).pointer(partial);
+  if (plan.chosen != nullptr) {
+    launch.pointer(plan.chosen->positions).pointer(scale_of(plan, stream));
+    launch.number("count", plan.chosen->count);
+  }
   launch.number("modules", 1).number("num_examples", examples.num_examples).number("num_tokens", plan.slots);
   launch.number("num_tokens", examples.num_tokens).number("num_tokens", plan.chunks);
   launch.number("x.dim", x.dim).number("dy.dim", dy.dim);
@@ -120,6 +147,19 @@ void launch_reduce(const Plan& plan, float* out, const float* partial, Stream st
   launch.run(examples.num_examples * ceil_div(plan.size(), constant(chosen, "REDUCE")), stream);
 }
 
+void run(const Plan& plan, float* out, const Workspace& memory, Stream stream) {
+  if (plan.examples->num_examples == 0 || plan.size() == 0) return;
+  expect(out != nullptr, "out: expected a pointer, got NULL");
+  expect(plan.chosen == nullptr || plan.chosen->positions != nullptr,
+         "positions: expected a pointer, got NULL");
+  expect(plan.examples->num_tokens == 0 || (plan.x->data != nullptr && plan.dy->data != nullptr),
+         "x.data, dy.data: expected pointers, got NULL");
+  memory.expect_room();
+  float* partial = plan.partial != nullptr ? plan.partial : out;
+  launch_gradients(plan, out, partial, stream);
+  if (plan.chunks > 1) launch_reduce(plan, out, partial, stream);
+}
+
 }  // namespace
 }  // namespace logra::cuda
 
@@ -129,7 +169,7 @@ std::size_t logra_cuda_projected_gradients_workspace(const logra_cuda_examples* 
                                                      const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
                                                      const logra_cuda_matrix* proj_in,
                                                      const logra_cuda_matrix* proj_out) {
-  return workspace_bytes([&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, workspace); });
+  return workspace_bytes([&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, nullptr, workspace); });
 }
 
 logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* examples,
@@ -140,14 +180,27 @@ logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* exam
                                                  logra_cuda_stream stream) {
   return guarded([&] {
     Workspace memory(workspace, workspace_bytes);
-    const Plan plan(examples, x, dy, proj_in, proj_out, memory);
-    if (examples->num_examples == 0 || plan.size() == 0) return;
-    expect(out != nullptr, "out: expected a pointer, got NULL");
-    expect(examples->num_tokens == 0 || (x->data != nullptr && dy->data != nullptr),
-           "x.data, dy.data: expected pointers, got NULL");
-    memory.expect_room();
-    float* partial = plan.partial != nullptr ? plan.partial : out;
-    launch_gradients(plan, out, partial, stream);
-    if (plan.chunks > 1) launch_reduce(plan, out, partial, stream);
+    run(Plan(examples, x, dy, proj_in, proj_out, nullptr, memory), out, memory, stream);
+  });
+}
+
+std::size_t logra_cuda_projected_coordinates_workspace(const logra_cuda_examples* examples,
+                                                       const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+                                                       const logra_cuda_matrix* proj_in,
+                                                       const logra_cuda_matrix* proj_out, std::int64_t count) {
+  const Chosen chosen{count, nullptr, nullptr};
+  return workspace_bytes(
+      [&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, &chosen, workspace); });
+}
+
+logra_cuda_status logra_cuda_projected_coordinates(
+    const logra_cuda_examples* examples, const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+    const logra_cuda_matrix* proj_in, const logra_cuda_matrix* proj_out, std::int64_t count,
+    const std::int32_t* positions, const float* scale, float* out, void* workspace,
+    std::size_t workspace_bytes, logra_cuda_stream stream) {
+  return guarded([&] {
+    Workspace memory(workspace, workspace_bytes);
+    const Chosen chosen{count, positions, scale};
+    run(Plan(examples, x, dy, proj_in, proj_out, &chosen, memory), out, memory, stream);
   });
 }

@@ -7,7 +7,7 @@ one dot product; a normaliser such as l-RelatIF's 1 / sqrt(sigma) is one factor 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -196,6 +196,7 @@ class Attributor:
         *,
         damping_scales: Sequence[DampingScale] | None = None,
         dampings: Sequence[float] | None = None,
+        preconditioners: Sequence[Preconditioner] | None = None,
         k: int | None = None,
         mode: str | None = None,
         groups: Groups = None,
@@ -210,37 +211,35 @@ class Attributor:
 
         Args:
             queries: [Q, D] float32 or float64.
-            damping_scales, dampings: λ relative to the mean eigenvalue ("auto" too), or λ itself;
-                one of the two, in the results' order.
+            damping_scales, dampings, preconditioners: λ relative to the mean eigenvalue ("auto"
+                too), λ itself, or what `Curvature.damped` made of one; one of the three, in the
+                results' order.
             k: as in `top_k`; None for the scores of all rows.
             mode: "dot" by default, with `k` "l-relatif".
             groups, query_ids, row_weights, progress: as in `scores`.
 
         Raises:
-            ValueError: both or neither of the two lists, no damping in it, an Attributor without a
-                curvature, or as in `scores` and `top_k`.
+            ValueError: several or none of the three lists, no damping in it, dampings for an
+                Attributor without a curvature, preconditioners of other modules than the store's,
+                or as in `scores` and `top_k`.
             TypeError, StoreError: as in `scores`.
         """
         mode = check_mode(mode or (MATRIX_MODE if k is None else RANKING_MODE))
         if k is not None:
             self._check_k(k)
-        given = damping_scales if dampings is None else dampings
-        if not given or (damping_scales is None) == (dampings is None):
-            raise ValueError("sweep: expected damping_scales or dampings, one of the two")
-        curvature = curvature_of(self.store, self._curvature)
-        if not isinstance(curvature, Curvature):
+        given = [damping_scales, dampings, preconditioners]
+        if not any(given) or sum(values is not None for values in given) > 1:
             raise ValueError(
-                "sweep: expected an Attributor of a curvature, got one of no curvature or of a "
-                "preconditioner, which has its own damping"
+                "sweep: expected damping_scales, dampings or preconditioners, one of the three"
             )
+        each = preconditioners or self._damped(damping_scales, dampings)
         weights = _checked_weights(row_weights, self.store.num_rows)
-        name, norm = "damping_scale" if dampings is None else "damping", NORM_OF_MODE[mode]
+        norm = NORM_OF_MODE[mode]
         with self._scanning:
             self.store.check_unchanged()
             asked: list[_Asked] = []
-            for value in given:
-                damping: Any = {name: value}
-                one = curvature.damped(**damping, solver=self._solver)
+            for one in each:
+                preconditioner_of(self.store, one)  # of the store's modules
                 prepared = PreparedQueries.of(queries, query_ids, one)
                 norms = None if norm is None else self._new_norms(one, norm)
                 asked.append(_Asked(prepared, norms, one.dampings))
@@ -254,6 +253,20 @@ class Attributor:
             result.of_queries(slice(n * count, (n + 1) * count), one.dampings)
             for n, one in enumerate(asked)
         ]
+
+    def _damped(
+        self, damping_scales: Sequence[DampingScale] | None, dampings: Sequence[float] | None
+    ) -> Iterator[Preconditioner]:
+        curvature = curvature_of(self.store, self._curvature)
+        if not isinstance(curvature, Curvature):
+            raise ValueError(
+                "sweep: expected an Attributor of a curvature, got one of no curvature or of a "
+                "preconditioner, which has its own damping"
+            )
+        for scale in damping_scales or ():
+            yield curvature.damped(damping_scale=scale, solver=self._solver)
+        for damping in dampings or ():
+            yield curvature.damped(damping=damping, solver=self._solver)
 
     def _check_k(self, k: int) -> None:
         check_top_k("k", k)
@@ -283,6 +296,18 @@ class Attributor:
         with self._scanning:
             return self._self_influence(groups, progress)
 
+    def module_norms(self) -> np.ndarray:
+        """√sigma of every row in each module, [N, M] float64.
+
+        Raises:
+            ValueError, StoreError: as in `self_influence`.
+        """
+        with self._scanning:
+            self._self_influence(None, None)
+            norms = self._norms_of("sigma")
+            rows = [self._reading.shard(index) for index in range(len(self.store.shards))]
+            return np.concatenate([norms.of_shard(shard).of_modules(slice(None)) for shard in rows])
+
     def concentration(self) -> Tensor:
         """‖g‖₂ / ‖g‖₁ of every row as stored, [N] float64; 0 for a row of zeros.
 
@@ -301,6 +326,50 @@ class Attributor:
             found.append(torch.where(sums > 0, rows.norm(dim=1) / sums, 0.0))
         return torch.cat(found)
 
+    def complete(self, norms: Norms, progress: Progress = None) -> Norms:
+        """Norms of this store's rows, after those that are not known were computed and kept."""
+        with self._scanning:
+            self.store.check_unchanged()
+            norms.look_again()
+            missing = [i for i in range(len(self.store.shards)) if not norms.known(i)]
+            rows = sum(self.store.shards[index].num_rows for index in missing)
+            if missing:
+                done = track(progress, rows, "norms")
+                self._visit([(norms, [])], missing, self.block_rows, done)
+            return norms
+
+    def visit(
+        self, sink: Sink, norms: Norms | None, num_queries: int, progress: Progress = None
+    ) -> None:
+        """Give a sink all rows in order, a block at a time, with their norms.
+
+        Args:
+            sink: gets the blocks.
+            norms: of this store's rows; computed where they are not known.
+            num_queries: that the sink has, by which blocks are chosen.
+            progress: as in `scores`.
+        """
+        with self._scanning:
+            self.store.check_unchanged()
+            block_rows = self._reading.block_rows_for(num_queries)
+            done = track(progress, self.store.num_rows, "scan")
+            self._visit([(norms, [sink])], range(len(self.store.shards)), block_rows, done)
+
+    def shard_rows(self, index: int) -> ShardRows:
+        """A shard's place in the store, its scales and exponents, as scans read them."""
+        return self._reading.shard(index)
+
+    def _visit(
+        self,
+        tasks: Sequence[tuple[Norms | None, Sequence[Sink]]],
+        shards: Sequence[int],
+        block_rows: int,
+        done: Callable[[int], None],
+    ) -> None:
+        with closing(lanes_of(self.device)) as lanes:
+            scan = _Scan(self._reading, tasks, done, lanes.upload)
+            self._reading.feed(scan.take, lanes, shards, block_rows)
+
     def _self_influence(self, groups: Groups, progress: Progress) -> Tensor | dict[str, Tensor]:
         self.store.check_unchanged()
         sink = SelfInfluence(chosen_modules(groups, self.modules), self.store.num_rows)
@@ -314,9 +383,7 @@ class Attributor:
                 done(rows.num_rows)
             else:
                 missing.append(index)
-        with closing(lanes_of(self.device)) as lanes:
-            scan = _Scan(self._reading, [(norms, [sink])], done, lanes.upload)
-            self._reading.feed(scan.take, lanes, missing, self.block_rows)
+        self._visit([(norms, [sink])], missing, self.block_rows, done)
         return sink.values if groups else sink.values[TOTAL]
 
     def _influence(
@@ -349,12 +416,12 @@ class Attributor:
         weights: np.ndarray | None = None,
     ) -> list[InfluenceResult]:
         """One result for each of what is asked, from one pass over the rows of a checked store."""
-        layout, num_rows = self.store.layout, self.store.num_rows
+        num_rows = self.store.num_rows
         block_rows = self._reading.block_rows_for(len(asked[0].queries.names))
         with closing(lanes_of(self.device)) as lanes:
             tasks: list[tuple[Norms | None, list[GroupScores]]] = []
             for one in asked:
-                plans = plan_scan(one.queries, mode, groups, layout, self._exponents, self.device)
+                plans = plan_scan(one.queries, mode, groups, self.store.basis, self.device)
                 sinks: list[GroupScores] = [
                     FullMatrix(plan, lanes.upload, num_rows, weights)
                     if k is None
@@ -365,10 +432,13 @@ class Attributor:
             done = track(progress, num_rows, "scan")
             scan = _Scan(self._reading, tasks, done, lanes.upload)
             self._reading.feed(scan.take, lanes, range(len(self.store.shards)), block_rows)
-            return [
+            results = [
                 result_of(sinks, one.queries.names, StoredIds(self.store), one.dampings)
                 for one, (_, sinks) in zip(asked, tasks, strict=True)
             ]
+            for one, result in zip(asked, results, strict=True):
+                result.normalised_by = None if one.norms is None else one.norms.said
+            return results
 
     def _norms_of(self, norm: str) -> Norms:
         if norm not in self._norms:
@@ -379,7 +449,9 @@ class Attributor:
 
     def _new_norms(self, preconditioner: Preconditioner, norm: str) -> Norms:
         remember = self.reading != "streamed"
-        return Norms(preconditioner, norm, self._exponents, self.device, self.store, remember)
+        norms = Norms(preconditioner, norm, self._exponents, self.device, self.store, remember)
+        norms.settle()
+        return norms
 
 
 @dataclass(frozen=True)
@@ -422,17 +494,20 @@ class _Scan:
         self._shard: ShardRows  # of the blocks that are coming
         self._found: list[ShardNorms | None]  # of the shard, for each task
 
-    def take(self, index: int, start: int, rows: Tensor) -> None:
-        """Use rows [R, D] from `start` on of the shard `index`; a shard's blocks come in order."""
+    def take(self, index: int, start: int, parts: Sequence[Tensor]) -> None:
+        """Use stored rows, [R, W] for each file, from `start` on of the shard `index`.
+
+        A shard's blocks come in order.
+        """
         if start == 0:
             self._shard = self._reading.open_shard(index)
             self._found = [
                 None if norms is None else norms.of_shard(self._shard) for norms, _ in self._tasks
             ]
-        block = self._shard.block(start, rows, self._upload)
+        block = self._shard.block(start, parts, self._upload)
         for (norms, sinks), found in zip(self._tasks, self._found, strict=True):
             use(block, norms, found, sinks)
-        self._done(rows.shape[0])
+        self._done(parts[0].shape[0])
         if block.last:
             for (norms, _), found in zip(self._tasks, self._found, strict=True):
                 if norms and found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, overload
 
 from torch import Tensor
@@ -12,6 +12,40 @@ from torch import Tensor
 from logra_kernels.store import Store
 
 TOTAL = "total"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a result's rows were found; `str` gives a sentence.
+
+    "scan": every row was scored. "re-ranked": the rows that lead a scan of coarser rows were scored
+    again, so that each score is exact, and a row may be missed. "certified": so many were scored
+    again that none can be missed: the result is that of the finer rows alone, ties included.
+    """
+
+    method: str = "scan"
+    rows: int = 0  # of the store
+    finer: str | None = None  # what the second stage read: a dtype, or "computed"
+    candidates: tuple[int, ...] = ()  # rows of each query that its second stage needed, both ends
+    reranked_rows: int = 0  # of all queries together, each once
+    reranked_bytes: int | None = None  # read for them; None where they are computed
+    recall: float | None = None  # the estimated part of the k best and k worst that were found
+    recall_interval: tuple[float, float] | None = None  # 95 %
+
+    def __str__(self) -> str:
+        if self.method == "scan":
+            return "every row was scored"
+        size = "" if self.reranked_bytes is None else f", {self.reranked_bytes / 1e6:,.1f} MB"
+        again = (
+            f"{self.reranked_rows:,} of {self.rows:,} rows were scored again ({self.finer}{size})"
+        )
+        if self.method == "certified":
+            return f"certified, the ranking of all {self.finer} rows: {again}"
+        text = f"re-ranked: {again}"
+        if self.recall is not None and self.recall_interval is not None:
+            low, high = self.recall_interval
+            text += f"; estimated recall {self.recall:.3f} (95 %: {low:.3f} to {high:.3f})"
+        return text
 
 
 @dataclass
@@ -39,6 +73,9 @@ class InfluenceResult(Mapping[str, Any]):
     groups: dict[str, InfluenceResult] = field(default_factory=dict)
     # Of each row what its tokens add to its scores, [Q, T] float32, where that was asked for.
     token_scores: list[Tensor] | None = None
+    answer: Answer = Answer()
+    # What the rows' scores were divided by, where rows of few bits do not tell it for this damping.
+    normalised_by: str | None = None
 
     @property
     def top_ids(self) -> list[list[str]]:
@@ -120,6 +157,7 @@ class InfluenceResult(Mapping[str, Any]):
             "mode": self.mode,
             "dampings": self.dampings,
             "zero_rows": self.zero_rows,
+            "answer": asdict(self.answer),
             "queries": [
                 {"id": query_id, "rows": self.rows(q)} for q, query_id in enumerate(self.query_ids)
             ],

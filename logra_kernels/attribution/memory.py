@@ -1,8 +1,11 @@
-"""How much memory is left for a store's rows: the machine's, and the control group's."""
+"""How much memory is left for a store's rows, and how much this process has taken."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import sys
 from pathlib import Path
 
 # The part of the memory left that rows may take; the rest is for the caller.
@@ -16,6 +19,24 @@ def available_bytes() -> int:
     above this process has left of its limit.
     """
     return min([_machine(), *_groups()])
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had, pages of mapped files included."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most << 10
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` begin anew from what is taken now; nothing happens where it cannot."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _machine() -> int:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from logra_kernels.attribution.reading import Block, ShardRows
+from logra_kernels.capture.short_examples import ShortRows
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.curvature.whitening import Whitening
 from logra_kernels.rows import powers_of_two
@@ -35,6 +37,7 @@ RowTerms = tuple[np.ndarray, np.ndarray]
 
 # A sum of squares outside these has lost bits to float32's range, or is about to.
 SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-90, 2.0**100
+LARGEST_UNIT = 1000  # of a cache that was written for another curvature: 2**unit is a float64
 
 
 class Norms:
@@ -69,6 +72,8 @@ class Norms:
         self._units = [e + u for e, u in zip(module_exponents, factor_units, strict=True)]
         self._memory: dict[int, np.ndarray] = {}  # shard -> norms that could not be written
         self._remembered: dict[int, ShardNorms] = {}
+        # What the norms are of, if they are others than were asked for.
+        self.said: str | None = None
         self._cache: SelfInfluenceCache | None = None
         self._missing: set[int] = set()  # shards without norms beside the store
         if store is not None:
@@ -81,11 +86,45 @@ class Norms:
             self._cache = store.self_influence_cache(f"{norm}-{preconditioner.key}", meta)
             self.look_again()
 
+    @property
+    def whitenings(self) -> list[Whitening]:
+        """W of each module, on the device."""
+        if self._whitenings is None:
+            whitenings = self._preconditioner.whitenings(self._norm)
+            self._whitenings = [whitening.to(self._device) for whitening in whitenings]
+        return self._whitenings
+
     def look_again(self) -> None:
         """Find out which norms lie beside the store, if files came or went since the last time."""
         if self._cache is not None and self._cache.changed():
             self._missing = set(self._cache.missing())
             self._remembered.clear()
+
+    def settle(self) -> None:
+        """Take the norms that came with rows of few bits, where they are of another damping.
+
+        Those of the decoded rows are not those of the rows: few bits add their error to them. A
+        warning, and `said`, say which ones are used.
+        """
+        store = self._store
+        if store is None or store.codec.faithful or not self._missing:
+            return
+        self.said = f"{self._norm} of the decoded rows"
+        for key, meta in store.self_influence_keys():
+            units = _unit_exponents(meta, len(store.layout))
+            if units is None or not key.startswith(f"{self._norm}-"):
+                continue
+            cache = store.self_influence_cache(key, meta)
+            if not cache.missing():
+                self._cache, self._missing, self._units = cache, set(), units
+                of = meta.get("curvature")
+                self.said = f"{self._norm} of the rows under {of!r} and the damping it came with"
+                break
+        warnings.warn(
+            f"{store.path}: rows in {store.dtype} do not tell their {self._norm} under this "
+            f"curvature and damping; the scores are divided by the {self.said}",
+            stacklevel=4,
+        )
 
     def known(self, index: int) -> bool:
         """Whether an earlier scan left the norms of the store's shard `index`."""
@@ -114,16 +153,13 @@ class Norms:
         """
         if not norms.fresh:
             return
-        if self._whitenings is None:
-            whitenings = self._preconditioner.whitenings(self._norm)
-            self._whitenings = [whitening.to(self._device) for whitening in whitenings]
-        layout, rows = self._preconditioner.layout, block.rows
+        layout, rows = self._preconditioner.layout, block.shard.elements(block.rows)
         found = torch.empty(rows.shape[0], len(layout), device=rows.device)
         for i, columns in enumerate(layout.split(rows)):
-            # Int8 is what scans multiply; the factors of norms take floating point.
-            wide = columns.float() if columns.dtype == torch.int8 else columns
-            found[:, i] = _norm(wide, self._whitenings[i])
+            found[:, i] = _norm(columns, self.whitenings[i], block.short(layout.names[i]))
         values = found.cpu().numpy()
+        if norms.row_scale is not None:
+            values[norms.row_scale[block.here] == 0] = 0  # whatever the codes of such a row say
         finite = np.isfinite(values)
         if self._store is not None and not finite.all():
             row, module = (int(v) for v in np.argwhere(~finite)[0])
@@ -140,7 +176,8 @@ class Norms:
         """
         if self._cache is None or not norms.fresh:
             return
-        if not self._memory:  # after one refusal no other shard is tried
+        faithful = self._store is not None and self._store.codec.faithful
+        if not self._memory and faithful:  # after one refusal no other shard is tried
             try:
                 self._cache.write(index, norms.values)
                 self._missing.discard(index)
@@ -148,6 +185,14 @@ class Norms:
             except (OSError, StoreError) as error:
                 warnings.warn(f"self-influence is not kept beside the store: {error}", stacklevel=2)
         self._memory[index] = norms.values
+
+    def adopt(self, rows: ShardRows, norms: np.ndarray) -> None:
+        """Keep norms [r, M] float64 of a shard's true rows, found elsewhere, beside the store."""
+        assert self._cache is not None
+        scale = np.ones(rows.num_rows, np.float32) if rows.row_scale is None else rows.row_scale
+        units = scale[:, None].astype(np.float64) * np.ldexp(1.0, self._units)  # [r, M]
+        found = np.divide(norms, units, out=np.zeros_like(norms), where=units > 0)
+        self._cache.write(rows.index, found.astype(np.float32))
 
     def _load(self, index: int) -> np.ndarray:
         if index in self._memory or self._cache is None:
@@ -198,6 +243,11 @@ class ShardNorms:
         norm = self._combined(members, here, 0)
         return norm if self.row_scale is None else norm * self.row_scale[here]
 
+    def of_modules(self, here: slice) -> np.ndarray:
+        """The norms of the true rows `here` in each module, [R, M] float64."""
+        norms = self.values[here] * np.ldexp(1.0, self.units)
+        return norms if self.row_scale is None else norms * self.row_scale[here][:, None]
+
     # NumPy on one thread: a vector of R numbers is not worth waking the others.
     def _terms(self, members: Sequence[int], here: slice, bias: bool) -> RowTerms:
         if bias:
@@ -221,11 +271,30 @@ class ShardNorms:
         return np.asarray(np.sqrt(wide.sum(axis=1)))
 
 
-def _norm(columns: Tensor, whitening: Whitening) -> Tensor:
-    """|W g| of g = columns [R, K], [R] float32; exact to rounding whatever the size of g."""
+def _unit_exponents(meta: Any, modules: int) -> list[int] | None:
+    """The exponents of a cache's modules; None for a meta that this package does not write."""
+    units = meta.get("unit_exponents") if isinstance(meta, dict) else None
+    if not isinstance(units, list) or len(units) != modules:
+        return None
+    good = all(type(unit) is int and abs(unit) <= LARGEST_UNIT for unit in units)
+    return units if good else None
+
+
+def _norm(columns: Tensor, whitening: Whitening, short: ShortRows | None = None) -> Tensor:
+    """|W g| of g = columns [R, K], [R] float32; exact to rounding whatever the size of g.
+
+    Of `short` rows the tokens are used.
+    """
     if whitening.silent:
         return torch.zeros(columns.shape[0], device=columns.device)
-    square = whitening.squares(columns)
+    if short is None:
+        square = whitening.squares(columns)
+    else:
+        square = torch.empty(columns.shape[0], device=columns.device)
+        square[short.rows] = whitening.squares_of_tokens(short.inputs, short.outputs, short.ends)
+        others = sorted(set(range(len(square))).difference(short.rows))
+        if others:
+            square[others] = whitening.squares(columns[others])
     norm = square.sqrt()
     odd = (~((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE))).nonzero()[:, 0]
     if odd.numel():

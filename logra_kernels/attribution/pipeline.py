@@ -10,7 +10,7 @@ streams. Work on the CPU needs none: it uses the host's memory in place.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,10 +22,11 @@ from logra_kernels.ops._threads import set_own_threads
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
 
+ALIGN_BYTES = 256  # of a part in a device buffer, for loads of whole vectors
 DEVICE_BUFFERS = 2  # work reads one while the next block is copied into the other
 
 Event = Any  # a point in a lane's work: reached when all that the lane was given before is done
-Work = Callable[[RowBlock, Tensor], None]
+Work = Callable[[RowBlock, Sequence[Tensor]], None]
 
 
 class Lanes(Protocol):
@@ -128,7 +129,7 @@ class _Copied:
     """A block whose copy to the device has begun."""
 
     block: RowBlock
-    rows: Tensor  # [r, D], in the slot
+    parts: list[Tensor]  # [r, W] for each file of rows, in the slot
     slot: _Slot
     done: Event
 
@@ -145,7 +146,7 @@ def lanes_of(device: torch.device) -> Lanes | HostLanes:
 def feed(
     blocks: Iterable[RowBlock], lanes: Lanes | HostLanes, work: Work, block_bytes: int
 ) -> None:
-    """Call work(block, its rows on the device) for every block, in order; all is done at the end.
+    """Call work(block, its parts on the device) for every block, in order; all is done at the end.
 
     A block's copy begins before the work on the block before it. Three waits keep the lanes from
     memory that is in use, and nothing else is waited for:
@@ -158,14 +159,14 @@ def feed(
         blocks: as a BlockReader gives them; at most two are unreleased when the next is asked for.
         lanes: the device's.
         work: launches the work on a block, and does not use the block after it returns.
-        block_bytes: the size of the largest block.
+        block_bytes: the size of the largest block's parts, each rounded up to `ALIGN_BYTES`.
     """
     if isinstance(lanes, HostLanes):
         with _Threads() as threads:
             before_s = time.perf_counter()
             for block in blocks:
                 come_s = time.perf_counter()
-                work(block, share(block.rows).to(lanes.device))
+                work(block, [share(part).to(lanes.device) for part in block.parts])
                 block.release()
                 done_s = time.perf_counter()
                 threads.saw(come_s - before_s, done_s - come_s)
@@ -184,15 +185,19 @@ def feed(
 
 
 def _copy(block: RowBlock, slot: _Slot, lanes: Lanes) -> _Copied:
-    source = share(block.rows)
-    rows = slot.memory[: source.nbytes].view(source.dtype).view(source.shape)
     if slot.used is not None:
         lanes.copy_waits_for(slot.used)
-    return _Copied(block, rows, slot, lanes.copy(rows, source))
+    parts, place, done = [], 0, None
+    for source in map(share, block.parts):
+        room = slot.memory[place : place + source.nbytes]
+        parts.append(room.view(source.dtype).view(source.shape))
+        done = lanes.copy(parts[-1], source)
+        place += -(-source.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+    return _Copied(block, parts, slot, done)
 
 
 def _compute(copied: _Copied, lanes: Lanes, work: Work) -> None:
     lanes.compute_waits_for(copied.done)
-    copied.slot.used = lanes.compute(lambda: work(copied.block, copied.rows))
+    copied.slot.used = lanes.compute(lambda: work(copied.block, copied.parts))
     lanes.wait(copied.done)
     copied.block.release()

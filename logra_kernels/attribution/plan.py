@@ -15,7 +15,9 @@ from logra_kernels._checks import dtype_name
 from logra_kernels.attribution.influence_result import TOTAL
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.defaults import SCAN_MODES
+from logra_kernels.rows import share
 from logra_kernels.store import Module, RowLayout
+from logra_kernels.store.basis import Basis
 
 L2_EXPONENTS = 64  # queries of that many powers of two share a bias that float32 can hold
 
@@ -71,6 +73,12 @@ class PreparedQueries:
         solved = torch.cat([part.solved for part in parts])
         return cls(names, gradients, solved, " ".join(part.key for part in parts))
 
+    def some(self, which: Sequence[int]) -> PreparedQueries:
+        """Some of the queries, by their numbers."""
+        rows = list(which)
+        names = [self.names[row] for row in rows]
+        return PreparedQueries(names, self.gradients[rows], self.solved[rows], self.key)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,8 +111,7 @@ def plan_scan(
     prepared: PreparedQueries,
     mode: str,
     groups: Groups,
-    layout: RowLayout,
-    module_exponents: Sequence[int],
+    basis: Basis,
     device: torch.device,
 ) -> list[Plan]:
     """The plan of all modules, and after it one per group.
@@ -113,22 +120,21 @@ def plan_scan(
         prepared: the queries.
         mode: one of SCAN_MODES.
         groups: as `find_groups` takes them.
-        layout: the row's layout.
-        module_exponents: the store's; a true gradient is 2**exponent times the stored one.
+        basis: the store's, into which the queries are folded. Where it rotates rows, every column
+            of a row depends on every module, so a group's queries have all columns too.
         device: where the plans' tensors shall be.
     """
-    count = len(prepared.names)
+    count, layout = len(prepared.names), basis.layout
     plans = []
     for name, members in chosen_modules(groups, layout).items():
-        columns = layout.span(members)
-        folded = torch.zeros(count, columns.stop - columns.start, dtype=torch.float64)
+        whole = torch.zeros(count, layout.dim, dtype=torch.float64)
         sigma = torch.zeros(count, dtype=torch.float64)  # gᵀ(H + λI)⁻¹g, [Q]
         for i in members:
             module = layout.columns[i]
-            solved = prepared.solved[:, module]
-            place = slice(module.start - columns.start, module.stop - columns.start)
-            folded[:, place] = solved * 2.0 ** module_exponents[i]
-            sigma += (prepared.gradients[:, module] * solved).sum(dim=1)
+            whole[:, module] = prepared.solved[:, module]
+            sigma += (prepared.gradients[:, module] * whole[:, module]).sum(dim=1)
+        columns = slice(0, layout.dim) if basis.rotation else layout.span(members)
+        folded = share(basis.fold(whole.numpy()))[:, columns]
         if mode == "whitened-cosine":
             folded *= torch.where(sigma > 0, sigma.clamp(min=0).rsqrt(), 0.0)[:, None]
         exponents = torch.frexp(folded.abs().amax(dim=1)).exponent

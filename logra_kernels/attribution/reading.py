@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from logra_kernels.attribution.memory import SHARE_FOR_ROWS, available_bytes
-from logra_kernels.attribution.pipeline import HostLanes, Lanes, feed
-from logra_kernels.rows import scanned, share
+from logra_kernels.attribution.pipeline import ALIGN_BYTES, HostLanes, Lanes, feed
+from logra_kernels.capture.short_examples import ShortRows
+from logra_kernels.rows import PlaneRows, elements, scanned, share
 from logra_kernels.store import BlockReader, Store, huge_buffer
 
 READINGS = ("auto", "mapped", "streamed", "resident")
@@ -25,6 +26,12 @@ STREAMED_BYTES, SMALLEST_STREAMED_ROWS = 8 << 20, 16
 ROWS_PER_QUERY = 4
 
 
+def in_module_columns(rows: Tensor | PlaneRows) -> Tensor:
+    """Rows [R, D] that are in the modules' columns already."""
+    assert isinstance(rows, Tensor)
+    return rows
+
+
 @dataclass
 class ShardRows:
     """What the blocks of one shard have in common during a scan."""
@@ -33,23 +40,32 @@ class ShardRows:
     first_row: int
     num_rows: int
     row_scale: np.ndarray | None = None  # [r] float32 powers of two; None: all are one
-    # Stored rows [R, W] and their exponents -> [R, D], for the scan.
-    elements: Callable[[Tensor, Tensor | None], Tensor] = lambda stored, _: stored
+    # Stored rows, [R, W] for each file, and their exponents -> [R, D], for the scan.
+    scanned: Callable[[Sequence[Tensor], Tensor | None], Tensor | PlaneRows] = lambda parts, _: (
+        parts[0]
+    )
+    # Those -> [R, D] in the modules' columns, for norms.
+    elements: Callable[[Tensor | PlaneRows], Tensor] = in_module_columns
     row_exponents: np.ndarray | None = None  # [r, M] int16; None: all are zero
-    held: Tensor | None = None  # [r, W] on the device, for rows that are to stay there
+    # [r, W] for each file, on the device, for rows that are to stay there
+    held: list[Tensor] | None = None
 
     def block(
-        self, start: int, rows: Tensor, upload: Callable[[np.ndarray], Tensor] = share
+        self,
+        start: int,
+        parts: Sequence[Tensor],
+        upload: Callable[[np.ndarray], Tensor] = share,
     ) -> Block:
-        """Stored rows [R, W] from `start` on; kept first, if they are to stay on the device.
+        """Stored rows, [R, W] for each file, from `start` on; kept first, if they are to stay.
 
         `upload` brings a small array from the host to the device.
         """
-        here = slice(start, start + rows.shape[0])
+        here = slice(start, start + parts[0].shape[0])
         if self.held is not None:
-            rows = self.held[here].copy_(rows)
+            kept = zip(self.held, parts, strict=True)
+            parts = [room[here].copy_(part) for room, part in kept]
         own = None if self.row_exponents is None else upload(self.row_exponents[here])
-        return Block(self, start, self.elements(rows, own))
+        return Block(self, start, self.scanned(parts, own))
 
 
 @dataclass
@@ -58,7 +74,17 @@ class Block:
 
     shard: ShardRows
     start: int
-    rows: Tensor  # [R, D]: the stored elements, times the powers of two of rows that have some
+    # [R, D] or bit planes: the stored elements, times the powers of two of rows that have some
+    rows: Tensor | PlaneRows
+    # Module's name -> the tokens of some of the rows, where they are known.
+    short: Callable[[str], ShortRows | None] = lambda name: None
+
+    def some(self, start: int, stop: int) -> Tensor | PlaneRows:
+        """Rows start … stop of the block."""
+        if isinstance(self.rows, PlaneRows):
+            planes = tuple(plane[start:stop] for plane in self.rows.planes)
+            return self.rows._replace(planes=planes)
+        return self.rows[start:stop]
 
     @property
     def here(self) -> slice:
@@ -112,7 +138,7 @@ class Reading:
         self.block_rows = block_rows or block_rows_of(num_bytes, self._row_bytes, least)
         # For many queries, blocks that were chosen small may grow up to this.
         self._most_rows = BLOCK_BYTES // self._row_bytes if small and not block_rows else 0
-        self._held: dict[int, Tensor] = {}  # shard -> [r, D] on the device
+        self._held: dict[int, list[Tensor]] = {}  # shard -> [r, W] for each file, on the device
 
     def block_rows_for(self, num_queries: int) -> int:
         """Rows of a block for a scan with so many queries."""
@@ -121,9 +147,10 @@ class Reading:
     def shard(self, index: int) -> ShardRows:
         """A shard's place in the store, its scales and exponents."""
         shard = self._store.shards[index]
-        codec, layout = self._store.codec, self._store.layout
+        store = self._store
         rows = ShardRows(index, shard.first_row, shard.num_rows)
-        rows.elements = lambda stored, own: scanned(codec, stored, layout, own)
+        rows.scanned = lambda parts, own: scanned(store.codec, parts, store.layout, own)
+        rows.elements = lambda rows: elements(store, rows)
         if self._store.codec.scaled:
             streamed = self.way == "streamed"
             rows.row_scale = shard.read_row_scale() if streamed else shard.row_scale
@@ -135,7 +162,7 @@ class Reading:
         rows = self.shard(index)
         if self.way == "resident" and index not in self._held:
             shard = self._store.shards[index]
-            rows.held = self._room((shard.num_rows, shard.columns), shard.dtype)
+            rows.held = [self._room(file.shape, file.dtype) for file in shard.files]
         return rows
 
     def close_shard(self, rows: ShardRows) -> None:
@@ -145,20 +172,23 @@ class Reading:
 
     def feed(
         self,
-        use: Callable[[int, int, Tensor], None],
+        use: Callable[[int, int, Sequence[Tensor]], None],
         lanes: Lanes | HostLanes,
         shards: Sequence[int],
         block_rows: int,
     ) -> None:
-        """use(shard, start, rows [R, D] on the device) for each block: first of shards held there.
+        """use(shard, start, parts on the device) for each block: first of shards held there.
+
+        Parts are the stored rows, [R, W] for each file.
 
         Raises:
             StoreFormatError, StoreError: a file was cut short, or cannot be read.
         """
         for index in shards:
             if index in self._held:
-                for start in range(0, len(self._held[index]), block_rows):
-                    use(index, start, self._held[index][start : start + block_rows])
+                held = self._held[index]
+                for start in range(0, len(held[0]), block_rows):
+                    use(index, start, [part[start : start + block_rows] for part in held])
         away = [index for index in shards if index not in self._held]
         if not away:
             return
@@ -171,8 +201,9 @@ class Reading:
             in_place=allocate is None and self.way == "mapped",
             allocate=allocate,
         ) as blocks:
-            num_bytes = block_rows * self._row_bytes
-            feed(blocks, lanes, lambda at, rows: use(at.shard, at.start, rows), num_bytes)
+            files = self._store.shards[away[0]].files
+            num_bytes = block_rows * self._row_bytes + len(files) * ALIGN_BYTES
+            feed(blocks, lanes, lambda at, parts: use(at.shard, at.start, parts), num_bytes)
 
     def _choose(self, way: str, memory_bytes: int | None) -> str:
         """The way that was asked for, or, for "auto", the one for which the memory is enough."""
@@ -203,7 +234,7 @@ class Reading:
         """Memory [r, W] for a resident shard as it is stored; on the CPU in huge pages."""
         if self._device.type != "cpu":
             return torch.empty(shape, dtype=getattr(torch, dtype.name), device=self._device)
-        return share(huge_buffer(shape[0] * self._row_bytes).view(dtype).reshape(shape))
+        return share(huge_buffer(shape[0] * shape[1] * dtype.itemsize).view(dtype).reshape(shape))
 
 
 def block_rows_of(num_bytes: int, row_bytes: int, least: int = SMALLEST_BLOCK_ROWS) -> int:

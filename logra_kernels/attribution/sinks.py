@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels import ops
 from logra_kernels.attribution.influence_result import InfluenceResult
 from logra_kernels.attribution.norms import ShardNorms
 from logra_kernels.attribution.plan import Plan
 from logra_kernels.attribution.reading import Block
-from logra_kernels.rows import powers_of_two, share
+from logra_kernels.rows import PlaneRows, powers_of_two, scores, share, topk_scores
 
 Terms = tuple[Tensor | None, Tensor | None]  # row_scale and row_bias of the ops, [R] float32 each
 Upload = Callable[[np.ndarray], Tensor]  # brings a small array from the host to the device
@@ -37,7 +36,8 @@ class GroupScores(ABC):
         """Score a block's rows; `norms` are its shard's, None for a mode without."""
         scale, bias = self._terms(block, norms)
         rows = block.rows
-        if self.plan.columns != slice(0, rows.shape[1]):
+        # Rows in bit planes are rotated, and so are scored in all columns.
+        if isinstance(rows, Tensor) and self.plan.columns != slice(0, rows.shape[1]):
             rows = rows[:, self.plan.columns]
         for band, (_, exponent) in enumerate(self._bands):
             scaled = bias * 2.0**-exponent if bias is not None and exponent else bias
@@ -52,7 +52,7 @@ class GroupScores(ABC):
         return result
 
     @abstractmethod
-    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+    def _take(self, band: int, rows: Tensor | PlaneRows, terms: Terms, first_row: int) -> None:
         """Score rows for the queries of a band."""
 
     @abstractmethod
@@ -102,9 +102,9 @@ class FullMatrix(GroupScores):
         self._scores = torch.empty(plan.queries.shape[0], num_rows)
         self._end = num_rows
 
-    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+    def _take(self, band: int, rows: Tensor | PlaneRows, terms: Terms, first_row: int) -> None:
         members, _ = self._bands[band]
-        values = ops.scores(self.plan.queries[members], rows, *terms)  # [members, R]
+        values = scores(self.plan.queries[members], rows, *terms)  # [members, R]
         for factor in self._true_scale():
             values *= factor[members]
         self._end = max(self._end, first_row + rows.shape[0])
@@ -131,7 +131,7 @@ class TokenShares(GroupScores):
         self.products = torch.empty(0)  # of the plan's queries and the next rows' tokens, [Q, R, T]
         self.shares: list[Tensor] = []
 
-    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+    def _take(self, band: int, rows: Tensor | PlaneRows, terms: Terms, first_row: int) -> None:
         here, self.products = self.products.split(
             [len(rows), self.products.shape[1] - len(rows)], dim=1
         )
@@ -155,9 +155,9 @@ class TopK(GroupScores):
         self._k = k
         self._states: list[Any] = [None] * len(self._bands)
 
-    def _take(self, band: int, rows: Tensor, terms: Terms, first_row: int) -> None:
+    def _take(self, band: int, rows: Tensor | PlaneRows, terms: Terms, first_row: int) -> None:
         queries, state = self.plan.queries[self._bands[band][0]], self._states[band]
-        self._states[band] = ops.topk_scores(queries, rows, self._k, *terms, state, first_row)
+        self._states[band] = topk_scores(queries, rows, self._k, *terms, state, first_row)
 
     def _put(self, result: InfluenceResult) -> None:
         top, top_rows, bottom, bottom_rows = (
@@ -198,4 +198,8 @@ class SelfInfluence:
             self.values[name][first_row : first_row + len(sigma)] = share(sigma)
 
 
-Sink = GroupScores | SelfInfluence
+class Sink(Protocol):
+    """What a scan gives the blocks of rows."""
+
+    def add(self, block: Block, norms: ShardNorms | None) -> None:
+        """Use a block's rows; `norms` are its shard's, None for a scan without."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from logra_kernels.attribution.plan import (
 )
 from logra_kernels.attribution.reading import BLOCK_BYTES, Block, ShardRows, block_rows_of
 from logra_kernels.attribution.sinks import FullMatrix, GroupScores, Sink, TokenShares, TopK
+from logra_kernels.capture.short_examples import ShortExamples
 from logra_kernels.curvature import Preconditioner
 from logra_kernels.defaults import MATRIX_MODE
+from logra_kernels.store.basis import Basis
 
 
 class StreamedScores:
@@ -69,7 +72,7 @@ class StreamedScores:
         self._query_ids = prepared.names
         layout = preconditioner.layout
         exponents = [0] * len(layout)
-        plans = plan_scan(prepared, mode, groups, layout, exponents, self._device)
+        plans = plan_scan(prepared, mode, groups, Basis(layout), self._device)
         upload = HostLanes(self._device).upload
         self._sinks: list[GroupScores] = [
             FullMatrix(plan, upload) if top_k is None else TopK(plan, upload, top_k)
@@ -80,33 +83,50 @@ class StreamedScores:
         self.token_queries = plans[0].queries if tokens else None
         norm = NORM_OF_MODE[mode]
         self._norms = None if norm is None else Norms(preconditioner, norm, exponents, self._device)
+        # {module name: tokens}: of rows of no more than these, `add` takes the tokens too.
+        self.short_limits: dict[str, int] = {}
+        if self._norms is not None:
+            limits = [whitening.token_limit for whitening in self._norms.whitenings]
+            each = zip(layout.names, limits, strict=True)
+            self.short_limits = {name: limit for name, limit in each if limit}
         self._count = 0  # rows scored
         self._row_ids: dict[str, None] = {}  # in the order they came
         self._wanted = None if ids is None else {str(name) for name in ids}
 
-    def add(self, row_ids: Sequence[Any], rows: Tensor, products: Tensor | None = None) -> None:
+    def add(
+        self,
+        row_ids: Sequence[Any],
+        rows: Tensor,
+        products: Tensor | None = None,
+        short: ShortExamples | None = None,
+        places: Sequence[int] = (),
+    ) -> None:
         """Score finite rows [R, D] float32 or float64, used as float32.
 
         Args:
             row_ids: R different names.
             rows: [R, D].
             products: [Q, R, T] of `token_queries` and the rows' tokens, if `tokens` were asked for.
+            short: a pass's examples of few tokens, by `short_limits`: their rows' norms are found
+                in less time.
+            places: the rows' places in that pass.
 
         Raises:
             ValueError: an id that was scored already.
         """
         names = [str(name) for name in row_ids]
         if self._wanted is not None:
-            places = [n for n, name in enumerate(names) if name in self._wanted]
-            names, rows = [names[n] for n in places], rows[places]
-            products = None if products is None else products[:, places]
+            wanted = [n for n, name in enumerate(names) if name in self._wanted]
+            names, rows = [names[n] for n in wanted], rows[wanted]
+            products = None if products is None else products[:, wanted]
+            places = [places[n] for n in wanted] if places else ()
         twice = next((name for name in names if name in self._row_ids), None)
         if twice is not None:
             raise ValueError(f"data_id: expected new ids, got {twice!r}, which was scored already")
         if self._tokens is not None:
             assert products is not None
             self._tokens.products = products
-        self._score(rows)
+        self._score(rows, short, places)
         self._row_ids.update(dict.fromkeys(names))
 
     def result(self) -> InfluenceResult:
@@ -128,7 +148,9 @@ class StreamedScores:
         result.token_scores = None if self._tokens is None else self._tokens.shares
         return result
 
-    def _score(self, rows: Tensor) -> None:
+    def _score(
+        self, rows: Tensor, short: ShortExamples | None = None, places: Sequence[int] = ()
+    ) -> None:
         """Score finite rows [R, D] whose names the caller knows."""
         shard = ShardRows(0, self._count, rows.shape[0])
         self._count += rows.shape[0]
@@ -137,7 +159,11 @@ class StreamedScores:
         sinks = [*self._sinks, *([self._tokens] if self._tokens else [])]
         step = block_rows_of(BLOCK_BYTES, 4 * rows.shape[1])
         for start in range(0, rows.shape[0], step):
-            use(shard.block(start, rows[start : start + step]), self._norms, found, sinks)
+            here = slice(start, start + step)
+            block = shard.block(start, [rows[here]])
+            if short is not None:
+                block.short = partial(short.of, places=places[here])
+            use(block, self._norms, found, sinks)
 
     def _result(self, row_ids: Sequence[str]) -> InfluenceResult:
         """The scores of all rows so far, under these names."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from logra_kernels.capture.loss_reduction import (
     check_summed,
 )
 from logra_kernels.capture.masks import PartMasks, refuse_one_mask
+from logra_kernels.capture.short_examples import ShortExamples
 from logra_kernels.capture.token_scores import TokenScores
 from logra_kernels.capture.tokens import Tokens
 
@@ -63,6 +65,7 @@ class Capture:
             examples.
         keep_tokens: keep what the rows are made of, for Kronecker factors; asks for `tokens`.
         tokens_alone: keep the tokens, and compute no gradients.
+        short_limits: {module name: tokens}; asks for `short`, as `ShortExamples` says.
 
     Raises: ValueError for a mask, an input shape, an averaged loss or a number of backward passes
         that does not fit; the message names the module.
@@ -84,6 +87,7 @@ class Capture:
         token_queries: Tensor | None = None,
         keep_tokens: bool = False,
         tokens_alone: bool = False,
+        short_limits: Mapping[str, int] | None = None,
     ) -> None:
         if averaged_loss not in AVERAGED_LOSS:
             raise ValueError(
@@ -113,11 +117,13 @@ class Capture:
             self._loss_scale, averaged_loss = check_loss_scale(loss_scale), "allow"
         self.tokens = Tokens(self._loss_scale) if keep_tokens or tokens_alone else None
         self._tokens_alone = tokens_alone
+        self.short = ShortExamples(short_limits, self._loss_scale) if short_limits else None
         self._passes = BackwardPasses(partial(check_summed, averaged_loss, num_examples))
         self._swapped = SwappedAxes()
         self._undo: list[Callable[[], object]] = []
         self._hooks: dict[str, int] = {}  # {module name: the number of its forward hook}
         self._watched = {layer.module for layer in self._layers}
+        self._latest: tuple[ref[Tensor], int, Batch, Layer, Call] | None = None  # the last input
         self._raw: dict[nn.Module, tuple[Tensor, int]] = {}  # outputs before global hooks, versions
 
     @property
@@ -203,6 +209,7 @@ class Capture:
         while self._undo:
             self._undo.pop()()
         self._raw.clear()
+        self._latest = None
         self._swapped.forget()
 
     def _hook(self, layer: Layer) -> None:
@@ -281,12 +288,22 @@ class Capture:
         self._check_unchanged(layer, output)
         x = args[0] if args else next(iter(kwargs.values()))
         with plain_arithmetic(x):
-            call = layer.call(x.detach(), self._batch_of(layer, x))
+            batch = self._batch_of(layer, x)
+            call = layer.call(x.detach(), batch, self._same_input(x, batch))
+            self._latest = None if x.is_inference() else (ref(x), x._version, batch, layer, call)
         # The hook belongs to this value of the output. An in-place ReLU that follows makes
         # another value, and another call of the module has a hook of its own.
         output, node, place = hookable(output)
         node.register_prehook(partial(self._at_output_gradient, layer, call, place))
         return output
+
+    def _same_input(self, x: Tensor, batch: Batch) -> tuple[Layer, Call] | None:
+        """The latest call, if it was with this very tensor, which has not changed since."""
+        if self._latest is None:
+            return None
+        tensor, version, its_batch, layer, call = self._latest
+        same = tensor() is x and x._version == version and its_batch is batch
+        return (layer, call) if same else None
 
     def _batch_of(self, layer: Layer, x: Tensor) -> Batch:
         batch = self._batch if self._part_masks is None else self._part_masks.of(layer, x)
@@ -317,6 +334,8 @@ class Capture:
                 self._token_scores.add(layer, call, dy)
             if self.tokens is not None:
                 self.tokens.add(layer, call, dy)
+            if self.short is not None:
+                self.short.add(layer, call, dy)
         # The user's loss keeps the graph alive, and with it this hook and the call.
         call.release()
 

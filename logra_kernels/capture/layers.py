@@ -104,6 +104,7 @@ class Layer(ABC):
                 f"projection of {self.name}: expected widths (I, O) = {want}, got {got}"
             )
         self._projection = projection
+        self._compared: tuple[ModuleProjection, bool] | None = None
         self._factors: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @property
@@ -172,8 +173,12 @@ class Layer(ABC):
 
     # What every kind does.
 
-    def call(self, x: Tensor, batch: Batch) -> Call:
-        """Keep P_i x of one forward call; ValueError if the input's shape does not fit."""
+    def call(self, x: Tensor, batch: Batch, same: tuple[Layer, Call] | None = None) -> Call:
+        """Keep P_i x of one forward call; ValueError if the input's shape does not fit.
+
+        `same` is a call of another module with the same x and batch: where P_i are the first rows
+        of its own, as a pilot's are, P_i x is part of what it kept.
+        """
         tokens, applies = self.count_tokens(x, batch)
         mask = batch.mask_on(x.device) if applies else None
         cu_seqlens = batch.cu_seqlens_on(x.device) if applies else None
@@ -181,8 +186,23 @@ class Layer(ABC):
         if self._projection.proj_in is None:
             call.input, call.version = x, x._version
         else:
-            call.projected = self.project(x, call)
+            shared = None if same is None else self._shared(*same, call)
+            call.projected = self.project(x, call) if shared is None else shared
         return call
+
+    def _shared(self, other: Layer, theirs: Call, call: Call) -> Tensor | None:
+        """P_i x of this call out of another module's; None where it is not there."""
+        usual = type(self).project is Layer.project and type(self).tokens is Layer.tokens
+        alike = type(self) is type(other) and self.with_bias == other.with_bias
+        if not (usual and alike and call.batch_dim == theirs.batch_dim) or theirs.projected is None:
+            return None
+        mine, wider = self._projection.proj_in, other._projection.proj_in
+        assert mine is not None
+        assert wider is not None
+        if self._compared is None or self._compared[0] is not other._projection:
+            fits = len(mine) <= len(wider) and torch.equal(mine, wider[: len(mine)])
+            self._compared = other._projection, fits
+        return theirs.projected[..., : len(mine)] if self._compared[1] else None
 
     def gradients(self, call: Call, dy: Tensor) -> Tensor:
         """G [N, Ko, Ki] of one call, whole; dy has the shape of the module's output."""

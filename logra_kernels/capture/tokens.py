@@ -55,7 +55,7 @@ class Tokens:
         """
         found_in, found_out = [], []
         for place in places:
-            kept = [_of_example(call, place) for call in self._calls.get(name, ())]
+            kept = [of_example(call, place) for call in self._calls.get(name, ())]
             if not kept:
                 continue
             x, dy = (torch.cat(side) for side in zip(*kept, strict=True))
@@ -78,7 +78,7 @@ class Tokens:
         return torch.cat(found_in), torch.cat(found_out)
 
 
-def _of_example(call: Operands, place: int) -> tuple[Tensor, Tensor]:
+def of_example(call: Operands, place: int) -> tuple[Tensor, Tensor]:
     """The tokens of one example that count: P_i x [t, Ki] and P_o dy [t, Ko]."""
     x, dy, mask, ends = call.inputs, call.outputs, call.mask, call.cu_seqlens
     if ends is not None:

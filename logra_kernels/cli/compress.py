@@ -5,9 +5,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from logra_kernels.attribution import compress_store
 from logra_kernels.report.console import say
 from logra_kernels.report.render import plural
-from logra_kernels.store import Store, compress_store
+from logra_kernels.store import Store
 
 
 def run(arguments: argparse.Namespace) -> int:

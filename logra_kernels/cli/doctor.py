@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
         gradients,
         tqdm(corpus, unit="ex", desc="read", dynamic_ncols=True),
         examples=arguments.examples,
-        store_dtype=arguments.store_dtype,
+        store_dtype=arguments.codec,
         curvature=arguments.curvature,
     )
     if arguments.json:

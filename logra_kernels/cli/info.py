@@ -4,16 +4,18 @@ import argparse
 import contextlib
 from typing import Any
 
+from logra_kernels.cli.kept_plan import compared
 from logra_kernels.cli.outputs import check_outputs
 from logra_kernels.defaults import DAMPING_SCALE
 from logra_kernels.report.console import say
-from logra_kernels.report.render import format_bytes, plural, projection_line
+from logra_kernels.report.render import format_bytes, format_seconds, plural, projection_line
 from logra_kernels.report.results import STANDARD_OUTPUT, write_json
 from logra_kernels.run.coverage import lines_of
 from logra_kernels.store import Store
 
 # N rows determine H + λI to an error of the order of √(d_λ/N): here a third.
 ROWS_PER_DIMENSION = 10
+PLAN_KEYS = ("what", "planned", "measured", "unit")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,6 +50,7 @@ def facts(store: Store) -> list[tuple[str, str]]:
         lines.append(("statistics", _kept(store, statistics=True)))
     lines += _fingerprints(store.fingerprints)
     lines += _coverage(store.coverage)
+    lines += _plan(store)
     lines.append(("modules", f"{len(store.modules)}"))
     lines += [("", f"{m.name}  [{m.ko}, {m.ki}]") for m in store.modules]
     return lines
@@ -67,6 +70,7 @@ def described(store: Store) -> dict[str, Any]:
         "curvatures": {name: {"rows": entry["rows"]} for name, entry in store.curvatures.items()},
         "fingerprints": store.fingerprints,
         "coverage": store.coverage,
+        "plan": [dict(zip(PLAN_KEYS, line, strict=True)) for line in compared(store)],
         "modules": [{"name": m.name, "ko": m.ko, "ki": m.ki} for m in store.modules],
     }
 
@@ -129,6 +133,22 @@ def _coverage(found: Any) -> list[tuple[str, str]]:
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             lines = lines_of(found)
     return [("coverage" if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _plan(store: Store) -> list[tuple[str, str]]:
+    """What a plan said of the store, beside what came."""
+    lines = []
+    for what, planned, measured, unit in compared(store):
+        same = "as planned"
+        if planned != measured:
+            ratio = f": {measured / planned:.2f} times" if planned else ""
+            same = f"planned {_quantity(planned, unit)}{ratio}"
+        lines.append(f"{what} {_quantity(measured, unit)}, {same}")
+    return [("plan" if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _quantity(value: float, unit: str) -> str:
+    return f"{value:,.0f} bytes" if unit == "bytes" else format_seconds(value)
 
 
 def _fingerprints(found: Any) -> list[tuple[str, str]]:

@@ -13,11 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from logra_kernels.attribution.memory import peak_bytes
+from logra_kernels.cli.kept_plan import check_plan, keep_plan, read_plan
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE, RANK, SEED
 from logra_kernels.lm.causal_lm import CausalLM
 from logra_kernels.lm.chat import has_template
 from logra_kernels.lm.corpus import Corpus, TokenSettings
-from logra_kernels.lm.gradients import LMGradients
+from logra_kernels.lm.gradients import LMGradients, lm_fingerprint
 from logra_kernels.lm.log import LoggingProgress, log_corpus
 from logra_kernels.lm.pilot import pilot_corpus
 from logra_kernels.lm.sources import STANDARD_INPUT
@@ -33,19 +35,37 @@ def run(arguments: argparse.Namespace) -> int:
     """Log, or go on logging; 130 when interrupted."""
     _refuse_existing_store(arguments)
     complete_row_options(arguments)
-    _check_labels(arguments)
+    check_labels(arguments)
+    plan = read_plan(arguments.plan, arguments.codec) if arguments.plan else None
     store = _store_to_resume(arguments)
     lm = CausalLM.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     corpus = open_corpus(arguments, lm)
-    gradients = project_layers(arguments, lm, corpus, store)
-    started = time.monotonic()
-    with _signals() as received:
-        finished = _log(arguments, gradients, corpus, lambda: bool(received))
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "pilot"):
+        gradients = project_layers(arguments, lm, corpus, store)
+    with _timed(seconds, "logging"), _signals() as received:
+        options = logging_options(arguments, corpus)
+        if plan is not None:
+            check_plan(plan, what_is_asked(arguments, gradients, options))
+        finished = _log(arguments, gradients, corpus, options, lambda: bool(received))
     if finished is None:
         _say_how_to_go_on(arguments)
         return 128 + received[0]
-    _say_what_was_logged(arguments, finished, corpus, time.monotonic() - started)
+    _say_what_was_logged(arguments, finished, corpus, seconds["logging"])
+    if plan is not None:
+        # Of a run that was interrupted only the last part's time is known.
+        known = {} if finished.resumed or store is not None else seconds
+        measured = {"seconds": known, "memory_bytes": {"logging": peak_bytes()}}
+        keep_plan(Path(arguments.out), plan, measured)
     return 0
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Put the seconds that the block takes under the name."""
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started
 
 
 def _refuse_existing_store(arguments: argparse.Namespace) -> None:
@@ -93,7 +113,7 @@ def complete_row_options(arguments: argparse.Namespace) -> None:
         arguments.moments = MOMENTS[0]
 
 
-def _check_labels(arguments: argparse.Namespace) -> None:
+def check_labels(arguments: argparse.Namespace) -> None:
     """Refuse sampled labels without a curvature, and of data that cannot be read again."""
     if arguments.labels == "data":
         return
@@ -148,8 +168,17 @@ def open_corpus(arguments: argparse.Namespace, lm: CausalLM) -> Corpus:
     return corpus
 
 
+def run_pilot(arguments: argparse.Namespace, gradients: LMGradients, corpus: Corpus) -> None:
+    """Make the projection from a part of the corpus, under a bar."""
+    pilot_corpus(gradients, corpus, arguments.init, **pilot_options(arguments), progress=True)
+
+
 def project_layers(
-    arguments: argparse.Namespace, lm: CausalLM, corpus: Corpus, store: Store | None = None
+    arguments: argparse.Namespace,
+    lm: CausalLM,
+    corpus: Corpus,
+    store: Store | None = None,
+    pilot: Callable[[argparse.Namespace, LMGradients, Corpus], None] = run_pilot,
 ) -> LMGradients:
     """The layers of --modules, projected; says on stderr which they are.
 
@@ -158,6 +187,7 @@ def project_layers(
         lm: the model.
         corpus: what a pilot is made of.
         store: of a pilot that has run, its projection is taken.
+        pilot: gives the layers a projection from the corpus.
     """
     names = lm.linear_modules(
         arguments.modules, arguments.last_blocks, note=lambda sentence: warn(f"note: {sentence}")
@@ -165,11 +195,11 @@ def project_layers(
     if arguments.init in PILOTED:
         gradients = LMGradients(lm, names, store)
         if store is None:
-            _pilot(arguments, gradients, corpus)
+            pilot(arguments, gradients, corpus)
     else:
         projection = ProjectionSpec(arguments.init, arguments.rank, arguments.seed)
         gradients = LMGradients(lm, names, projection)
-    row_bytes = row_codec(arguments.store_dtype).row_bytes(gradients.watched.layout)
+    row_bytes = row_codec(arguments.codec).row_bytes(gradients.watched.layout)
     warn(
         f"{lm.name}: {len(names)} layers, {names[0]} … {names[-1]};"
         f" {gradients.dim:,} numbers, {format_bytes(row_bytes)} a row"
@@ -179,49 +209,57 @@ def project_layers(
     return gradients
 
 
-def _pilot(arguments: argparse.Namespace, gradients: LMGradients, corpus: Corpus) -> None:
-    """Make the projection from a part of the corpus, under a bar."""
+def pilot_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `pilot_corpus` is told besides the kind."""
     running = ("batch_tokens", "batch_size", "on_nonfinite")  # `logra doctor` has none of them
-    pilot_corpus(
-        gradients,
-        corpus,
-        arguments.init,
-        rank=arguments.rank,
-        coordinates=arguments.coordinates,
-        moments=arguments.moments,
-        size=arguments.pilot,
-        progress=True,
-        **{name: getattr(arguments, name) for name in running if hasattr(arguments, name)},
-    )
+    told = ("rank", "coordinates", "moments", *(name for name in running if name in arguments))
+    return {"size": arguments.pilot, **{name: getattr(arguments, name) for name in told}}
+
+
+def logging_options(arguments: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
+    """What `log_corpus` is told of the corpus, of what is kept and of how it runs."""
+    data = corpus.fingerprint()
+    if arguments.pilot is not None:
+        data["pilot"] = arguments.pilot  # refuses to resume with another
+    told = ("shard_rows", "batch_tokens", "batch_size", "curvature", "labels", "on_nonfinite")
+    options = {name: getattr(arguments, name) for name in told}
+    return {"settings": corpus.settings.as_dict(), "data": data, **options}
+
+
+def what_is_asked(
+    arguments: argparse.Namespace, gradients: LMGradients, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What tells a run from those that another plan is of, as JSON values.
+
+    Args:
+        arguments: of `logra log` or `logra plan`, completed.
+        gradients: the model and its watched modules.
+        options: of `logging_options`.
+    """
+    told = ("init", "rank", "coordinates", "seed", "moments", "device", "limit")
+    found = {name: getattr(arguments, name) for name in told}
+    found |= {"model": lm_fingerprint(gradients.lm), "layers": gradients.watched.layout.names}
+    return {**found, **options}
 
 
 def _log(
     arguments: argparse.Namespace,
     gradients: LMGradients,
     corpus: Corpus,
+    options: dict[str, Any],
     stop: Callable[[], bool],
 ) -> LoggingProgress | None:
     """Log the corpus under a bar; None if `stop` ended it."""
-    data = corpus.fingerprint()
-    if arguments.pilot is not None:
-        data["pilot"] = arguments.pilot  # refuses to resume with another
     with tqdm(unit="ex", desc="log", smoothing=0, dynamic_ncols=True) as bar:
         return log_corpus(
             gradients,
             corpus,
             arguments.out,
-            settings=corpus.settings.as_dict(),
-            data=data,
-            store_dtype=arguments.store_dtype,
-            shard_rows=arguments.shard_rows,
-            batch_tokens=arguments.batch_tokens,
-            batch_size=arguments.batch_size,
-            curvature=arguments.curvature,
-            labels=arguments.labels,
-            on_nonfinite=arguments.on_nonfinite,
+            store_dtype=arguments.codec,
             resume=arguments.resume,
             stop=stop,
             report=_shown_by(bar),
+            **options,
         )
 
 

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done; 1: `verify` or `doctor` found something; 2: an error, said in one sentence;
         130: interrupted.
     """
+    _let_waiting_threads_sleep()
     given = list(sys.argv[1:] if argv is None else argv)
     with _naming_torch():
         arguments = build_parser().parse_args(given)
@@ -46,6 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warn(traceback.format_exc())
             warn(f"logra {arguments.command}: {error}")
             return 2
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Ask OpenMP, before torch loads it, for threads that sleep while they wait for each other.
+
+    By default they spin, and beside another busy process take the processor from the very thread
+    that they wait for: training and logging then take 4 to 5 times as long (bench/NOTES.md).
+    """
+    if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _show_warning(

@@ -10,6 +10,7 @@ from logra_kernels.defaults import (
     NO_CURVATURE,
     RANK,
     RANKING_MODE,
+    RECALL,
     SEED,
     STORE_DTYPE,
 )
@@ -75,6 +76,23 @@ Example: the 32,768 most telling coordinates of an eigenbasis, made from 1,000 o
       --init eigen --coordinates 32768 --pilot 1000
 
 How large is the store? modules × rank² × 2 bytes a row: 24 × 64² × 2 = 197 kB.
+"""
+
+PLAN = """
+Say what `logra log` with the same options will take, before it runs: bytes on disk, memory, and the
+time of the pilot, of logging and of queries, for several --codec side by side. The corpus is
+read whole, then some of its batches are logged into a temporary store beside --out and that store
+is asked; it is deleted. Bytes are exact where no "about" stands beside them; exponents that float16
+gives to odd rows are counted where the trial rows have some. Times are of this machine as busy as
+it is now.
+"""
+PLAN_EXAMPLE = """
+Example: what would a byte an element save? Afterwards, how right was the plan?
+
+  logra plan --model ./model --data train.jsonl --codec float16 --codec int8 \\
+      --json plan.json
+  logra log  --model ./model --data train.jsonl --codec int8 --out ./store --plan plan.json
+  logra info ./store
 """
 
 DOCTOR = """
@@ -190,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary, description, example, add in (
         ("log", "store the gradients of a corpus", LOG, LOG_EXAMPLE, _log),
+        ("plan", "say what logging and queries will take", PLAN, PLAN_EXAMPLE, _plan),
         ("doctor", "find what would ruin attribution", DOCTOR, DOCTOR_EXAMPLE, _doctor),
         ("query", "rank the stored examples for an answer", QUERY, QUERY_EXAMPLE, _query),
         ("info", "say what a store holds", INFO, INFO_EXAMPLE, _info),
@@ -243,6 +262,16 @@ def _not_negative(text: str) -> float:
     return value
 
 
+def _part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return value
+
+
 def _number_or_share(text: str) -> int | float:
     if text.isascii() and text.isdigit() and int(text):
         return int(text)
@@ -266,6 +295,10 @@ def _scale(text: str) -> float | str:
         raise argparse.ArgumentTypeError(
             f"expected a number of at least 0 or auto, got {text!r}"
         ) from None
+
+
+def _scales(text: str) -> list[float | str]:
+    return list(dict.fromkeys(map(_scale, text.split(","))))
 
 
 def _one_of(*allowed: str) -> Callable[[str], str]:
@@ -295,11 +328,20 @@ def _curvature_kind(text: str) -> str:
     return _one_of(*kinds(), NO_CURVATURE)(text)
 
 
-def _choice(group: argparse._ArgumentGroup, option: str, words: str, help: str) -> None:
-    """Add an option that takes one of a few words, "first|second"; the first by default."""
+def _codec_or_all(text: str) -> str:
+    from logra_kernels.store import codec_names
+
+    return _one_of(*codec_names(), "all")(text)
+
+
+def _choice(group: argparse._ArgumentGroup, option: str, words: str, help: str, *old: str) -> None:
+    """Add an option that takes one of a few words, "first|second"; the first by default.
+
+    `old` are other spellings of it.
+    """
     allowed = words.split("|")
     check = _one_of(*allowed)
-    group.add_argument(option, type=check, default=allowed[0], metavar=words, help=help)
+    group.add_argument(option, *old, type=check, default=allowed[0], metavar=words, help=help)
 
 
 def _count(
@@ -328,12 +370,32 @@ def _log(parser: argparse.ArgumentParser) -> None:
     _log_data(parser.add_argument_group("data"))
     rows = parser.add_argument_group("rows")
     _log_rows(rows)
-    drawn = "of the curvature: the data's, or next tokens that the model draws; default: data"
-    _choice(rows, "--labels", "data|sampled", drawn)
-    _count(rows, "--shard-rows", "default: 256 MB of rows")
+    _log_store(rows)
     running = parser.add_argument_group("running")
     _log_model(running)
     _log_running(running)
+    running.add_argument("--resume", action="store_true", help="go on with the store in --out")
+    of = "of `logra plan --json`; `logra info` compares it with what was measured"
+    running.add_argument("--plan", metavar="FILE", help=of)
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    need = parser.add_argument_group("required")
+    need.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
+    need.add_argument("--data", required=True, metavar="PATH", help="a file or a folder")
+    _log_data(parser.add_argument_group("data"))
+    rows = parser.add_argument_group("rows")
+    _log_rows(rows, several=True)
+    _log_store(rows)
+    running = parser.add_argument_group("running")
+    _log_model(running)
+    _log_running(running)
+    asked = parser.add_argument_group("planning")
+    where = "folder of the store that is to come, on whose disk is measured; default: ./store"
+    asked.add_argument("--out", default="store", metavar="STORE", help=where)
+    _count(asked, "--queries", "asked at once; default: 1", 1, "Q")
+    _count(asked, "--seconds", "that a codec's trial passes take, about; default: 10", 10)
+    _outputs(asked, json="the plan as JSON, for `logra log --plan`; to stdout if -")
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
@@ -374,8 +436,8 @@ def _log_data(group: argparse._ArgumentGroup) -> None:
     _count(group, "--limit", "log the first N examples only")
 
 
-def _log_rows(group: argparse._ArgumentGroup) -> None:
-    """Add the options that say what a row is, and what the store keeps."""
+def _log_rows(group: argparse._ArgumentGroup, several: bool = False) -> None:
+    """Add the options that say what a row is; `several`: the rows may be of more than one dtype."""
     group.add_argument(
         "--modules",
         action="append",
@@ -407,15 +469,33 @@ def _log_rows(group: argparse._ArgumentGroup) -> None:
         "expand",
     )
     group.add_argument("--seed", type=int, help=f"of a random projection; default: {SEED}")
-    scaled = f"default: {STORE_DTYPE}, with a scale per row"
-    _choice(group, "--store-dtype", f"{STORE_DTYPE}|float32|int8", scaled)
+    codecs = f"{STORE_DTYPE}|float32|int8|int4|int2|sign"
+    scaled = f"default: {STORE_DTYPE}; int4, int2 and sign are for rows of --init eigen"
+    if several:
+        group.add_argument(
+            "--codec",
+            "--store-dtype",
+            action="append",
+            type=_codec_or_all,
+            metavar="CODEC|all",
+            help=f"as in `logra log`; may be repeated; {scaled}",
+        )
+    else:
+        _choice(group, "--codec", codecs, scaled, "--store-dtype")
     group.add_argument(
         "--curvature",
         type=_curvature_kind,
         metavar="KIND",
-        help="raw (the covariance of the rows), kfac, ekfac, ec-shampoo, diagonal, or none; kept"
-        f" while logging; default: {CURVATURE}, and diagonal with --init eigen",
+        help="raw (the covariance of the rows), kfac, ekfac, ec-shampoo, diagonal, shrunk, or none;"
+        f" kept while logging; default: {CURVATURE}, and diagonal with --init eigen",
     )
+
+
+def _log_store(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say what else the store keeps, and how."""
+    drawn = "of the curvature: the data's, or next tokens that the model draws; default: data"
+    _choice(group, "--labels", "data|sampled", drawn)
+    _count(group, "--shard-rows", "default: 256 MB of rows")
 
 
 def _log_model(group: argparse._ArgumentGroup) -> None:
@@ -428,7 +508,6 @@ def _log_running(group: argparse._ArgumentGroup) -> None:
     """Add the options that bound time and memory, and say what happens when something fails."""
     _count(group, "--batch-tokens", "tokens of a batch, padding included; default: 1024", 1024)
     _count(group, "--batch-size", "examples, at most")
-    group.add_argument("--resume", action="store_true", help="go on with the store in --out")
     nonfinite = "examples whose gradient is NaN or infinite; default: raise"
     _choice(group, "--on-nonfinite", "raise|skip", nonfinite)
 
@@ -459,12 +538,34 @@ def _query(parser: argparse.ArgumentParser) -> None:
     damping = rank.add_mutually_exclusive_group()
     damping.add_argument(
         "--damping-scale",
-        type=_scale,
-        metavar="S",
+        type=_scales,
+        metavar="S[,S…]",
         help='λ = S × the mean eigenvalue of a module\'s curvature; "auto": S = 0.1 + columns of '
-        f"the module / rows, raw curvature only; default: {DAMPING_SCALE}",
+        f"the module / rows, raw curvature only; default: {DAMPING_SCALE}; of several, each gives "
+        "rankings of its own",
     )
     damping.add_argument("--damping", type=_not_negative, metavar="λ", help="λ itself")
+
+    again = parser.add_argument_group("a second look at the leading rows")
+    again.add_argument(
+        "--rerank",
+        metavar="STORE|model",
+        help="rank by these finer rows, such as the store that --store was compressed from; model: "
+        "by gradients that the model makes again",
+    )
+    enough = again.add_mutually_exclusive_group()
+    enough.add_argument(
+        "--candidates", type=_positive, metavar="N", help="rows of each end that are looked at"
+    )
+    enough.add_argument(
+        "--recall",
+        type=_part,
+        metavar="R",
+        help=f"as many as find this part of the K best and worst, estimated; default: {RECALL}",
+    )
+    enough.add_argument(
+        "--certified", action="store_true", help="as many as prove that none is missed"
+    )
 
     out = parser.add_argument_group("output")
     out.add_argument("--least", action="store_true", help="print the least influential too")
@@ -503,7 +604,9 @@ def _compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="folder of the store")
     parser.add_argument("out", help="folder of the new store")
     rows = parser.add_argument_group("rows")
-    _choice(rows, "--codec", f"int8|{STORE_DTYPE}|float32", "of the new store; default: int8")
+    _choice(
+        rows, "--codec", "int8|int4|int2|sign|float16|float32", "of the new store; default: int8"
+    )
 
 
 def _report(parser: argparse.ArgumentParser) -> None:

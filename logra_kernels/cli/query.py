@@ -1,12 +1,14 @@
 """`logra query`: a store's passages, ranked for an answer."""
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from logra_kernels.cli.kept_plan import add_query
 from logra_kernels.cli.outputs import check_outputs
 from logra_kernels.defaults import RANKING_MODE
 from logra_kernels.lm.corpus import Record
@@ -15,33 +17,55 @@ from logra_kernels.report.console import say, warn
 from logra_kernels.report.render import snippet
 from logra_kernels.report.results import STANDARD_OUTPUT
 from logra_kernels.report.scores import score_table, write_ranked_scores
-from logra_kernels.report.terminal import print_query
+from logra_kernels.report.terminal import print_answers, print_query
 from logra_kernels.store import Store
+from logra_kernels.store.residuals import check_finer
 
 if TYPE_CHECKING:
     from logra_kernels.lm.ranking import Scores
 
+MODEL = "model"  # what --rerank takes beside a store's folder
+# A query that has one of these is another than a plan is of.
+UNPLANNED = ("json", "html", "scores", "mode", "rerank", "damping_scale", "damping")
 NOTE = "The passages are ranked by influence, which is not the same as being about it."
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Rank, print, and write what was asked for."""
+    from logra_kernels.attribution.memory import peak_bytes
     from logra_kernels.lm.causal_lm import CausalLM
-    from logra_kernels.lm.gradients import lm_fingerprints
-    from logra_kernels.lm.query import ask, chat_prompt
+    from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
+    from logra_kernels.lm.query import ask, chat_prompt, gradients_again
+    from logra_kernels.lm.ranking import SecondLook
 
     records = _records(arguments)
     check_outputs(arguments)
     if arguments.scores_of is not None and not arguments.scores:
         raise ValueError("--scores-of goes with --scores")
+    _check_rerank(arguments)
     store = Store.open(arguments.store)
     dtype = lm_fingerprints(store)["model"]["dtype"]
     _check_rows(store, arguments)
     lm = CausalLM.load(arguments.model, dtype=dtype, device=arguments.device)
+    finer = None if arguments.rerank in (None, MODEL) else Store.open(arguments.rerank)
+    if finer is not None:
+        check_finer(store, finer)
     shown = bool(arguments.json or arguments.html)
+    # Before: a first query computes the norms of the rows.
+    first = not any((store.path / "self_influence").glob("*/*.npy"))
+    started = time.perf_counter()
     asked = records
     if arguments.chat:
         asked = [Record(r.id, r.text, chat_prompt(lm, r.prompt), templated=True) for r in records]
+    second = None
+    if arguments.rerank is not None:
+        gradients = LMGradients.of_store(store, lm)
+        second = SecondLook(
+            gradients_again(store, gradients) if finer is None else finer,
+            arguments.candidates,
+            arguments.recall,
+            arguments.certified,
+        )
     with _every_score(arguments) as every_score:
         results = ask(
             store,
@@ -53,10 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
             damping=arguments.damping,
             token_scores=shown and arguments.tokens != "none",
             query_tokens=shown and arguments.tokens == "both",
+            second=second,
             every_score=every_score,
             notes=[NOTE],
             progress=lambda step: warn(f"… {step}"),
         )
+    if all(getattr(arguments, option) is None for option in UNPLANNED):
+        seconds = time.perf_counter() - started
+        add_query(store, len(records), first, seconds, peak_bytes())
     for query, record in zip(results["queries"], records, strict=True):
         query["prompt"] = record.prompt  # without the chat template
     _write(results, arguments)
@@ -86,6 +114,8 @@ def _write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     else:
         for query in results["queries"]:
             print_query(query, least=arguments.least)
+        if arguments.rerank is not None:
+            print_answers(results)
     if arguments.json:
         write_results(results, arguments.json)
     if arguments.html:
@@ -114,6 +144,26 @@ def _check_rows(store: Store, arguments: argparse.Namespace) -> None:
         warn(
             f"logra: warning: {arguments.store} is not finished; its {store.num_rows} rows so far"
             " are ranked"
+        )
+
+
+def _check_rerank(arguments: argparse.Namespace) -> None:
+    """Refuse options of a second look that do not go together, before anything is loaded."""
+    if arguments.rerank is None:
+        for name in ("candidates", "recall", "certified"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} goes with --rerank")
+        return
+    if arguments.certified and arguments.rerank == MODEL:
+        raise ValueError("--certified: expected --rerank with a finer store, got the model")
+    if arguments.candidates is not None and arguments.candidates < arguments.top_k:
+        raise ValueError(
+            f"--candidates: expected at least --top-k, {arguments.top_k}, "
+            f"got {arguments.candidates}"
+        )
+    if arguments.scores and arguments.scores_of != "ranked":
+        raise ValueError(
+            "--rerank scores some rows exactly, not all: --scores goes with --scores-of ranked"
         )
 
 

@@ -28,6 +28,7 @@ from logra_kernels.curvature.preconditioner import (
     plain_preconditioner,
 )
 from logra_kernels.curvature.raw import RawCurvature
+from logra_kernels.curvature.shrunk import ShrunkCurvature
 from logra_kernels.curvature.statistic import Mean, Statistic, Variance
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Place",
     "Preconditioner",
     "RawCurvature",
+    "ShrunkCurvature",
     "Statistic",
     "Variance",
     "check_damping",

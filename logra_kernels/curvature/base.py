@@ -332,7 +332,7 @@ def curvature_of(
     if not curvature.of_coordinates and any(s is not None for s in stored_scales(store)):
         raise ValueError(
             f"curvature: the rows hold scaled coordinates, which '{curvature.kind}' would damp by "
-            "their scale; 'diagonal' is their curvature"
+            "their scale; 'diagonal' and 'shrunk' are their curvatures"
         )
     if curvature.labels == "data" and curvature.count != store.num_rows:
         warnings.warn(

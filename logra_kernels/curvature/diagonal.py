@@ -14,6 +14,7 @@ Source: EK-FAC (George et al. 2018; Grosse et al. 2023).
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,8 +29,46 @@ from logra_kernels.projection import stored_scales
 from logra_kernels.store import Module, Store
 
 
+class CoordinateCurvature(Curvature):
+    """A curvature whose λ is that of g, also where rows hold t = s·g.
+
+    Arguments as in `Curvature`.
+    """
+
+    of_coordinates = True
+
+    def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
+        super().__init__(modules, dtype)
+        # Per module: coordinates of the weight's gradient, and the share of its energy in a row.
+        self._whole = [(float(size), 1.0) for size in self.layout.sizes]
+        self._scales: list[Tensor | None] = [None] * len(self.layout)  # s [K] of each module
+
+    @property
+    @abstractmethod
+    def eigenvalues(self) -> dict[str, Tensor]:
+        """{module name: Λ = E[t²] of its columns, as rows hold them, [K] float64}."""
+
+    def complete(self, store: Store, progress: Progress = None) -> None:
+        """Take from the store how much of a module's gradient its rows hold, and by what scale."""
+        self._scales = stored_scales(store)
+        described = store.projection if isinstance(store.projection, dict) else {}
+        shares = described.get("energy_shares", {})
+        for i, name in enumerate(self.layout.names):
+            if name in shares:
+                width_in, width_out = described["widths"][name]
+                self._whole[i] = float(width_in * width_out), float(shares[name])
+
+    def mean_eigenvalues(self) -> list[float]:
+        """The mean of E[g²] over all coordinates of each module's weight."""
+        each = zip(self.eigenvalues.values(), self._scales, self._whole, strict=True)
+        return [
+            float((values if s is None else values / s.double().square()).sum()) / share / whole
+            for values, s, (whole, share) in each
+        ]
+
+
 @register_curvature
-class DiagonalCurvature(Curvature):
+class DiagonalCurvature(CoordinateCurvature):
     """Σ g² of each coordinate of the rows, in float64. Arguments as in `Curvature`.
 
     Raises:
@@ -37,16 +76,12 @@ class DiagonalCurvature(Curvature):
     """
 
     kind = "diagonal"
-    of_coordinates = True
 
     def __init__(self, modules: Sequence[Module], dtype: torch.dtype | None = None) -> None:
         super().__init__(modules, dtype)
         if dtype not in (None, torch.float64):
             raise ValueError(f"dtype: expected float64 or None for 'diagonal', got {dtype}")
         self._squares = Squares(self.layout.dim)
-        # Per module: coordinates of the weight's gradient, and the share of its energy in a row.
-        self._whole = [(float(size), 1.0) for size in self.layout.sizes]
-        self._scales: list[Tensor | None] = [None] * len(self.layout)  # s [K] of each module
 
     @property
     def count(self) -> int:
@@ -71,16 +106,6 @@ class DiagonalCurvature(Curvature):
         self._check_same(other)
         self._squares.merge(other._squares)
         return self
-
-    def complete(self, store: Store, progress: Progress = None) -> None:
-        """Take from the store how much of a module's gradient its rows hold, and by what scale."""
-        self._scales = stored_scales(store)
-        described = store.projection if isinstance(store.projection, dict) else {}
-        shares = described.get("energy_shares", {})
-        for i, name in enumerate(self.layout.names):
-            if name in shares:
-                width_in, width_out = described["widths"][name]
-                self._whole[i] = float(width_in * width_out), float(shares[name])
 
     @property
     def eigenvalues(self) -> dict[str, Tensor]:
@@ -127,14 +152,6 @@ class DiagonalCurvature(Curvature):
                 f"{store.path}: curvature 'diagonal' does not match its checksum; {rebuild}"
             )
         return curvature
-
-    def mean_eigenvalues(self) -> list[float]:
-        """The mean of E[g²] over all coordinates of each module's weight."""
-        each = zip(self.eigenvalues.values(), self._scales, self._whole, strict=True)
-        return [
-            float((values if s is None else values / s.double().square()).sum()) / share / whole
-            for values, s, (whole, share) in each
-        ]
 
     def _preconditioner(
         self, means: Sequence[float], dampings: Sequence[float], solver: str

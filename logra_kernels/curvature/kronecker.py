@@ -56,6 +56,8 @@ class KroneckerCurvature(Curvature):
             (Moment(m.ki, dtype), Moment(m.ko, dtype)) for m in self.layout
         ]
         self._count = 0
+        # Σ ‖G‖² of each module, of the kinds with `tokens`; None: a store that does not hold them.
+        self._energies: list[float] | None = [0.0] * len(self.layout)
         self._squares: list[Squares] | None = None  # Σ (Q_Bᵀ G Q_F)² [Ko·Ki] of each module
         self._bases: list[Eigenbasis] | None = None
 
@@ -74,8 +76,14 @@ class KroneckerCurvature(Curvature):
         self.update_finite(rows)
 
     def update_finite(self, rows: Tensor) -> None:
-        """Count finite rows [R, D] float32."""
+        """Count finite rows [R, D] float32, and add their ‖G‖² up."""
         self._count += rows.shape[0]
+        if self.tokens is not None and self._energies is not None:
+            parts = self.layout.split(rows.detach())
+            norms = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in parts]
+            for i, squares in enumerate(torch.stack(norms).square().tolist()):  # [M, R]
+                for square in squares:  # one by one, so that batches do not change the sum
+                    self._energies[i] += square
         self._changed()
 
     def update_tokens(self, module: int, inputs: Tensor, outputs: Tensor) -> None:
@@ -114,6 +122,11 @@ class KroneckerCurvature(Curvature):
             inputs, outputs = (_merged(a, b) for a, b in zip(mine, theirs, strict=True))
             self._moments[i] = inputs, outputs
         self._count += other._count
+        if self._energies is None or other._energies is None:
+            self._energies = None
+        else:
+            each = zip(self._energies, other._energies, strict=True)
+            self._energies = [mine + theirs for mine, theirs in each]
         self._changed()
         return self
 
@@ -169,6 +182,18 @@ class KroneckerCurvature(Curvature):
         return dict(zip(self.layout.names, self._eigenbases(), strict=True))
 
     @property
+    def energies(self) -> dict[str, float]:
+        """{module name: E‖G‖² of the rows seen}, of a kind with `tokens`.
+
+        Raises:
+            ValueError: the kind keeps none, or it is of a store that was made before it did.
+        """
+        if self.tokens is None or self._energies is None:
+            raise ValueError(f"{self.kind}: holds no E‖G‖² of its rows; log the examples again")
+        means = [energy / max(self._count, 1) for energy in self._energies]
+        return dict(zip(self.layout.names, means, strict=True))
+
+    @property
     def eigenvalues(self) -> dict[str, Tensor]:
         """{module name: Λ [Ko, Ki]}, float64, in the eigenbases of ascending eigenvalues.
 
@@ -219,6 +244,8 @@ class KroneckerCurvature(Curvature):
                 squares = self._squares[i].total().view(module.ko, module.ki)
                 tensors[f"{name}.squares"] = squares.numpy()
         meta = {**self._described(self.checksum), "exponents": exponents, "folded": counts}
+        if self.tokens is not None and self._energies is not None:
+            meta["energies"] = self._energies
         if self._squares is not None:
             meta["corrected"] = self._squares[0].count
         store.save_curvature(self.kind, tensors, meta)
@@ -246,6 +273,8 @@ class KroneckerCurvature(Curvature):
                     Squares.of(_tensor(tensors[f"{m.name}.squares"]).view(m.size), corrected)
                     for m in store.layout
                 ]
+            held = meta.get("energies")
+            curvature._energies = None if held is None else [float(energy) for energy in held]
             checksum = meta["checksum"]
             curvature.labels = meta.get("labels", "data")
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:

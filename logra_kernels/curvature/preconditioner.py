@@ -237,6 +237,11 @@ class CholeskyPreconditioner(_OfMatrices):
     def _check(self, i: int) -> None:
         self._factor(i)
 
+    def lower_factors(self) -> dict[str, Tensor]:
+        """L with L Lᵀ = H + λI, {name: [K, K] float64}, of modules that a gradient reached."""
+        factors = zip(self.layout.names, each_module(len(self.layout), self._factor), strict=True)
+        return {name: factor for name, factor in factors if factor is not None}
+
     def _solve(self, i: int, columns: Tensor) -> Tensor:
         factor = self._factor(i)
         if factor is None:
@@ -288,6 +293,45 @@ class EigenPreconditioner(_OfMatrices):
 
     def _inverse(self, i: int) -> Tensor:
         return (self._vectors[i] * self._inverses[i]) @ self._vectors[i].T
+
+
+class ScaledRows(Preconditioner):
+    """(H + λI)⁻¹ of gradients g, for rows that hold t = s·g: a score is of g, and so are norms.
+
+    Args:
+        inner: of g.
+        scales: s [K] of each module; None: every s is 1.
+    """
+
+    def __init__(self, inner: Preconditioner, scales: Sequence[Tensor | None]) -> None:
+        digest = hashlib.blake2b(digest_size=16)
+        for s in scales:
+            digest.update(b"" if s is None else s.numpy().data)
+        key, dampings = _key(inner.key, digest.hexdigest()), list(inner.dampings.values())
+        super().__init__(inner.kind, key, inner.layout, inner.mean_eigenvalues, dampings)
+        self._inner = inner
+        self._scales = [
+            torch.ones((), dtype=torch.float64) if s is None else s.double() for s in scales
+        ]
+
+    def units(self, norm: str) -> list[int]:
+        """As `Preconditioner.units`, of the factors for t."""
+        each = zip(self._inner.units(norm), self._scales, strict=True)
+        return [unit - round(math.log2(float(s.mean()))) for unit, s in each]
+
+    def _dimension(self, i: int) -> float:
+        return self._inner._dimension(i)
+
+    def _solve(self, i: int, columns: Tensor) -> Tensor:
+        s = self._scales[i].reshape(-1, 1)
+        return self._inner._solve(i, columns / s) / s
+
+    def _root(self, i: int) -> Tensor:
+        return self._inner._root(i) / self._scales[i]
+
+    def _inverse(self, i: int) -> Tensor:
+        """(H + λI)⁻¹ of g = t / s, for the norm |(H + λI)⁻¹ g|."""
+        return self._inner._inverse(i) / self._scales[i]
 
 
 class DiagonalPreconditioner(Preconditioner):

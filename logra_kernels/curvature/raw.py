@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from logra_kernels.curvature.preconditioner import (
     Preconditioner,
     each_module,
 )
+from logra_kernels.defaults import CURVATURE
 from logra_kernels.store import Module, Store
+
+R = TypeVar("R", bound="RawCurvature")
 
 # Buffers of rows that wait to be folded take at most this.
 FOLD_BYTES = 256 << 20
@@ -66,7 +70,7 @@ class RawCurvature(Curvature):
         for moment, columns in zip(self._moments, self.layout.split(rows), strict=True):
             moment.update(columns)
 
-    def merge(self, other: RawCurvature) -> RawCurvature:
+    def merge(self: R, other: R) -> R:
         """Add another curvature's sums and count (another shard's or rank's); returns self."""
         self._check_same(other)
         for mine, theirs in zip(self._moments, other._moments, strict=True):
@@ -105,7 +109,7 @@ class RawCurvature(Curvature):
         return self._checksum[1]
 
     def save(self, store: Store) -> None:
-        """Write the sums into the store under the name "raw"; no damping is part of them."""
+        """Write the sums into the store under the kind's name; no damping is part of them."""
         self._check_layout("store", store.layout)
         tensors: dict[str, np.ndarray] = {}
         exponents: dict[str, int] = {}
@@ -119,43 +123,48 @@ class RawCurvature(Curvature):
         store.save_curvature(self.kind, tensors, meta)
 
     @classmethod
-    def load(cls, store: Store) -> RawCurvature:
+    def load(cls: type[R], store: Store) -> R:
         """The sums that a store holds, checked against their checksum."""
+        rebuild = f"{cls.__name__}.rebuild(store).save(store)"
         if cls.kind not in store.curvatures:
+            what = "no curvature" if cls.kind == CURVATURE else f"no curvature '{cls.kind}'"
             raise ValueError(
-                f"{store.path}: holds no curvature; compute it from the rows with "
-                "RawCurvature.rebuild(store).save(store), or ask for curvature='none'"
+                f"{store.path}: holds {what}; compute it from the rows with {rebuild}, or ask for "
+                "curvature='none'"
             )
         tensors, meta = store.load_curvature(cls.kind)
         curvature = cls(store.layout)
-        rebuild = "rebuild it with RawCurvature.rebuild(store).save(store)"
+        damaged = f"{store.path}: curvature '{cls.kind}'"
+        rebuild = f"rebuild it with {rebuild}"
         try:
             exponents = [int(meta["exponents"][name]) for name in store.layout.names]
             count = int(meta["count"])
             checksum = meta["checksum"]
-            curvature.labels = meta.get("labels", "data")
-        except (KeyError, TypeError, ValueError, OverflowError):
+            curvature._take(meta)
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             raise ValueError(
-                f"{store.path}: curvature 'raw' lacks its exponents, count or checksum; {rebuild}"
+                f"{damaged} lacks its exponents, count or checksum; {rebuild}"
             ) from None
         for i, module in enumerate(store.layout):
             if module.name not in tensors:
-                raise ValueError(f"{store.path}: curvature 'raw' lacks module '{module.name}'")
+                raise ValueError(f"{damaged} lacks module '{module.name}'")
             sums = torch.from_numpy(np.array(tensors[module.name]))
             size = module.size
             if tuple(sums.shape) != (size, size):
                 raise ValueError(
-                    f"{store.path}: curvature 'raw' of module '{module.name}': "
+                    f"{damaged} of module '{module.name}': "
                     f"expected [{size}, {size}], got {list(sums.shape)}"
                 )
             curvature._moments[i] = Moment.of(
                 sums, exponents[i], count, fold_rows=curvature.fold_rows
             )
         if curvature.checksum != checksum:
-            raise ValueError(
-                f"{store.path}: curvature 'raw' does not match its checksum; {rebuild}"
-            )
+            raise ValueError(f"{damaged} does not match its checksum; {rebuild}")
         return curvature
+
+    def _take(self, meta: Mapping[str, Any]) -> None:
+        """What `_described` gave, beside the checksum."""
+        self.labels = meta.get("labels", "data")
 
     def mean_eigenvalues(self) -> list[float]:
         """trace(H) / K of each module.

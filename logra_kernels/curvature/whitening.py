@@ -10,6 +10,9 @@ from torch import Tensor
 from logra_kernels import ops
 from logra_kernels.curvature.moment import sum_by_halves
 
+# Multiplications of a row's rotation below which its tokens are not looked at.
+SMALLEST_ROTATION = 1 << 20
+
 
 class Whitening(ABC):
     """W of one module: |W g| is the norm of the module's columns g of a row."""
@@ -20,6 +23,21 @@ class Whitening(ABC):
 
         A row's bits do not depend on the rows beside it.
         """
+
+    def squares_of_tokens(self, inputs: Tensor, outputs: Tensor, ends: Tensor) -> Tensor:
+        """|W g|² of rows g = vec(Σ_t y_t x_tᵀ), [R] float32, of rows of `token_limit` or fewer.
+
+        Args:
+            inputs: x [n, Ki] float32, one row's tokens after the other's.
+            outputs: y [n, Ko] float32.
+            ends: [R + 1] int64, where a row's tokens begin, and the last one's end.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes whole rows")
+
+    @property
+    def token_limit(self) -> int:
+        """How many tokens a row may have for its tokens to be the cheaper way to its norm."""
+        return 0
 
     def to(self, device: torch.device) -> Whitening:
         """The same on a device."""
@@ -97,6 +115,25 @@ class Rotated(Whitening):
         vectors_in, vectors_out, scale = self._factors
         rotated = rotate(columns, vectors_in, vectors_out) * scale
         return sum_by_halves(rotated.flatten(1).square(), 1)
+
+    def squares_of_tokens(self, inputs: Tensor, outputs: Tensor, ends: Tensor) -> Tensor:
+        """|D ∘ Σ_t (Q_Bᵀ y_t)(Q_Fᵀ x_t)ᵀ|², [R] float32."""
+        vectors_in, vectors_out, scale = self._factors
+        assert vectors_in is not None
+        into = ops.project(inputs.to(scale.device), vectors_in.T.contiguous())
+        out = ops.project(outputs.to(scale.device), vectors_out.T.contiguous())
+        rotated = ops.projected_gradients(into, out, None, None, cu_seqlens=ends.to(scale.device))
+        return sum_by_halves((rotated * scale).flatten(1).square(), 1)
+
+    @property
+    def token_limit(self) -> int:
+        """T Ki² + T Ko² + T Ko Ki < Ko Ki² + Ki Ko², where that is worth another product."""
+        vectors_in, _, scale = self._factors
+        ko, ki = scale.shape
+        whole = ko * ki * (ko + ki)
+        if vectors_in is None or whole < SMALLEST_ROTATION:
+            return 0
+        return whole // (ki * ki + ko * ko + ko * ki)
 
     def to(self, device: torch.device) -> Rotated:
         """The same on a device."""

@@ -29,6 +29,19 @@ class Lds:
         return f"LDS {self.value:.3f} [{self.low:.3f}, {self.high:.3f}]{ceiling}"
 
 
+@dataclass(frozen=True)
+class LdsDifference:
+    """How much higher one method's LDS is than another's. value: the mean over queries."""
+
+    value: float
+    low: float  # 95 % interval: bootstrap over subsets and queries, the same for both methods
+    high: float
+    per_query: np.ndarray  # [Q]
+
+    def __str__(self) -> str:
+        return f"LDS {self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
 def lds(
     scores: Any,
     subsets: np.ndarray,
@@ -50,6 +63,41 @@ def lds(
 
     Raises: ValueError for shapes that do not fit, or fewer than three subsets.
     """
+    pairs = _ranked(scores, subsets, losses)
+    per_query = spearman(*pairs)
+    low, high = _interval(_resampled(*pairs, resamples, seed))
+    return Lds(_mean(per_query), low, high, _ceiling(losses), per_query)
+
+
+def lds_difference(
+    scores: Any,
+    others: Any,
+    subsets: np.ndarray,
+    losses: np.ndarray,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> LdsDifference:
+    """How much more `lds` is of scores than of others, and the interval of that.
+
+    Both are judged on the same queries and retrained models, also in each resample of the
+    bootstrap, so that what makes a query or a model hard for both cancels. The intervals of two
+    methods may overlap where that of their difference is far from 0.
+
+    Args:
+        scores, others: [Q, N] of the same queries and examples.
+        subsets, losses, resamples, seed: as `lds` takes them.
+
+    Raises: ValueError as `lds`.
+    """
+    first, second = (_ranked(one, subsets, losses) for one in (scores, others))
+    per_query = spearman(*first) - spearman(*second)
+    means = _resampled(*first, resamples, seed) - _resampled(*second, resamples, seed)
+    return LdsDifference(_mean(per_query), *_interval(means), per_query)
+
+
+def _ranked(scores: Any, subsets: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[Q, S] each: what the scores predict for each model, and minus the loss that it has."""
     values = np.asarray(scores, np.float64)
     if values.ndim != 2 or subsets.shape != (len(subsets), values.shape[1]):
         raise ValueError(
@@ -62,18 +110,25 @@ def lds(
         )
     if len(subsets) < 3:
         raise ValueError(f"subsets: expected at least 3, got {len(subsets)}")
-    predicted = values @ subsets.T.astype(np.float64)  # [Q, S]
-    actual = -losses.mean(axis=1).T  # [Q, S]
-    per_query = spearman(predicted, actual)
+    return values @ subsets.T.astype(np.float64), -losses.mean(axis=1).T
+
+
+def _resampled(predicted: np.ndarray, actual: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """The mean correlation in each resample [resamples]; a seed draws the same of any method."""
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     for n in range(resamples):
-        queries = generator.integers(len(values), size=len(values))
-        models = generator.integers(len(subsets), size=len(subsets))
+        queries = generator.integers(len(actual), size=len(actual))
+        models = generator.integers(actual.shape[1], size=actual.shape[1])
         some = np.ix_(queries, models)
         means[n] = _mean(spearman(predicted[some], actual[some]))
-    low, high = np.quantile(means[np.isfinite(means)], [0.025, 0.975]) if resamples else (0.0, 0.0)
-    return Lds(_mean(per_query), float(low), float(high), _ceiling(losses), per_query)
+    return means
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    finite = means[np.isfinite(means)]
+    low, high = np.quantile(finite, [0.025, 0.975]) if len(means) else (0.0, 0.0)
+    return float(low), float(high)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -6,17 +6,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from logra_kernels.attribution.finer import ComputeRows
 from logra_kernels.curvature import DampingScale
 from logra_kernels.defaults import MODES, RANKING_MODE
 from logra_kernels.lm import chat
 from logra_kernels.lm.causal_lm import CausalLM
-from logra_kernels.lm.corpus import Example, Record, TokenSettings, encode
+from logra_kernels.lm.corpus import Example, Record, TokenSettings, batches, encode
 from logra_kernels.lm.gradients import LMGradients, lm_fingerprints
-from logra_kernels.lm.ranking import Ranking, Scans, Scores
+from logra_kernels.lm.ranking import Ranking, Scans, Scores, SecondLook, scale_facts
 from logra_kernels.lm.sources import json_lines
-from logra_kernels.lm.token_shares import add_query_shares, add_token_shares
+from logra_kernels.lm.token_shares import BATCH_TOKENS, add_query_shares, add_token_shares
 from logra_kernels.report import FORMAT, VERSION
 from logra_kernels.store import Store
 
@@ -72,11 +75,12 @@ def ask(
     *,
     modes: Sequence[str] = (RANKING_MODE,),
     top_k: int = 5,
-    damping_scale: DampingScale | None = None,
+    damping_scale: DampingScale | Sequence[DampingScale] | None = None,
     damping: float | None = None,
     token_scores: bool = True,
     query_tokens: bool = False,
     expected: Mapping[str, str] | None = None,
+    second: SecondLook | None = None,
     every_score: Callable[[Scores], None] | None = None,
     title: str = "Most influential passages",
     notes: Sequence[str] = (),
@@ -90,15 +94,17 @@ def ask(
         queries: the loss is on their text; their prompt stands before it.
         modes: of `MODES`, each ranked by itself.
         top_k: how many of the most and of the least influential passages are kept.
-        damping_scale, damping: λ, as in `Attributor`.
+        damping_scale, damping: λ, as in `Attributor`. Of several scales each gives rankings of its
+            own; a mode's scan is one for all.
         token_scores: run the top passages through the model again, for their tokens' shares.
         query_tokens: run the queries again, for the shares of their tokens in each top passage's
             score.
         expected: {query id: beginning of a passage's id}: report the rank of the best passage
             whose id begins so. It takes all scores, so the memory grows with the store.
-        every_score: given the scores of all rows in each mode, as columns query, mode, row, id and
-            score of up to 65,536 rows. Beside them the matrix of one mode is in memory, [Q, N]
-            float32.
+        second: rank by finer rows, which a scan of the store chooses.
+        every_score: given the scores of all the store's rows in each mode, as columns query, mode,
+            row, id and score of up to 65,536 rows, and damping_scale if there are several. Beside
+            them the matrix of one mode is in memory, [Q, N] float32 for each damping.
         title, notes: for the report.
         progress: told what is being done.
     Returns:
@@ -115,11 +121,11 @@ def ask(
     examples = [query_example(record, lm) for record in queries]
     rows = torch.cat([gradients.rows([example]) for example in examples])  # [Q, D]
     names = [record.id for record in queries]
-    scans = Scans(store, rows, names, damping_scale=damping_scale, damping=damping)
+    scans = Scans(store, rows, names, damping_scale=damping_scale, damping=damping, second=second)
     rankings = []
     for mode in modes:
         progress(f"scan for {mode}")
-        rankings.append(scans.rank(mode, top_k, expected or {}, every_score))
+        rankings += scans.rank(mode, top_k, expected or {}, every_score)
     _add_texts(store, rankings)
     if token_scores:
         progress("token contributions of the top passages")
@@ -135,6 +141,7 @@ def ask(
         "model": {"path": lm.name, "dtype": lm.dtype, "fingerprint": lm.fingerprint},
         "store": store_facts(store),
         "curvature": scans.curvature_facts(rankings),
+        "answers": [{**_mode_facts(ranking), **ranking.answer} for ranking in rankings],
         "notes": list(notes),
         "queries": [
             _query_result(q, record, rankings, (expected or {}).get(record.id))
@@ -158,6 +165,28 @@ def store_facts(store: Store) -> dict[str, Any]:
         "data": lm_fingerprints(store)["data"],
         "tokens": lm_fingerprints(store)["tokens"],
     }
+
+
+def gradients_again(store: Store, gradients: LMGradients) -> ComputeRows:
+    """What makes the gradients of a store's rows again, from the texts that it keeps.
+
+    Of row numbers [n] int64 it gives [n, D] float32. It raises a ValueError for a row whose text
+    the store does not keep.
+    """
+
+    def rows_of(numbers: np.ndarray) -> Tensor:
+        examples = []
+        for row, kept in zip(numbers.tolist(), store.metadata(numbers), strict=True):
+            if not kept:
+                raise ValueError(f"rerank: {store.path} keeps no text of '{store.id_of(row)}'")
+            examples.append(Example.from_metadata(str(row), kept))
+        places = {str(row): place for place, row in enumerate(numbers.tolist())}
+        rows = torch.empty(len(numbers), store.dim)
+        for batch in batches(examples, batch_tokens=BATCH_TOKENS):
+            rows[[places[example.id] for example in batch]] = gradients.rows(batch)
+        return rows
+
+    return rows_of
 
 
 def query_example(record: Record, lm: CausalLM) -> Example:
@@ -193,10 +222,16 @@ def _query_result(
     """One query and its rankings, as a results file holds them."""
     result: dict[str, Any] = {"id": record.id, "prompt": record.prompt, "text": record.text}
     if expected is not None:
-        ranks = {ranking.mode: ranking.expected_ranks[record.id] for ranking in rankings}
+        ranks = {ranking.name: ranking.expected_ranks[record.id] for ranking in rankings}
         result["expected"] = {"what": expected, "ranks": ranks}
     result["modes"] = [
-        {"mode": ranking.mode, "top": ranking.top[q], "bottom": ranking.bottom[q]}
+        {**_mode_facts(ranking), "top": ranking.top[q], "bottom": ranking.bottom[q]}
         for ranking in rankings
     ]
     return result
+
+
+def _mode_facts(ranking: Ranking) -> dict[str, Any]:
+    """The mode, and of several dampings its own."""
+    scale = {} if ranking.scale is None else scale_facts(ranking.scale)
+    return {"mode": ranking.mode, **scale}

@@ -108,9 +108,9 @@ def staircase(
     Raises: ValueError for fewer coordinates than modules, or more than there are.
     """
     total = sum(len(basis.vectors_in) * len(basis.vectors_out) for basis in bases.values())
-    if not len(bases) <= coordinates <= total:
+    if type(coordinates) is not int or not len(bases) <= coordinates <= total:
         raise ValueError(
-            f"coordinates: expected {len(bases)} (one a module) to {total}, got {coordinates}"
+            f"coordinates: expected {len(bases)} (one a module) to {total}, got {coordinates!r}"
         )
     sides = [(_relative(basis.values_out), _relative(basis.values_in)) for basis in bases.values()]
     least = _threshold(sides, coordinates)

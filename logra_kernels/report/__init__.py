@@ -6,11 +6,12 @@ What a results file holds (JSON, written by `logra query --json`):
     title, created    text; ISO 8601
     model             path, dtype, fingerprint
     store             path, rows, dim, bytes, dtype, modules, projection, corpus
-    curvature         kind, and damping_scale, damping or damping_rule ("auto")
+    curvature         kind, and damping_scale, damping or damping_rule ("auto"); of several,
+                      dampings: an object with a damping_scale or damping_rule for each
     notes             sentences to stand under the heading
     tables            optional: heading, text, columns, rows of as many texts
     queries           id, prompt, text, origin, expected, modes
-      modes           mode, top, bottom: passages
+      modes           mode, top, bottom: passages; of several dampings damping_scale or _rule
         passage       rank, id, score, text, and optionally title, prompt, tokens, query_tokens
           tokens      pairs [text, contribution]; the contributions sum to the score
           query_tokens  the same of the query's tokens

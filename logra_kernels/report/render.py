@@ -78,18 +78,36 @@ def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("Curvature", curvature["kind"]),
     ]
     if curvature["kind"] != "none":
-        if curvature.get("damping") is not None:
-            damping = f"λ = {curvature['damping']:g}"
-        elif curvature.get("damping_rule") is not None:
-            damping = f"λ by the rule “{curvature['damping_rule']}”, per module"
-        else:
-            damping = f"λ = {curvature['damping_scale']:g} × mean eigenvalue, per module"
-        rows.append(("Damping", damping))
+        dampings = curvature.get("dampings") or [curvature]
+        rows.append(("Damping", "; ".join(map(_damping, dampings))))
+    for answer in results.get("answers") or []:
+        if answer["method"] != "scan":
+            rows.append((f"{mode_name(answer)}, found", answer["text"]))
     rows += [
         ("Model", f"{model['path']}, {model['dtype']}"),
         ("Fingerprint", model["fingerprint"]["weights"]),
     ]
     return rows
+
+
+def _damping(facts: dict[str, Any]) -> str:
+    if facts.get("damping") is not None:
+        return f"λ = {facts['damping']:g}"
+    if facts.get("damping_rule") is not None:
+        return f"λ by the rule “{facts['damping_rule']}”, per module"
+    return f"λ = {facts['damping_scale']:g} × mean eigenvalue, per module"
+
+
+def scale_of(mode: dict[str, Any]) -> str | None:
+    """The damping scale of a query's mode, or its rule, as text; None where there is only one."""
+    scale = mode.get("damping_scale")
+    return mode.get("damping_rule") if scale is None else str(scale)
+
+
+def mode_name(mode: dict[str, Any]) -> str:
+    """The heading of a query's mode: its name, and its damping where there are several."""
+    name, scale = MODE_NAMES.get(mode["mode"], mode["mode"]), scale_of(mode)
+    return name if scale is None else f"{name}, damping scale {scale}"
 
 
 def _modules(modules: Sequence[str]) -> str:
@@ -123,6 +141,15 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def format_seconds(seconds: float) -> str:
+    """A time, in milliseconds, seconds, minutes or hours."""
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def plural(count: int, noun: str) -> str:
     """`1 shard`, `2 shards`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
@@ -140,18 +167,18 @@ def format_score(score: float) -> str:
 def _query(query: dict[str, Any]) -> dict[str, Any]:
     modes = query["modes"]
     ranks = {
-        mode["mode"]: {passage["id"]: passage["rank"] for passage in mode["top"]} for mode in modes
+        mode_name(mode): {passage["id"]: passage["rank"] for passage in mode["top"]}
+        for mode in modes
     }
     shown = []
     for mode in modes:
-        name = mode["mode"]
+        name = mode_name(mode)
         others = {other: places for other, places in ranks.items() if other != name}
         largest = max((abs(p["score"]) for p in (*mode["top"], *mode["bottom"])), default=0.0)
         shown.append(
             {
-                "mode": name,
-                "name": MODE_NAMES.get(name, name),
-                "meaning": MODE_MEANINGS.get(name, ""),
+                "name": name,
+                "meaning": MODE_MEANINGS.get(mode["mode"], ""),
                 "top": [_passage(passage, largest, others) for passage in mode["top"]],
                 "bottom": [_passage(passage, largest, {}) for passage in mode["bottom"]],
             }
@@ -177,7 +204,7 @@ def _passage(
     note = [passage["id"]] if passage.get("title") else []
     for mode, ranks in others.items():
         if passage["id"] in ranks:
-            note.append(f"{MODE_NAMES.get(mode, mode)}: #{ranks[passage['id']]}")
+            note.append(f"{mode}: #{ranks[passage['id']]}")
     share = abs(passage["score"]) / largest if largest > 0 else 0.0
     return {
         "rank": passage["rank"],

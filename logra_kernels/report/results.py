@@ -45,7 +45,18 @@ _RESULTS = {
         "damping?": float,
         "damping_scale?": float,
         "damping_rule?": str,
+        "dampings?": [{"damping_scale?": float, "damping_rule?": str}],
     },
+    # How each mode's passages were found.
+    "answers?": [
+        {
+            "mode": str,
+            "damping_scale?": float,
+            "damping_rule?": str,
+            "method": str,
+            "text": str,
+        }
+    ],
     "notes": [str],
     "tables?": [{"heading": str, "text": str, "columns": [str], "rows": [[str]]}],
     "queries": [
@@ -55,7 +66,15 @@ _RESULTS = {
             "text": str,
             "origin?": str,
             "expected?": {"what": str, "ranks": dict},
-            "modes": [{"mode": str, "top": [_PASSAGE], "bottom": [_PASSAGE]}],
+            "modes": [
+                {
+                    "mode": str,
+                    "damping_scale?": float,
+                    "damping_rule?": str,
+                    "top": [_PASSAGE],
+                    "bottom": [_PASSAGE],
+                }
+            ],
         }
     ],
 }

@@ -1,6 +1,7 @@
 """Scores as a table, .csv or .parquet, written block by block.
 
-Columns: query, mode, row, id, score; for ranked rows also end (top or bottom) and rank, from 1.
+Columns: query, mode, row, id, score; after the mode damping_scale, a text, where several were asked
+for; for ranked rows also end (top or bottom) and rank, from 1.
 """
 
 import csv
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from logra_kernels.report.render import scale_of
 from logra_kernels.report.results import whole_file
 
 TABLES = (".parquet", ".csv")
@@ -48,9 +50,11 @@ def write_ranked_scores(results: Mapping[str, Any], path: str | os.PathLike[str]
     Raises:
         ValueError, ImportError: as `check_table`.
     """
+    several = any(scale_of(mode) for query in results["queries"] for mode in query["modes"])
     with score_table(path) as add:
         for query in results["queries"]:
             for mode in query["modes"]:
+                scale = {"damping_scale": scale_of(mode) or ""} if several else {}
                 for end in ("top", "bottom"):
                     passages = mode[end]
                     count = len(passages)
@@ -58,6 +62,7 @@ def write_ranked_scores(results: Mapping[str, Any], path: str | os.PathLike[str]
                         {
                             "query": [query["id"]] * count,
                             "mode": [mode["mode"]] * count,
+                            **{column: [value] * count for column, value in scale.items()},
                             "row": [passage.get("row") for passage in passages],
                             "id": [passage["id"] for passage in passages],
                             "score": [passage["score"] for passage in passages],

@@ -5,7 +5,7 @@ import textwrap
 from typing import Any
 
 from logra_kernels.report.console import printable, say
-from logra_kernels.report.render import MODE_NAMES, format_score, preview, snippet
+from logra_kernels.report.render import format_score, mode_name, preview, snippet
 
 WIDTH = 96
 
@@ -17,10 +17,17 @@ def print_query(query: dict[str, Any], *, least: bool) -> None:
     _paragraph(query["prompt"] or query["id"], "  asked   ")
     _paragraph(query["text"], "  answer  ")
     for mode in query["modes"]:
-        name = MODE_NAMES.get(mode["mode"], mode["mode"])
+        name = mode_name(mode)
         _print_passages(f"{name}: most influential", mode["top"])
         if least:
             _print_passages(f"{name}: least influential", mode["bottom"])
+
+
+def print_answers(results: dict[str, Any]) -> None:
+    """How the passages of each mode were found."""
+    say()
+    for answer in results["answers"]:
+        _paragraph(f"{mode_name(answer)}: {answer['text']}", "  ")
 
 
 def print_table(table: dict[str, Any]) -> None:

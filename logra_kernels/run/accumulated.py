@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from logra_kernels.curvature import Statistic
 from logra_kernels.projection import ModuleProjection
 from logra_kernels.rows import stored_rows
 from logra_kernels.run.logged_rows import LoggedRows
-from logra_kernels.run.statistic import stored_name
+from logra_kernels.run.row_norms import norms_of_first
+from logra_kernels.run.statistic import Setup, stored_name
 from logra_kernels.store import RowLayout, Store
 
 BLOCK_ROWS = 256  # of a store, that a statistic sees at a time
@@ -112,8 +113,10 @@ def _sizes(
     return {module.name: getattr(projections[module.name], side) for module in layout}
 
 
-def rows_seen(store: Store, names: Sequence[str]) -> int:
-    """How many of a store's first rows all of these sums have seen the tokens of."""
+def rows_seen(store: Store, setup: Setup) -> int:
+    """How many of a store's first rows all sums have seen that its rows do not make anew."""
+    names = setup.made_once(store.codec)
     kept = store.curvatures
-    found = {kept[name]["rows"] if name in kept else 0 for name in names}
-    return int(found.pop()) if len(found) == 1 else 0
+    found = {kept[name]["rows"] if name in kept else 0 for name in names} or {store.num_rows}
+    seen = int(found.pop()) if len(found) == 1 else 0
+    return seen if store.codec.faithful or norms_of_first(store, seen) else 0

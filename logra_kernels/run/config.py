@@ -16,7 +16,7 @@ from logra_kernels.defaults import (
     SEED,
     STORE_DTYPE,
 )
-from logra_kernels.projection import ProjectionSpec
+from logra_kernels.projection import PILOTED, ProjectionSpec
 from logra_kernels.run.logged_rows import ON_NONFINITE
 from logra_kernels.store import RowLayout, codec_names, row_codec
 
@@ -27,7 +27,9 @@ class Config:
 
     root_dir: the folder whose subfolder `project` is the store.
     rank, init, seed: of the projection that add_lora makes; rank is K or (rank_out, rank_in).
-    dtype: of the stored rows, "float16" or "int8" (each row with a scale), or "float32".
+    coordinates: D, which init "eigen" takes in place of a rank.
+    dtype: the codec of the stored rows: "float16", "int8", "float32"; or for rows of an eigenbasis,
+        which a pilot makes, "int4", "int2" or "sign".
     shard_bytes: size of a finished shard; None leaves it to the store.
     damping, damping_scale: λ, or λ relative to the mean eigenvalue of each module ("auto": see
         `Curvature.damped`).
@@ -43,6 +45,7 @@ class Config:
     root_dir: str = "./logra"
     rank: int | tuple[int, int] = RANK
     init: str = "random"
+    coordinates: int | None = None
     seed: int = SEED
     dtype: str = STORE_DTYPE
     shard_bytes: int | None = None
@@ -55,8 +58,13 @@ class Config:
     check_weights: bool = True
 
     def __post_init__(self) -> None:
-        if self.init != "pca":  # which add_lora makes of statistics
+        if self.init not in PILOTED:  # which add_lora makes of statistics
             _ = self.projection  # raises for a rank or an init that is not available
+        if (self.init == "eigen") != (self.coordinates is not None):
+            raise ValueError(
+                "coordinates: expected a number with init 'eigen', and none with another, got "
+                f"{self.coordinates!r} with {self.init!r}"
+            )
         _one_of("dtype", self.dtype, codec_names())
         _one_of("averaged_loss", self.averaged_loss, AVERAGED_LOSS)
         _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)

@@ -133,7 +133,7 @@ class Pilot:
     def _find_bases(self) -> dict[str, Basis]:
         """The eigenvectors of the moments, largest eigenvalue first."""
         if self._form != "sequence":
-            return bases_of(self._kfac)
+            return _bases_of(self._kfac)
         found = {n: self._sequence.get(n, SequenceMoments(*w)) for n, w in self._widths.items()}
         sums = list(found.values())
 
@@ -150,13 +150,9 @@ class Pilot:
         bases, count = self._find_bases(), self._count
         if self._coordinates is None:
             assert self._rank is not None
-            made = pca(bases, self._rank, count)
-        else:
-            energies = {name: math.fsum(each) / count for name, each in self._energies.items()}
-            made = staircase(bases, energies, self._coordinates, count)
-        if self._form == "expand":
-            return made
-        return replace(made, described={**made.described, "moments": self._form})
+            return _described(pca(bases, self._rank, count), self._form)
+        energies = {name: math.fsum(each) / count for name, each in self._energies.items()}
+        return _described(staircase(bases, energies, self._coordinates, count), self._form)
 
 
 def _basis(values_in: Tensor, into: Tensor | None, values_out: Tensor, out: Tensor) -> Basis:
@@ -168,9 +164,35 @@ def _basis(values_in: Tensor, into: Tensor | None, values_out: Tensor, out: Tens
     return Basis(values_in, order, values_out.flip(0), out.flip(1))
 
 
-def bases_of(curvature: KroneckerCurvature) -> dict[str, Basis]:
+def _bases_of(curvature: KroneckerCurvature) -> dict[str, Basis]:
     """{module name: the eigenvectors of its moments}."""
     return {name: _basis(*sides) for name, sides in curvature.bases.items()}
+
+
+def projection_of_statistics(
+    curvature: KfacCurvature, rank: int | tuple[int, int] | None, coordinates: int | None
+) -> PilotProjection:
+    """What a pilot of the examples makes whose K-FAC is given, of whole gradients.
+
+    Args:
+        curvature: its moments are over tokens ("expand") or examples ("reduce").
+        rank, coordinates: of "pca", of "eigen"; the other is None.
+
+    Raises:
+        ValueError: coordinates out of range, or the curvature of a store that holds no E‖G‖².
+    """
+    bases, form = _bases_of(curvature), curvature.tokens or "expand"
+    if coordinates is None:
+        assert rank is not None
+        return _described(pca(bases, rank, curvature.count), form)
+    made = staircase(bases, curvature.energies, coordinates, curvature.count)
+    return _described(made, form)
+
+
+def _described(made: PilotProjection, moments: str) -> PilotProjection:
+    if moments == "expand":
+        return made
+    return replace(made, described={**made.described, "moments": moments})
 
 
 def _products(vectors: Tensor) -> Tensor:

@@ -9,17 +9,26 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from logra_kernels.capture.layers import plain_name
 from logra_kernels.curvature import Curvature, Labels, Place, Statistic, curvature_kind
 from logra_kernels.projection import projection_tensors
-from logra_kernels.rows import decode, encode
+from logra_kernels.rows import Encoded, decode, encode, share
 from logra_kernels.run.accumulated import Accumulated, load_statistic, rows_seen
 from logra_kernels.run.logged_rows import LoggedRows
+from logra_kernels.run.row_norms import RowNorms
 from logra_kernels.run.statistic import Setup, stored_name
 from logra_kernels.run.watched import WatchedLayers
-from logra_kernels.store import DuplicateIdError, Store, StoreMismatchError, StoreWriter
+from logra_kernels.store import (
+    DuplicateIdError,
+    Store,
+    StoreMismatchError,
+    StoreWriter,
+    row_codec,
+)
+from logra_kernels.store.manifest import SEED
 from logra_kernels.store.writer import append_finite
 
 SAMPLED_VALUES = 256
@@ -31,7 +40,8 @@ class Recorder:
 
     A curvature with `tokens` is saved by `suspend` and `finish` only. After a kill the examples
     that it has not seen count as not logged: they are passed again, and their rows, which are in
-    the store, are not written anew.
+    the store, are not written anew. So is all that is made of rows in few bits, which the rows as
+    stored do not make anew: it sees the rows before.
 
     Args:
         path: the store's folder.
@@ -59,6 +69,14 @@ class Recorder:
     ) -> None:
         self._layout = watched.layout
         self._chosen = any(p.coordinates is not None for p in watched.projections.values())
+        whitened = all(p.scale is not None for p in watched.projections.values())
+        codec = row_codec(dtype)
+        if not codec.faithful and not whitened:
+            raise ValueError(
+                f"dtype: {dtype} rows are of an eigenbasis, which whitens them: pass some examples "
+                "inside `with run.pilot('eigen', ...)` first; or log float16 rows, and compress "
+                "them (`logra compress`)"
+            )
         self._writer = StoreWriter.create(
             path,
             modules=self._layout,
@@ -67,6 +85,7 @@ class Recorder:
             projection_tensors=projection_tensors(watched.projections) or None,
             fingerprints=fingerprints,
             coverage=watched.coverage.as_dict(),
+            rotation=SEED if codec.rotated and whitened else None,
             shard_rows=shard_rows,
             resume=resume,
         )
@@ -80,14 +99,19 @@ class Recorder:
         self.statistics: dict[str, Accumulated] = {}  # by their names in the store
         self._projections = watched.projections
         self._samples = setup.labels == "sampled"
+        self._places: dict[str, int] = {}  # the rows of ids, where norms are kept
+        self._norms: RowNorms | None = None
         self._pass: int | None = None  # that runs
         self._passed = 0  # its examples
         try:
             seen = 0
-            if self._resumed and setup.of_tokens:
-                seen = rows_seen(Store.open(self._writer.path), setup.of_tokens)
+            if self._resumed and (setup.made_once(codec) or not codec.faithful):
+                seen = rows_seen(Store.open(self._writer.path), setup)
                 self._lacking.update(committed[seen:])
                 self.ids -= self._lacking
+            if not codec.faithful:
+                self._places = {name: n for n, name in enumerate(committed)}
+                self._norms = RowNorms(self._layout, Store.open(self._writer.path), seen)
             if setup.curvature is not None:
                 self.curvature = self._curvature_so_far(setup, setup.curvature, seen)
             for tensor, statistic in setup.statistics:
@@ -137,17 +161,18 @@ class Recorder:
         rows = logged.rows.float()
         if self._codec.scaled:
             self._fix_exponents(rows[0], setup)
-        stored, row_scale, own = encode(self._codec, rows, self._layout, self._exponents)
-        stored, row_scale = stored.cpu(), None if row_scale is None else row_scale.cpu()
+        stored, row_scale, own = self._encode(rows)
         if setup.save:
             scale = None if row_scale is None else row_scale.numpy()
             append_finite(self._writer, logged.ids, stored.numpy(), scale, logged.metadata, own)
             self.ids.update(logged.ids)
+            self._keep_norms(logged.ids, rows)
         kind = setup.curvature_of_rows
         if kind is not None and (self.curvature is None or self._lacks(kind)):
             self.curvature = self._new_curvature(kind, setup.factors)
         if kind is not None or setup.statistics:
-            rows = decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
+            if self._codec.faithful:
+                rows = self._decode(stored, row_scale, own)
             self._accumulate(rows, logged, setup)
 
     def curvature_passes(
@@ -220,6 +245,8 @@ class Recorder:
             self.curvature.save(store)
         for statistic in self.statistics.values():
             statistic.save(store)
+        if self._norms is not None:
+            self._norms.save(store)
         return store
 
     def suspend(self) -> None:
@@ -231,25 +258,57 @@ class Recorder:
         # The first rows of the store must be those that the saved sums have seen.
         if self._lacking:
             return
-        store, curvature = Store.open(self._writer.path), self._curvature_of_tokens
+        store, curvature = Store.open(self._writer.path), self._curvature_made_once
         if curvature is not None:
             curvature.save(store)
         for statistic in self.statistics.values():
-            if statistic.tensor != "grad":
+            if self._made_once(statistic.tensor):
                 statistic.save(store)
+        if self._norms is not None:
+            self._norms.save(store)
 
     @property
-    def _curvature_of_tokens(self) -> Curvature | None:
-        """The curvature, if the tokens of logged passes go into it."""
+    def _curvature_made_once(self) -> Curvature | None:
+        """The curvature, if logged passes alone make it, not the stored rows."""
         found = self.curvature
-        if found is None or found.tokens is None or found.labels == "sampled":
+        if found is None or found.labels == "sampled":
             return None
-        return found
+        return found if found.tokens is not None or not self._codec.faithful else None
+
+    def _made_once(self, tensor: str) -> bool:
+        """Whether passes alone make a statistic, not the stored rows."""
+        return tensor != "grad" or not self._codec.faithful
+
+    def _encode(self, rows: Tensor) -> Encoded:
+        """Rows [N, D] float32 as the store keeps them, on the host."""
+        if self._writer.basis.plain:
+            stored, row_scale, own = encode(self._codec, rows, self._layout, self._exponents)
+            return stored.cpu(), None if row_scale is None else row_scale.cpu(), own
+        packed, scale, _ = self._writer.encode(rows.cpu().numpy())
+        return share(packed), None if scale is None else share(scale), None
+
+    def _decode(self, stored: Tensor, row_scale: Tensor | None, own: np.ndarray | None) -> Tensor:
+        """[N, D] float32: the rows as the store holds them."""
+        basis = self._writer.basis
+        if basis.plain:
+            return decode(self._codec, stored, row_scale, own, self._layout, self._exponents)
+        assert row_scale is not None
+        return share(basis.decode(self._codec, stored.numpy(), row_scale.numpy(), None))
+
+    def _keep_norms(self, ids: Sequence[str], rows: Tensor) -> None:
+        """Keep the norms of rows that the store holds now, where it does not tell them."""
+        if self._norms is None:
+            return
+        for name in ids:
+            self._places.setdefault(name, len(self._places))
+        self._norms.add([self._places[name] for name in ids], rows)
 
     def _accumulate(self, rows: Tensor, logged: LoggedRows, setup: Setup) -> None:
         """Add rows as stored, and their tokens, to the curvature and the statistics."""
         if setup.curvature_of_rows is not None and self.curvature is not None:
-            self.curvature.update_finite(rows)
+            # Beside tokens, which are not rounded, the gradients are not either.
+            of_tokens = self.curvature.tokens is not None
+            self.curvature.update_finite(logged.rows.float() if of_tokens else rows)
             self._add_tokens(self.curvature, logged)
         for tensor, statistic in setup.statistics:
             name = stored_name(tensor, statistic)
@@ -265,13 +324,16 @@ class Recorder:
         again = logged.take([n for n, name in enumerate(logged.ids) if name in self._lacking])
         if not again.ids:
             return
-        curvature = self._curvature_of_tokens
+        rows, curvature = again.rows.float(), self._curvature_made_once
         if curvature is not None:
-            curvature.update_finite(again.rows)
+            curvature.update_finite(rows)
             self._add_tokens(curvature, again)
         for one in self.statistics.values():
             if one.tensor != "grad":
                 one.add_tokens(again)
+            elif self._made_once("grad"):
+                one.add_rows(rows.cpu())
+        self._keep_norms(again.ids, rows)
         self._lacking.difference_update(again.ids)
         self.ids.update(again.ids)
 
@@ -290,11 +352,11 @@ class Recorder:
     def _begin_statistic(self, tensor: str, statistic: type[Statistic], seen: int) -> None:
         """Make a statistic of what the store holds; `seen` is of its tokens."""
         parts, of = None, (self._layout, self._projections)
-        if seen and tensor != "grad":
+        if seen and self._made_once(tensor):
             store = Store.open(self._writer.path)
             parts = load_statistic(store, tensor, statistic, self._projections)
         begun = Accumulated(tensor, statistic, *of, parts)
-        if self._resumed and tensor == "grad":
+        if self._resumed and not self._made_once(tensor):
             begun.add_store(Store.open(self._writer.path))
         self.statistics[begun.name] = begun
 
@@ -304,7 +366,7 @@ class Recorder:
         found = curvature_kind(kind)
         if self._resumed:
             store = Store.open(self._writer.path)
-            if found.tokens is None and labels == "data":
+            if found.tokens is None and labels == "data" and self._codec.faithful:
                 return found.rebuild(store)
             if kind in store.curvatures and (seen or labels == "sampled"):
                 held = found.load(store)
@@ -334,7 +396,10 @@ class Recorder:
         a first row that is not like the others shall spoil little. It may shift a module by 2**14,
         half of the range in which float16 has all its bits; a module that is zero there gets the
         others' median.
+        Rows that are rotated are whitened, and so of one size: they have zeros.
         """
+        if not self._exponents and self._writer.basis.rotation is not None:
+            self._exponents = [0] * len(self._layout)
         if not self._exponents:
             found = [_exponent(part) for part in self._layout.split(row[None])]
             known = [exponent for exponent in found if exponent is not None]
@@ -353,7 +418,7 @@ def check_curvature(kind: str, chosen: bool) -> None:
     if chosen and not curvature_kind(kind).of_coordinates:
         raise ValueError(
             f"statistic: '{kind}' does not go with rows that hold chosen coordinates of an "
-            "eigenbasis; 'diagonal' is their curvature"
+            "eigenbasis; 'diagonal' and 'shrunk' are their curvatures"
         )
 
 

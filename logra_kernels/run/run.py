@@ -37,8 +37,12 @@ from logra_kernels.curvature import (
     usual_kind,
 )
 from logra_kernels.defaults import CURVATURE, NO_CURVATURE
-from logra_kernels.projection import PilotProjection, stored_projections, stored_scales
-from logra_kernels.projection.pilot import pca
+from logra_kernels.projection import (
+    PILOTED,
+    PilotProjection,
+    stored_projections,
+    stored_scales,
+)
 from logra_kernels.run.accumulated import load_statistic, rows_seen
 from logra_kernels.run.config import Config
 from logra_kernels.run.coverage import Coverage
@@ -46,7 +50,7 @@ from logra_kernels.run.diagnosis import Diagnosis
 from logra_kernels.run.doctor import NO_BOS, UsersLoop, examine
 from logra_kernels.run.logged_pass import LoggedPass, check_ids
 from logra_kernels.run.logged_rows import FinitePolicy, LoggedRows
-from logra_kernels.run.pilot import Pilot, bases_of
+from logra_kernels.run.pilot import Pilot, projection_of_statistics
 from logra_kernels.run.recorder import Recorder, model_fingerprint
 from logra_kernels.run.statistic import Setup, parse_setup, stored_name
 from logra_kernels.run.untrained_steps import UntrainedSteps
@@ -95,7 +99,7 @@ class Run:
         self._store: Store | None = None
         self._curvature: Curvature | None = None
         self._attributor: tuple[Any, Attributor] | None = None  # the last one, with its damping
-        self._ids_to_resume: dict[tuple[str, ...], frozenset[str]] = {}  # by what needs tokens
+        self._ids_to_resume: dict[Setup, frozenset[str]] = {}
 
     # What to log.
 
@@ -143,6 +147,7 @@ class Run:
         rank: int | tuple[int, int] | None = None,
         init: str | None = None,
         *,
+        coordinates: int | None = None,
         seed: int | None = None,
         type_filter: Sequence[type[nn.Module]] | None = None,
         name_filter: Sequence[str] | None = None,
@@ -155,23 +160,28 @@ class Run:
 
         Args:
             rank: K, or (rank_out, rank_in); the configuration's (64) by default.
-            init: "random" (normal), "rademacher", or "pca" (§3.2) after a pass over some examples
-                with setup({"statistic": {"forward": Covariance, "backward": Covariance}}), as in
-                LogIX; nothing of that pass is kept. The configuration's by default.
+            init: "random" (normal), "rademacher"; or after a pass over some examples with
+                setup({"statistic": {"forward": Covariance, "backward": Covariance}}), as in LogIX,
+                "pca" (§3.2) or "eigen", what `pilot` makes of these examples; nothing of that pass
+                is kept. The configuration's by default.
+            coordinates: of "eigen", in place of a rank: D, over all modules.
             seed: of the projection; the configuration's (0) by default.
             type_filter, name_filter: watch these alone; watch's, where one is not given.
             model: watch this model instead.
 
         Raises:
-            ValueError: an unknown init, a rank below 1, or "pca" without the statistics.
+            ValueError: an unknown init, a rank below 1, "pca" or "eigen" without the statistics,
+                coordinates without "eigen", out of range or beside a rank.
             RuntimeError: no model is watched, rows are being logged, or a store was opened.
         """
         init = self.config.init if init is None else init
-        if init != "pca":
+        if init == "eigen" and rank is not None:
+            raise ValueError(f"rank: init='eigen' takes coordinates, and no rank, got {rank!r}")
+        if init not in PILOTED:
             self._refuse_while_logging("add_lora")
         if model is None:
             model = self._layers("add_lora").model
-        if self._store is not None and init != "pca":
+        if self._store is not None and init not in PILOTED:
             raise RuntimeError("add_lora: the projection is the store's, which was opened already")
         watched = self._watched
         filtered = type_filter is not None or name_filter is not None
@@ -182,9 +192,12 @@ class Run:
             bias = watched is not None and watched.bias
             self.watch(model, types, names, bias=bias, batch_dim=self._batch_dim)
         told: dict[str, Any] = {"rank": rank, "init": init, "seed": seed}
-        config = replace(self.config, **{k: v for k, v in told.items() if v is not None})
-        if init == "pca":
-            self._layers("add_lora").project(self._pca_of_statistics(config.rank))
+        told = {key: value for key, value in told.items() if value is not None}
+        if coordinates is None and init == "eigen":
+            coordinates = self.config.coordinates
+        config = replace(self.config, **told, coordinates=coordinates)
+        if init in PILOTED:
+            self._layers("add_lora").project(self._projection_of_statistics(config))
         else:
             self._layers("add_lora").project(config.projection)
         self.config = config
@@ -368,6 +381,7 @@ class Run:
             tokens_alone=self._pilot is not None,
             loss_scale=loss_scale,
             token_queries=None if self._streamed is None else self._streamed.token_queries,
+            short_limits=None if self._streamed is None else self._streamed.short_limits,
         )
         if not weight_gradients:
             self._untrained_steps.watch(model)
@@ -725,10 +739,10 @@ class Run:
 
     # Steps of the above.
 
-    def _pca_of_statistics(self, rank: int | tuple[int, int]) -> PilotProjection:
+    def _projection_of_statistics(self, config: Config) -> PilotProjection:
         """The projection from a pass that kept statistics alone, which are deleted.
 
-        Raises: ValueError if there was no such pass.
+        Raises: ValueError if there was no such pass, or for coordinates out of range.
         """
         recorder = self._recorder
         held = self._curvature if recorder is None else recorder.curvature
@@ -740,12 +754,15 @@ class Run:
         )
         rows = self._store is not None and self._store.num_rows > 0
         if not isinstance(held, KfacCurvature) or not whole or rows or (recorder and recorder.ids):
+            size = "coordinates" if config.init == "eigen" else "rank"
             raise ValueError(
-                "init: 'pca' is made from a pilot: pass some examples inside `with "
-                "run.pilot('pca', rank=...)`; or in place of it, with setup({'statistic': "
-                "{'forward': Covariance, 'backward': Covariance}}), before add_lora"
+                f"init: '{config.init}' is made from a pilot: pass some examples inside `with "
+                f"run.pilot('{config.init}', {size}=...)`; or in place of it, with "
+                "setup({'statistic': {'forward': Covariance, 'backward': Covariance}}), before "
+                "add_lora"
             )
-        projection = pca(bases_of(held), rank, held.count)
+        rank = config.rank if config.init == "pca" else None
+        projection = projection_of_statistics(held, rank, config.coordinates)
         self.finalize()
         discard_empty(self.path)
         self._store = self._curvature = self._attributor = None
@@ -800,7 +817,8 @@ class Run:
         if self._streamed is not None:
             wanted = self._streamed.token_queries is not None
             products = capture.token_scores()[:, list(self._last.places)] if wanted else None
-            self._streamed.add(self._last.ids, self._last.rows, products)
+            last = self._last
+            self._streamed.add(last.ids, last.rows, products, capture.short, last.places)
         if self._curving is not None:
             self._curving.add_to_curvature(self._last)
         elif left.setup:
@@ -831,16 +849,16 @@ class Run:
     def _ids(self) -> frozenset[str] | set[str]:
         if self._recorder is not None:
             return self._recorder.ids
-        names = self._setup.of_tokens
-        if names not in self._ids_to_resume:
+        setup = self._setup
+        if setup not in self._ids_to_resume:
             store = self._store
             if store is None and self._resume and self.path.exists():
                 store = Store.open(self.path)
             ids = [] if store is None else store.ids.to_pylist()
-            if store is not None and names:  # the others must be passed again
-                ids = ids[: rows_seen(store, names)]
-            self._ids_to_resume[names] = frozenset(ids)
-        return self._ids_to_resume[names]
+            if store is not None:  # the others must be passed again
+                ids = ids[: rows_seen(store, setup)]
+            self._ids_to_resume[setup] = frozenset(ids)
+        return self._ids_to_resume[setup]
 
     def _use(self, store: Store, curvature: Curvature | None = None) -> None:
         self._store, self._curvature, self._attributor = store, curvature, None

@@ -16,6 +16,7 @@ from logra_kernels.curvature import (
     curvature_kind,
     kinds,
 )
+from logra_kernels.store import RowCodec
 
 _TENSORS = ("grad", "forward", "backward")
 
@@ -72,6 +73,17 @@ class Setup:
         names = [kind] if kind is not None and curvature_kind(kind).tokens is not None else []
         sides = [stored_name(*one) for one in self.statistics if one[0] != "grad"]
         return (*names, *sides)
+
+    def made_once(self, codec: RowCodec) -> tuple[str, ...]:
+        """The names, in a store, of what its rows do not make anew: after a kill, passes do.
+
+        It is what is made of tokens; where the rows do not stand for those before, all.
+        """
+        if codec.faithful:
+            return self.of_tokens
+        kind = self.curvature_of_rows
+        names = () if kind is None else (kind,)
+        return (*names, *(stored_name(*one) for one in self.statistics))
 
 
 def stored_name(tensor: str, statistic: type[Statistic]) -> str:

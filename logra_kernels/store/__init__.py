@@ -4,7 +4,6 @@ It imports numpy and file-format libraries only, so that a store can be read wit
 """
 
 from logra_kernels.store.codecs import RowCodec, codec_names, register_codec, row_codec
-from logra_kernels.store.compress import compress_store
 from logra_kernels.store.errors import (
     DuplicateIdError,
     StoreError,
@@ -16,6 +15,7 @@ from logra_kernels.store.errors import (
 )
 from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.maps import huge_buffer
+from logra_kernels.store.planned import planned_bytes
 from logra_kernels.store.read_ahead import BlockReader, RowBlock
 from logra_kernels.store.reader import Shard, Store
 from logra_kernels.store.self_influence import SelfInfluenceCache
@@ -40,8 +40,8 @@ __all__ = [
     "StoreWriteError",
     "StoreWriter",
     "codec_names",
-    "compress_store",
     "huge_buffer",
+    "planned_bytes",
     "register_codec",
     "row_codec",
     "verify_store",

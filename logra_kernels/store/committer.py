@@ -28,12 +28,19 @@ from logra_kernels.store.manifest import shard_names, version_of, write_manifest
 
 
 @dataclass
-class _OpenShard:
-    """The shard that is being filled: its rows are in a temporary file, the rest in memory."""
+class _OpenFile:
+    """A file of stored rows under its temporary name, and the CRC-32 of what it holds."""
 
-    index: int
     descriptor: int
     crc: int = 0
+
+
+@dataclass
+class _OpenShard:
+    """The shard that is being filled: its rows are in temporary files, the rest in memory."""
+
+    index: int
+    files: dict[str, _OpenFile]  # by their keys in the manifest
     ids: list[str] = field(default_factory=list)
     metadata: list[str | None] = field(default_factory=list)
     row_scales: list[np.ndarray] = field(default_factory=list)
@@ -78,9 +85,11 @@ class Committer:
         """
         shard = self._open_shard()
         stop = min(len(batch.ids), start + self.shard_rows - len(shard.ids))
-        data = batch.rows[start:stop].view(np.uint8).data
-        write_all(shard.descriptor, data)
-        shard.crc = zlib.crc32(data, shard.crc)
+        parts = np.split(batch.rows[start:stop], len(shard.files), axis=1)
+        for file, part in zip(shard.files.values(), parts, strict=True):
+            data = np.ascontiguousarray(part).view(np.uint8).data
+            write_all(file.descriptor, data)
+            file.crc = zlib.crc32(data, file.crc)
         if batch.row_exponents is not None and batch.row_exponents[start:stop].any():
             shard.row_exponents.append((len(shard.ids), batch.row_exponents[start:stop]))
         shard.ids += batch.ids[start:stop]
@@ -98,16 +107,14 @@ class Committer:
             return
         rows, names = len(shard.ids), shard_names(shard.index)
         arrays = self._codec.arrays(rows, self._layout, bool(shard.row_exponents))
-        os.lseek(shard.descriptor, 0, os.SEEK_SET)
-        write_all(shard.descriptor, npy_header(*arrays["data"]))
-        size = os.fstat(shard.descriptor).st_size
-        os.fsync(shard.descriptor)
-        entry: dict[str, Any] = {
-            "rows": rows,
-            "first_row": self.manifest["rows"],
-            "data": _file_entry(names["data"], size, shard.crc),
-            "scale": None,
-        }
+        entry: dict[str, Any] = {"rows": rows, "first_row": self.manifest["rows"]}
+        for key, file in shard.files.items():
+            os.lseek(file.descriptor, 0, os.SEEK_SET)
+            write_all(file.descriptor, npy_header(*arrays[key]))
+            size = os.fstat(file.descriptor).st_size
+            os.fsync(file.descriptor)
+            entry[key] = _file_entry(names[key], size, file.crc)
+        entry["scale"] = None
         if "scale" in arrays:
             scales = np.concatenate(shard.row_scales)  # [rows]
             entry["scale"] = self._write_array(names["scale"], arrays["scale"], scales)
@@ -129,7 +136,8 @@ class Committer:
             rows=self.manifest["rows"] + rows, shards=[*self.manifest["shards"], entry]
         )
         self.committed_ids += shard.ids
-        os.close(shard.descriptor)
+        for file in shard.files.values():
+            os.close(file.descriptor)
         self._shard = None
         sync_folder(self._path)
 
@@ -138,7 +146,8 @@ class Committer:
         shard, self._shard = self._shard, None
         if shard is None:
             return
-        os.close(shard.descriptor)
+        for file in shard.files.values():
+            os.close(file.descriptor)
         # A call may fail after the manifest on disk lists the shard. Then its files stay.
         if shard.index < len(self.manifest["shards"]):
             return
@@ -168,10 +177,12 @@ class Committer:
     def _open_shard(self) -> _OpenShard:
         if self._shard is None:
             index = len(self.manifest["shards"])
-            descriptor = create_temporary(self._path / shard_names(index)["data"])
-            self._shard = _OpenShard(index, descriptor)
-            # The header holds the number of rows, so it is written last.
-            os.lseek(descriptor, DATA_OFFSET_BYTES, os.SEEK_SET)
+            self._shard = _OpenShard(index, {})
+            for key in self._codec.data:
+                descriptor = create_temporary(self._path / shard_names(index)[key])
+                self._shard.files[key] = _OpenFile(descriptor)
+                # The header holds the number of rows, so it is written last.
+                os.lseek(descriptor, DATA_OFFSET_BYTES, os.SEEK_SET)
         return self._shard
 
 

@@ -137,6 +137,23 @@ def read_array(path: Path, dtype: np.dtype, count: int, skip: int = 0) -> np.nda
     return values
 
 
+def read_whole(descriptor: int, place: memoryview, offset: int, path: Path) -> None:
+    """Fill `place` with a file's bytes from `offset` on.
+
+    Raises:
+        StoreFormatError: the file ends before.
+    """
+    got = 0
+    while got < len(place):
+        read = os.preadv(descriptor, [place[got:]], offset + got)
+        if read == 0:
+            raise StoreFormatError(
+                f"{path}: expected {offset + len(place)} bytes, got {offset + got}: the file was "
+                "cut short"
+            )
+        got += read
+
+
 def check_mapped(path: Path, want_bytes: int, descriptor: int | None = None) -> None:
     """Look at the size of a mapped file right before its use: behind its end the process is killed.
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,21 @@ from logra_kernels.store.tensors import TENSOR_FILE, fingerprint, write_tensors
 
 _TENSOR_FOLDERS = ("projection", "curvature")
 _FOLDERS = (*_TENSOR_FOLDERS, "self_influence")
-_SHARD_FILE = re.compile(r"shard-\d{5,}\.(npy|scale\.npy|exponents\.npy|ids\.arrow)\Z")
+_SHARD_FILE = re.compile(r"shard-\d{5,}\.(npy|plane\d\.npy|scale\.npy|exponents\.npy|ids\.arrow)\Z")
 
 
 def open_folder(
-    path: Path, fresh: dict[str, Any], tensors: dict[str, np.ndarray] | None, resume: bool
+    path: Path,
+    fresh: dict[str, Any],
+    tensors: Mapping[str, dict[str, np.ndarray] | None],
+    resume: bool,
 ) -> tuple[Lock, dict[str, Any], list[str]]:
     """Lock the folder, and write a store without rows into it, or take up the one that is there.
 
     Args:
         path: the folder; it is made if it is not there.
         fresh: the manifest of a new store.
-        tensors: the projection's matrices, if they are to be kept.
+        tensors: for each of TENSOR_KEYS the matrices, if they are to be kept.
         resume: go on with a store that is there.
 
     Returns:
@@ -106,11 +110,12 @@ def _refuse_other_folder(path: Path, resume: bool) -> None:
 
 
 def _begin(
-    path: Path, manifest: dict[str, Any], tensors: dict[str, np.ndarray] | None
+    path: Path, manifest: dict[str, Any], tensors: Mapping[str, dict[str, np.ndarray] | None]
 ) -> tuple[dict[str, Any], list[str]]:
-    if tensors is not None:
-        described = {name: fingerprint(value) for name, value in tensors.items()}
-        manifest["projection_tensors"] = {"tensors": described}
+    kept = {key: arrays for key, arrays in tensors.items() if arrays is not None}
+    for key, arrays in kept.items():
+        described = {name: fingerprint(value) for name, value in arrays.items()}
+        manifest[key] = {"tensors": described}
     if (path / MANIFEST).exists():
         stored = read_manifest(path)
         check_same_run(stored, manifest, path)
@@ -119,9 +124,9 @@ def _begin(
         _remove_left(path, stored)
         stored["state"] = "open"
         return stored, ids
-    if tensors is not None:
-        entry = write_tensors(path / "projection", "projection", tensors)
-        manifest["projection_tensors"].update(entry)
+    for key, arrays in kept.items():
+        stem = key.removesuffix("_tensors")
+        manifest[key].update(write_tensors(path / "projection", stem, arrays))
     _remove_left(path, None)
     write_manifest(path, manifest)
     sync_folder(path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from logra_kernels.store.basis import Basis
 from logra_kernels.store.codecs import RowCodec
 from logra_kernels.store.codecs.base import (
     EXPONENT_DTYPE,
@@ -53,6 +54,7 @@ class Incoming:
         self.exponents: list[int] | None = None  # one per module, once they are fixed
         self.codec = codec
         self.layout = layout
+        self.basis = Basis(layout)  # of the store, once it is known
         self._duplicates = duplicates
 
     def fix_exponents(self, exponents: Sequence[int]) -> None:
@@ -75,7 +77,7 @@ class Incoming:
             raise StoreError(
                 f"module_exponents: the store's are fixed as {self.exponents}, got {values}"
             )
-        self.exponents = values
+        self.exponents = self.basis.exponents = values
 
     def batch(
         self,
@@ -162,7 +164,7 @@ class Incoming:
     def _check_row_exponents(self, ids: list[str], row_exponents: object) -> None:
         if row_exponents is None:
             return
-        if not self.codec.scaled:
+        if not self.codec.scaled or self.codec.rotated:
             name = self.codec.name
             raise StoreError(f"row_exponents: expected None, for the store's rows are {name}")
         if not isinstance(row_exponents, np.ndarray):

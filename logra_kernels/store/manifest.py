@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from logra_kernels.store.basis import Basis
 from logra_kernels.store.codecs import RowCodec, codec_names, row_codec
 from logra_kernels.store.errors import StoreError, StoreFormatError, StoreMismatchError
 from logra_kernels.store.files import (
@@ -20,16 +21,21 @@ from logra_kernels.store.files import (
     replace_file,
 )
 from logra_kernels.store.layout import Module, RowLayout
+from logra_kernels.store.tensors import read_tensors
 
 FORMAT = "logra_kernels.store"
 # Version 2 is a store in which a shard has exponents of rows, which an older reader would leave
-# out, or one of a codec that it does not know.
+# out, or one of a codec that it does not know; only such codecs go with a rotation or whitening.
 PLAIN_VERSION, VERSION = 1, 2
 MANIFEST = "manifest.json"
 LOCK = "lock"
 LARGEST_JSON_BYTES = 256 << 20  # a manifest of half a million shards
 DEEPEST_JSON = 100  # objects and lists within each other, of what a user gives
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # 2**e is a normal float32
+PLANE_KEYS = ("plane0", "plane1", "plane2", "plane3")
+TENSOR_KEYS = ("projection_tensors", "whitening")  # files in projection/
+ROTATION = "hadamard"
+SEED, LARGEST_SEED = 0, 2**63 - 1
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _CRC32 = re.compile(r"[0-9a-f]{8}\Z")
@@ -41,6 +47,7 @@ def shard_names(index: int) -> dict[str, str]:
     stem = f"shard-{index:05d}"
     return {
         "data": f"{stem}.npy",
+        **{key: f"{stem}.{key}.npy" for key in PLANE_KEYS},
         "scale": f"{stem}.scale.npy",
         "exponents": f"{stem}.exponents.npy",
         "ids": f"{stem}.ids.arrow",
@@ -162,14 +169,27 @@ def first_difference(stored: Any, given: Any, name: str) -> str | None:
 
 
 def new_manifest(
-    layout: RowLayout, codec: RowCodec, projection: Any, fingerprints: Any, coverage: Any = None
+    layout: RowLayout,
+    codec: RowCodec,
+    projection: Any,
+    fingerprints: Any,
+    coverage: Any = None,
+    rotation: int | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a store without rows and matrices.
+    """The manifest of a store without rows and matrices; `rotation` is a seed.
 
     Raises:
-        StoreError: projection, fingerprints or coverage cannot be written as JSON.
+        StoreError: projection, fingerprints or coverage cannot be written as JSON, or the codec's
+            rows are not rotated.
     """
     described = {} if coverage is None else {"coverage": plain_json(coverage, "coverage")}
+    if rotation is None and not codec.faithful:
+        rotation = SEED
+    if rotation is not None:
+        check_rotated(codec, "rotation")
+        if not _is_count(rotation, 0, LARGEST_SEED):
+            raise StoreError(f"rotation: expected a seed from 0 to {LARGEST_SEED}, got {rotation}")
+        described["rotation"] = {"kind": ROTATION, "seed": rotation}
     entries = [
         {"name": module.name, "ko": module.ko, "ki": module.ki, "offset": offset}
         for module, offset in zip(layout, layout.offsets, strict=False)
@@ -192,15 +212,37 @@ def new_manifest(
     }
 
 
+def check_rotated(codec: RowCodec, argument: str) -> None:
+    """Raise StoreError for a codec whose rows are neither rotated nor whitened."""
+    if not codec.rotated:
+        raise StoreError(f"{argument}: expected none, for the store's rows are {codec.name}")
+
+
+def basis_of(manifest: Mapping[str, Any], folder: Path) -> Basis:
+    """The basis of a checked manifest's rows; its factors are read from their file.
+
+    Raises:
+        StoreFormatError: the file is damaged, or holds other arrays than the format allows.
+    """
+    seed = manifest["rotation"]["seed"] if "rotation" in manifest else None
+    entry, factors = manifest.get("whitening"), None
+    if entry is not None:
+        factors = read_tensors(folder / entry["file"], entry["sha256"])
+    try:
+        return Basis(layout_of(manifest), manifest["module_exponents"] or (), seed, factors)
+    except StoreError as error:
+        raise StoreFormatError(f"{folder / entry['file'] if entry else folder}: {error}") from None
+
+
 def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
     """A run may resume a store only if its rows mean the same as the store's.
 
     Raises:
         StoreMismatchError: names the first difference.
     """
-    for key in ("modules", "dtype", "projection", "projection_tensors", "fingerprints"):
-        left, right = stored[key], given[key]
-        if key == "projection_tensors" and left and right:
+    for key in ("modules", "dtype", "projection", "rotation", *TENSOR_KEYS, "fingerprints"):
+        left, right = stored.get(key), given.get(key)
+        if key in TENSOR_KEYS and left and right:
             left, right = left["tensors"], right["tensors"]
         if found := first_difference(left, right, key):
             raise StoreMismatchError(f"{folder}: cannot resume: {found}")
@@ -277,8 +319,9 @@ def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], 
         for key, array in codec.arrays(shard["rows"], layout, "exponents" in shard).items():
             yield shard[key], npy_header(*array)
         yield shard["ids"], None
-    if manifest["projection_tensors"] is not None:
-        yield manifest["projection_tensors"], None
+    for key in TENSOR_KEYS:
+        if manifest.get(key) is not None:
+            yield manifest[key], None
     for entry in manifest["curvature"].values():
         yield entry, None
 
@@ -308,17 +351,19 @@ def _check(manifest: dict[str, Any]) -> None:
     _check_modules(_list(manifest, "modules"))
     _check_exponents(manifest)
     _check_shards(manifest)
-    keys = ("data", "scale", "exponents", "ids")
+    keys = shard_names(0)
     entries = [shard.get(key) for shard in manifest["shards"] for key in keys]
-    names = [entry["file"] for entry in entries if entry is not None]
+    names = [entry["file"] for entry in entries if isinstance(entry, dict) and "file" in entry]
     if len(set(names)) != len(names):
         raise _Wrong("shards: two entries name the same file")
     if "projection_tensors" not in manifest:
         raise _Wrong("projection_tensors: missing")
-    if manifest["projection_tensors"] is not None:
-        entry = _object(manifest["projection_tensors"], "projection_tensors")
-        _check_file_entry(entry, "projection_tensors", "projection/", "sha256", _SHA256)
-        _object(entry.get("tensors"), "projection_tensors.tensors")
+    for key in TENSOR_KEYS:
+        if manifest.get(key) is not None:
+            entry = _object(manifest[key], key)
+            _check_file_entry(entry, key, "projection/", "sha256", _SHA256)
+            _object(entry.get("tensors"), f"{key}.tensors")
+    _check_basis(manifest)
     for name, entry in _object(manifest.get("curvature"), "curvature").items():
         where = f"curvature.{name}"
         _check_file_entry(_object(entry, where), where, "curvature/", "sha256", _SHA256)
@@ -361,6 +406,24 @@ def _check_exponents(manifest: dict[str, Any]) -> None:
         )
 
 
+def _check_basis(manifest: dict[str, Any]) -> None:
+    codec = row_codec(manifest["dtype"])
+    for key in ("rotation", "whitening"):
+        if manifest.get(key) is not None and not codec.rotated:
+            raise _Wrong(f"{key}: expected none, for the rows are {codec.name}")
+    if "rotation" in manifest or not codec.faithful:
+        rotation = _object(manifest.get("rotation"), "rotation")
+        if rotation.get("kind") != ROTATION:
+            raise _Wrong(
+                f'rotation.kind: expected "{ROTATION}", got {_short(rotation.get("kind"))}'
+            )
+        if not _is_count(rotation.get("seed"), 0, LARGEST_SEED):
+            raise _Wrong(
+                f"rotation.seed: expected an integer from 0 to {LARGEST_SEED}, "
+                f"got {_short(rotation.get('seed'))}"
+            )
+
+
 def _check_shards(manifest: dict[str, Any]) -> None:
     layout, codec = layout_of(manifest), row_codec(manifest["dtype"])
     first_row = 0
@@ -371,12 +434,14 @@ def _check_shards(manifest: dict[str, Any]) -> None:
             raise _Wrong(f"{where}.first_row: expected {first_row}, got {shard['first_row']}")
         first_row += rows
         arrays = codec.arrays(rows, layout, "exponents" in shard)
+        if "exponents" in arrays and codec.rotated:
+            raise _Wrong(f"{where}.exponents: expected none, for the rows are {codec.name}")
         if "exponents" in arrays and (manifest["version"] < VERSION or not codec.scaled):
             raise _Wrong(
                 f"{where}.exponents: expected in scaled rows of a store of version {VERSION}, got "
                 f"one in {codec.name} rows of a store of version {manifest['version']}"
             )
-        for key in ("data", "scale", "exponents", "ids"):
+        for key in (*codec.data, "scale", "exponents", "ids"):
             if key == "exponents" and key not in arrays:
                 continue
             if key == "scale" and not codec.scaled:

@@ -24,7 +24,7 @@ import numpy as np
 from logra_kernels.store.errors import StoreError, StoreFormatError
 from logra_kernels.store.files import DATA_OFFSET_BYTES, check_mapped, open_regular
 from logra_kernels.store.maps import HUGE_PAGE_BYTES, huge_buffer, is_cached, populate
-from logra_kernels.store.reader import Shard, Store
+from logra_kernels.store.reader import ShardFile, Store, joined
 
 READ_BYTES = 4 << 20  # one request of one thread
 DIRECT_THREADS = 2
@@ -40,11 +40,19 @@ _DIRECT: int = getattr(os, "O_DIRECT", 0)
 class RowBlock:
     """Rows [start, start + r) of a shard."""
 
-    def __init__(self, shard: int, start: int, rows: np.ndarray, free: Callable[[], None]) -> None:
+    def __init__(
+        self, shard: int, start: int, parts: Sequence[np.ndarray], free: Callable[[], None]
+    ) -> None:
         self.shard = shard  # index in store.shards
         self.start = start
-        self.rows = rows  # [r, W], as stored; valid until release()
+        # [r, W] for each file of stored rows, bit planes or all columns; valid until release()
+        self.parts = parts
         self._free: Callable[[], None] | None = free
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[r, W], as stored; a copy if the rows lie in several files."""
+        return joined(self.parts)
 
     def release(self) -> None:
         """Say that the rows are not used any more, so that their buffer may be filled again."""
@@ -89,13 +97,12 @@ class BlockReader:
         self._store = store
         self._block_rows = block_rows
         self._shards = range(len(store.shards)) if shards is None else shards
-        self._row_bytes = store.row_bytes
         self._keep = keep
         self._in_place = in_place and keep
         self._allocate = allocate or huge_buffer
         self._free: list[np.ndarray] = []
         self._num_buffers = 0
-        self._files: dict[int, _File] = {}
+        self._files: dict[int, list[_File]] = {}
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> BlockReader:
@@ -106,9 +113,8 @@ class BlockReader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        for index in list(self._files):
+            self._close(index)
         self._free.clear()
 
     def __iter__(self) -> Iterator[RowBlock]:
@@ -126,7 +132,8 @@ class BlockReader:
             block, reads = ahead.popleft()
             for read in reads:
                 read.result()
-            self._files[block.shard].check_size()
+            for file in self._files[block.shard]:
+                file.check_size()
             if not plan or plan[0][0] != block.shard:
                 self._close_behind(block.shard, ahead)
             yield block
@@ -137,42 +144,66 @@ class BlockReader:
     def _begin(self, index: int, start: int) -> tuple[RowBlock, list[Future[None]]]:
         """A block, and the reads that must have ended before it is used."""
         shard = self._store.shards[index]
-        end = min(start + self._block_rows, shard.num_rows)
-        first_byte, last_byte = start * self._row_bytes, end * self._row_bytes
-        file = self._file(index, shard)
-        file.check_size()
-        whole = shard.rows
-        cached = file.tells_cached and is_cached(whole, first_byte, last_byte)
+        here = slice(start, min(start + self._block_rows, shard.num_rows))
+        if index not in self._files:
+            self._files[index] = [_File(file, self._keep) for file in shard.files]
+        files = self._files[index]
         if self._in_place:
-            parts = () if cached else _parts(first_byte, last_byte)
-            reads = [self._submit(_populate, file, whole, *part) for part in parts]
-            return RowBlock(index, start, whole[start:end], lambda: None), reads
-        buffer = self._buffer()
+            reads = [read for file in files for read in self._populate(file, here)]
+            parts = [file.of.rows[here] for file in files]
+            return RowBlock(index, start, parts, lambda: None), reads
+        buffer, reads, parts, place = self._buffer(), [], [], 0
+        for file in files:
+            room = self._room(file.of.row_bytes)
+            part, some = self._fill(file, here, buffer[place : place + room])
+            parts.append(part)
+            reads += some
+            place += room
+        return RowBlock(index, start, parts, lambda: self._free.append(buffer)), reads
+
+    def _populate(self, file: _File, here: slice) -> list[Future[None]]:
+        """The reads that bring a file's rows into the page cache."""
+        first, last = here.start * file.of.row_bytes, here.stop * file.of.row_bytes
+        file.check_size()
+        whole = file.of.rows
+        if file.tells_cached and is_cached(whole, first, last):
+            return []
+        return [self._submit(_populate, file, whole, *part) for part in _parts(first, last)]
+
+    def _fill(
+        self, file: _File, here: slice, buffer: np.ndarray
+    ) -> tuple[np.ndarray, list[Future[None]]]:
+        """A file's rows in an aligned buffer, and the reads that bring them there."""
+        first, last = here.start * file.of.row_bytes, here.stop * file.of.row_bytes
+        file.check_size()
+        cached = file.tells_cached and is_cached(file.of.rows, first, last)
         # The file's offset and the buffer's are equal modulo a page: what O_DIRECT asks for.
-        first_byte, last_byte = first_byte + DATA_OFFSET_BYTES, last_byte + DATA_OFFSET_BYTES
-        base = first_byte // ALIGN_BYTES * ALIGN_BYTES
+        first, last = first + DATA_OFFSET_BYTES, last + DATA_OFFSET_BYTES
+        base = first // ALIGN_BYTES * ALIGN_BYTES
         reads = [
-            self._submit(file.read, buffer.data, base, *part, cached)
-            for part in _parts(base, last_byte)
+            self._submit(file.read, buffer.data, base, *part, cached) for part in _parts(base, last)
         ]
-        raw = buffer[first_byte - base : last_byte - base]
-        rows = raw.view(shard.dtype).reshape(end - start, shard.columns)
-        return RowBlock(index, start, rows, lambda: self._free.append(buffer)), reads
+        raw = buffer[first - base : last - base]
+        return raw.view(file.of.dtype).reshape(-1, file.of.shape[1]), reads
+
+    def _room(self, row_bytes: int) -> int:
+        """The bytes of a buffer that a block of one file's rows may need."""
+        return -(-self._block_rows * row_bytes // ALIGN_BYTES) * ALIGN_BYTES + 2 * ALIGN_BYTES
 
     def _buffer(self) -> np.ndarray:
         if self._free:
             return self._free.pop()
         self._num_buffers += 1
-        return self._allocate(self._block_rows * self._row_bytes + 2 * ALIGN_BYTES)
-
-    def _file(self, index: int, shard: Shard) -> _File:
-        if index not in self._files:
-            self._files[index] = _File(shard, self._keep)
-        return self._files[index]
+        files = self._store.shards[0].files
+        return self._allocate(sum(self._room(file.row_bytes) for file in files))
 
     def _close_behind(self, index: int, ahead: deque[tuple[RowBlock, list[Future[None]]]]) -> None:
         if all(block.shard != index for block, _ in ahead):
-            self._files.pop(index).close()
+            self._close(index)
+
+    def _close(self, index: int) -> None:
+        for file in self._files.pop(index):
+            file.close()
 
     def _submit(self, work: Callable[..., None], *args: object) -> Future[None]:
         if self._pool is None:
@@ -184,9 +215,10 @@ class BlockReader:
 class _File:
     """A shard's file, open for reading: around the page cache where that is possible."""
 
-    def __init__(self, shard: Shard, keep: bool) -> None:
-        self.path = shard.path
-        self._want_bytes = shard.file_bytes
+    def __init__(self, of: ShardFile, keep: bool) -> None:
+        self.of = of
+        self.path = of.path
+        self._want_bytes = of.file_bytes
         self._keep = keep
         self._descriptor = self._open(0)
         # If the process may not write the file, the system says of every page that it is cached.

@@ -1,5 +1,7 @@
 """Reading a store: mapped shards, ids, and what is kept beside them."""
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from logra_kernels.store.basis import Basis
 from logra_kernels.store.codecs import RowCodec, row_codec
 from logra_kernels.store.codecs.base import (
     EXPONENT_DTYPE,
@@ -21,7 +24,9 @@ from logra_kernels.store.files import (
     Lock,
     check_mapped,
     identity,
+    open_to_read,
     read_array,
+    read_whole,
     remove,
     sync_folder,
     write_error,
@@ -31,6 +36,7 @@ from logra_kernels.store.layout import Module, RowLayout
 from logra_kernels.store.manifest import (
     LOCK,
     MANIFEST,
+    basis_of,
     check_files,
     layout_of,
     plain_json,
@@ -38,27 +44,24 @@ from logra_kernels.store.manifest import (
     write_manifest,
 )
 from logra_kernels.store.maps import map_array
-from logra_kernels.store.self_influence import SelfInfluenceCache
+from logra_kernels.store.self_influence import SelfInfluenceCache, read_key
 from logra_kernels.store.tensors import check_name, check_tensors, read_tensors, write_tensors
 from logra_kernels.store.verify import verify_store
 
+TAKEN_BYTES = 16 << 20  # of rows that `Store.take` decodes at a time
 
-class Shard:
-    """A part of a store's rows, in a file that is opened when it is first used."""
+
+class ShardFile:
+    """A shard's file of stored rows: all columns, or one bit plane."""
 
     def __init__(
-        self, folder: Path, entry: Mapping[str, Any], codec: RowCodec, layout: RowLayout
+        self, path: Path, file_bytes: int, dtype: np.dtype, shape: tuple[int, int]
     ) -> None:
-        self.num_rows: int = entry["rows"]
-        self.first_row: int = entry["first_row"]
-        self.path: Path = folder / entry["data"]["file"]
-        self.dtype = codec.dtype
-        self.columns = codec.columns(layout)
-        self._modules = len(layout)
-        self.file_bytes: int = entry["data"]["bytes"]
-        self.ids_path: Path = folder / entry["ids"]["file"]
-        self._folder = folder
-        self._entry = entry
+        self.path = path
+        self.file_bytes = file_bytes
+        self.dtype = dtype
+        self.shape = shape
+        self.row_bytes: int = shape[1] * dtype.itemsize
 
     @property
     def rows(self) -> np.ndarray:
@@ -68,8 +71,76 @@ class Shard:
 
     @cached_property
     def _rows(self) -> np.ndarray:
-        shape = (self.num_rows, self.columns)
-        return map_array(self.path, self.dtype, shape, DATA_OFFSET_BYTES)
+        return map_array(self.path, self.dtype, self.shape, DATA_OFFSET_BYTES)
+
+    def gather(self, places: np.ndarray) -> np.ndarray:
+        """[n, W], as stored: rows [n] of the shard, read from the file and not mapped.
+
+        Raises:
+            StoreFormatError: the file was removed or cut short, or the system refuses to read it.
+        """
+        found = np.empty((len(places), self.shape[1]), self.dtype)
+        ends = np.flatnonzero(np.diff(places) != 1) + 1  # where rows do not follow each other
+        runs = list(itertools.pairwise([0, *ends.tolist(), len(places)]))
+        try:
+            with open_to_read(self.path) as file:
+                check_mapped(self.path, self.file_bytes, file.fileno())
+                if len(runs) > 1 and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for start, end in runs:
+                    place = found[start:end].reshape(-1).view(np.uint8).data
+                    offset = DATA_OFFSET_BYTES + int(places[start]) * self.row_bytes
+                    read_whole(file.fileno(), place, offset, self.path)
+        except OSError as error:
+            raise StoreFormatError(f"{self.path}: cannot be read: {error.strerror}") from None
+        return found
+
+
+class Shard:
+    """A part of a store's rows, in files that are opened when they are first used."""
+
+    def __init__(
+        self, folder: Path, entry: Mapping[str, Any], codec: RowCodec, layout: RowLayout
+    ) -> None:
+        self.num_rows: int = entry["rows"]
+        self.first_row: int = entry["first_row"]
+        arrays = codec.arrays(self.num_rows, layout)
+        self.files = [
+            ShardFile(
+                folder / entry[key]["file"],
+                entry[key]["bytes"],
+                codec.dtype,
+                (arrays[key][1][0], arrays[key][1][1]),
+            )
+            for key in codec.data
+        ]
+        self._modules = len(layout)
+        self.ids_path: Path = folder / entry["ids"]["file"]
+        self._folder = folder
+        self._entry = entry
+
+    @property
+    def path(self) -> Path:
+        """The file of the rows; the first one, if they lie in several."""
+        return self.files[0].path
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the files of the rows."""
+        return sum(file.file_bytes for file in self.files)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[r, W], as stored: read in place from the mapped file, or a copy if there are several."""
+        return self.stored(slice(None))
+
+    def stored(self, here: slice) -> np.ndarray:
+        """`rows` [here]."""
+        return joined([file.rows[here] for file in self.files])
+
+    def gather(self, places: np.ndarray) -> np.ndarray:
+        """[n, W], as stored: rows [n] of the shard, as `ShardFile.gather` reads them."""
+        return joined([file.gather(places) for file in self.files])
 
     @cached_property
     def row_scale(self) -> np.ndarray:
@@ -114,6 +185,11 @@ class Shard:
         return read_ids(self.ids_path, self.num_rows)
 
 
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Stored rows [r, W] from the columns that lie in each file; the same array if it is one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
 class Store:
     """A store opened for reading, as it was when it was opened.
 
@@ -138,13 +214,14 @@ class Store:
         store._seen = seen
         return store
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], planes: int | None = None) -> None:
         self.path = path
         self.manifest = manifest
         self.layout: RowLayout = layout_of(manifest)
         self.modules: list[Module] = list(self.layout)
         self.dim: int = self.layout.dim
-        self.codec: RowCodec = row_codec(manifest["dtype"])
+        codec = row_codec(manifest["dtype"])
+        self.codec: RowCodec = codec if planes is None else codec.first(planes)
         self.dtype: str = self.codec.name
         self.row_bytes: int = self.codec.row_bytes(self.layout)
         self.num_rows: int = manifest["rows"]
@@ -157,6 +234,27 @@ class Store:
         self.module_exponents: list[int] = exponents or [0] * len(self.modules)
         self.shards = [Shard(path, entry, self.codec, self.layout) for entry in manifest["shards"]]
         self._seen: tuple[int, ...] | None = None  # the identity of the manifest that was read
+
+    @cached_property
+    def basis(self) -> Basis:
+        """What the rows are stored in: exponents, whitening and rotation.
+
+        Raises:
+            StoreFormatError: the whitening's file is damaged.
+        """
+        return basis_of(self.manifest, self.path)
+
+    def first_planes(self, planes: int) -> "Store":
+        """The same store of bit planes, of which the first so many are read alone.
+
+        Its rows are coarser, and take fewer bytes; the other planes' files are not opened.
+
+        Raises:
+            StoreError: the rows have no so many planes.
+        """
+        coarser = Store(self.path, self.manifest, planes)
+        coarser._seen = self._seen
+        return coarser
 
     def check_unchanged(self) -> None:
         """See that the folder still holds the rows that were there when the store was opened.
@@ -223,10 +321,11 @@ class Store:
     def blocks(
         self, block_rows: int
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]:
-        """(first_row, rows [r, W], row_scale [r], row_exponents [r, M]), r ≤ block_rows, no copies.
+        """(first_row, rows [r, W], row_scale [r], row_exponents [r, M]), r ≤ block_rows.
 
-        What `codec.decode` turns into [r, D] float32; row_exponents is None where all are zero. A
-        block never crosses a shard, so the last one of a shard may be short.
+        What `basis.decode` turns into [r, D] float32, mapped unless rows lie in several files;
+        row_exponents is None where all are zero. A block never crosses a shard, so the last one of
+        a shard may be short.
         """
         if block_rows < 1:
             raise StoreError(f"block_rows: expected at least 1, got {block_rows}")
@@ -234,7 +333,7 @@ class Store:
             for start in range(0, shard.num_rows, block_rows):
                 block = slice(start, start + block_rows)
                 own = None if shard.row_exponents is None else shard.row_exponents[block]
-                yield shard.first_row + start, shard.rows[block], shard.row_scale[block], own
+                yield shard.first_row + start, shard.stored(block), shard.row_scale[block], own
 
     def row(self, index: int) -> np.ndarray:
         """[D] float32: one row, unpacked."""
@@ -243,14 +342,45 @@ class Store:
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """[n, D] float32: rows by their index, decoded."""
-        taken = np.empty((len(rows), self.dim), np.float32)
-        for out, (shard, row) in zip(taken, map(self._place, rows), strict=True):
-            one = slice(row, row + 1)
-            own = None if shard.row_exponents is None else shard.row_exponents[one]
-            out[:] = self.codec.decode(
-                shard.rows[one], shard.row_scale[one], own, self.layout, self.module_exponents
-            )
+        numbers = np.asarray(rows, np.int64)
+        taken = np.empty((len(numbers), self.dim), np.float32)
+        step = max(1, TAKEN_BYTES // (4 * self.dim))
+        for start in range(0, len(numbers), step):
+            here = slice(start, start + step)
+            taken[here] = self.basis.decode(self.codec, *self.gather(numbers[here]))
         return taken
+
+    def gather(
+        self, rows: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Rows by their index, as `blocks` gives them: stored [n, W], row_scale, row_exponents.
+
+        They are read from their files, neighbours together, and nothing is mapped: what is read
+        is what was asked for.
+
+        Raises:
+            StoreError: a number that is no row's.
+            StoreFormatError: a file was removed or cut short, or the system refuses to read it.
+        """
+        numbers = np.asarray(rows, np.int64)
+        for wrong in numbers[(numbers < 0) | (numbers >= self.num_rows)][:1]:
+            raise StoreError(f"rows: expected 0 to {self.num_rows - 1}, got {wrong}")
+        columns = self.codec.columns(self.layout)
+        stored = np.empty((len(numbers), columns), self.codec.dtype)
+        scale = np.ones(len(numbers), np.float32)
+        own: np.ndarray | None = None
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        for index in np.unique(shard_of):
+            shard = self.shards[index]
+            here = np.flatnonzero(shard_of == index)
+            places = numbers[here] - shard.first_row
+            stored[here] = shard.gather(places)
+            scale[here] = shard.row_scale[places]
+            if shard.row_exponents is not None:
+                if own is None:
+                    own = np.zeros((len(numbers), len(self.layout)), EXPONENT_DTYPE)
+                own[here] = shard.row_exponents[places]
+        return stored, scale, own
 
     def verify(
         self, checksums: bool = True, progress: Callable[[int, int], None] | None = None
@@ -335,6 +465,19 @@ class Store:
         check_name(key, "key")
         folder, shards = self.path / "self_influence", self.manifest["shards"]
         return SelfInfluenceCache(folder, key, meta, shards, len(self.modules))
+
+    def self_influence_keys(self) -> list[tuple[str, Any]]:
+        """(key, meta) of the norms that lie beside the rows, in the keys' order.
+
+        A folder that no cache could be, or whose key.json is damaged, is none.
+        """
+        folder, found = self.path / "self_influence", []
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+            with contextlib.suppress(StoreError):
+                stored = read_key(folder / check_name(name, "key"))
+                if stored is not None:
+                    found.append((name, stored.get("meta")))
+        return found
 
     def _place(self, row: int) -> tuple[Shard, int]:
         if not 0 <= row < self.num_rows:

@@ -28,6 +28,7 @@ from logra_kernels.store.files import (
 )
 from logra_kernels.store.manifest import (
     LOCK,
+    PLANE_KEYS,
     check_seal,
     first_difference,
     plain_json,
@@ -36,7 +37,7 @@ from logra_kernels.store.manifest import (
 )
 
 KEY_FILE = "key.json"
-_DTYPE = "<f4"  # of the values, whatever the store's rows are
+VALUES_DTYPE = "<f4"  # of the values, whatever the store's rows are
 # The shard's index and the CRC-32 of its rows, then that of the values. Version 0.1 wrote names
 # without the middle one; such a file does not tell whose values it holds, and is not read.
 _FILE = re.compile(r"shard-(\d{5,})(?:-([0-9a-f]{8}))?-([0-9a-f]{8})\.npy\Z")
@@ -99,7 +100,7 @@ class SelfInfluenceCache:
             if of == self._rows_crc[index]:
                 _check_values_file(self.folder / name, shape)
                 count = shape[0] * shape[1]
-                return read_array(self.folder / name, np.dtype(_DTYPE), count).reshape(shape)
+                return read_array(self.folder / name, np.dtype(VALUES_DTYPE), count).reshape(shape)
         raise StoreFormatError(f"{self.folder}: expected the values of shard {index}, got none")
 
     def write(self, index: int, values: np.ndarray) -> None:
@@ -115,7 +116,7 @@ class SelfInfluenceCache:
             raise StoreError(f"values: expected a float32 array, got {got}")
         if values.shape != shape:
             raise StoreError(f"values: expected {list(shape)}, got {list(values.shape)}")
-        data = np.ascontiguousarray(values, _DTYPE).reshape(-1).view(np.uint8).data
+        data = np.ascontiguousarray(values, VALUES_DTYPE).reshape(-1).view(np.uint8).data
         name = f"shard-{index:05d}-{self._rows_crc[index]}-{crc32_text(zlib.crc32(data))}.npy"
         try:
             own_folder(self.folder.parent)
@@ -124,7 +125,7 @@ class SelfInfluenceCache:
                 if not (self.folder / KEY_FILE).exists():
                     text = seal({"key": self.key, "meta": self.meta})
                     replace_file(self.folder / KEY_FILE, text)
-                replace_file(self.folder / name, npy_header(_DTYPE, shape), data)
+                replace_file(self.folder / name, npy_header(VALUES_DTYPE, shape), data)
                 for other, *_ in find_files(self.folder).get(index, []):
                     if other != name:
                         remove(self.folder / other)
@@ -193,12 +194,17 @@ def find_files(folder: Path) -> dict[int, list[tuple[str, str | None, str]]]:
 
 
 def _rows_crc(shard: dict[str, Any]) -> str:
-    """What tells a shard's rows from others: their CRC-32, with that of their exponents in it."""
-    rows: str = shard["data"]["crc32"]
-    if "exponents" in shard:
-        rows = crc32_text(zlib.crc32((rows + shard["exponents"]["crc32"]).encode()))
-    return rows
+    """What tells a shard's rows from others: the CRC-32 of their file.
+
+    If they have several, or exponents, it is the CRC-32 of these files' CRC-32s, one after the
+    other.
+    """
+    keys = ("data", *PLANE_KEYS, "exponents")
+    files: list[str] = [shard[key]["crc32"] for key in keys if key in shard]
+    return files[0] if len(files) == 1 else crc32_text(zlib.crc32("".join(files).encode()))
 
 
 def _check_values_file(path: Path, shape: tuple[int, int]) -> None:
-    check_file(path.parent, path.name, npy_bytes(_DTYPE, shape), npy_header(_DTYPE, shape))
+    check_file(
+        path.parent, path.name, npy_bytes(VALUES_DTYPE, shape), npy_header(VALUES_DTYPE, shape)
+    )

@@ -25,7 +25,7 @@ from logra_kernels.store.files import (
     sha256_of_file,
 )
 from logra_kernels.store.ids import parse_metadata, read_ids
-from logra_kernels.store.manifest import layout_of, listed_files, read_manifest
+from logra_kernels.store.manifest import TENSOR_KEYS, layout_of, listed_files, read_manifest
 from logra_kernels.store.self_influence import cache_problems
 from logra_kernels.store.tensors import read_tensors
 
@@ -104,19 +104,23 @@ def _row_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> 
     layout, codec = layout_of(manifest), row_codec(manifest["dtype"])
     block = max(1, _BLOCK_BYTES // codec.row_bytes(layout))
     for shard in manifest["shards"]:
-        path = folder / shard["data"]["file"]
-        if shard["data"]["file"] in good:
-            columns = codec.columns(layout)
+        if all(shard[key]["file"] in good for key in codec.data):
+            paths = [folder / shard[key]["file"] for key in codec.data]
+            columns = codec.columns(layout) // len(paths)
             for start in range(0, shard["rows"], block):
                 count = min(block, shard["rows"] - start) * columns
                 try:
-                    rows = read_array(path, codec.dtype, count, start * columns)
+                    parts = [
+                        read_array(path, codec.dtype, count, start * columns) for path in paths
+                    ]
                 except StoreFormatError as error:
                     yield str(error)
                     break
-                good_rows = codec.finite(rows.reshape(-1, columns), layout).all(axis=1)
+                rows = np.concatenate([part.reshape(-1, columns) for part in parts], axis=1)
+                good_rows = codec.finite(rows, layout).all(axis=1)
                 if not good_rows.all():
                     row = shard["first_row"] + start + int(np.flatnonzero(~good_rows)[0])
+                    path = paths[0]
                     yield f"{path}: expected finite values, got others in row {row}"
                     break
         if shard["scale"] is not None and shard["scale"]["file"] in good:
@@ -159,7 +163,7 @@ def _id_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> I
 
 
 def _tensor_problems(folder: Path, manifest: Mapping[str, Any], good: set[str]) -> Iterator[str]:
-    entries = [manifest["projection_tensors"], *manifest["curvature"].values()]
+    entries = [*map(manifest.get, TENSOR_KEYS), *manifest["curvature"].values()]
     for entry in entries:
         if entry is not None and entry["file"] in good:
             try:

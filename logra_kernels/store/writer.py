@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from logra_kernels.store.codecs import Float16, row_codec
+from logra_kernels.store.basis import Basis
+from logra_kernels.store.codecs import Encoded, Float16, RowCodec, row_codec
 from logra_kernels.store.committer import Committer
 from logra_kernels.store.errors import StoreError
 from logra_kernels.store.files import write_error
@@ -16,7 +17,7 @@ from logra_kernels.store.folder import open_folder
 from logra_kernels.store.ids import id_texts
 from logra_kernels.store.incoming import Batch, Incoming
 from logra_kernels.store.layout import Module, RowLayout
-from logra_kernels.store.manifest import check_modules, new_manifest
+from logra_kernels.store.manifest import basis_of, check_modules, check_rotated, new_manifest
 from logra_kernels.store.tensors import check_tensors
 from logra_kernels.store.write_queue import WriteQueue
 
@@ -49,6 +50,8 @@ class StoreWriter:
         projection_tensors: Mapping[str, np.ndarray] | None = None,
         fingerprints: Any = None,
         coverage: Any = None,
+        rotation: int | None = None,
+        whitening: Mapping[str, np.ndarray] | None = None,
         shard_rows: int | None = None,
         duplicates: str = "error",
         resume: bool = False,
@@ -59,12 +62,16 @@ class StoreWriter:
         Args:
             path: the store's folder; it is made if it is not there.
             modules: the layout of a row.
-            dtype: the name of a row codec: "float16" (each row with a scale) or "float32".
+            dtype: the name of a row codec, such as "float16", "float32" or "int8".
             projection: JSON that says how the rows were projected (kind, seed, scaling).
             projection_tensors: the projection's matrices, {name: array}, to keep in the store.
             fingerprints: JSON that tells this model and data from others.
             coverage: JSON that says which part of the model the modules are; a store that is
                 resumed keeps its own.
+            rotation: the seed of the rotation of the rows. None: they are not rotated, but those in
+                bit planes, which always are, by the seed 0.
+            whitening: {module name: L [K, K] float32}, lower triangular: what is stored of the
+                module's g is that of L⁻¹ g. A module that is not in it is stored as it is.
             shard_rows: rows of a full shard; by default 256 MiB of them, at most 2**20.
             duplicates: an id that is in the store already is an "error", or "skip" leaves it out.
             resume: continue the store if there is one.
@@ -77,20 +84,23 @@ class StoreWriter:
             StoreFormatError: the store to resume is damaged.
         """
         folder, layout, codec = Path(path), RowLayout.of(check_modules(modules)), row_codec(dtype)
-        fresh = new_manifest(layout, codec, projection, fingerprints, coverage)
-        tensors = None
+        fresh = new_manifest(layout, codec, projection, fingerprints, coverage, rotation)
+        tensors: dict[str, dict[str, np.ndarray] | None] = {}
         if projection_tensors is not None:
-            tensors = check_tensors(projection_tensors, "projection_tensors")
+            tensors["projection_tensors"] = check_tensors(projection_tensors, "projection_tensors")
+        if whitening is not None:
+            check_rotated(codec, "whitening")
+            tensors["whitening"] = check_tensors(whitening, "whitening")
+            Basis(layout, (), None, whitening)  # checks the factors
         for name, value in (("shard_rows", shard_rows), ("queue_bytes", queue_bytes)):
             if value is not None and (type(value) is not int or value < 1):
                 raise StoreError(f"{name}: expected a positive integer, got {value!r}")
-        if shard_rows is None:
-            largest = SHARD_BYTES // codec.row_bytes(layout)
-            shard_rows = min(max(1, largest), LARGEST_SHARD_ROWS)
+        shard_rows = shard_rows or usual_shard_rows(codec, layout)
         incoming = Incoming(codec, layout, duplicates)
         lock, manifest, ids = open_folder(folder, fresh, tensors, resume)
         incoming.known_ids.update(ids)
         incoming.exponents = manifest["module_exponents"]
+        incoming.basis = basis_of(manifest, folder)
         committer = Committer(folder, manifest, ids, codec, layout, shard_rows)
         return cls(folder, incoming, committer, WriteQueue(committer, lock, queue_bytes))
 
@@ -143,6 +153,15 @@ class StoreWriter:
         self._incoming.fix_exponents(exponents)
         self._committer.exponents = self._incoming.exponents
 
+    def encode(self, rows: np.ndarray) -> Encoded:
+        """Rows g [n, D] float32 as `append` takes them: stored, row_scale, row_exponents."""
+        return self.basis.encode(self.codec, rows)
+
+    @property
+    def basis(self) -> Basis:
+        """What the store makes of rows before its codec; with the modules' exponents."""
+        return self._incoming.basis
+
     def append(
         self,
         ids: Iterable[str | int],
@@ -155,8 +174,9 @@ class StoreWriter:
 
         Args:
             ids: n strings or integers (written in decimal).
-            rows: [n, W], as the store's codec encodes them: float16 or float32, with W = D.
-            row_scale: [n] float32 powers of two for float16 rows, None for float32.
+            rows: [n, W], as `encode` gives them: float16 or float32, with W = D; of bit planes
+                the bytes of each, one after the other.
+            row_scale: [n] float32, powers of two for float16 rows; None for float32.
             metadata: n JSON objects (or None) to be kept beside the ids.
             row_exponents: [n, M] int16, as the store's codec gives them beside the rows; None where
                 all are zero.
@@ -254,6 +274,11 @@ class StoreWriter:
     def _close_at_exit(self) -> None:
         if self._queue.failure is None and self._process == os.getpid():
             self.close(finalize=False)
+
+
+def usual_shard_rows(codec: RowCodec, layout: RowLayout) -> int:
+    """Rows of a full shard where nobody chooses: 256 MiB of them, at most 2**20."""
+    return min(max(1, SHARD_BYTES // codec.row_bytes(layout)), LARGEST_SHARD_ROWS)
 
 
 def append_finite(

@@ -30,7 +30,7 @@ from logra_kernels.attribution import Attributor, InfluenceResult, influence_bet
 from logra_kernels.curvature import IdentityPreconditioner, RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
-from logra_kernels.store import Store
+from logra_kernels.store import Store, codec_names, row_codec
 
 QUERIES = gradients(4, seed=7)
 NORMALISED = ("l-relatif", "theta-relatif", "whitened-cosine")
@@ -277,7 +277,7 @@ def test_groups_may_be_a_list_of_substrings(store: Store) -> None:
 
 
 @pytest.mark.parametrize("mode", NORMALISED)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", codec_names())
 def test_rows_without_gradient_score_zero_and_are_counted(
     tmp_path: Path, mode: str, dtype: str
 ) -> None:
@@ -287,9 +287,10 @@ def test_rows_without_gradient_score_zero_and_are_counted(
     attributor = open_attributor(make_store(tmp_path / "s", rows, dtype, shard_rows=20))
     result = attributor.scores(QUERIES, mode, groups={"first": "layer.0.up"})
     assert result.zero_rows == 2
-    assert result.groups["first"].zero_rows == 3
     assert not result.scores[:, [3, 44]].any()
-    assert not result.groups["first"].scores[:, 7].any()
+    if row_codec(dtype).faithful:  # a module of few bits has the error of the others, rotated
+        assert result.groups["first"].zero_rows == 3
+        assert not result.groups["first"].scores[:, 7].any()
     assert result.scores.isfinite().all()
     assert attributor.scores(QUERIES, mode).zero_rows == 2  # from the cache
     assert attributor.scores(QUERIES, "dot").zero_rows is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from logra_kernels.attribution.pipeline import HostLanes, Lanes, _Threads, feed, lanes_of
+from logra_kernels.attribution.pipeline import (
+    ALIGN_BYTES,
+    HostLanes,
+    Lanes,
+    _Threads,
+    feed,
+    lanes_of,
+)
 from logra_kernels.rows import share
 from logra_kernels.store import RowBlock
 
 BLOCKS, ROWS, DIM = 9, 3, 5
+BLOCK_BYTES = ROWS * DIM * 2 + 2 * ALIGN_BYTES
 POLICIES = ["copies first", "work first", "copies late", *range(20)]
 WAITS = ["copy_waits_for", "compute_waits_for", "wait"]
 
@@ -122,17 +130,18 @@ def blocks(buffers: int = 3) -> Iterator[RowBlock]:
         buffer = free.pop(0)
         buffer[:] = rows
         last = ROWS - 1 if number == BLOCKS - 1 else ROWS  # a short block at the end
-        yield RowBlock(0, number * ROWS, buffer[:last], partial(give_back, buffer))
+        parts = [buffer[:last, :3], buffer[:last, 3:]]  # two files of rows
+        yield RowBlock(0, number * ROWS, parts, partial(give_back, buffer))
 
 
 def scan(lanes: Lanes | HostLanes) -> Tensor:
     """All rows as the work saw them, [N, D]."""
     seen = torch.zeros(BLOCKS * ROWS, DIM)
 
-    def work(block: RowBlock, rows: Tensor) -> None:
-        seen[block.start : block.start + len(rows)] = rows
+    def work(block: RowBlock, parts: Sequence[Tensor]) -> None:
+        seen[block.start : block.start + len(parts[0])] = torch.cat(list(parts), dim=1)
 
-    feed(blocks(), lanes, work, ROWS * DIM * 2)
+    feed(blocks(), lanes, work, BLOCK_BYTES)
     return seen
 
 
@@ -172,17 +181,18 @@ def test_a_copy_is_under_way_before_the_work_on_the_block_before_it() -> None:
             return super().compute(work)
 
     scan(Recorder("copies late"))
-    assert asked == ["copy", *["copy", "work"] * (BLOCKS - 1), "work"]
+    block = ["copy", "copy"]  # of its two files
+    assert asked == [*block, *[*block, "work"] * (BLOCKS - 1), "work"]
 
 
 def test_an_error_of_the_work_passes_through() -> None:
     lanes = LateLanes("copies first")
 
-    def work(block: RowBlock, rows: Tensor) -> None:
+    def work(block: RowBlock, parts: Sequence[Tensor]) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        feed(blocks(), lanes, work, ROWS * DIM * 2)
+        feed(blocks(), lanes, work, BLOCK_BYTES)
 
 
 def test_threads_follow_what_is_slow(set_threads: None) -> None:

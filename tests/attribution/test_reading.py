@@ -29,6 +29,7 @@ from logra_kernels.store import (
     Store,
     StoreFormatError,
     StoreWriter,
+    codec_names,
 )
 
 QUERIES = gradients(3, seed=7)
@@ -62,7 +63,7 @@ def results(attributor: Attributor, mode: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", SCAN_MODES)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", codec_names())
 def test_every_reading_gives_the_same_bits(
     tmp_path: Path, mode: str, dtype: str, set_threads: None
 ) -> None:

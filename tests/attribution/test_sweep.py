@@ -14,11 +14,12 @@ import logra_kernels as logra
 from logra_kernels import Run
 from logra_kernels.attribution import Attributor, InfluenceResult
 from logra_kernels.attribution.reading import Reading
-from logra_kernels.curvature import RawCurvature, kinds
+from logra_kernels.curvature import RawCurvature, curvature_of, kinds, preconditioner_of
 from logra_kernels.defaults import SCAN_MODES
-from logra_kernels.store import Store
+from logra_kernels.store import Module, Store
 
 SCALES = [0.01, 0.1, 3.0]
+ONE_OF_THREE = "sweep: expected damping_scales, dampings or preconditioners, one of the three"
 
 
 @pytest.fixture(scope="module", params=kinds())
@@ -60,6 +61,11 @@ def test_each_result_is_that_of_a_scan_of_its_own(store: Store, mode: str, k: in
             got,
             alone.scores(queries, **options) if k is None else alone.top_k(queries, k, **options),
         )
+    curvature = curvature_of(store)
+    made = [preconditioner_of(store, curvature, damping_scale=scale) for scale in SCALES]
+    given = Attributor(store, made[0]).sweep(queries, preconditioners=made, k=k, **options)
+    for got, want in zip(given, swept, strict=True):
+        same(got, want)
     absolute = Attributor(store).sweep(queries, dampings=[0.5], k=k, **options)
     alone = Attributor(store, damping=0.5)
     same(
@@ -106,16 +112,23 @@ def test_what_a_sweep_refuses(tmp_path: Path) -> None:
     RawCurvature.rebuild(store).save(store)
     store = Store.open(store.path)
     attributor, queries = Attributor(store), gradients(2)
-    with pytest.raises(ValueError, match="sweep: expected damping_scales or dampings, one of the"):
+    with pytest.raises(ValueError, match=ONE_OF_THREE):
         attributor.sweep(queries)
-    with pytest.raises(ValueError, match="sweep: expected damping_scales or dampings, one of the"):
+    with pytest.raises(ValueError, match=ONE_OF_THREE):
         attributor.sweep(queries, damping_scales=[0.1], dampings=[1.0])
-    with pytest.raises(ValueError, match="sweep: expected damping_scales or dampings, one of the"):
+    with pytest.raises(ValueError, match=ONE_OF_THREE):
         attributor.sweep(queries, damping_scales=[])
     with pytest.raises(ValueError, match="damping_scale: expected a finite number >= 0 or 'auto'"):
         attributor.sweep(queries, damping_scales=[0.1, -1.0])
     with pytest.raises(ValueError, match="k: expected at most 12"):
         attributor.sweep(queries, damping_scales=[0.1], k=13)
+    with pytest.raises(ValueError, match=ONE_OF_THREE):
+        attributor.sweep(queries, dampings=[0.1], preconditioners=[attributor.preconditioner])
+    other = make_store(
+        tmp_path / "other", gradients(12), modules=[Module("x", 1, gradients(1).shape[1])]
+    )
+    with pytest.raises(ValueError, match="curvature: expected the store's modules"):
+        attributor.sweep(queries, preconditioners=[Attributor(other, "none").preconditioner])
     for curvature in ("none", attributor.preconditioner):
         with pytest.raises(ValueError, match="sweep: expected an Attributor of a curvature, got"):
             Attributor(store, curvature).sweep(queries, dampings=[0.1])

@@ -121,11 +121,17 @@ def test_every_method_scores_and_every_part_reports(name: str, tmp_path: Path) -
     record = lds_part(subject, found, tmp_path)
     assert [row["method"] for row in record["methods"]] == [one.method for one in found]
     assert record["methods"][0]["of EKFAC's"] == 1
-    some = [one for one in found if one.method in (FULL, "random scores")]
+    some = [
+        one
+        for one in found
+        if one.method in (FULL, "random scores") or (one.method, one.dim) == ("eigenbasis", 90)
+    ]
     record = brittleness_part(subject, some, tmp_path)
     assert [(row["method"], row["k"]) for row in record["methods"]] == [
-        (method, k) for method in (FULL, "random scores") for k in (2, 5)
+        (method, k) for method in (FULL, "eigenbasis", "random scores") for k in (2, 5)
     ]
+    for row in record["methods"]:
+        assert (row["eigenbasis less it"] == 0) == (row["method"] == "eigenbasis")
 
 
 def test_eigenbasis_rows_of_all_coordinates_are_full_ekfac() -> None:
@@ -180,10 +186,14 @@ def test_the_removed_examples_are_those_that_score_highest(tmp_path: Path) -> No
     setting = dataclasses.replace(setting, removed=(12,))
     subject = Subject(setting, data, trained_model(setting, data))
     same = (data.answers[:, None] == data.y).float()
-    found = [Found(FULL, None, None, same), Found("random scores", None, None, -same)]
+    found = [
+        Found("eigenbasis", setting.coordinates[1], None, same),
+        Found("random scores", None, None, -same),
+    ]
     best, worst = brittleness_part(subject, found, tmp_path)["methods"]
     assert best["loss"] > worst["loss"] + 0.1
     assert best["flipped"] >= worst["flipped"]
+    assert worst["eigenbasis less it"] == pytest.approx(best["loss"] - worst["loss"])
 
 
 def test_texts_become_blocks_and_every_seventh_is_a_query() -> None:

@@ -353,3 +353,62 @@ def test_what_cannot_be_registered() -> None:
         register_layer_kind(nn.Linear, nn.Linear)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="module_class: expected a subclass of Module"):
         register_layer_kind("Conv1D", LinearLayer)  # type: ignore[arg-type]
+
+
+class Shared(nn.Module):
+    """Three layers with one input, changed in place before the last, and one with a copy of it."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.gate, self.up, self.late, self.other = (kind() for _ in range(4))
+        self.in_place = True  # which weight gradients would not allow
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = self.gate(x).sigmoid() * self.up(x)
+        x = x.add_(1) if self.in_place else x + 1
+        y = y + self.late(x)
+        result: Tensor = y + self.other(x.clone())
+        return result
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "computed"),
+    [
+        ("linear", (8, 8, 8, 8), 3),
+        ("linear", (8, 5, 8, 8), 3),
+        ("linear", (5, 8, 8, 8), 4),  # not all of up's is there
+        ("random", (8, 8, 8, 8), 4),
+        ("conv", (8, 8, 8, 8), 4),
+    ],
+)
+def test_modules_of_one_input_and_one_basis_project_it_once(
+    kind: str, ranks: tuple[int, ...], computed: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a pilot, whose eigenvectors of one input are the same in every module."""
+    torch.manual_seed(0)
+    conv = kind == "conv"
+    model = Shared((lambda: nn.Conv2d(2, 4, 2)) if conv else (lambda: nn.Linear(8, 4)))
+    layers = make_layers(model, bias=bias)
+    width = layers[0].in_features
+    basis = torch.linalg.qr(torch.randn(width, width)).Q
+    for layer, rank in zip(layers, ranks, strict=True):
+        proj = torch.randn(rank, width) if kind == "random" else basis[:rank].contiguous()
+        layer.projection = ModuleProjection(width, 4, proj, torch.randn(3, 4))
+    inputs: list[Tensor] = []
+    project = Layer.project
+
+    def counted(self: Layer, x: Tensor, call: Call) -> Tensor:
+        inputs.append(x)
+        return project(self, x, call)
+
+    monkeypatch.setattr(Layer, "project", counted)
+    x = torch.randn(3, 2, 5, 5) if conv else torch.randn(3, 6, 8)
+    rows = capture_rows(model, layers, 3, lambda: model(x).square().sum())
+    assert len(inputs) == computed
+    model.in_place = False
+    alone = [lambda n=n: model(x[n : n + 1]).square().sum() for n in range(3)]
+    torch.testing.assert_close(
+        rows.double(), autograd_rows(model, layers, alone), rtol=1e-4, atol=1e-4
+    )

@@ -307,6 +307,63 @@ def test_query_results_are_the_attributors(files: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(scores, wanted.top_scores[0], rtol=1e-6, atol=0)
 
 
+def test_each_of_several_dampings_is_a_query_of_its_own(files: Path, tmp_path: Path) -> None:
+    """Equal bits in results and tables; a mode without a curvature is ranked once."""
+    words = [*query_words(files), "--text", "the cat sat on the mat", "--tokens", "both"]
+    words += ["--mode", "dot", "--mode", "l-relatif", "--mode", "gradient-dot"]
+
+    def asked(name: str, scales: str) -> tuple[dict[str, Any], list[str]]:
+        path = tmp_path / name
+        outputs = ["--json", f"{path}.json", "--scores", f"{path}.csv"]
+        assert main([*words, "--damping-scale", scales, *outputs]) == 0
+        results = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+        return results, Path(f"{path}.csv").read_text(encoding="utf-8").splitlines()
+
+    several, table = asked("several", "0.01,1,auto,1")
+    found = several["queries"][0]["modes"]
+    keys = [(m["mode"], m.get("damping_scale", m.get("damping_rule"))) for m in found]
+    curved = [(mode, scale) for mode in ("dot", "l-relatif") for scale in (0.01, 1.0, "auto")]
+    assert keys == [*curved, ("gradient-dot", None)]
+    assert table[0] == "query,mode,damping_scale,row,id,score"
+    for n, scale in enumerate((0.01, 1.0, "auto")):
+        single, own_table = asked("single", str(scale))
+        assert "dampings" not in single["curvature"]
+        alone = {**single["curvature"]}
+        assert alone.pop("kind") == several["curvature"]["kind"]
+        assert alone == several["curvature"]["dampings"][n]
+        own = single["queries"][0]["modes"]
+        assert all("damping_scale" not in mode for mode in own)
+        for place, want in zip((n, n + 3, 6), own, strict=True):
+            got = found[place]
+            assert got["mode"] == want["mode"]
+            assert (got["top"], got["bottom"]) == (want["top"], want["bottom"])
+        assert own_table[0] == "query,mode,row,id,score"
+        lines = [line.split(",") for line in table[1:]]
+        assert [
+            ",".join([*line[:2], *line[3:]]) for line in lines if line[2] in (str(scale), "")
+        ] == own_table[1:]
+
+
+def test_a_page_and_a_table_of_several_dampings(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*query_words(files), "--text", "the cat sat on the mat", "--damping-scale", "0.01,2"]
+    results, page, table = (str(tmp_path / name) for name in ("r.json", "r.html", "r.csv"))
+    assert main([*words, "--json", results, "--scores", table, "--scores-of", "ranked"]) == 0
+    printed = capsys.readouterr().out
+    ranked = Path(table).read_text(encoding="utf-8")
+    assert ranked.startswith("query,mode,damping_scale,row,id,score,end,rank\n")
+    assert len(ranked.splitlines()) == 1 + 2 * 2 * 5
+    assert main(["report", "--results", results, "--html", page, "--scores", table]) == 0
+    assert Path(table).read_text(encoding="utf-8") == ranked
+    html = Path(page).read_text(encoding="utf-8")
+    for scale in ("0.01", "2.0"):
+        assert f"l-RelatIF, damping scale {scale}: most influential" in printed
+        assert f"<h3>l-RelatIF, damping scale {scale}</h3>" in html
+        assert f"l-RelatIF, damping scale {scale}: #" in html
+    assert "λ = 0.01 × mean eigenvalue, per module; λ = 2 × mean eigenvalue, per module" in html
+
+
 def test_token_contributions_sum_to_the_score(files: Path, tmp_path: Path) -> None:
     words = [*query_words(files), "--text", "the cat sat on the mat", "--json"]
     words += [str(tmp_path / "r.json"), "--mode", "dot", "--mode", "l-relatif", "--mode", "l2"]
@@ -391,6 +448,7 @@ def test_bad_query_arguments(
             ["query", "--damping-scale", "most"],
             "argument --damping-scale: expected a number of at least 0 or auto, got 'most'",
         ),
+        (["query", "--damping-scale", "0.1,"], "number of at least 0 or auto, got ''"),
         (["query", "--damping", "1", "--damping-scale", "1"], "not allowed with argument"),
         (["log", "--dtype", "int8"], "argument --dtype: expected one of float32, bfloat16"),
         (["log"], "the following arguments are required: --model, --data, --out"),
@@ -551,3 +609,23 @@ def test_a_defect_keeps_its_traceback(files: Path, monkeypatch: pytest.MonkeyPat
 def test_traceback_on_request(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(files / "none"), "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "passive"),
+        ({"OMP_WAIT_POLICY": "active"}, "active"),
+        ({"GOMP_SPINCOUNT": "1000"}, "None"),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    given: dict[str, str], found: str
+) -> None:
+    code = (
+        "import os; from logra_kernels.cli import main; main(['info', 'nowhere']); "
+        "print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    inherited = {name: value for name, value in environment().items() if name not in unset}
+    assert output(sys.executable, "-c", code, env={**inherited, **given}).strip() == found

@@ -173,7 +173,7 @@ ranking.BLOCK_ROWS = 1000
 for kind in ("csv", "parquet"):
     with score_table(path + "/t." + kind) as add:
         tracemalloc.start()
-        for block in ranking._blocks(store, "dot", list("abcd"), scores):
+        for block in ranking._blocks(store, dict(mode="dot"), list("abcd"), scores):
             add(block)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

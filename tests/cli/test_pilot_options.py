@@ -66,6 +66,39 @@ def test_eigenbasis_rows(files: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "eigen, coordinates 300, pilot examples 32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("option", "codec"), [("--codec", "int4"), ("--store-dtype", "sign")])
+def test_rows_in_few_bits(
+    files: Path, tmp_path: Path, option: str, codec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No float rows are written, and the curvature is that of the rows before."""
+    out = tmp_path / "s"
+    assert main([*log_words(files, *EIGEN, option, codec), "--out", str(out)]) == 0
+    store, exact = Store.open(out), Store.open(files / "eigen")
+    assert (store.num_rows, store.dtype) == (COUNT, codec)
+    assert main(["verify", str(out)]) == 0
+    held, wanted = store.load_curvature("diagonal")[0], exact.load_curvature("diagonal")[0]
+    # Those of the exact store saw the rows as float16 holds them.
+    np.testing.assert_allclose(held["squares"], wanted["squares"], rtol=2e-3)
+    write_jsonl(tmp_path / "q.jsonl", [{"text": text} for text in sentences(COUNT)[::5]])
+    words = ["query", "--store", str(out), "--model", str(files / "model"), "--top-k", "1"]
+    words += ["--queries", str(tmp_path / "q.jsonl"), "--json", str(tmp_path / "r.json")]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert f"rows in {codec} do not tell their sigma under this" in capsys.readouterr().err
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    for query, text in zip(results["queries"], sentences(COUNT)[::5], strict=True):
+        assert query["modes"][0]["top"][0]["text"] == text
+
+
+def test_rows_in_few_bits_are_of_an_eigenbasis(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = log_words(files, "--rank", "8", "--codec", "sign")
+    assert main([*words, "--out", str(tmp_path / "s")]) == 2
+    assert "sign rows are of an eigenbasis, which whitens them" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
 def test_pca_rows(files: Path, tmp_path: Path) -> None:
     words = log_words(files, "--init", "pca", "--rank", "9", "--pilot", "0.5")
     assert main([*words, "--out", str(tmp_path / "s")]) == 0

@@ -292,6 +292,27 @@ def check_gradients(library: Library) -> None:
             wanted = reference.projected_gradients(*wide, **keep)
             size = reference.projected_gradients(*sizes, **keep)
             close(out, wanted, size + 1e-12)
+            if library.has(name.replace("gradients", "coordinates")):
+                check_coordinates(library, asked, wanted.flatten(1), size.flatten(1))
+
+
+def check_coordinates(
+    library: Library, asked: tuple[Any, ...], wanted: Tensor, size: Tensor
+) -> None:
+    """Some of the elements [N, Ko·Ki] of the gradients of what is asked for."""
+    elements = wanted.shape[1]
+    count = 2 * elements // 3
+    places = torch.randperm(elements)[:count]
+    positions = torch.full((elements,), -1, dtype=torch.int32)
+    positions[places] = torch.arange(count, dtype=torch.int32)
+    for scale in (None, torch.rand(count) + 0.5):
+        factor = torch.ones(count) if scale is None else scale
+        out = torch.full((len(wanted), count), torch.nan)
+        of_count = *asked, ctypes.c_int64(count)
+        library.call_in_workspace(
+            "projected_coordinates", of_count, at(positions), at(scale), at(out)
+        )
+        close(out, wanted[:, places] * factor, size[:, places] * factor + 1e-12)
 
 
 def check_project(library: Library) -> None:
@@ -353,6 +374,14 @@ def check_refusals(library: Library) -> None:
     state = ctypes.byref(TopK(*(out.data_ptr() for _ in range(4))))
     beyond = ctypes.c_int64(2), ctypes.c_int64(129)
     refused("k: expected 1 to 128, got 129", "topk_reset", state, *beyond)
+    half = torch.zeros(1, 4, 8, dtype=torch.float16)
+    examples = ctypes.byref(Examples(1, 4, 0, 0))
+    both = examples, tokens(half), tokens(half), None, None
+    some = *both, ctypes.c_int64(65), at(out), None, at(out), None, ctypes.c_size_t(0)
+    text = "count: expected 0 to 64, the gradient's elements, got 65"
+    refused(text, "projected_coordinates", *some)
+    some = *both, ctypes.c_int64(9), None, None, at(out), None, ctypes.c_size_t(0)
+    refused("positions: expected a pointer, got NULL", "projected_coordinates", *some)
     library.gpu(70)
     there = c.logra_cuda_architectures().decode()
     text = f"the GPU is of compute capability 7.0; there is code for {there}"

@@ -15,7 +15,7 @@ SOURCES = Path(__file__).parent
 # One generation of GPUs, and enough variants of each kernel to take every branch of every launcher.
 SOME = (
     r"^(scores|candidates|self_influence)\.rows=f16|^split_queries\.rows=f16|^merge|^state|"
-    r"^gradients\.x=f16,dy=f16,project_in=1,project_out=1|"
+    r"^(gradients|coordinates)\.x=f16,dy=f16,project_in=1,project_out=1|"
     r"^gradients\.x=f32,dy=f16,project_in=0,project_out=1|^reduce|"
     r"^(project|covariance)\.\w+=f16|pack_rows"
 )

@@ -15,7 +15,7 @@ import logra_kernels as logra
 from logra_kernels import Run
 from logra_kernels.attribution import Attributor
 from logra_kernels.capture.layers import Layer
-from logra_kernels.curvature import KroneckerCurvature, curvature_kind, kinds
+from logra_kernels.curvature import KfacCurvature, KroneckerCurvature, curvature_kind, kinds
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.store import Store
 
@@ -256,11 +256,32 @@ def test_parts_merge_by_addition(tmp_path: Path, kind: str) -> None:
     for name, pair in joint.moments.items():
         for a, b in zip(pair, merged.moments[name], strict=True):
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+    if merged.tokens:
+        assert merged.energies == pytest.approx(joint.energies, rel=1e-12)
     if merged.corrected:
         with pytest.raises(ValueError, match=r"complete\(store\) finds its eigenvalues first"):
             merged.damped()
         merged.complete(store)
     merged.damped()
+
+
+def test_energies_are_mean_squares_of_the_gradients(tmp_path: Path) -> None:
+    """In a store that was made before they were kept there are none, and the rest is as it was."""
+    store = logged(tmp_path, "gpt", "kfac").store
+    rows = torch.from_numpy(store.take(range(COUNT))).double()
+    want = [float(part.square().sum()) / COUNT for part in store.layout.split(rows)]
+    held = KfacCurvature.load(store)
+    assert list(held.energies.values()) == pytest.approx(want, rel=1e-6)
+    tensors, meta = store.load_curvature("kfac")
+    store.save_curvature("kfac", tensors, {k: v for k, v in meta.items() if k != "energies"})
+    older = KfacCurvature.load(Store.open(store.path))
+    assert older.checksum == held.checksum
+    with pytest.raises(
+        ValueError, match="kfac: holds no E‖G‖² of its rows; log the examples again"
+    ):
+        _ = older.energies
+    with pytest.raises(ValueError, match="holds no E‖G‖²"):
+        _ = older.merge(held).energies
 
 
 def test_what_a_kind_needs_is_said(tmp_path: Path) -> None:

@@ -33,11 +33,12 @@ from dense_influence import MODULES, gradients, make_store
 from store_samples import places
 
 from logra_kernels import Attributor, RawCurvature, Store
+from logra_kernels.attribution import compress_store
 from logra_kernels.cli import main
 from logra_kernels.store import StoreWriter, verify_store
-from logra_kernels.store.codecs import Float16
 from logra_kernels.store.files import DATA_OFFSET_BYTES
 from logra_kernels.store.manifest import seal
+from logra_kernels.store.tensors import read_tensors
 
 SLOWEST_S = 20
 CALLS_A_CHILD = 50
@@ -52,21 +53,28 @@ PROJECTION = {"layer.0.up.in": np.arange(12, dtype=np.float32).reshape(3, 4)}
 SEALED = ("reseal", "sealed flip")
 
 
-def intact_store(folder: Path) -> tuple[Path, torch.Tensor]:
-    """A float16 store of 40 rows in three shards, with a curvature and cached norms; its scores.
+def intact_store(folder: Path, dtype: str) -> tuple[Path, torch.Tensor]:
+    """A store of 40 rows in three shards, with a curvature and cached norms; its scores.
 
-    Rows of the second shard have exponents of their own.
+    Rows of the second shard have exponents of their own, if they are float16; others are
+    whitened and rotated.
     """
     rows = gradients(40)
     rows[20:23, :12] *= 2.0**-60
-    store = make_store(folder / "intact", rows, shard_rows=16, projection_tensors=PROJECTION)
+    store = make_store(folder / "float16", rows, shard_rows=16, projection_tensors=PROJECTION)
     assert store.manifest["version"] == 2
     RawCurvature.rebuild(store).save(store)
-    return folder / "intact", read_all(folder / "intact")
+    if dtype != "float16":
+        store = compress_store(Store.open(store.path), folder / dtype, dtype, shard_rows=16)
+        assert "whitening" in store.manifest
+    return store.path, read_all(store.path)
 
 
 def read_all(path: Path) -> torch.Tensor:
-    """Everything a user reads: [Q, N] l-RelatIF scores; ids, metadata and rows on the way."""
+    """Everything a user reads: [Q, N] scores; ids, metadata and rows on the way.
+
+    The scores are l-RelatIF's, or, of rows that do not tell their norms, plain products.
+    """
     store = Store.open(path)
     store.ids.to_pylist()
     store.metadata(range(store.num_rows))
@@ -74,17 +82,29 @@ def read_all(path: Path) -> torch.Tensor:
     store.load_tensors()
     for name in store.curvatures:
         store.load_curvature(name)
-    return Attributor(store).scores(QUERIES, "l-relatif").scores
+    attributor = Attributor(store)
+    scores = attributor.scores(QUERIES, "l-relatif").scores
+    return scores if store.codec.faithful else attributor.scores(QUERIES).scores
 
 
 def resume(path: Path) -> None:
     """Go on with the store, as the run that made it would."""
+    manifest = Store.open(path).manifest
+    whitening = None
+    if "whitening" in manifest:
+        entry = manifest["whitening"]
+        whitening = read_tensors(path / entry["file"], entry["sha256"])
     with StoreWriter.create(
-        path, modules=MODULES, projection_tensors=PROJECTION, resume=True, duplicates="skip"
+        path,
+        modules=MODULES,
+        dtype=manifest["dtype"],
+        projection_tensors=PROJECTION,
+        rotation=None if whitening is None else 0,
+        whitening=whitening,
+        resume=True,
+        duplicates="skip",
     ) as writer:
-        row = gradients(1, seed=9).numpy()
-        exponents = writer.module_exponents or []
-        stored, scale, own = Float16().encode(row, writer.layout, exponents)
+        stored, scale, own = writer.encode(gradients(1, seed=9).numpy())
         writer.append(["new"], stored, scale, row_exponents=own)
     assert Store.open(path).row_of("new") in (0, 40)
 
@@ -120,6 +140,7 @@ def sealed_flip(path: Path, pick: random.Random) -> None:
     entries = [shard["ids"] for shard in manifest["shards"]]
     entries += [shard["exponents"] for shard in manifest["shards"] if "exponents" in shard]
     entries += [manifest["projection_tensors"], manifest["curvature"]["raw"]]
+    entries += [manifest["whitening"]] if "whitening" in manifest else []
     entry = pick.choice(entries)
     data = bytearray((path / entry["file"]).read_bytes())
     begin = DATA_OFFSET_BYTES if entry["file"].endswith(".npy") else 0
@@ -137,6 +158,7 @@ def lead_out(path: Path, pick: random.Random) -> None:
     """A link to what lies beside the store, where the package would write."""
     (key,) = (path / "self_influence").iterdir()
     names = ["manifest.json", "shard-00003.npy", "shard-00003.ids.arrow", "shard-00003.scale.npy"]
+    names += ["shard-00003.plane0.npy"]
     links = [path / f"{name}.tmp" for name in names]
     links += [path / "lock", key / "lock", key / "key.json.tmp"]
     links += [path / "self_influence", path / "curvature", path / "projection", key]
@@ -287,12 +309,13 @@ def fuzz() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float16", help="float16, int8, int4, int2, sign")
     options = parser.parse_args()
     torch.set_num_threads(1)
     ended: Counter[str] = Counter()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        intact, want = intact_store(Path(folder))
+        intact, want = intact_store(Path(folder), options.dtype)
         resume(Path(shutil.copytree(intact, Path(folder) / "resumed")))
         first = options.seed * 1_000_003
         for begin in range(first, first + options.calls, CALLS_A_CHILD):

@@ -348,6 +348,25 @@ def test_pca_from_statistics_in_two_passes(tmp_path: Path, model: nn.Module, dat
     assert reader.compute_influence_all()["influence"].shape == (2, COUNT)
 
 
+def test_eigen_from_statistics_in_a_file_of_settings(
+    tmp_path: Path, model: nn.Module, data: Data
+) -> None:
+    lora = {"init": "eigen", "coordinates": 40}
+    run = logix.init("toy", {"lora": lora}, root_dir=str(tmp_path))
+    run.watch(model)
+    run.setup({"forward": ["covariance"], "backward": ["covariance"]})
+    log_all(run, model, data)
+    run.add_lora()
+    run.setup({"save": "grad", "statistic": "diagonal"})
+    log_all(run, model, data)
+    run.finalize()
+    assert run.store.layout.dim == 40
+    assert run.store.projection["kind"] == "eigen"
+    run.setup({"log": "grad"})
+    log_queries(run, model, data, slice(2))
+    assert run.compute_influence_all()["influence"].shape == (2, COUNT)
+
+
 def test_pca_without_statistics_is_refused(tmp_path: Path, model: nn.Module, data: Data) -> None:
     run = make_run(tmp_path, model, rank=None)
     with refuse("init: 'pca' is made from a pilot: pass some examples inside `with "):

@@ -19,7 +19,7 @@ from logra_kernels.capture.layers import make_layer
 from logra_kernels.curvature import KroneckerCurvature, RawCurvature
 from logra_kernels.curvature.moment import SequenceMoments
 from logra_kernels.defaults import SCAN_MODES
-from logra_kernels.projection import PilotProjection
+from logra_kernels.projection import PilotProjection, stored_projections
 from logra_kernels.projection.pilot import Basis, staircase
 from logra_kernels.store import Store
 
@@ -263,7 +263,7 @@ def test_scores_of_whitened_rows_are_those_of_the_coordinates(
 
 def test_only_the_diagonal_goes_with_scaled_rows(tmp_path: Path) -> None:
     store = piloted(tmp_path, "mlp", coordinates=90).store
-    with pytest.raises(ValueError, match="which 'raw' would damp by their scale; 'diagonal' is"):
+    with pytest.raises(ValueError, match="which 'raw' would damp by their scale; 'diagonal' and"):
         Attributor(store, RawCurvature.rebuild(store))
     run = Run("toy", Config(root_dir=str(tmp_path)))
     run.initialize_from_log()
@@ -309,6 +309,62 @@ def test_the_rows_do_not_depend_on_the_batches(tmp_path: Path) -> None:
         assert torch.equal(rows_of(store), rows_of(stores[0]))
 
 
+@pytest.mark.parametrize("kind", ["kfac", "kfac-reduce"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_eigen_from_statistics_is_the_pilots(tmp_path: Path, name: str, kind: str) -> None:
+    """`add_lora(init="eigen")` after a pass with statistics: the same examples, the same rows.
+
+    With and without finalize between, from a store that holds them, and with rows in float16.
+    The scales come from E‖G‖², which is of float32 gradients here, of float64 products there.
+    """
+    moments = "reduce" if kind == "kfac-reduce" else "expand"
+    pilot = piloted(tmp_path / "pilot", name, coordinates=60, moments=moments).store
+    model, loss, mask = SAMPLES[name]()
+    for way in ("at once", "finalized", "opened", "float16"):
+        dtype = "float16" if way == "float16" else "float32"
+        config = Config(root_dir=str(tmp_path / way), dtype=dtype)
+        run = Run("toy", config)
+        run.watch(model, name_filter=PARTS[name], bias=True)
+        run.setup({"statistic": kind})
+        log(run, model, loss, mask, 4)
+        if way in ("finalized", "opened"):
+            run.finalize()
+        if way == "opened":
+            run = Run("toy", config)
+            run.watch(model, name_filter=PARTS[name], bias=True)
+            run.initialize_from_log()
+        run.add_lora(init="eigen", coordinates=60)
+        run.setup({"save": "grad", "statistic": "diagonal"})
+        log(run, model, loss, mask, 4)
+        run.finalize()
+        described = {**run.store.projection, "sha256": pilot.projection["sha256"]}  # of scales too
+        assert described == pilot.projection
+        for module, found in stored_projections(run.store).items():
+            want = stored_projections(pilot)[module]
+            for key in ("proj_in", "proj_out", "coordinates"):
+                assert torch.equal(getattr(found, key), getattr(want, key))
+            assert found.scale is not None
+            assert want.scale is not None
+            assert torch.allclose(found.scale, want.scale, rtol=1e-6, atol=0)
+        if dtype == "float32":
+            assert torch.allclose(rows_of(run.store), rows_of(pilot), rtol=1e-5, atol=1e-7)
+
+
+def test_coordinates_out_of_range_leave_the_statistics(tmp_path: Path) -> None:
+    model, loss, mask = gpt()
+    run = Run("toy", Config(root_dir=str(tmp_path)))
+    watch(run, model, "gpt", None, True)
+    run.setup({"statistic": "kfac"})
+    log(run, model, loss, mask, 4)
+    bad: list[Any] = [3, 1 << 30, 10.0]
+    for coordinates in bad:
+        with pytest.raises(ValueError, match=r"coordinates: expected 4 \(one a module\) to"):
+            run.add_lora(init="eigen", coordinates=coordinates)
+    run.add_lora(init="eigen", coordinates=90)
+    assert run.layout.dim == 90
+    assert (run.config.init, run.config.coordinates) == ("eigen", 90)
+
+
 def test_a_pilot_that_is_left_changes_nothing(tmp_path: Path) -> None:
     model, loss, mask = gpt()
     run = Run("toy", Config(root_dir=str(tmp_path)))
@@ -350,11 +406,16 @@ def test_what_a_pilot_refuses(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message), run.pilot(**options):
             pass
     with pytest.raises(ValueError, match=r"init: 'eigen' is made from a pilot"):
-        run.add_lora(rank=3, init="eigen")
+        run.add_lora(coordinates=90, init="eigen")
+    with pytest.raises(ValueError, match=r"rank: init='eigen' takes coordinates, and no rank, got"):
+        run.add_lora(rank=3, init="eigen", coordinates=90)
+    for init, coordinates in (("eigen", None), ("pca", 90), ("random", 90)):
+        with pytest.raises(ValueError, match="coordinates: expected a number with init 'eigen', a"):
+            run.add_lora(init=init, coordinates=coordinates)
     with run.pilot("eigen", coordinates=90):
         log(run, model, loss, mask, 4)
     run.setup({"save": "grad", "statistic": "kfac"})
-    with pytest.raises(ValueError, match="'diagonal' is their curvature"):
+    with pytest.raises(ValueError, match="'diagonal' and 'shrunk' are their curvatures"):
         log(run, model, loss, mask, 4)
 
 

@@ -12,9 +12,20 @@ from torch import Tensor, nn
 
 from logra_kernels import Attributor, Config, InfluenceResult, Run
 from logra_kernels.attribution import influence_between
+from logra_kernels.capture.short_examples import ShortExamples, ShortRows
+from logra_kernels.curvature.whitening import Rotated
 from logra_kernels.defaults import SCAN_MODES
 
 IDS = [f"row{n}" for n in range(COUNT)]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.twice = nn.Linear(6, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(torch.tanh(self.twice(torch.tanh(self.once(x)))))  # type: ignore[no-any-return]
 
 
 class Logged:
@@ -105,6 +116,76 @@ def test_scores_are_those_of_a_store(name: str, kind: str, batch: int, tmp_path:
             else:
                 want = attributor.top_k(logged.queries, top_k, mode)
             assert_same(streamed.result(), want, rows_differ=batch != 4)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "limit", "used"),
+    [("gpt", 5, 16), ("gpt", 9, 36), ("gpt", 1, 0), ("mlp", 4, 27), ("cnn", 30, 36)],
+)
+def test_norms_of_short_examples_come_from_their_tokens(
+    name: str, limit: int, used: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1e-5 of a query's largest score: products of float32 in another order."""
+    logged = Logged(tmp_path, name, "ekfac")
+    monkeypatch.setattr(Rotated, "token_limit", limit)
+    rows: list[int] = []
+    of_tokens = Rotated.squares_of_tokens
+
+    def counted(self: Rotated, *operands: Tensor) -> Tensor:
+        rows.append(len(operands[2]) - 1)
+        return of_tokens(self, *operands)
+
+    monkeypatch.setattr(Rotated, "squares_of_tokens", counted)
+    attributor = logged.attributor()
+    for mode in ("l-relatif", "theta-relatif"):
+        rows.clear()
+        with logged.run.streamed(logged.queries, mode) as streamed:
+            logged.passes(batch)
+        assert_same(streamed.result(), attributor.scores(logged.queries, mode), rows_differ=True)
+        assert sum(rows) == used
+    with logged.run.streamed(logged.queries, "l-relatif", ids=["row8", "row3"]) as streamed:
+        logged.passes(batch)
+    found = streamed.result()
+    want = attributor.scores(logged.queries, "l-relatif").scores[
+        :, [IDS.index(n) for n in found.row_ids]
+    ]
+    assert torch.allclose(found.scores, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_a_module_that_is_called_twice_has_its_norms_from_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient is a sum over calls. Packed examples are short or long each by itself."""
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(13, 6)
+    run = Run("toy", Config(root_dir=str(tmp_path), dtype="float32"))
+    run.watch(model, bias=True)
+    run.setup({"save": "grad", "statistic": "ekfac"})
+
+    def passed() -> None:
+        with run(["a", "b", "c"], cu_seqlens=[0, 2, 9, 13]):
+            model(x).square().sum().backward()
+
+    passed()
+    run.finalize()
+    run.eval()
+    monkeypatch.setattr(Rotated, "token_limit", 4)
+    taken: list[tuple[str, list[int]]] = []
+    of = ShortExamples.of
+
+    def noted(self: ShortExamples, name: str, places: list[int]) -> ShortRows | None:
+        found = of(self, name, places)
+        taken.append((name, [] if found is None else found.rows))
+        return found
+
+    monkeypatch.setattr(ShortExamples, "of", noted)
+    queries = torch.from_numpy(run.store.take([1, 2]))
+    with run.streamed(queries, "l-relatif") as streamed:
+        passed()
+    assert taken == [("once", [0, 2]), ("twice", [])]
+    want = run.attributor().scores(queries, "l-relatif")
+    assert_same(streamed.result(), want, rows_differ=True)
 
 
 def test_groups_and_names_of_queries(toy: Logged) -> None:

@@ -47,7 +47,7 @@ class BFloat16(RowCodec):
 class Nibbles(RowCodec):
     """Two elements a byte, whole numbers from -8 to 7, with scales and exponents."""
 
-    name = "int4"
+    name = "nibbles"
     dtype = np.dtype("u1")
     scaled = True
 
@@ -141,17 +141,15 @@ def test_what_a_new_codec_refuses(tmp_path: Path, new_codec: RowCodec) -> None:
 def test_an_unknown_codec_is_named_with_those_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert codec_names() == ("float16", "float32", "int8")
-    with pytest.raises(StoreError, match="expected one of float16, float32, int8, got 'int4'"):
-        row_codec("int4")
+    assert codec_names() == ("float16", "float32", "int8", "int4", "int2", "sign")
+    with pytest.raises(StoreError, match="one of float16, float32, int8, int4, int2, sign, got 'n"):
+        row_codec("nibbles")
     with pytest.raises(StoreError, match="codec: expected a new name, got 'float16', which is"):
         register_codec(row_codec("float16"))
     with monkeypatch.context() as patch:
-        patch.setitem(base._codecs, "int4", Nibbles())
-        written(tmp_path, row_codec("int4"), gradients(3))
-    with pytest.raises(
-        StoreFormatError, match='expected "float16" or "float32" or "int8", got "int4'
-    ):
+        patch.setitem(base._codecs, "nibbles", Nibbles())
+        written(tmp_path, row_codec("nibbles"), gradients(3))
+    with pytest.raises(StoreFormatError, match='or "int2" or "sign", got "nibbles'):
         Store.open(tmp_path)
 
 
@@ -175,4 +173,4 @@ def test_numpy_and_the_ops_give_the_same_bits(name: str) -> None:
     decoded = codec.decode(stored, scale, own, LAYOUT, EXPONENTS)
     back = tensor_rows.decode(codec, got, got_scale, got_own, LAYOUT, EXPONENTS)
     np.testing.assert_array_equal(back.numpy(), decoded)
-    assert tensor_rows.scanned(codec, got, LAYOUT) is got
+    assert tensor_rows.scanned(codec, [got], LAYOUT) is got

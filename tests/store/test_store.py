@@ -43,13 +43,14 @@ from logra_kernels.store import (
     StoreLockedError,
     StoreMismatchError,
     StoreWriter,
+    codec_names,
 )
 from logra_kernels.store.codecs import Float16, base
 from logra_kernels.store.folder import discard_empty
 from logra_kernels.store.writer import append_finite
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", codec_names())
 @pytest.mark.parametrize("shard_rows", [1, 3, 4, 11, 100])
 def test_what_goes_in_comes_out(tmp_path: Path, dtype: str, shard_rows: int) -> None:
     ids = list(range(11))
@@ -292,7 +293,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"modules": [("a", 1, 1)]}, r"modules: expected Module\(name, ko, ki\), got \('a', 1, 1\)"),
     ({"modules": [Module("a", 0, 1)]}, "modules: ko of 'a': expected a positive integer, got 0"),
     ({"modules": [Module("a", 1, 1)] * 2}, "modules: the name 'a' is there twice"),
-    ({"dtype": "int7"}, "dtype: expected one of float16, float32, int8, got 'int7'"),
+    (
+        {"dtype": "int7"},
+        "dtype: expected one of float16, float32, int8, int4, int2, sign, got 'int7'",
+    ),
     ({"duplicates": "keep"}, "duplicates: expected 'error' or 'skip', got 'keep'"),
     ({"shard_rows": 0}, "shard_rows: expected a positive integer, got 0"),
     ({"queue_bytes": 1.5}, "queue_bytes: expected a positive integer, got 1.5"),

@@ -67,10 +67,12 @@ def fill(writer: StoreWriter) -> None:
         *[("open", number) for number in (1, 2, 3, 4, 5, 6, 7, 13)],
     ],
 )
+@pytest.mark.parametrize("dtype", ["float16", "int4"])
 def test_a_full_disk_at_any_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, dtype: str
 ) -> None:
-    writer = writer_of(tmp_path / "s")
+    """A shard of int4 rows has four files of them, so that the calls lie elsewhere in it."""
+    writer = writer_of(tmp_path / "s", dtype=dtype)
     refusal = Refusal(monkeypatch, name, number)
     with pytest.raises(StoreWriteError) as caught:
         fill(writer)
@@ -86,12 +88,13 @@ def test_a_full_disk_at_any_call(
     assert not store.finalized
     assert set(os.listdir(tmp_path / "s")) == {"lock", "manifest.json", *listed_files(store)}
 
-    with writer_of(tmp_path / "s", resume=True, duplicates="skip") as writer:
+    options = {"resume": True, "duplicates": "skip"}
+    with writer_of(tmp_path / "s", dtype=dtype, **options) as writer:
         fill(writer)
     store = Store.open(tmp_path / "s")
     assert store.verify() == []
     assert store.ids.to_pylist() == [str(value) for value in range(15)]
-    np.testing.assert_array_equal(stored_rows(store), rows_of(list(range(15))))
+    np.testing.assert_array_equal(stored_rows(store), rows_of(list(range(15)), dtype))
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,13 @@ def make_store(
                 found = [int(np.frexp(v)[1]) if v else 0 for v in largest]
                 writer.set_module_exponents(found if exponents is None else exponents)
             assert writer.module_exponents is not None
-            packed, scale, own = encode(writer.codec, rows, writer.layout, writer.module_exponents)
-            assert scale is not None
-            writer.append(names, packed.numpy(), scale.numpy(), row_exponents=own)
+            if writer.basis.plain:
+                of = writer.layout, writer.module_exponents
+                packed, scale, own = encode(writer.codec, rows, *of)
+                assert scale is not None
+                writer.append(names, packed.numpy(), scale.numpy(), row_exponents=own)
+            else:
+                writer.append(names, *writer.encode(rows.numpy())[:2])
     return Store.open(path)
 
 
@@ -172,9 +176,10 @@ def assert_influence(
     The scan adds D = 44 float32 products of a rounded u and an exact g: D 2**-24 |u||g| = 3e-6
     |u||g| at the most. The normaliser, a norm of K <= 25 sums of K products, adds its relative
     error, 2e-6 for |W||g| = |W g|. Over int8 rows a query is rounded to multiples of its largest
-    element / 32639: by sqrt(D) / 65278 = 1.1e-4 of |u| at the most.
+    element / 32639: by sqrt(D) / 65278 = 1.1e-4 of |u| at the most; over bit planes to multiples
+    of its largest element / 127: by sqrt(D) / 254 = 2.7e-2.
     """
-    rounding = 1.2e-4 if dtype == "int8" else 1e-5
+    rounding = {"int8": 1.2e-4, "int4": 2.7e-2, "int2": 2.7e-2, "sign": 2.7e-2}.get(dtype, 1e-5)
     want, allowed = truth.scores(mode), rounding * truth.allowance(mode)
     if order is not None:
         want, allowed = want[:, order], allowed[:, order]

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import refusals
 
-from logra_kernels.store import Module, Store, StoreError, StoreFormatError, StoreWriter
+from logra_kernels.store import (
+    Module,
+    RowLayout,
+    Store,
+    StoreError,
+    StoreFormatError,
+    StoreWriter,
+    row_codec,
+)
+from logra_kernels.store.basis import Basis
 from logra_kernels.store.manifest import seal
 
 MODULES = [Module("layers.0.mlp", 2, 3), Module("layers.1.mlp", 1, 4)]
@@ -21,8 +30,14 @@ unreadable = partial(refusals.refused, error=StoreFormatError)
 
 
 def rows_of(ids: list[int], dtype: str = "float16") -> np.ndarray:
-    """[n, D]: integers that float16 holds exactly, different in each row and column."""
-    grid: np.ndarray = np.add.outer(31 * np.asarray(ids, np.int64), 7 * np.arange(DIM))
+    """[n, W]: integers that float16 holds exactly, different in each row and column; or planes."""
+    codec = row_codec(dtype)
+    columns = codec.columns(RowLayout.of(MODULES))
+    grid: np.ndarray = np.add.outer(31 * np.asarray(ids, np.int64), 7 * np.arange(columns))
+    if columns != DIM:  # two bytes for each plane: eight columns, and two
+        planes = (grid * 37 % 256).astype(np.uint8)
+        planes[:, 1::2] &= 3
+        return planes
     if dtype == "int8":
         return (grid % 255 - 127).astype(dtype)
     return (grid % 2039 - 1019).astype(dtype)
@@ -36,6 +51,9 @@ def scales_of(ids: list[int]) -> np.ndarray:
 
 def unpacked(ids: list[int], dtype: str = "float16") -> np.ndarray:
     """[n, D] float32: what the packed rows mean, by the formula of FORMAT.md."""
+    if not row_codec(dtype).faithful:
+        stored = rows_of(ids, dtype), scales_of(ids), None
+        return Basis(RowLayout.of(MODULES), EXPONENTS, 0).decode(row_codec(dtype), *stored)
     factors: np.ndarray = np.repeat([2.0**value for value in EXPONENTS], [6, 4])  # [D]
     wide: np.ndarray = (
         rows_of(ids, dtype).astype(np.float64)
@@ -71,14 +89,15 @@ def stored_rows(store: Store) -> np.ndarray:
     return np.concatenate([shard.rows for shard in store.shards])
 
 
-def full_store(path: Path) -> Store:
-    """Eight rows in three shards, with everything that version 1 knows."""
+def full_store(path: Path, dtype: str = "float16") -> Store:
+    """Eight rows in three shards, with everything that the format knows."""
     projection = {"layers.0.mlp.in": np.arange(6, dtype=np.float32).reshape(2, 3)}
     with writer_of(
         path,
         projection={"kind": "random", "seed": 7, "scaling": [0.5, 1.0]},
         projection_tensors=projection,
         fingerprints={"model": {"name": "tiny"}, "data": None},
+        dtype=dtype,
     ) as writer:
         append(writer, list(range(8)), metadata=[{"text": f"passage {row}"} for row in range(8)])
     store = Store.open(path)
@@ -136,20 +155,18 @@ def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def wide_store(path: Path, dtype: str = "float16", shard_rows: int = 7, dim: int = 3001) -> Store:
-    """23 rows of 6,002 or 12,004 bytes: no block ends on a page."""
-    rows = np.arange(23 * dim).reshape(23, dim) % 2039
-    with StoreWriter.create(
-        path, modules=[Module("m", 1, dim)], dtype=dtype, shard_rows=shard_rows
-    ) as writer:
-        if writer.codec.scaled:
+    """23 rows of 6,002 or 12,004 bytes, or planes of 376: no block ends on a page."""
+    modules = [Module("m", 1, dim)]
+    codec = row_codec(dtype)
+    columns = codec.columns(RowLayout.of(modules))
+    rows = np.arange(23 * columns).reshape(23, columns) % 2039
+    if np.issubdtype(codec.dtype, np.integer):
+        rows = rows % 255 - (127 if codec.dtype == np.int8 else 0)
+    with StoreWriter.create(path, modules=modules, dtype=dtype, shard_rows=shard_rows) as writer:
+        if codec.scaled:
             writer.set_module_exponents([0])
-            writer.append(
-                range(23),
-                (rows % 255 - 127 if dtype == "int8" else rows).astype(dtype),
-                np.ones(23, np.float32),
-            )
-        else:
-            writer.append(range(23), rows.astype(dtype))
+        scales = np.ones(23, np.float32) if codec.scaled else None
+        writer.append(range(23), rows.astype(codec.dtype), scales)
     return Store.open(path)
 
 

@@ -125,6 +125,19 @@ LOGRA_CUDA_API logra_cuda_status logra_cuda_projected_gradients(
     const logra_cuda_matrix* proj_in, const logra_cuda_matrix* proj_out, float* out, void* workspace,
     size_t workspace_bytes, logra_cuda_stream stream);
 
+/* Some elements of these gradients, each scaled: out [num_examples, count] float32, contiguous. `positions`
+ * [Ko, Ki] int32, contiguous, has the place of an element in its row of out, 0 to count - 1, each for one
+ * element, or -1 where no row holds it; tiles of the gradient without any are not computed. scale [count]
+ * float32; NULL: ones. The rest as in projected_gradients. */
+LOGRA_CUDA_API size_t logra_cuda_projected_coordinates_workspace(
+    const logra_cuda_examples* examples, const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+    const logra_cuda_matrix* proj_in, const logra_cuda_matrix* proj_out, int64_t count);
+LOGRA_CUDA_API logra_cuda_status logra_cuda_projected_coordinates(
+    const logra_cuda_examples* examples, const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+    const logra_cuda_matrix* proj_in, const logra_cuda_matrix* proj_out, int64_t count,
+    const int32_t* positions, const float* scale, float* out, void* workspace, size_t workspace_bytes,
+    logra_cuda_stream stream);
+
 /* out[t * K + k] = <x[t], proj[k]>, float32; x and proj of one dtype. */
 LOGRA_CUDA_API logra_cuda_status logra_cuda_project(const logra_cuda_matrix* x, const logra_cuda_matrix* proj,
                                                     float* out, logra_cuda_stream stream);

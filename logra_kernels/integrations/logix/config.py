@@ -143,6 +143,7 @@ _SECTIONS: dict[str, dict[str, Reader]] = {
     "lora": {
         "init": _as("init"),
         "rank": _as("rank"),
+        "coordinates": _as("coordinates"),
         "seed": _as("seed"),
         "parameter_sharing": _only(False, "every module has a projection of its own"),
         "parameter_sharing_groups": _only(None, "every module has a projection of its own"),

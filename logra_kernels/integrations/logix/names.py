@@ -27,7 +27,7 @@ _REFUSED = {
     "save_lora": "finalize keeps the projection in the store",
     "save_state": "finalize keeps the curvature in the store",
     "set_logging_config": "give init its options, such as dtype= or shard_bytes=",
-    "set_lora_config": "give add_lora rank=, init= and seed=",
+    "set_lora_config": "give add_lora rank= or coordinates=, init= and seed=",
     "update": "call setup before the first pass",
     "watch_activation": "only gradients of layers are logged: watch(model, ...)",
 }

@@ -71,6 +71,7 @@ class LogixRun(Run):
         rank: int | tuple[int, int] | nn.Module | None = None,
         init: str | None = None,
         *,
+        coordinates: int | None = None,
         seed: int | None = None,
         type_filter: Sequence[type[nn.Module]] | None = None,
         name_filter: Sequence[str] | None = None,
@@ -87,7 +88,13 @@ class LogixRun(Run):
         if isinstance(rank, nn.Module):
             rank, model = None, rank
         super().add_lora(
-            rank, init, seed=seed, type_filter=type_filter, name_filter=name_filter, model=model
+            rank,
+            init,
+            coordinates=coordinates,
+            seed=seed,
+            type_filter=type_filter,
+            name_filter=name_filter,
+            model=model,
         )
 
     def log(self, data_id: Any, mask: Tensor | None = None) -> None:

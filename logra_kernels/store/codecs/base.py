@@ -42,6 +42,14 @@ class RowCodec:
     """The lowest format version whose readers know the codec."""
     scan_as_stored: bool = False
     """Whether `ops.scores` takes the stored values in the place of their elements."""
+    rotated: bool = False
+    """Whether rows may be whitened and rotated before they are stored, and are if nothing is said:
+    then the columns of what is stored are no module's, and no row has exponents of its own."""
+    faithful: bool = True
+    """Whether norms of stored rows, and sums over them, may stand for those of the rows."""
+    data: tuple[str, ...] = ("data",)
+    """The keys in the manifest of the files that hold a stored row, an equal share of its columns
+    each."""
     scales: str = "powers of two"
     """What `good_scales` asks for, for messages."""
 
@@ -71,6 +79,14 @@ class RowCodec:
         """W, the number of stored values of a row."""
         return layout.dim
 
+    def first(self, planes: int) -> RowCodec:
+        """The codec that reads the first of a row's files alone, with coarser elements.
+
+        Raises:
+            StoreError: there are no so many, or a row is in one file.
+        """
+        raise StoreError(f"planes: expected a codec of bit planes, got {self.name}")
+
     def row_bytes(self, layout: RowLayout) -> int:
         """The size of a stored row, without its scale."""
         return self.columns(layout) * self.dtype.itemsize
@@ -85,9 +101,10 @@ class RowCodec:
             layout: the modules of a row.
             row_exponents: whether the shard keeps them.
         """
-        arrays: dict[str, tuple[str, tuple[int, ...]]] = {
-            "data": (self.dtype.str, (num_rows, self.columns(layout)))
-        }
+        shape = num_rows, self.columns(layout) // len(self.data)
+        arrays: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(
+            self.data, (self.dtype.str, shape)
+        )
         if self.scaled:
             arrays["scale"] = (SCALE_DTYPE.str, (num_rows,))
         if row_exponents:

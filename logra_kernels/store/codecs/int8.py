@@ -26,6 +26,7 @@ class Int8(RowCodec):
     scaled = True
     version = 2
     scan_as_stored = True
+    rotated = True
     scales = "positive numbers"
 
     def encode(self, rows: np.ndarray, layout: RowLayout, exponents: Sequence[int] = ()) -> Encoded:
