@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 NEGLIGIBLE = 1e-9  # of the rows that are expected to exceed an exact score
+HALVINGS = 24
 NORMAL_QUANTILE = 1.96  # of a two-sided interval of 95 %
 
 
@@ -103,6 +104,24 @@ class CoarseEnd:
             torch.cat([weights, stands], dim=1),
             scores.shape[1],
         )
+
+    def last(self, model: ErrorModel, k: int, least: Tensor) -> Tensor:
+        """[Q, 1] float64: the k-th best exact score as the model expects it, at least `least`.
+
+        It is where k rows are expected to exceed it, found by halving.
+        """
+        high = (model.slope * self.scores.double() + 8 * model.spread * self.sizes).amax(
+            dim=1, keepdim=True
+        )
+        low = least
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            above = (self.weights * model.chances(self.scores, self.sizes, middle)).sum(1, True)
+            low, high = (
+                torch.where(above >= k, middle, low),
+                torch.where(above >= k, high, middle),
+            )
+        return torch.where(low.isfinite(), torch.maximum(low, least), least)
 
     def missed(self, model: ErrorModel, last: Tensor, stretch: float = 1.0) -> Tensor:
         """[Q, L + 1] float64: how many rows behind the first 0 … L likely exceed `last`."""

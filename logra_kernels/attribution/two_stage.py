@@ -156,8 +156,8 @@ class TwoStage:
             _, high = errors.stretches()  # the wider spread, so that the recall is kept
             ends = _ends(coarse, sampled, sample, sizes)
             enough = [
-                end.missed(errors, last, high) <= (1 - recall) * k
-                for end, last in zip(ends, lasts, strict=True)
+                end.missed(errors, end.last(errors, k, least), high) <= (1 - recall) * k
+                for end, least in zip(ends, lasts, strict=True)
             ]  # [Q, listed + 1]
             if listed == rows or all(bool(of_end[:, -1].all()) for of_end in enough):
                 counts = [of_end.double().argmax(dim=1).clamp(min=k) for of_end in enough]
@@ -290,7 +290,10 @@ class TwoStage:
         if norm is None:
             preconditioner = IdentityPreconditioner(store.layout)
         device = self.scan.device
-        return Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
+        norms = Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
+        if norm is not None:
+            norms.settle()
+        return norms
 
     def _sample_scores(self, prepared: PreparedQueries, mode: str) -> Tensor:
         """The coarse scores of the sampled rows, [Q, S] float32."""

@@ -508,7 +508,9 @@ def test_bad_attributor(tmp_path: Path, store: Store) -> None:
     empty = make_store(tmp_path / "empty", gradients(0))
     refused("empty: the store holds no rows; log some first", Attributor, empty, "none")
     refused("block_rows: expected at least 1, got 0", Attributor, store, "none", block_rows=0)
-    with pytest.raises(ValueError, match=r"curvature: expected .*'raw', 'none', .* got 'hessian'"):
+    with pytest.raises(
+        ValueError, match=r"curvature: expected .*'raw', .*'none', .* got 'hessian'"
+    ):
         Attributor(store, "hessian")
     other = RawCurvature(MODULES[:2])
     refused("curvature: expected the store's modules", Attributor, store, other)

@@ -162,7 +162,8 @@ def test_resident_rows_are_read_once_and_must_fit(
     assert len(blocks_read) == 3 * 3 + 2  # 40 rows in blocks of 16, 30 rows
     for shard in store.shards:
         shard.path.unlink()
-        shard.__dict__.pop("_rows", None)
+        for file in shard.files:
+            file.__dict__.pop("_rows", None)
     assert torch.equal(attributor.scores(QUERIES, "l-relatif").scores, want)
     assert torch.equal(attributor.top_k(QUERIES, 1).top_scores[:, 0], want.amax(dim=1))
     assert len(blocks_read) == 3 * 3 + 2
@@ -288,7 +289,8 @@ def status(key):
 
 def growth(store, reading):
     for shard in store.shards:
-        shard.__dict__.pop("_rows", None)
+        for file in shard.files:
+            file.__dict__.pop("_rows", None)
         descriptor = os.open(shard.path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)

@@ -87,7 +87,7 @@ def test_the_rows_are_read_once(
 
     def counted(self: Reading, use: Any, *others: Any) -> None:
         def counting(index: int, start: int, rows: Any) -> None:
-            fed.append(rows.shape[0])
+            fed.append(rows[0].shape[0])  # the first plane of the block
             use(index, start, rows)
 
         feed(self, counting, *others)
