@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logra_kernels.attribution.norms import NORM_OF_MODE, Norms
+from logra_kernels.attribution.norms import Norms, ShardNorms
 from logra_kernels.attribution.pipeline import HostLanes
 from logra_kernels.attribution.plan import check_rows
 from logra_kernels.attribution.reading import BLOCK_BYTES, Block, ShardRows, block_rows_of
@@ -95,16 +95,49 @@ class ComputedRows:
             yield shard.block(0, [rows.detach().float().to(self._device)])
 
 
+class FinerNorms:
+    """One kind of norm for rows by their numbers: those beside their store, where they are known.
+
+    Args:
+        preconditioner, norm, device: as in `Norms`.
+        rows: the rows.
+        store: which holds the rows; None for computed ones.
+    """
+
+    def __init__(
+        self,
+        preconditioner: Preconditioner,
+        norm: str,
+        rows: FinerRows,
+        device: torch.device,
+        store: Store | None,
+    ) -> None:
+        self.computed = Norms(preconditioner, norm, rows.basis.exponents, device)
+        self._stored: Norms | None = None
+        if store is not None:
+            self._stored = Norms(preconditioner, norm, store.module_exponents, device, store)
+            self._stored.settle()
+
+    def of(self, numbers: np.ndarray, rows: ShardRows) -> ShardNorms:
+        """The norms of the rows `numbers`, ascending, or room for those that are not known."""
+        found = None
+        if self._stored is not None:
+            self._stored.look_again()
+            found = self._stored.of_rows(numbers, rows.row_scale)
+        return self.computed.of_shard(rows) if found is None else found
+
+
 def score_rows(
     rows: FinerRows,
     numbers: np.ndarray,
-    preconditioner: Preconditioner,
+    norms: FinerNorms | None,
     sinks: Sequence[GroupScores],
-    device: torch.device,
 ) -> None:
     """Give every sink the rows `numbers`, ascending, under their places in `numbers`."""
-    norm = NORM_OF_MODE[sinks[0].plan.mode]
-    norms = None if norm is None else Norms(preconditioner, norm, rows.basis.exponents, device)
     for block in rows.blocks(numbers):
-        found = None if norms is None else norms.of_shard(block.shard)
-        use(block, norms, found, sinks)
+        if norms is None:
+            use(block, None, None, sinks)
+            continue
+        first = block.first_row
+        found = norms.of(numbers[first : first + block.shard.num_rows], block.shard)
+        use(block, norms.computed, found, sinks)

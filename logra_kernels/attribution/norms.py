@@ -145,6 +145,21 @@ class Norms:
             )
         return self._remembered[rows.index]
 
+    def of_rows(self, numbers: np.ndarray, row_scale: np.ndarray | None) -> ShardNorms | None:
+        """The known norms of the store's rows `numbers` [n], ascending; None if some are not known.
+
+        `row_scale` [n] is that of these rows.
+        """
+        assert self._store is not None
+        firsts = np.array([shard.first_row for shard in self._store.shards])
+        shards = np.searchsorted(firsts, numbers, side="right") - 1
+        indices = np.unique(shards).tolist()
+        if not all(map(self.known, indices)):
+            return None
+        parts = [self._load(i, numbers[shards == i] - firsts[i]) for i in indices]
+        found = np.concatenate(parts)
+        return ShardNorms(lambda: found, row_scale, self._units)
+
     def compute(self, block: Block, norms: ShardNorms) -> None:
         """Find the norms of a block's rows, while they are in cache, unless they are known.
 
@@ -194,10 +209,11 @@ class Norms:
         found = np.divide(norms, units, out=np.zeros_like(norms), where=units > 0)
         self._cache.write(rows.index, found.astype(np.float32))
 
-    def _load(self, index: int) -> np.ndarray:
+    def _load(self, index: int, places: np.ndarray | None = None) -> np.ndarray:
         if index in self._memory or self._cache is None:
-            return self._memory[index]
-        return self._cache.read(index)
+            values = self._memory[index]
+            return values if places is None else values[places]
+        return self._cache.read(index, places)
 
 
 @dataclass

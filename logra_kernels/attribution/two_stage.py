@@ -13,7 +13,13 @@ from torch import Tensor
 
 from logra_kernels.attribution.attributor import Attributor
 from logra_kernels.attribution.bounds import BoundedScores, FinerTerms, Multiplied
-from logra_kernels.attribution.finer import ComputedRows, ComputeRows, FinerRows, StoredRows
+from logra_kernels.attribution.finer import (
+    ComputedRows,
+    ComputeRows,
+    FinerNorms,
+    FinerRows,
+    StoredRows,
+)
 from logra_kernels.attribution.finer import score_rows as score_finer
 from logra_kernels.attribution.influence_result import Answer, InfluenceResult, StoredIds
 from logra_kernels.attribution.norms import NORM_OF_MODE, Norms, ShardNorms
@@ -72,6 +78,7 @@ class TwoStage:
             self._exact = ComputedRows(finer, scan.store.layout, scan.device)
         self._coarse = StoredRows(scan.store, scan.device)
         self._finer_scan: Attributor | None = None
+        self._norms_of_finer: dict[str, FinerNorms] = {}
         rows = scan.store.num_rows
         self._sample = np.random.default_rng(0).choice(rows, min(rows, SAMPLED), replace=False)
         self._sample.sort()
@@ -342,11 +349,22 @@ class TwoStage:
     def _plan(self, rows: FinerRows, prepared: PreparedQueries, mode: str) -> Plan:
         return plan_scan(prepared, mode, None, rows.basis, self.scan.device)[0]
 
+    def _finer_norms(self, mode: str) -> FinerNorms | None:
+        """What the finer scores of a mode are divided by."""
+        norm = NORM_OF_MODE[mode]
+        if norm is None:
+            return None
+        if norm not in self._norms_of_finer:
+            self._norms_of_finer[norm] = FinerNorms(
+                self.scan.preconditioner, norm, self._exact, self.scan.device, self._finer
+            )
+        return self._norms_of_finer[norm]
+
     def _exact_scores(self, prepared: PreparedQueries, mode: str, numbers: np.ndarray) -> Tensor:
         """The finer scores of some rows, [Q, n] float32 on the CPU."""
         upload = HostLanes(self.scan.device).upload
         sink = FullMatrix(self._plan(self._exact, prepared, mode), upload, len(numbers))
-        score_finer(self._exact, numbers, self.scan.preconditioner, [sink], self.scan.device)
+        score_finer(self._exact, numbers, self._finer_norms(mode), [sink])
         scores: Tensor = sink.result(prepared.names, (), {}).scores
         return scores
 
@@ -356,7 +374,7 @@ class TwoStage:
         """The k best and worst of the rows `numbers`, ascending, by their exact scores."""
         upload = HostLanes(self.scan.device).upload
         sink = TopK(self._plan(self._exact, prepared, mode), upload, k)
-        score_finer(self._exact, numbers, self.scan.preconditioner, [sink], self.scan.device)
+        score_finer(self._exact, numbers, self._finer_norms(mode), [sink])
         ids = StoredIds(self.scan.store)
         result = sink.result(prepared.names, ids, self.scan.dampings)
         # Places among the numbers, of which the lower is the lower row, become rows.

@@ -35,6 +35,7 @@ from logra_kernels.store.manifest import (
     read_json,
     seal,
 )
+from logra_kernels.store.maps import map_array
 
 KEY_FILE = "key.json"
 VALUES_DTYPE = "<f4"  # of the values, whatever the store's rows are
@@ -88,8 +89,8 @@ class SelfInfluenceCache:
             )
         ]
 
-    def read(self, index: int) -> np.ndarray:
-        """Shard `index`'s values, [r, M] float32, read into memory.
+    def read(self, index: int, places: np.ndarray | None = None) -> np.ndarray:
+        """Shard `index`'s values, [r, M] float32, read into memory; only those of some rows [n].
 
         Raises:
             StoreFormatError: there are none; `missing` lists such shards.
@@ -99,6 +100,11 @@ class SelfInfluenceCache:
         for name, of, _ in find_files(self.folder).get(index, []):
             if of == self._rows_crc[index]:
                 _check_values_file(self.folder / name, shape)
+                if places is not None:
+                    dtype = np.dtype(VALUES_DTYPE)
+                    values = map_array(self.folder / name, dtype, shape, DATA_OFFSET_BYTES)
+                    some: np.ndarray = values[places]
+                    return some
                 count = shape[0] * shape[1]
                 return read_array(self.folder / name, np.dtype(VALUES_DTYPE), count).reshape(shape)
         raise StoreFormatError(f"{self.folder}: expected the values of shard {index}, got none")

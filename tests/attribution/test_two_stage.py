@@ -21,6 +21,8 @@ from logra_kernels.attribution import (
     compress_store,
     influence_between,
 )
+from logra_kernels.attribution.norms import Norms, ShardNorms
+from logra_kernels.attribution.reading import Block
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.defaults import SCAN_MODES
 from logra_kernels.rows import share
@@ -195,6 +197,26 @@ def test_scores_of_candidates_have_the_finer_rows_bits(tmp_path: Path, mode: str
     assert found.query_ids[3] == "q3"
     assert found.answer.candidates == (40,) * 30
     assert_equal(two.top_k(queries, 5, mode, candidates=2 * ROWS), exact.top_k(queries, 5, mode))
+
+
+def test_known_norms_of_candidates_are_read_and_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two, exact = two_stages(tmp_path)
+    queries = odd_queries(odd_rows(), 20)
+    before = two.top_k(queries, 5, "l-relatif", candidates=20)
+    exact.self_influence()
+    made = []
+    compute = Norms.compute
+
+    def counted(self: Norms, block: Block, norms: ShardNorms) -> None:
+        made.append(norms.fresh)
+        compute(self, block, norms)
+
+    monkeypatch.setattr(Norms, "compute", counted)
+    assert_equal(two.top_k(queries, 5, "l-relatif", candidates=20), before)
+    assert made
+    assert not any(made)
 
 
 def recall_of(found: InfluenceResult, exact: InfluenceResult, k: int) -> float:
