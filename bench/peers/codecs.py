@@ -9,8 +9,7 @@ recall@20 of 200 queries is beside the exact float32 products, with nothing re-r
 give the 20 worst rows too. A query that comes alone and a batch of 64 are timed, all in turns.
 
 FAISS       SQ8, SQ4 (IndexScalarQuantizer), IndexRaBitQ, IndexRaBitQFastScan, IndexEDEN. RaBitQ is
-            trained on zeros: around the rows' mean it finds fewer of the best products. FastScan
-            sums in 16 bits, which is too few for sums over so many columns.
+            trained on zeros: around the rows' mean it finds fewer of the best products.
 turbovec    4 bits, calibrated on 1,024 of the rows, as its documentation says.
 RaBitQLib   IvfIndex of one cluster around 0, which is an exhaustive scan.
 """
