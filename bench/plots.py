@@ -45,7 +45,7 @@ PEERS = {"l-relatif": "l-RelatIF", "influence": "Influence (Eq. 3)"}  # the part
 # The lines of accuracy.png and brittleness.png.
 METHODS = {
     "eigenbasis": OUR_COLOUR,
-    "eigenbasis, shrunk": "#ea580c",
+    "eigenbasis, shrunk": "#166534",
     "eigenbasis, sequence moments": "#fb7185",
     "eigenbasis, pilot of 10%": "#f59e0b",
     "full EKFAC": "#111827",
@@ -149,7 +149,7 @@ def accuracy() -> Any:
     if not records:
         return None
     title = "LDS over the bytes that are kept of an example"
-    figure, axes = _figure(title, records[0], 3.5 * len(records) + 2.6, 4.4, len(records))
+    figure, axes = _figure(title, records[0], 3.5 * len(records) + 3.0, 4.4, len(records))
     for axis, record in zip(axes, records, strict=True):
         lines: dict[str, list[dict[str, Any]]] = {}
         for row in record["methods"]:
@@ -213,7 +213,7 @@ def brittleness() -> Any:
     if not records:
         return None
     title = "Rise of the loss without what a method ranks first"
-    figure, axes = _figure(title, records[0], 3.5 * len(records) + 2.6, 4.4, len(records))
+    figure, axes = _figure(title, records[0], 3.5 * len(records) + 3.0, 4.4, len(records))
     for axis, record in zip(axes, records, strict=True):
         lines: dict[str, list[dict[str, Any]]] = {}
         for row in record["methods"]:
@@ -258,13 +258,13 @@ def _legend(figure: Any, axes: Any, names: Iterable[str] = METHODS) -> None:
     order = sorted(handles, key=[*names, *handles].index)
     width = figure.get_size_inches()[0]
     figure.subplots_adjust(
-        left=0.45 / width, right=1 - 2.3 / width, top=0.78, bottom=0.12, wspace=0.22
+        left=0.45 / width, right=1 - 2.7 / width, top=0.78, bottom=0.12, wspace=0.22
     )
     figure.legend(
         [handles[label] for label in order],
         order,
         loc="upper left",
-        bbox_to_anchor=(1 - 2.25 / width, 0.82),
+        bbox_to_anchor=(1 - 2.65 / width, 0.82),
         frameon=False,
         fontsize=9,
     )

@@ -132,7 +132,11 @@ class Curvature(ABC):
     def rebuild(
         cls: type[C], store: Store, dtype: torch.dtype | None = None, progress: Progress = None
     ) -> C:
-        """The curvature of a store's rows, with the bits of one that was kept while logging."""
+        """The curvature of a store's rows, with the bits of one that was kept while logging.
+
+        Of rows in 4 bits and fewer it is that of the decoded rows, with their error in it: the one
+        that was kept while logging, or copied by `compress_store`, is that of the gradients.
+        """
         curvature = cls(store.layout, dtype)
         done = track(progress, store.num_rows, "curvature")
         for _, rows, row_scale, row_exponents in store.blocks(curvature.fold_rows):

@@ -12,8 +12,8 @@ float read_all(const float* data, std::size_t count);
 /// about `per_thread` FLOP on each. Returns the FLOP done.
 double multiply(double per_thread);
 
-/// The same for products of bytes, summed in 32 bits, with operands in registers. Returns the operations done:
-/// two for each product.
+/// The same for products of bytes, summed in 32 bits, with operands in registers. Returns the operations
+/// done: two for each product.
 double multiply_bytes(double per_thread);
 
 /// The same for products of bfloat16 tiles, with one load of a tile from L1 for each; 0 where the active
