@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.paths import compressed
+from bench.paths import compressed, streaming
 from bench.peers import codecs as beside_peers
 from logra_kernels.attribution import Attributor, compress_store
 
 
 @pytest.mark.filterwarnings("ignore:the curvature is of 2048 rows")
 def test_repeated_rows_keep_their_norms_and_scores(tmp_path: Path) -> None:
-    few = compressed.make_store(tmp_path / "few", 2048, 4)
+    few = streaming.make_store(tmp_path / "few", 2048, 4)
     Attributor(few).self_influence()
     made = compress_store(few, tmp_path / "int4", "int4", whiten=False)
     queries = torch.randn(2, few.dim)
