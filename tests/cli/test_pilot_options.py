@@ -208,7 +208,7 @@ def test_an_interrupted_pilot_leaves_no_store(
         (["--coordinates", "60"], "coordinates: does not go with --init random"),
         (["--pilot", "60"], "pilot: does not go with --init random"),
         ([*EIGEN, "--pilot", "41"], "pilot: expected 1 to 40, the examples of the corpus, got 41"),
-        ([*EIGEN, "--curvature", "ekfac"], "'diagonal' is their curvature"),
+        ([*EIGEN, "--curvature", "ekfac"], "'diagonal' and 'shrunk' are their curvatures"),
         (["--init", "eigen", "--coordinates", "5"], "of at least 6, one a module, and at most 92"),
         (["--init", "eigen", "--coordinates", "9217"], "at most 9216, all of the weights, got 92"),
         ([*EIGEN, "--data", "-", "--format", "jsonl"], "standard input can be read once"),

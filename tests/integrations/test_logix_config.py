@@ -80,7 +80,7 @@ def test_keywords_win_over_the_file(tmp_path: Path) -> None:
     [
         ("logging: {num_workers: 4}", "logging.num_workers: expected 1, got 4: one background"),
         ("logging: {cpu_offload: false}", "logging.cpu_offload: expected True, got False: the cov"),
-        ("logging: {log_dtype: int4}", "logging.log_dtype: expected none (float32), float16"),
+        ("logging: {log_dtype: int3}", "logging.log_dtype: expected none (float32), float16"),
         ("logging: {flush_threshold: 0}", "logging.flush_threshold: expected a number of bytes"),
         ("lora: {parameter_sharing: true}", "lora.parameter_sharing: expected False, got True"),
         ("lora: {parameter_sharing_groups: [q]}", "lora.parameter_sharing_groups: expected None"),
@@ -106,7 +106,7 @@ def test_config_refuses(tmp_path: Path, text: str, message: str) -> None:
     ("options", "message"),
     [
         ({"ranks": 3}, "init: no option 'ranks'; there are root_dir, rank, init"),
-        ({"dtype": "bfloat16"}, "dtype: expected one of float16, float32, int8, got 'bfloat16'"),
+        ({"dtype": "bfloat16"}, "dtype: expected one of float16, float32, int8, int4, int2, sign, got 'bfloat16'"),
         ({"init": "orthogonal"}, "init: expected one of random, normal, rademacher"),
         ({"on_nonfinite": "drop"}, "on_nonfinite: expected one of raise, skip, got 'drop'"),
         ({"averaged_loss": "no"}, "averaged_loss: expected one of raise, warn, allow"),
