@@ -30,7 +30,7 @@ IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, 
       byte_columns_(1),
       coded_(kernels.int8.bytes),
       direct_(true),
-      queries_(kernels, queries, 2, kDimBlockInt8) {}
+      queries_(queries, 2, kernels.int8.offset, kDimBlockInt8) {}
 
 IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, const Planes& planes)
     : kernels_(kernels),
@@ -38,7 +38,10 @@ IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, 
       byte_columns_(8),
       coded_(kernels.int8.planes[planes.count - 1]),
       direct_(queries.rows <= kDirectPlanes),
-      queries_(kernels, queries, 1, queries.rows <= kLongQueries ? kLongBlock : kDimBlockInt8) {
+      by_bits_(direct_ && coded_.by_bits != nullptr),
+      factor_(by_bits_ && planes.count == 1 ? planes.levels[1] - planes.levels[0] : 1),
+      queries_(queries, 1, by_bits_ && planes.count == 1 ? -planes.levels[0] : kernels.int8.offset,
+               queries.rows <= kLongQueries ? kLongBlock : kDimBlockInt8, by_bits_) {
   std::memcpy(levels_, planes.levels, std::size_t{1} << planes.count);
 }
 
@@ -56,7 +59,7 @@ void IntegerProducts::point(const void** parts, std::size_t first, std::size_t r
 
 void IntegerProducts::add(const std::int32_t* sums, std::size_t count, std::int64_t* total) const {
   if (queries_.num_bytes() == 1)
-    for (std::size_t i = 0; i < count; ++i) total[i] += sums[i];
+    for (std::size_t i = 0; i < count; ++i) total[i] += factor_ * sums[i];
   else
     for (std::size_t i = 0; i < count; ++i)
       total[i] += 256 * static_cast<std::int64_t>(sums[2 * i]) + sums[2 * i + 1];
@@ -83,7 +86,8 @@ void IntegerProducts::run(const ProductBlock& block, float* scratch) const {
       const QueryBytes bytes = queries_.bytes(block.begin, block.end, begin);
       const RowSpan span = {parts, rows, begin / byte_columns_};
       if (direct_) {
-        coded_.dots(span, levels_, ahead, bytes, length, sums, bytes.count);
+        const auto dots = by_bits_ ? coded_.by_bits : coded_.dots;
+        dots(span, levels_, ahead, bytes, length, sums, bytes.count);
       } else {
         coded_.prepare(span, levels_, ahead, length, prepared, kPreparedStride);
         const void* made[kTogether];

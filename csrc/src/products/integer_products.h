@@ -38,7 +38,8 @@ class IntegerProducts {
   std::size_t byte_columns_;   // columns of a byte: 1 or 8
   const CodedKernels& coded_;  // of such rows
   std::int8_t levels_[16] = {};
-  bool direct_;
+  bool direct_, by_bits_ = false;
+  std::int64_t factor_ = 1;  // of one plane's sums by bits: the difference of the levels
   WholeQueries queries_;
 };
 
