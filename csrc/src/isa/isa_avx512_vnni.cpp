@@ -95,16 +95,14 @@ struct BitRow {
   void elements(const __m512i (&x)[kPlanes], __m512i (&to)[8]) const {
     if constexpr (kPlanes == 1) {
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j)
-        to[j] = _mm512_and_si512(x[0], _mm512_set1_epi8(static_cast<char>(1 << j)));
+      for (int j = 0; j < 8; ++j) to[j] = _mm512_and_si512(x[0], _mm512_set1_epi8(static_cast<char>(1 << j)));
     } else if constexpr (kPlanes == 2) {
       const __m512i odd = pick(0xaa, x[0], _mm512_srli_epi16(x[1], 1));
       const __m512i even = pick(0xaa, _mm512_slli_epi16(x[0], 1), x[1]);
       const __m512i parts[4] = {nibble(even), nibble(odd), nibble(_mm512_srli_epi16(even, 4)),
                                 nibble(_mm512_srli_epi16(odd, 4))};
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j)
-        to[j] = _mm512_shuffle_epi8(j & 2 ? high : low, parts[j / 4 * 2 + j % 2]);
+      for (int j = 0; j < 8; ++j) to[j] = _mm512_shuffle_epi8(j & 2 ? high : low, parts[j / 4 * 2 + j % 2]);
     } else {
       const __m512i first = kPlanes == 4 ? x[0] : _mm512_setzero_si512();
       const __m512i* const rest = x + (kPlanes - 3);
@@ -113,10 +111,9 @@ struct BitRow {
       const __m512i odd2 = pick(0xaa, rest[1], _mm512_srli_epi16(rest[2], 1));
       const __m512i even2 = pick(0xaa, _mm512_slli_epi16(rest[1], 1), rest[2]);
       // Two codes a byte: of bits 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-      const __m512i codes[4] = {pick(0xcc, _mm512_slli_epi16(even1, 2), even2),
-                                pick(0xcc, _mm512_slli_epi16(odd1, 2), odd2),
-                                pick(0xcc, even1, _mm512_srli_epi16(even2, 2)),
-                                pick(0xcc, odd1, _mm512_srli_epi16(odd2, 2))};
+      const __m512i codes[4] = {
+          pick(0xcc, _mm512_slli_epi16(even1, 2), even2), pick(0xcc, _mm512_slli_epi16(odd1, 2), odd2),
+          pick(0xcc, even1, _mm512_srli_epi16(even2, 2)), pick(0xcc, odd1, _mm512_srli_epi16(odd2, 2))};
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j)
         to[j] = _mm512_shuffle_epi8(low, nibble(j < 4 ? codes[j] : _mm512_srli_epi16(codes[j - 4], 4)));
@@ -190,10 +187,12 @@ static void bit_dots(const RowSpan& rows, const std::int8_t* levels, const void*
     std::size_t q = 0;
     for (; q + 2 <= queries.count; q += 2)
       bit_tile<kPlanes, 1, 2>(parts, rows.offset, row, next,
-                              {queries.data + q * queries.stride, queries.stride, 2}, dim, to + q, out_stride);
+                              {queries.data + q * queries.stride, queries.stride, 2}, dim, to + q,
+                              out_stride);
     if (q < queries.count)
       bit_tile<kPlanes, 1, 1>(parts, rows.offset, row, next,
-                              {queries.data + q * queries.stride, queries.stride, 1}, dim, to + q, out_stride);
+                              {queries.data + q * queries.stride, queries.stride, 1}, dim, to + q,
+                              out_stride);
     ++r;
   }
 }
