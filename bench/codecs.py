@@ -38,7 +38,7 @@ from logra_kernels.store import Store, codec_names
 PARTS = ("accuracy", "scans", "disk")
 BEST = 20
 PLANES = {"int4": 4, "int2": 2, "sign": 1}  # bits an element
-ROW_BYTES = 1 << 28  # of float16 rows whose scan is timed
+ROW_BYTES = 1 << 28  # of each codec, whose scan is timed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,23 +118,24 @@ def accuracy(setting: Setting) -> Iterator[dict[str, object]]:
 def scan_rates(num_queries: int, dim: int, args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """A row for each codec: its scan beside the machine's read bandwidth and rate of bytes.
 
-    Every codec has as many rows, so narrow ones may lie in the last level of cache.
+    Every codec has as many bytes, so that memory is read; "x float16" compares rows a second.
     """
-    elements = (ROW_BYTES >> 3 if args.quick else ROW_BYTES) // 2
-    calls, row_bytes = scans(num_queries, dim, elements)
+    size = ROW_BYTES >> 2 if args.quick else ROW_BYTES
+    calls, row_bytes = scans(num_queries, dim, size)
     byte_work = ops.limits.multiply_bytes(1e8) / 2
     beside = {READ: probes()[READ][1], BYTES: lambda: ops.limits.multiply_bytes(1e8)}
     seconds = medians(time_in_turns({**calls, **beside}, effort(args)))
     read_rate, byte_rate = probes()[READ][0] / seconds[READ], byte_work / seconds[BYTES]
-    count = elements // dim
+    halves = size // row_bytes["float16"] / seconds["float16"]
     for name in calls:
+        count = size // row_bytes[name]
         products = num_queries * count * dim * (2 if name == "int8" else 1) / seconds[name]
         yield {
             "queries": num_queries,
             "D": dim,
             "codec": name,
             "ms": 1e3 * seconds[name],
-            "x float16": seconds["float16"] / seconds[name],
+            "x float16": count / seconds[name] / halves,
             "GB/s": count * row_bytes[name] / seconds[name] / 1e9,
             "of read": count * row_bytes[name] / seconds[name] / read_rate,
             "of byte products": None if name == "float16" else products / byte_rate,
@@ -142,17 +143,16 @@ def scan_rates(num_queries: int, dim: int, args: argparse.Namespace) -> Iterator
 
 
 def scans(
-    num_queries: int, dim: int, elements: int
+    num_queries: int, dim: int, size: int
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
-    """Calls of the scans of as many rows in every codec, checked; and the bytes of a row."""
-    count = elements // dim
-    queries, scale = torch.randn(num_queries, dim), torch.rand(count)
+    """Calls of the scans of `size` bytes in every codec, checked; and the bytes of a row."""
+    count = size // (2 * dim)
+    queries, scale = torch.randn(num_queries, dim), torch.rand(16 * count)
     halves = torch.randn(count, dim).half()
-    codes = (30 * halves).clamp(-127, 127).to(torch.int8)
-    bits = [torch.randint(256, (count, dim // 8), dtype=torch.uint8) for _ in range(4)]
+    codes = torch.randint(-127, 128, (2 * count, dim), dtype=torch.int8)
     calls: dict[str, Callable[[], Tensor]] = {
-        "float16": partial(ops.scores, queries, halves, scale),
-        "int8": partial(ops.scores, queries, codes, scale),
+        "float16": partial(ops.scores, queries, halves, scale[:count]),
+        "int8": partial(ops.scores, queries, codes, scale[: 2 * count]),
     }
     row_bytes = {"float16": 2 * dim, "int8": dim}
     few = min(24, count)
@@ -162,9 +162,11 @@ def scans(
     }
     for name, planes in PLANES.items():
         levels = torch.linspace(-120, 120, 2**planes).round().to(torch.int8)
-        calls[name] = partial(ops.plane_scores, queries, bits[:planes], levels, scale)
         row_bytes[name] = planes * dim // 8
-        first = [plane[:few] for plane in bits[:planes]]
+        rows = size // row_bytes[name]
+        bits = [torch.randint(256, (rows, dim // 8), dtype=torch.uint8) for _ in range(planes)]
+        calls[name] = partial(ops.plane_scores, queries, bits, levels, scale[:rows])
+        first = [plane[:few] for plane in bits]
         wanted[name] = reference.plane_scores(queries, first, levels, scale[:few])
     for name, call in calls.items():
         rtol, atol = (1e-3, 1e-1) if name == "float16" else (0.0, 0.0)

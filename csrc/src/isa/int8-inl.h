@@ -190,7 +190,7 @@ static void prepare(const RowSpan& rows, const std::int8_t* levels, const void* 
 
 template <class B, class Row>
 constexpr CodedKernels coded_kernels() {
-  return {dots_of<B, Row>, prepare<B, Row>};
+  return {dots_of<B, Row>, prepare<B, Row>, nullptr};
 }
 
 // B::hide keeps compilers from computing a product once for all chains and rounds.

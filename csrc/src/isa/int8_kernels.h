@@ -28,6 +28,9 @@ struct CodedKernels {
   /// Writes the rows' elements as Int8Kernels::prepared wants them, up to the next multiple of 64 columns.
   void (*prepare)(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead, std::size_t dim,
                   std::int8_t* out, std::size_t out_stride);
+  /// For few queries: dots() of queries in the order of bits (WholeQueries), ahead not nullptr. Of one plane
+  /// a set bit counts 1, a clear one 0, whatever the levels and the offset. nullptr where dots() is as fast.
+  decltype(dots) by_bits;
 };
 
 struct Int8Kernels {

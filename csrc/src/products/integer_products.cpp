@@ -30,7 +30,7 @@ IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, 
       byte_columns_(1),
       coded_(kernels.int8.bytes),
       direct_(true),
-      queries_(kernels, queries, 2, kDimBlockInt8) {}
+      queries_(queries, 2, kernels.int8.offset, kDimBlockInt8) {}
 
 IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, const Planes& planes)
     : kernels_(kernels),
@@ -38,7 +38,10 @@ IntegerProducts::IntegerProducts(const Kernels& kernels, const Matrix& queries, 
       byte_columns_(8),
       coded_(kernels.int8.planes[planes.count - 1]),
       direct_(queries.rows <= kDirectPlanes),
-      queries_(kernels, queries, 1, queries.rows <= kLongQueries ? kLongBlock : kDimBlockInt8) {
+      by_bits_(queries.rows <= kLongQueries && coded_.by_bits != nullptr),
+      factor_(by_bits_ && planes.count == 1 ? planes.levels[1] - planes.levels[0] : 1),
+      queries_(queries, 1, by_bits_ && planes.count == 1 ? -planes.levels[0] : kernels.int8.offset,
+               queries.rows <= kLongQueries ? kLongBlock : kDimBlockInt8, by_bits_) {
   std::memcpy(levels_, planes.levels, std::size_t{1} << planes.count);
 }
 
@@ -46,17 +49,24 @@ std::size_t IntegerProducts::scratch_floats() const {
   return 4 * kTogether * kQueryBlock + (direct_ ? 0 : kTogether * kPreparedStride / sizeof(float));
 }
 
-void IntegerProducts::point(const void** parts, std::size_t first, std::size_t rows,
-                            std::size_t column) const {
-  for (std::size_t i = 0; i < rows; ++i)
+std::size_t IntegerProducts::place(const ProductBlock& block, std::size_t i) const {
+  if (!by_bits_) return i;
+  const std::size_t count = block.num_rows, before = i / count * count;
+  return before + (i - before) % 2 * ((count + 1) / 2) + (i - before) / 2;
+}
+
+void IntegerProducts::point(const void** parts, const ProductBlock& block, std::size_t first,
+                            std::size_t rows, std::size_t column) const {
+  for (std::size_t i = 0; i < rows; ++i) {
+    const std::size_t row = std::min(block.first_row + place(block, first + i), rows_.rows - 1);
     for (std::size_t p = 0; p < rows_.count; ++p)
-      *parts++ =
-          rows_.data[p] + std::min(first + i, rows_.rows - 1) * rows_.row_strides[p] + column / byte_columns_;
+      *parts++ = rows_.data[p] + row * rows_.row_strides[p] + column / byte_columns_;
+  }
 }
 
 void IntegerProducts::add(const std::int32_t* sums, std::size_t count, std::int64_t* total) const {
   if (queries_.num_bytes() == 1)
-    for (std::size_t i = 0; i < count; ++i) total[i] += sums[i];
+    for (std::size_t i = 0; i < count; ++i) total[i] += factor_ * sums[i];
   else
     for (std::size_t i = 0; i < count; ++i)
       total[i] += 256 * static_cast<std::int64_t>(sums[2 * i]) + sums[2 * i + 1];
@@ -68,22 +78,23 @@ void IntegerProducts::run(const ProductBlock& block, float* scratch) const {
   std::int32_t* const sums = reinterpret_cast<std::int32_t*>(scratch + 2 * kTogether * kQueryBlock);
   std::int8_t* const prepared = reinterpret_cast<std::int8_t*>(scratch + 4 * kTogether * kQueryBlock);
   for (std::size_t r = 0; r < block.num_rows; r += kTogether) {
-    const std::size_t rows = std::min(kTogether, block.num_rows - r), first = block.first_row + r;
+    const std::size_t rows = std::min(kTogether, block.num_rows - r);
     const void *parts[kTogether * Planes::kMost], *ahead[kTogether * Planes::kMost];
-    point(parts, first, rows, 0);
+    point(parts, block, r, rows, 0);
     const std::size_t num_sums = rows * count * queries_.num_bytes();
     std::fill_n(total, rows * count, std::int64_t{0});
     std::fill_n(sums, num_sums, std::int32_t{0});
     for (std::size_t begin = 0; begin < dim; begin += step) {
       const std::size_t length = std::min(step, dim - begin);
       if (begin + length == dim)
-        point(ahead, first + rows, rows, 0);
+        point(ahead, block, r + rows, rows, 0);
       else
-        point(ahead, first, rows, begin + step);
+        point(ahead, block, r, rows, begin + step);
       const QueryBytes bytes = queries_.bytes(block.begin, block.end, begin);
       const RowSpan span = {parts, rows, begin / byte_columns_};
       if (direct_) {
-        coded_.dots(span, levels_, ahead, bytes, length, sums, bytes.count);
+        const auto dots = by_bits_ ? coded_.by_bits : coded_.dots;
+        dots(span, levels_, ahead, bytes, length, sums, bytes.count);
       } else {
         coded_.prepare(span, levels_, ahead, length, prepared, kPreparedStride);
         const void* made[kTogether];
@@ -97,7 +108,8 @@ void IntegerProducts::run(const ProductBlock& block, float* scratch) const {
     }
     for (std::size_t i = 0; i < rows; ++i)
       for (std::size_t q = 0; q < count; ++q)
-        block.out[(r + i) * block.out_stride + q] = queries_.product(block.begin + q, total[i * count + q]);
+        block.out[place(block, r + i) * block.out_stride + q] =
+            queries_.product(block.begin + q, total[i * count + q]);
   }
 }
 

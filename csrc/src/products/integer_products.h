@@ -29,8 +29,12 @@ class IntegerProducts {
 
  private:
   static constexpr std::size_t kTogether = 6;
-  /// Pointers [rows, parts] to what rows from `first` on hold from a column on.
-  void point(const void** parts, std::size_t first, std::size_t rows, std::size_t column) const;
+  /// Which row of a block comes i-th. By bits, rows of its two halves take turns: memory is read faster in
+  /// two runs than in one. Those of the next block follow.
+  std::size_t place(const ProductBlock& block, std::size_t i) const;
+  /// Pointers [rows, parts] to what the first-th and later rows of a block hold from a column on.
+  void point(const void** parts, const ProductBlock& block, std::size_t first, std::size_t rows,
+             std::size_t column) const;
   void add(const std::int32_t* sums, std::size_t count, std::int64_t* total) const;
 
   const Kernels& kernels_;
@@ -38,7 +42,8 @@ class IntegerProducts {
   std::size_t byte_columns_;   // columns of a byte: 1 or 8
   const CodedKernels& coded_;  // of such rows
   std::int8_t levels_[16] = {};
-  bool direct_;
+  bool direct_, by_bits_ = false;
+  std::int64_t factor_ = 1;  // of one plane's sums by bits: the difference of the levels
   WholeQueries queries_;
 };
 

@@ -22,15 +22,16 @@ double rounded(double x) {
 
 }  // namespace
 
-WholeQueries::WholeQueries(const Kernels& kernels, const Matrix& queries, std::size_t bytes,
-                           std::size_t dim_block)
-    : offset_(kernels.int8.offset),
+WholeQueries::WholeQueries(const Matrix& queries, std::size_t bytes, std::int64_t offset,
+                           std::size_t dim_block, bool by_bits)
+    : offset_(offset),
       count_(queries.rows),
       dim_(queries.cols),
       bytes_(bytes),
       dim_block_(dim_block),
       stride_(dim_block + kGap),
       block_stride_(checked_product(checked_product(bytes, queries.rows), stride_)),
+      by_bits_(by_bits),
       data_(checked_product(ceil_div(queries.cols, dim_block), block_stride_)),
       scale_(queries.rows),
       shifted_(queries.rows) {
@@ -62,6 +63,13 @@ void WholeQueries::pack(const float* query, std::size_t q) {
       total += numbers[i];
     }
     sum += total;
+    if (by_bits_) {
+      for (std::size_t i = length; i < kChunk; ++i) numbers[i] = 0;
+      for (std::size_t j = 0; j < 8; ++j)
+        for (std::size_t i = 0; i < kChunk / 8; ++i)
+          to[kChunk / 8 * j + i] = static_cast<std::int8_t>(numbers[8 * i + j]);
+      continue;
+    }
     if (bytes_ == 1) {
       for (std::size_t i = 0; i < length; ++i) to[i] = static_cast<std::int8_t>(numbers[i]);
       continue;

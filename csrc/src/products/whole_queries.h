@@ -14,8 +14,12 @@ namespace logra {
 /// every instruction set.
 class WholeQueries {
  public:
-  /// queries [Q, D] float32, smaller than 2^64; bytes 1 or 2; dim_block <= kMostDimInt8, a multiple of 64.
-  WholeQueries(const Kernels& kernels, const Matrix& queries, std::size_t bytes, std::size_t dim_block);
+  /// queries [Q, D] float32, smaller than 2^64; bytes 1 or 2; offset: what the kernels add to each element
+  /// of a row; dim_block <= kMostDimInt8, a multiple of 64. By bits, which takes one byte and a multiple of
+  /// 512, the elements of 512 columns stand in the order of columns 0, 8, 16 ..., 1, 9, 17 ...; zeros follow
+  /// the last.
+  WholeQueries(const Matrix& queries, std::size_t bytes, std::int64_t offset, std::size_t dim_block,
+               bool by_bits = false);
 
   std::size_t count() const { return count_; }
   std::size_t dim() const { return dim_; }
@@ -39,6 +43,7 @@ class WholeQueries {
 
   std::int64_t offset_;
   std::size_t count_, dim_, bytes_, dim_block_, stride_, block_stride_;
+  bool by_bits_;
   Scratch<std::int8_t> data_;          // [blocks of D, Q, bytes, stride]
   std::vector<double> scale_;          // [Q]
   std::vector<std::int64_t> shifted_;  // [Q]: what the kernels' offset adds to a sum
