@@ -58,8 +58,6 @@ SIZES = {
     "topk_scores": ("queries",),
     "whole_scores": ("queries",),
     "topk_whole_scores": ("queries",),
-    "plane_scores": ("queries",),
-    "topk_plane_scores": ("queries",),
 }
 UNSPLIT = ("rank",)
 SUMMED = ("CHUNK", "BLOCK", "WIDTH", "DIM")

@@ -69,7 +69,7 @@ def _bytes_of_queries(query_pointers, d, kept, piece, piece_stride):
 
 @triton.jit
 def _whole_tile(
-    queries,  # [PIECES, Q, D] int8: high and low bytes; of planes [8, Q, B]: piece j is columns 8b+j
+    queries,  # int8: high and low bytes [2, Q, D]; for planes [8, Q, B], bit j's columns 8b + j
     rows,  # [R, D] int8, or the first plane [R, B] uint8
     q,
     r,
@@ -117,7 +117,7 @@ def _whole_tile(
                     tile_2 = tl.load(plane_2 + at, mask=of_rows, other=0)
                 if PLANES > 3:
                     tile_3 = tl.load(plane_3 + at, mask=of_rows, other=0)
-                for bit in tl.static_range(8):
+                for bit in range(8):
                     code = ((tile_0 >> bit) & 1).to(tl.int32)
                     if PLANES > 1:
                         code = 2 * code + ((tile_1 >> bit) & 1).to(tl.int32)
@@ -413,7 +413,8 @@ class Scan:
             types = types_of(self.pieces, self.rows, self.input_precision)
         sizes = {"queries": self.num_queries} if "queries" in SIZES.get(op, ()) else {}
         config = choose(op, types, self.rows, **sizes)
-        config["QUERIES"] = tile(self.num_queries, config["QUERIES"])
+        if not self.planes:  # their kernel copies 16 bytes at a time only with all of the tile
+            config["QUERIES"] = tile(self.num_queries, config["QUERIES"])
         return config
 
     def product(self) -> dict[str, Any]:
@@ -468,7 +469,8 @@ def scores(
 ) -> Tensor:
     """queries [Q, D], rows [R, D], row_scale [R], row_bias [R] -> [Q, R] float32.
 
-    Rows are floating-point or int8. input_precision concerns float32 rows only: "ieee", "tf32" or "bf16x6"; None is torch's.
+    Rows are floating-point or int8. input_precision concerns float32 rows only: "ieee", "tf32" or
+    "bf16x6"; None is torch's.
     """
     scan = Scan.of(queries, rows, row_scale, row_bias, precision(input_precision))
     return scan.scores()
