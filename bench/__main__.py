@@ -44,10 +44,12 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {  # and the options that they
     "plan": ("bench.plan", ("quick", "threads", "json")),  # `logra plan` beside what comes
     "answers": ("bench.answers", ("quick", "threads", "json")),  # two-stage ones beside the exact
     "grid": ("bench.grid", SHARED),  # every op, dtype and shape against torch
+    "codec-peers": ("bench.peers.codecs", SHARED),  # FAISS, turbovec, RaBitQLib
     "peers": ("bench.peers", SHARED),  # LogIX, Bergson, dattri, dattri-llm
     "table1": ("bench.table1", SHARED),  # LoGra beside EKFAC
     "plots": ("bench.plots", ()),  # pictures of the stored results
 }
+OF_PEERS = ("codec-peers", "peers", "table1")  # run by PEERS_PYTHON
 NEEDS = {"logging": "transformers", "plots": "matplotlib"}  # beyond the package
 
 
@@ -62,7 +64,7 @@ def run(name: str, args: argparse.Namespace) -> str | None:
     if name in CASES:
         run_cases(CASES[name](args.quick), args)
         return None
-    python = PEERS_PYTHON if name in ("peers", "table1") else Path(sys.executable)
+    python = PEERS_PYTHON if name in OF_PEERS else Path(sys.executable)
     if not python.exists():
         return "the peers are not installed (make peers-env, or LOGRA_PEERS_PYTHON)"
     module, taken = MODULES[name]

@@ -33,7 +33,7 @@ from logra_kernels.store import Module, Store, StoreWriter, codec_names, row_cod
 BEST = 20
 FINER = "float16"
 RECALLS = (0.9, 0.98)
-IMAGES = 10_000
+IMAGES = 4_000
 QUERIES, ROWS = 1_000, 5_000  # of the random queries
 KEPT = ("top_rows", "top_scores", "bottom_rows", "bottom_scores")
 

@@ -1,8 +1,12 @@
 """Codecs of rows: bytes, accuracy beside float32 rows, and the speed of a scan.
 
-Accuracy: real gradients of the settings of bench.accuracy, scored by an Attributor of each store.
-Every codec's store is made of the float32 one by `compress_store`, with the float32 rows' own
-curvature. Speed: random rows in memory, in turns. Settings whose data are not there are left out.
+accuracy  real gradients of the settings of bench.accuracy, scored by an Attributor of each store.
+          Every codec's store is made of the float32 one by `compress_store`, with the float32
+          rows' own curvature. Settings whose data are not there are left out.
+scans     random rows in memory, in turns.
+disk      one query of stores on disk, in turns, with the page cache emptied before each.
+
+bench.peers.codecs has other libraries' scans beside ours.
 """
 
 from __future__ import annotations
@@ -24,39 +28,57 @@ from bench.harness import results
 from bench.harness.cases import effort, medians, options, prepare, time_in_turns
 from bench.harness.limits import BYTES, READ, probes
 from bench.harness.tables import table
+from bench.paths import compressed
 from logra_kernels import ops, reference
 from logra_kernels.attribution import Attributor, compress_store
 from logra_kernels.evaluation import recall_at
 from logra_kernels.evaluation.lds import spearman
 from logra_kernels.store import Store, codec_names
 
+PARTS = ("accuracy", "scans", "disk")
 BEST = 20
 PLANES = {"int4": 4, "int2": 2, "sign": 1}  # bits an element
 ROW_BYTES = 1 << 28  # of float16 rows whose scan is timed
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = options(__doc__, "quick", "threads", "rounds", "json").parse_args(argv)
+    known = options(__doc__, "quick", "threads", "rounds", "json")
+    known.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
+    known.add_argument("--gib", type=float, help="float16 rows on disk (default: 1; quick: 1/8)")
+    known.add_argument("--folder", help="where stores are made (default: the temporary folder)")
+    args = known.parse_args(argv)
     prepare(args.threads)
-    for setting in (mlp.SETTING,) if args.quick else (mlp.SETTING, gpt.SETTING):
-        try:
-            records = list(accuracy(setting))
-        except FileNotFoundError as missing:
-            print(f"\n{setting.title} is left out: {missing}")
-            continue
-        print(f"\n{setting.title}, beside float32 rows")
-        print(table(records))
-        if args.json:
-            results.append("codecs", {"bench": "codecs", "case": setting.title, "rows": records})
-    rows: list[dict[str, object]] = []
-    for num_queries in (1, 16, 64):
-        for dim in (8192,) if args.quick else (8192, 32768, 65536):
-            rows += scan_rates(num_queries, dim, args)
-    print(f"\nA scan in memory, {torch.get_num_threads()} threads, {ops.isa()}")
-    print(table(rows))
-    if args.json:
-        results.append("codecs", {"bench": "codecs", "case": "scans", "rows": rows})
+    threads = f"{torch.get_num_threads()} threads, {ops.isa()}"
+    if "accuracy" in args.only:
+        for setting in (mlp.SETTING,) if args.quick else (mlp.SETTING, gpt.SETTING):
+            try:
+                records = list(accuracy(setting))
+            except FileNotFoundError as missing:
+                print(f"\n{setting.title} is left out: {missing}")
+                continue
+            publish(f"{setting.title}, beside float32 rows", setting.title, records, args)
+    if "scans" in args.only:
+        records = []
+        for num_queries in (1, 16, 64):
+            for dim in (8192,) if args.quick else (8192, 32768, 65536):
+                records += scan_rates(num_queries, dim, args)
+        publish(f"A scan in memory, {threads}", "scans", records, args)
+    if "disk" in args.only:
+        with torch.no_grad():
+            records = list(compressed.from_disk(args))
+        if records:
+            publish(f"One query from disk, {threads}", "disk", records, args)
     return 0
+
+
+def publish(
+    title: str, case: str, records: list[dict[str, object]], args: argparse.Namespace
+) -> None:
+    """Print a table; append it to bench/results/codecs.jsonl if it is to be stored."""
+    print(f"\n{title}")
+    print(table(records), flush=True)
+    if args.json:
+        results.append("codecs", {"bench": "codecs", "case": case, "rows": records})
 
 
 def accuracy(setting: Setting) -> Iterator[dict[str, object]]:

@@ -4,6 +4,7 @@ scan.png      time of a scan over the number of queries, with the least that the
 logging.png   time of logging beside the passes that no logging can do without
 pairs.png     influence scores a second beside the libraries' that do the same
 accuracy.png  LDS over the bytes of a row, for each setting
+codecs.png    recall@20 over the bytes of a row, for each setting, kind of rows and codec
 brittleness.png  what queries lose without their most valuable examples
 
 A picture without results is left out, with a line that says so. The pictures have a light
@@ -13,7 +14,7 @@ background, so that they read alike on light and dark pages.
 import argparse
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ METHODS = {
     "BM25": "#0891b2",
     "random scores": "#d5d9e0",
 }
+
+# The lines of codecs.png: kinds of rows and modes.
+CODED = {
+    "eigenbasis, l-relatif": OUR_COLOUR,
+    "eigenbasis, dot": "#f59e0b",
+    "random, raw, l-relatif": "#7e22ce",
+    "random, raw, dot": "#c084fc",
+}
+KINDS = {"eigen": "eigenbasis", "random": "random, raw"}
 
 Group = tuple[str, dict[str, float]]  # a heading, and the bars below it
 
@@ -167,6 +177,36 @@ def accuracy() -> Any:
     return figure
 
 
+def codecs() -> Any:
+    """Recall over bytes a row, a panel for each setting, a line for each kind of rows and mode."""
+    records = [one for one in results.latest("codecs") if "Spearman" in one["rows"][0]]
+    if not records:
+        return None
+    title = "The 20 best of float32 rows that a scan of coded rows finds, nothing re-ranked"
+    figure, axes = _figure(title, records[0], 3.5 * len(records) + 2.6, 4.4, len(records))
+    for axis, record in zip(axes, records, strict=True):
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for row in record["rows"]:
+            lines.setdefault(f"{KINDS[row['rows']]}, {row['mode']}", []).append(row)
+        for name, rows in lines.items():
+            rows.sort(key=lambda row: int(row["bytes a row"]))
+            x, y = [row["bytes a row"] for row in rows], [row["recall@20"] for row in rows]
+            width = 2.8 if name == next(iter(CODED)) else 1.4
+            axis.plot(x, y, marker="o", markersize=5, color=CODED[name], linewidth=width,
+                      label=name)  # fmt: skip
+        names = {row["bytes a row"]: row["codec"] for row in lines[next(iter(CODED))]}
+        axis.set(xscale="log", xlabel="bytes", ylim=(None, 1.005))
+        axis.yaxis.set_major_formatter("{x:.3g}")
+        axis.minorticks_off()
+        axis.set_xticks(list(names), [f"{size:,}\n{codec}" for size, codec in names.items()])
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_title(record["case"], fontsize=10)
+        axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    _legend(figure, axes, CODED)
+    figure.subplots_adjust(bottom=0.16)
+    return figure
+
+
 def brittleness() -> Any:
     """How much the queries' losses rise over the number of examples that were left out."""
     records = _accuracy_records("brittleness")
@@ -209,13 +249,13 @@ def _panel_title(record: dict[str, Any]) -> str:
     return str(record["case"].split(", ", 1)[1])
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    """One for all panels, in the order of METHODS; room for it at the right."""
+def _legend(figure: Any, axes: Any, names: Iterable[str] = METHODS) -> None:
+    """One for all panels, in the order of the names; room for it at the right."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    order = sorted(handles, key=[*METHODS, *handles].index)
+    order = sorted(handles, key=[*names, *handles].index)
     width = figure.get_size_inches()[0]
     figure.subplots_adjust(
         left=0.45 / width, right=1 - 2.7 / width, top=0.78, bottom=0.12, wspace=0.22
@@ -298,6 +338,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "logging": logging,
     "pairs": pairs,
     "accuracy": accuracy,
+    "codecs": codecs,
     "brittleness": brittleness,
 }
 

@@ -269,6 +269,15 @@ def methods_of(setting: Setting, quick: bool = False) -> list[Method]:
         Rows("eigenbasis, shrunk", "shrunk", "eigen", coordinates=dim)
         for dim in (() if quick else setting.coordinates[:2])
     ]
+    methods += [
+        Rows("eigenbasis, sign", "diagonal", "eigen", coordinates=dim, dtype="sign")
+        for dim in ((middle,) if quick else (*setting.coordinates, 2 * setting.coordinates[-1]))
+    ]
+    if not quick:
+        methods += [
+            Rows(f"eigenbasis, {codec}", "diagonal", "eigen", coordinates=middle, dtype=codec)
+            for codec in ("int8", "int4", "int2")
+        ]
     methods.append(Rows("eigenbasis", "diagonal", "eigen", coordinates=middle, pilot=0.1))
     methods += [Rows("PCA, EKFAC", "ekfac", "pca", rank=rank) for rank in quick_ranks]
     methods += [Rows("random, raw", "raw", rank=rank) for rank in quick_ranks]

@@ -10,6 +10,7 @@ import torch
 
 from logra_kernels.store import Store
 from logra_kernels.store.maps import cached_bytes
+from logra_kernels.store.reader import ShardFile
 
 SAMPLE_S = 0.005
 GROUPS = Path("/sys/fs/cgroup")
@@ -61,16 +62,21 @@ def folder_bytes(path: Path) -> int:
 
 def evict(store: Store) -> None:
     """Drop the shards from the page cache. Pages that this process has mapped would stay."""
-    for shard in store.shards:
-        shard.__dict__.pop("_rows", None)
-        descriptor = os.open(shard.path, os.O_RDONLY)
+    for file in _files(store):
+        file.__dict__.pop("_rows", None)
+        descriptor = os.open(file.path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
 def cached(store: Store) -> int:
     """Bytes of the shards in the page cache."""
-    return sum(cached_bytes(shard.path) for shard in store.shards)
+    return sum(cached_bytes(file.path) for file in _files(store))
+
+
+def _files(store: Store) -> list[ShardFile]:
+    """Every file of rows: codecs of bit planes have several for a shard."""
+    return [file for shard in store.shards for file in shard.files]
 
 
 @contextlib.contextmanager

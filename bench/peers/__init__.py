@@ -3,7 +3,8 @@
 `make peers-env` installs them into .venv-peers; `.venv-peers/bin/python -m bench.peers` runs what
 is installed. Each `with_<library>` runs a peer as its documentation says, by its own public names
 where they suffice. The first lines of the module say what it works round on a CPU, and what it
-repairs for a fair comparison. Patches are undone after each call.
+repairs for a fair comparison. Patches are undone after each call. `codecs` is a benchmark of its
+own: scans of few bits beside FAISS, turbovec and RaBitQLib.
 """
 
 import contextlib

@@ -304,7 +304,7 @@ class Attributor:
         """
         with self._scanning:
             self._self_influence(None, None)
-            norms = self._norms_of("sigma")
+            norms = self.norms_of("sigma")
             rows = [self._reading.shard(index) for index in range(len(self.store.shards))]
             return np.concatenate([norms.of_shard(shard).of_modules(slice(None)) for shard in rows])
 
@@ -373,7 +373,7 @@ class Attributor:
     def _self_influence(self, groups: Groups, progress: Progress) -> Tensor | dict[str, Tensor]:
         self.store.check_unchanged()
         sink = SelfInfluence(chosen_modules(groups, self.modules), self.store.num_rows)
-        norms = self._norms_of("sigma")
+        norms = self.norms_of("sigma")
         done = track(progress, self.store.num_rows, "scan")
         missing = []
         for index in range(len(self.store.shards)):
@@ -402,7 +402,7 @@ class Attributor:
         with self._scanning:
             self.store.check_unchanged()
             norm = NORM_OF_MODE[mode]
-            norms = None if norm is None else self._norms_of(norm)
+            norms = None if norm is None else self.norms_of(norm)
             asked = _Asked(prepared, norms, self.dampings)
             return self._scan([asked], k, mode, groups, progress, weights)[0]
 
@@ -440,7 +440,8 @@ class Attributor:
                 result.normalised_by = None if one.norms is None else one.norms.said
             return results
 
-    def _norms_of(self, norm: str) -> Norms:
+    def norms_of(self, norm: str) -> Norms:
+        """What this store's scans divide by, "sigma" or "theta", as far as it is known."""
         if norm not in self._norms:
             self._norms[norm] = self._new_norms(self.preconditioner, norm)
         else:

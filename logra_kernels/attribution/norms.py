@@ -145,6 +145,27 @@ class Norms:
             )
         return self._remembered[rows.index]
 
+    def of_rows(
+        self, shards: Sequence[tuple[ShardRows, np.ndarray]], members: Sequence[int], *, bias: bool
+    ) -> ShardNorms | None:
+        """The norms of rows of several shards, each with the places of its rows in it.
+
+        They have the terms of these members alone, in the order of the rows; None where the norms
+        of a shard are not known.
+        """
+        if not all(self.known(rows.index) for rows, _ in shards):
+            return None
+        whole = [
+            (self.of_shard(rows).terms(members, slice(0, rows.num_rows), bias=bias), places)
+            for rows, places in shards
+        ]
+        values, zero = (
+            np.concatenate([terms[i][places] for terms, places in whole]) for i in range(2)
+        )
+        none = np.empty((0, len(self._units)), np.float32)
+        made = {(bias, *members): (values, zero)}
+        return ShardNorms(lambda: none, None, self._units, made=made)
+
     def compute(self, block: Block, norms: ShardNorms) -> None:
         """Find the norms of a block's rows, while they are in cache, unless they are known.
 

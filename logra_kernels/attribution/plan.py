@@ -127,15 +127,18 @@ def plan_scan(
     count, layout = len(prepared.names), basis.layout
     plans = []
     for name, members in chosen_modules(groups, layout).items():
-        whole = torch.zeros(count, layout.dim, dtype=torch.float64)
-        sigma = torch.zeros(count, dtype=torch.float64)  # gᵀ(H + λI)⁻¹g, [Q]
-        for i in members:
-            module = layout.columns[i]
-            whole[:, module] = prepared.solved[:, module]
-            sigma += (prepared.gradients[:, module] * whole[:, module]).sum(dim=1)
+        whole = prepared.solved.clone()
+        if len(members) < len(layout):
+            whole.zero_()
+            for i in members:
+                whole[:, layout.columns[i]] = prepared.solved[:, layout.columns[i]]
         columns = slice(0, layout.dim) if basis.rotation else layout.span(members)
         folded = share(basis.fold(whole.numpy()))[:, columns]
         if mode == "whitened-cosine":
+            sigma = torch.zeros(count, dtype=torch.float64)  # gᵀ(H + λI)⁻¹g, [Q]
+            for i in members:
+                module = layout.columns[i]
+                sigma += (prepared.gradients[:, module] * whole[:, module]).sum(dim=1)
             folded *= torch.where(sigma > 0, sigma.clamp(min=0).rsqrt(), 0.0)[:, None]
         exponents = torch.frexp(folded.abs().amax(dim=1)).exponent
         if mode == "l2":

@@ -92,6 +92,11 @@ class Block:
         return slice(self.start, self.start + self.rows.shape[0])
 
     @property
+    def numbers(self) -> slice:
+        """The store's numbers of the block's rows."""
+        return slice(self.first_row, self.first_row + self.rows.shape[0])
+
+    @property
     def first_row(self) -> int:
         """The store's number of the block's first row."""
         return self.shard.first_row + self.start

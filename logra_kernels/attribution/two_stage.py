@@ -16,7 +16,7 @@ from logra_kernels.attribution.bounds import BoundedScores, FinerTerms, Multipli
 from logra_kernels.attribution.finer import ComputedRows, ComputeRows, FinerRows, StoredRows
 from logra_kernels.attribution.finer import score_rows as score_finer
 from logra_kernels.attribution.influence_result import Answer, InfluenceResult, StoredIds
-from logra_kernels.attribution.norms import NORM_OF_MODE, Norms, ShardNorms
+from logra_kernels.attribution.norms import NORM_OF_MODE, Norms
 from logra_kernels.attribution.pipeline import HostLanes
 from logra_kernels.attribution.plan import (
     Plan,
@@ -51,9 +51,10 @@ class TwoStage:
 
     Args:
         scan: an Attributor of the coarse store.
-        finer: a store of finer rows of the same examples, as `compress_store` started from; or a
-            function that gives rows: of ascending row numbers [n] int64 the gradients [n, D]
-            float32, such as the model makes again of those examples.
+        finer: a store of finer rows of the same examples, as `compress_store` started from, or
+            the store itself whose first planes are scanned; or a function that gives rows: of
+            ascending row numbers [n] int64 the gradients [n, D] float32, such as the model makes
+            again of those examples.
 
     Raises:
         StoreMismatchError: the finer store is of other examples, modules or another projection.
@@ -67,17 +68,16 @@ class TwoStage:
         if isinstance(finer, Store):
             check_finer(scan.store, finer)
             self._finer = finer
-            self._exact: FinerRows = StoredRows(finer, scan.device)
+            self._finer_scan = Attributor(finer, scan.preconditioner, device=scan.device)
+            self._exact: FinerRows = StoredRows(self._finer_scan)
         else:
             self._exact = ComputedRows(finer, scan.store.layout, scan.device)
-        self._coarse = StoredRows(scan.store, scan.device)
-        self._finer_scan: Attributor | None = None
+        self._coarse = StoredRows(scan)
         rows = scan.store.num_rows
         self._sample = np.random.default_rng(0).choice(rows, min(rows, SAMPLED), replace=False)
         self._sample.sort()
-        # Of each norm of a mode: the sampled coarse rows with theirs, and the sizes of all rows.
-        self._sampled: dict[str | None, list[tuple[Block, ShardNorms | None]]] = {}
-        self._sizes: dict[str | None, Tensor] = {}
+        self._sampled: list[Block] | None = None  # the coarse rows
+        self._sizes: dict[str | None, Tensor] = {}  # of all rows, for each norm of a mode
 
     def top_k(
         self,
@@ -205,13 +205,11 @@ class TwoStage:
                 f"{self._finer.path}"
             )
         scan, norm = self.scan, NORM_OF_MODE[mode]
-        if self._finer_scan is None:
-            self._finer_scan = Attributor(self._finer, scan.preconditioner, device=scan.device)
         finer_scan = self._finer_scan
         norms = None
         if norm is not None:
-            norms = finer_scan.complete(self._norms(self._finer, norm), progress)
-        lengths = finer_scan.complete(self._norms(self._finer), progress)
+            norms = finer_scan.complete(finer_scan.norms_of(norm), progress)
+        lengths = finer_scan.complete(_lengths(finer_scan), progress)
         kept = residuals(scan.store, self._finer)
         plan = self._plan(self._coarse, prepared, mode)
         exact = self._plan(self._exact, prepared, mode)
@@ -284,35 +282,17 @@ class TwoStage:
         bottom = (-exact[:, probed:]).topk(k, dim=1).values[:, -1:].double()
         return ErrorModel.fit(scores, exact, sizes[rows]), (top, bottom)
 
-    def _norms(self, store: Store, norm: str | None = None) -> Norms:
-        """A store's norms by module, beside the store; None: of the rows themselves."""
-        preconditioner = self.scan.preconditioner
-        if norm is None:
-            preconditioner = IdentityPreconditioner(store.layout)
-        device = self.scan.device
-        norms = Norms(preconditioner, norm or "sigma", store.module_exponents, device, store)
-        if norm is not None:
-            norms.settle()
-        return norms
-
     def _sample_scores(self, prepared: PreparedQueries, mode: str) -> Tensor:
         """The coarse scores of the sampled rows, [Q, S] float32."""
-        norm, device = NORM_OF_MODE[mode], self.scan.device
-        if norm not in self._sampled:
-            norms = None
-            if norm is not None:
-                norms = Norms(self.scan.preconditioner, norm, self._coarse.basis.exponents, device)
-            held = self._sampled[norm] = []
-            for block in self._coarse.blocks(self._sample):
-                found = None
-                if norms is not None:
-                    found = norms.of_shard(block.shard)
-                    norms.compute(block, found)
-                held.append((block, found))
+        if self._sampled is None:
+            self._sampled = list(self._coarse.blocks(self._sample))
+        norm = NORM_OF_MODE[mode]
+        if norm is not None:
+            self.scan.complete(self.scan.norms_of(norm))
         plan = self._plan(self._coarse, prepared, mode)
-        sink = FullMatrix(plan, HostLanes(device).upload, len(self._sample))
-        for block, found in self._sampled[norm]:
-            sink.add(block, found)
+        sink = FullMatrix(plan, HostLanes(self.scan.device).upload, len(self._sample))
+        for block in self._sampled:
+            sink.add(block, self._coarse.known_norms(self._sample[block.numbers], plan))
         scores: Tensor = sink.result(prepared.names, (), {}).scores
         return scores
 
@@ -326,9 +306,10 @@ class TwoStage:
         store, parts = self.scan.store, []
         members = list(range(len(store.layout)))
         # Few bits do not tell |g|; of whitened rows √sigma is the norm.
-        base = None if store.basis.plain else "sigma"
-        lengths = self.scan.complete(self._norms(store, base), progress)
-        norms = None if norm is None else self.scan.complete(self._norms(store, norm), progress)
+        scan = self.scan
+        base = _lengths(scan) if store.basis.plain else scan.norms_of("sigma")
+        lengths = scan.complete(base, progress)
+        norms = None if norm is None else scan.complete(scan.norms_of(norm), progress)
         for index, shard in enumerate(store.shards):
             rows, whole = self.scan.shard_rows(index), slice(0, shard.num_rows)
             size = lengths.of_shard(rows).true_norms(members, whole)
@@ -359,6 +340,9 @@ class TwoStage:
         score_finer(self._exact, numbers, self.scan.preconditioner, [sink], self.scan.device)
         ids = StoredIds(self.scan.store)
         result = sink.result(prepared.names, ids, self.scan.dampings)
+        norm = NORM_OF_MODE[mode]
+        if self._finer is not None and norm is not None:
+            result.normalised_by = self._finer_scan.norms_of(norm).said
         # Places among the numbers, of which the lower is the lower row, become rows.
         table = torch.from_numpy(np.append(numbers, -1))
         result.top_rows, result.bottom_rows = table[result.top_rows], table[result.bottom_rows]
@@ -371,6 +355,12 @@ class TwoStage:
         size = None if row_bytes is None else reranked * row_bytes
         rows, kind = self.scan.store.num_rows, self._exact.kind
         return Answer(method, rows, kind, candidates, reranked, size, **estimate)
+
+
+def _lengths(scan: Attributor) -> Norms:
+    """|g| of a store's rows by module, kept beside the store."""
+    store, identity = scan.store, IdentityPreconditioner(scan.store.layout)
+    return Norms(identity, "sigma", store.module_exponents, scan.device, store)
 
 
 def _ends(

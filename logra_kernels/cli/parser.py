@@ -553,6 +553,13 @@ def _query(parser: argparse.ArgumentParser) -> None:
         help="rank by these finer rows, such as the store that --store was compressed from; model: "
         "by gradients that the model makes again",
     )
+    again.add_argument(
+        "--planes",
+        type=_positive,
+        metavar="P",
+        help="scan the first P bit planes of --store alone, as rows of P bits; --rerank with the "
+        "same store ranks by all of them",
+    )
     enough = again.add_mutually_exclusive_group()
     enough.add_argument(
         "--candidates", type=_positive, metavar="N", help="rows of each end that are looked at"

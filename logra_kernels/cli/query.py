@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MODEL = "model"  # what --rerank takes beside a store's folder
 # A query that has one of these is another than a plan is of.
-UNPLANNED = ("json", "html", "scores", "mode", "rerank", "damping_scale", "damping")
+UNPLANNED = ("json", "html", "scores", "mode", "rerank", "planes", "damping_scale", "damping")
 NOTE = "The passages are ranked by influence, which is not the same as being about it."
 
 
@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--scores-of goes with --scores")
     _check_rerank(arguments)
     store = Store.open(arguments.store)
+    if arguments.planes is not None:
+        store = store.first_planes(arguments.planes)
     dtype = lm_fingerprints(store)["model"]["dtype"]
     _check_rows(store, arguments)
     lm = CausalLM.load(arguments.model, dtype=dtype, device=arguments.device)

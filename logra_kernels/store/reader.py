@@ -374,7 +374,11 @@ class Store:
             shard = self.shards[index]
             here = np.flatnonzero(shard_of == index)
             places = numbers[here] - shard.first_row
-            stored[here] = shard.gather(places)
+            found = shard.gather(places)
+            if len(here) == len(numbers):
+                stored = found
+            else:
+                stored[here] = found
             scale[here] = shard.row_scale[places]
             if shard.row_exponents is not None:
                 if own is None:

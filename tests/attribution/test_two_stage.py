@@ -20,6 +20,7 @@ from logra_kernels.attribution import (
     bounds,
     compress_store,
     influence_between,
+    norms,
 )
 from logra_kernels.curvature import RawCurvature
 from logra_kernels.defaults import SCAN_MODES
@@ -195,6 +196,48 @@ def test_scores_of_candidates_have_the_finer_rows_bits(tmp_path: Path, mode: str
     assert found.query_ids[3] == "q3"
     assert found.answer.candidates == (40,) * 30
     assert_equal(two.top_k(queries, 5, mode, candidates=2 * ROWS), exact.top_k(queries, 5, mode))
+
+
+@pytest.mark.parametrize("mode", SCAN_MODES)
+@pytest.mark.parametrize("codec", ["int4", "int2"])
+def test_the_first_plane_is_scanned_and_all_planes_rank(
+    tmp_path: Path, codec: str, mode: str
+) -> None:
+    source = finer_store(tmp_path / "source", "float32", gradients(ROWS))
+    store = compress_store(source, tmp_path / "made", codec, shard_rows=333)
+    two, exact = TwoStage(Attributor(store.first_planes(1)), store), Attributor(store)
+    queries = gradients(20, seed=3)
+    want = exact.top_k(queries, 5, mode)
+    assert_equal(two.top_k(queries, 5, mode, candidates=ROWS), want)
+    found = two.top_k(queries, 5, mode, candidates=100)
+    assert recall_of(found, want, 5) > 0.9
+    assert found.answer.reranked_bytes == found.answer.reranked_rows * store.row_bytes
+    scores = exact.scores(queries, mode).scores
+    assert torch.equal(found.top_scores, scores.gather(1, found.top_rows))
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_the_candidates_norms_are_the_ones_beside_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    source = finer_store(tmp_path / "source")
+    finer = compress_store(source, tmp_path / "finer", codec, shard_rows=300)
+    coarse = compress_store(finer, tmp_path / "coarse", "sign", shard_rows=333)
+    queries = odd_queries(odd_rows(), 20)
+    exact = Attributor(finer)
+    wanted = exact.top_k(queries, 5)
+    computed = []
+    compute = norms.Norms.compute
+
+    def spy(self: norms.Norms, block: Any, found: norms.ShardNorms) -> None:
+        if found.fresh:
+            computed.append(block.rows.shape[0])
+        compute(self, block, found)
+
+    monkeypatch.setattr(norms.Norms, "compute", spy)
+    found = TwoStage(Attributor(coarse), finer).top_k(queries, 5, candidates=ROWS)
+    assert_equal(found, wanted)
+    assert computed == []
 
 
 def recall_of(found: InfluenceResult, exact: InfluenceResult, k: int) -> float:

@@ -28,6 +28,8 @@ from bench.accuracy.setting import (
 
 COUNT, ASKED = 60, 6
 
+BITS = {"int8": 8, "int4": 4, "int2": 2, "sign": 1}  # an element, by the codec in a method's name
+
 
 def images_of(shape: tuple[int, ...], count: int = COUNT) -> Data:
     """Noise around a mean of each class, which the model can learn."""
@@ -117,7 +119,9 @@ def test_every_method_scores_and_every_part_reports(name: str, tmp_path: Path) -
         assert one.scores.shape == (ASKED, COUNT), one.method
         assert one.scores.isfinite().all(), one.method
         if one.dim is not None and one.size is not None:
-            assert one.dim * 2 <= one.size <= one.dim * 4 + 400, one.method
+            named = [bits for codec, bits in BITS.items() if codec in one.method]
+            least, most = (named[0], named[0]) if named else (16, 32)
+            assert one.dim * least <= 8 * one.size <= one.dim * most + 3200, one.method
     record = lds_part(subject, found, tmp_path)
     assert [row["method"] for row in record["methods"]] == [one.method for one in found]
     assert record["methods"][0]["of EKFAC's"] == 1

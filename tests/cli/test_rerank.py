@@ -24,7 +24,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["log", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl")]
     assert main([*words, "--rank", "4", "--out", str(folder / "store")]) == 0
     assert main([*words, "--rank", "2", "--out", str(folder / "other")]) == 0
-    assert main(["compress", str(folder / "store"), str(folder / "int8")]) == 0
+    for codec in ("int8", "int4"):
+        assert main(["compress", str(folder / "store"), str(folder / codec), "--codec", codec]) == 0
     return folder
 
 
@@ -69,6 +70,16 @@ def test_re_ranked_rows_have_the_finer_scores(
     assert "estimated recall" in found["answers"][0]["text"]
 
 
+def test_the_first_plane_is_scanned_and_all_planes_rank(files: Path, tmp_path: Path) -> None:
+    exact = asked(files, tmp_path, "int4")
+    how = ("--planes", "1", "--rerank", str(files / "int4"), "--candidates", "60")
+    found = asked(files, tmp_path, "int4", *how)
+    assert found["queries"] == exact["queries"]
+    assert "scored again (int4, " in found["answers"][0]["text"]
+    alone = asked(files, tmp_path, "int4", "--planes", "1")
+    assert alone["queries"] != exact["queries"]
+
+
 def test_the_model_makes_the_rows_again(files: Path, tmp_path: Path) -> None:
     exact = asked(files, tmp_path, "store")
     found = asked(files, tmp_path, "int8", "--rerank", "model", "--candidates", "10")
@@ -96,6 +107,7 @@ def test_the_model_makes_the_rows_again(files: Path, tmp_path: Path) -> None:
         ),
         (["--rerank", "STORE", "--scores", "s.csv"], "--scores goes with --scores-of ranked"),
         (["--rerank", "OTHER"], "expected finer rows of"),
+        (["--planes", "1"], "planes: expected a codec of bit planes, got int8"),
         (["--rerank", "nowhere"], "nowhere: there is no such folder"),
     ],
 )
