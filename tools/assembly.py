@@ -18,7 +18,7 @@ from logra_kernels.triton.catalogue import Entry
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # NVIDIA: the tensor cores of sm_80, of sm_90 and of sm_100. AMD: the matrix cores
-MATRIX = r"HMMA|HGMMA|DMMA|UTC\w*MMA|v_mfma"
+MATRIX = r"HMMA|HGMMA|IMMA|IGMMA|DMMA|UTC\w*MMA|v_mfma"
 
 # Kernels that hold a matrix product. They stream their operands through shared memory.
 PRODUCTS = {

@@ -4,7 +4,7 @@ An op may be called by its public function, by `torch.ops.logra.<op>` or out of 
 its arguments are checked where all of these meet: in the registered kernels, and in the fake one.
 
 On CPU an op runs its C++ kernel if the extension is loaded, else the reference; on CUDA it calls
-the launcher of its name in `logra_kernels.triton`, or the reference for float64 and int8; on any
+the launcher of its name in `logra_kernels.triton`, or the reference for float64; on any
 other device it runs the reference. All take what `check` returns, positionally. The ops have no
 derivatives: a backward pass through one raises.
 """
@@ -71,9 +71,7 @@ def register(
         return native(_native.C, *args)
 
     def cuda(*args: Any) -> R:
-        plain = has_float64(args[first_input:]) or any(
-            tensor.dtype == torch.int8 for tensor in tensors_in(args)
-        )
+        plain = has_float64(args[first_input:])
         if _native.MODE == "reference" or plain or not triton_available():
             return defined(*args)
         launchers = importlib.import_module("logra_kernels.triton")

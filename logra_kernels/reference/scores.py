@@ -38,7 +38,7 @@ def scaled(
     row_bias: Tensor | None,
 ) -> Tensor:
     """products(queries) [Q, R] times row_scale plus row_bias, safe for large queries."""
-    factors = _factors(queries)  # [Q, 1]
+    factors = query_factors(queries)  # [Q, 1]
     out = products(queries / factors)
     if row_scale is not None:
         out = out * row_scale
@@ -62,7 +62,7 @@ def whole_numbers(queries: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return torch.where(known, whole, 0.0), scale
 
 
-def _factors(queries: Tensor) -> Tensor:
+def query_factors(queries: Tensor) -> Tensor:
     """Powers of two [Q, 1], at least 1, that bring too large queries within the limit."""
     if queries.shape[1] == 0:
         return queries.new_ones(queries.shape[0], 1)

@@ -31,6 +31,7 @@ _TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "u1",
 }
@@ -242,6 +243,16 @@ def _scan_calls() -> Calls:
             yield call("scores", f", Q={q}{name}", queries, rows, scale)
             yield call("topk_scores", f", Q={q}{name}", queries, rows, 20, scale)
         yield call("self_influence", name, rows, factor)
+    for q in (1, 64):
+        queries, rows = make(q, _D, dtype=_FULL), make(100_000, _D, dtype=torch.int8)
+        yield call("scores", f", Q={q}, int8", queries, rows, scale)
+        yield call("topk_scores", f", Q={q}, int8", queries, rows, 20, scale)
+        for number in range(1, 5):
+            planes = [make(100_000, _D // 8, dtype=torch.uint8)] * number
+            levels = torch.zeros(2**number, dtype=torch.int8)  # the launcher reads them
+            coded, what = (queries, planes, levels), f", Q={q}, P={number}"
+            yield call("plane_scores", what, *coded, scale)
+            yield call("topk_plane_scores", what, *coded, 20, scale)
     state = [make(64, 20, dtype=kind) for kind in (_FULL, torch.int64) * 2]
     queries, rows = make(64, _D, dtype=_FULL), make(100_000, _D)
     yield call("topk_scores", ", state", queries, rows, 20, None, None, state, 7)

@@ -35,6 +35,10 @@ TILES = {
     "add_covariances": ("ROWS",),
     "scores": ("ROWS", "QUERIES", "DIM"),
     "topk_scores": ("ROWS", "QUERIES", "DIM"),
+    "whole_scores": ("ROWS", "QUERIES", "DIM"),
+    "topk_whole_scores": ("ROWS", "QUERIES", "DIM"),
+    "plane_scores": ("ROWS", "QUERIES", "DIM"),
+    "topk_plane_scores": ("ROWS", "QUERIES", "DIM"),
     "merge_topk": ("MERGE",),
     "state_topk": ("OTHERS",),
     "self_influence": ("ROWS", "QUERIES", "DIM"),
@@ -52,6 +56,8 @@ SIZES = {
     "per_sample_gradients": ("rank",),
     "scores": ("queries",),
     "topk_scores": ("queries",),
+    "whole_scores": ("queries",),
+    "topk_whole_scores": ("queries",),
 }
 UNSPLIT = ("rank",)
 SUMMED = ("CHUNK", "BLOCK", "WIDTH", "DIM")

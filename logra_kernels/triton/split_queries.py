@@ -1,12 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # A kernel's arguments are Triton's values, which have no Python types.
-"""float32 queries as sums of pieces in the rows' half type, for the tensor cores, on a GPU."""
+"""float32 queries as sums of pieces in the rows' half type, or as bytes, for the tensor cores."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from logra_kernels.reference.plane_scores import LARGEST_BYTE
+from logra_kernels.reference.scores import LARGEST_NUMBER, query_factors, whole_numbers
 from logra_kernels.triton.launch import choose, last_axis_contiguous, launch, tile
 
 # The largest element of a scaled query is in [2**14, 2**15); fp16's largest is just under 2**16.
@@ -99,3 +101,27 @@ def split_queries(queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor |
         SCALED=scaled,
     )
     return pieces[:, :, :dim], scale if scaled else None
+
+
+def in_bytes(queries: Tensor, planes: bool) -> tuple[Tensor, Tensor]:
+    """queries [Q, D] -> pieces of int8, and [2, Q] float64, as the reference rounds them.
+
+    For int8 rows [2, Q, D]: 256 * high + low. For planes [8, Q, B]: piece j holds columns 8b + j,
+    which are bit j of byte b, and zeros beyond D. The sums of products are multiplied by the first
+    of the two numbers before they are rounded to float32, and by the second, a power of two, after
+    the row's scale.
+    """
+    queries = queries.float()
+    factors = query_factors(queries)
+    whole, unit = whole_numbers(queries / factors, LARGEST_BYTE if planes else LARGEST_NUMBER)
+    count, dim = queries.shape
+    if planes:
+        padded = torch.nn.functional.pad(whole, (0, -dim % 8))
+        split = padded.view(count, triton.cdiv(dim, 8), 8).permute(2, 0, 1)
+    else:
+        high = ((whole + 128) / 256).floor()
+        split = torch.stack((high, whole - 256 * high))
+    # A scan reads 16 bytes at a time, whatever D is.
+    width = split.shape[2]
+    pieces = torch.nn.functional.pad(split, (0, -width % 16)).to(torch.int8).contiguous()
+    return pieces[:, :, :width], torch.cat((unit, factors.double()), dim=1).T.contiguous()

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from logra_kernels.triton.launch import (
     check,
-    check_floating,
     choose,
     last_axis_contiguous,
     launch,
@@ -73,6 +72,14 @@ def _candidates_kernel(
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
+    PLANES: tl.constexpr = 0,
+    plane_1=None,
+    plane_2=None,
+    plane_3=None,
+    word_0=None,
+    word_1=None,
+    word_2=None,
+    word_3=None,
 ):
     query_tiles = tl.cdiv(num_queries, QUERIES)
     row_tiles = tl.cdiv(num_rows, ROWS)
@@ -100,6 +107,14 @@ def _candidates_kernel(
         row_bias,
         row_scale_stride,
         row_bias_stride,
+        PLANES,
+        plane_1,
+        plane_2,
+        plane_3,
+        word_0,
+        word_1,
+        word_2,
+        word_3,
     )
     score = tl.trans(acc)  # [QUERIES, ROWS]
     valid = (score == score) & (r < num_rows)[None, :]
@@ -314,18 +329,21 @@ def topk_scores(
     Row r has the id row_offset + r. The total order is score, then lower id. NaN is never selected.
     Places without a row hold -inf (+inf at the bottom) and id -1.
     """
-    check_floating(queries=queries, rows=rows, row_scale=row_scale, row_bias=row_bias)
-    num_queries, num_rows = queries.shape[0], rows.shape[0]
+    scan = Scan.of(queries, rows, row_scale, row_bias, precision(input_precision))
+    return topk_of(scan, k, state, row_offset)
+
+
+def topk_of(scan: Scan, k: int, state: Sequence[Tensor] | None, row_offset: int) -> State:
+    """`topk_scores` of a scan."""
+    num_queries, (num_rows, _), device = scan.num_queries, scan.rows.shape, scan.rows.device
     if state is None:
-        no_scores = torch.empty(num_queries, 0, device=rows.device, dtype=torch.float32)
+        no_scores = torch.empty(num_queries, 0, device=device, dtype=torch.float32)
         state = (no_scores, no_scores.long()) * 2
-    check(rows=rows, **{f"state[{i}]": tensor for i, tensor in enumerate(state)})
-    how = precision(input_precision)
+    check(rows=scan.rows, **{f"state[{i}]": tensor for i, tensor in enumerate(state)})
     ends = [_End(state[0], state[1], 1.0), _End(state[2], state[3], -1.0)]
     if num_queries == 0 or k == 0:
         return _state(end.empty(num_queries, k) for end in ends)
     by_sort = max(k, *(tensor.shape[1] for tensor in state)) > _LARGEST_K
-    scan = Scan.of(queries, rows, row_scale, row_bias, how)
     # A row of the block takes its keys at both ends, or its scores and the memory that sorts them.
     row_bytes = (64 if by_sort else 16) * num_queries
     block = max(_SMALLEST_BLOCK, _WORKSPACE_BYTES // row_bytes)
