@@ -106,7 +106,10 @@ def test_config_refuses(tmp_path: Path, text: str, message: str) -> None:
     ("options", "message"),
     [
         ({"ranks": 3}, "init: no option 'ranks'; there are root_dir, rank, init"),
-        ({"dtype": "bfloat16"}, "dtype: expected one of float16, float32, int8, int4, int2, sign, got 'bfloat16'"),
+        (
+            {"dtype": "bfloat16"},
+            "dtype: expected one of float16, float32, int8, int4, int2, sign, got 'bfloat16'",
+        ),
         ({"init": "orthogonal"}, "init: expected one of random, normal, rademacher"),
         ({"on_nonfinite": "drop"}, "on_nonfinite: expected one of raise, skip, got 'drop'"),
         ({"averaged_loss": "no"}, "averaged_loss: expected one of raise, warn, allow"),
