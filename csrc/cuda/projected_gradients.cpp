@@ -61,8 +61,8 @@ struct Plan {
     expect(rank_in * rank_out <= INT32_MAX, "proj_in, proj_out: the gradient has 2^31 elements or more");
     if (chosen != nullptr)
       expect(0 <= chosen->count && chosen->count <= rank_in * rank_out,
-             "count: expected 0 to " + std::to_string(rank_in * rank_out) + ", the gradient's elements, got " +
-                 std::to_string(chosen->count));
+             "count: expected 0 to " + std::to_string(rank_in * rank_out) +
+                 ", the gradient's elements, got " + std::to_string(chosen->count));
     chunks = std::max<std::int64_t>(1, ceil_div(examples->num_tokens, kChunk));
     slots = packed ? examples->num_tokens / kChunk + examples->num_examples : examples->num_examples * chunks;
     keep_all = workspace.take<std::uint8_t>(1);
@@ -77,11 +77,11 @@ const Kernel& gradients_kernel(const Plan& plan, const float* out, const float* 
   const bool fast = divides(out) && divides(partial) &&
                     aligned_side(x, plan.proj_in, plan.packed, plan.rank_in) &&
                     aligned_side(dy, plan.proj_out, plan.packed, plan.rank_out);
-  const Kernel& chosen = kernel((plan.chosen != nullptr ? "coordinates." : "gradients.") + part("x", x.dtype) +
-                                "," + part("dy", dy.dtype) + "," +
-                                part("project_in", plan.proj_in != nullptr) + "," +
-                                part("project_out", plan.proj_out != nullptr) + "," +
-                                part("packed", plan.packed) + "," + part("aligned", fast));
+  const Kernel& chosen =
+      kernel((plan.chosen != nullptr ? "coordinates." : "gradients.") + part("x", x.dtype) + "," +
+             part("dy", dy.dtype) + "," + part("project_in", plan.proj_in != nullptr) + "," +
+             part("project_out", plan.proj_out != nullptr) + "," + part("packed", plan.packed) + "," +
+             part("aligned", fast));
   expect(constant(chosen, "CHUNK") == kChunk, "the library and its kernels disagree about CHUNK");
   return chosen;
 }
@@ -169,7 +169,8 @@ std::size_t logra_cuda_projected_gradients_workspace(const logra_cuda_examples* 
                                                      const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
                                                      const logra_cuda_matrix* proj_in,
                                                      const logra_cuda_matrix* proj_out) {
-  return workspace_bytes([&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, nullptr, workspace); });
+  return workspace_bytes(
+      [&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, nullptr, workspace); });
 }
 
 logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* examples,
@@ -184,20 +185,21 @@ logra_cuda_status logra_cuda_projected_gradients(const logra_cuda_examples* exam
   });
 }
 
-std::size_t logra_cuda_projected_coordinates_workspace(const logra_cuda_examples* examples,
-                                                       const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
-                                                       const logra_cuda_matrix* proj_in,
-                                                       const logra_cuda_matrix* proj_out, std::int64_t count) {
+std::size_t logra_cuda_projected_coordinates_workspace(
+    const logra_cuda_examples* examples, const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+    const logra_cuda_matrix* proj_in, const logra_cuda_matrix* proj_out, std::int64_t count) {
   const Chosen chosen{count, nullptr, nullptr};
   return workspace_bytes(
       [&](Workspace& workspace) { Plan(examples, x, dy, proj_in, proj_out, &chosen, workspace); });
 }
 
-logra_cuda_status logra_cuda_projected_coordinates(
-    const logra_cuda_examples* examples, const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
-    const logra_cuda_matrix* proj_in, const logra_cuda_matrix* proj_out, std::int64_t count,
-    const std::int32_t* positions, const float* scale, float* out, void* workspace,
-    std::size_t workspace_bytes, logra_cuda_stream stream) {
+logra_cuda_status logra_cuda_projected_coordinates(const logra_cuda_examples* examples,
+                                                   const logra_cuda_tokens* x, const logra_cuda_tokens* dy,
+                                                   const logra_cuda_matrix* proj_in,
+                                                   const logra_cuda_matrix* proj_out, std::int64_t count,
+                                                   const std::int32_t* positions, const float* scale,
+                                                   float* out, void* workspace, std::size_t workspace_bytes,
+                                                   logra_cuda_stream stream) {
   return guarded([&] {
     Workspace memory(workspace, workspace_bytes);
     const Chosen chosen{count, positions, scale};
