@@ -122,7 +122,7 @@ struct BitRow {
 };
 
 template <int kPlanes, int kRows, int kQueries>
-__attribute__((noinline)) static void bit_tile(const void* const* parts, std::size_t offset,
+__attribute__((noinline)) void bit_tile(const void* const* parts, std::size_t offset,
                                                const BitRow<kPlanes>& levels, const void* const* ahead,
                                                const QueryBytes& queries, std::size_t dim, std::int32_t* out,
                                                std::size_t out_stride) {
@@ -140,7 +140,7 @@ __attribute__((noinline)) static void bit_tile(const void* const* parts, std::si
       __m512i x[kPlanes];
 #pragma GCC unroll 4
       for (int p = 0; p < kPlanes; ++p) {
-        const std::size_t at = static_cast<std::size_t>(r * kPlanes + p);
+        const int at = r * kPlanes + p;
         x[p] = _mm512_maskz_loadu_epi8(valid, static_cast<const char*>(parts[at]) + offset + d / 8);
         __builtin_prefetch(static_cast<const char*>(ahead[at]) + d / 8);
       }
@@ -171,7 +171,7 @@ __attribute__((noinline)) static void bit_tile(const void* const* parts, std::si
 }
 
 template <int kPlanes>
-static void bit_dots(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead,
+void bit_dots(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead,
                      const QueryBytes& queries, std::size_t dim, std::int32_t* out, std::size_t out_stride) {
   const BitRow<kPlanes> row(levels);
   constexpr std::size_t kRows = kPlanes == 1 ? 2 : 1;
