@@ -123,9 +123,9 @@ struct BitRow {
 
 template <int kPlanes, int kRows, int kQueries>
 __attribute__((noinline)) void bit_tile(const void* const* parts, std::size_t offset,
-                                               const BitRow<kPlanes>& levels, const void* const* ahead,
-                                               const QueryBytes& queries, std::size_t dim, std::int32_t* out,
-                                               std::size_t out_stride) {
+                                        const BitRow<kPlanes>& levels, const void* const* ahead,
+                                        const QueryBytes& queries, std::size_t dim, std::int32_t* out,
+                                        std::size_t out_stride) {
   constexpr int kSums = kRows * kQueries;
   const BitRow<kPlanes> row = levels;
   __m512i sum[8 * kSums];
@@ -172,7 +172,7 @@ __attribute__((noinline)) void bit_tile(const void* const* parts, std::size_t of
 
 template <int kPlanes>
 void bit_dots(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead,
-                     const QueryBytes& queries, std::size_t dim, std::int32_t* out, std::size_t out_stride) {
+              const QueryBytes& queries, std::size_t dim, std::int32_t* out, std::size_t out_stride) {
   const BitRow<kPlanes> row(levels);
   constexpr std::size_t kRows = kPlanes == 1 ? 2 : 1;
   for (std::size_t r = 0; r < rows.count;) {
