@@ -48,11 +48,12 @@ TIERS = {
 }
 # The modules of the package root; whatever else is there is a room, a folder.
 ROOT_MODULES = {"__init__", "_native", "_checks", "defaults", "rows", "progress"}
-# Rooms that import nothing of the package but themselves, and of the world only this.
+# Rooms that import nothing of the package but themselves, and of the world only this; the Triton
+# kernels also the reference, by whose own lines they round queries.
 CLOSED = {
     "reference": {"torch"},
     "store": {"numpy", "pyarrow", "safetensors"},
-    "triton": {"torch", "triton"},
+    "triton": {"torch", "triton", "reference"},
 }
 # What every installation has (markupsafe comes with jinja2). The rest may be missing, and is
 # imported where it is used.
