@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 
 import torch
@@ -32,7 +33,10 @@ class Whitening(ABC):
             outputs: y [n, Ko] float32.
             ends: [R + 1] int64, where a row's tokens begin, and the last one's end.
         """
-        raise NotImplementedError(f"{type(self).__name__} takes whole rows")
+        parts = itertools.pairwise(ends.tolist())
+        return self.squares(
+            torch.stack([(outputs[a:b].T @ inputs[a:b]).flatten() for a, b in parts])
+        )
 
     @property
     def token_limit(self) -> int:

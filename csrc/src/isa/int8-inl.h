@@ -188,9 +188,9 @@ static void prepare(const RowSpan& rows, const std::int8_t* levels, const void* 
   }
 }
 
-template <class B, class Row>
+template <class B, int kPlanes>
 constexpr CodedKernels coded_kernels() {
-  return {dots_of<B, Row>, prepare<B, Row>, nullptr};
+  return {dots_of<B, CodedRow<B, kPlanes>>, prepare<B, CodedRow<B, kPlanes>>, nullptr};
 }
 
 // B::hide keeps compilers from computing a product once for all chains and rounds.
@@ -221,9 +221,8 @@ static std::int32_t spin(std::size_t rounds) {
 
 template <class B>
 constexpr Int8Kernels int8_kernels() {
-  return {coded_kernels<B, ByteRow<B>>(),
-          {coded_kernels<B, CodedRow<B, 1>>(), coded_kernels<B, CodedRow<B, 2>>(),
-           coded_kernels<B, CodedRow<B, 3>>(), coded_kernels<B, CodedRow<B, 4>>()},
+  return {{dots_of<B, ByteRow<B>>, nullptr, nullptr},
+          {coded_kernels<B, 1>(), coded_kernels<B, 2>(), coded_kernels<B, 3>(), coded_kernels<B, 4>()},
           dots_of<B, PreparedRow<B>>,
           spin<B>,
           B::kTileRows * B::kTileQueries * B::kLanes,

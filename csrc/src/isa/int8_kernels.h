@@ -26,6 +26,7 @@ struct CodedKernels {
   void (*dots)(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead,
                const QueryBytes& queries, std::size_t dim, std::int32_t* out, std::size_t out_stride);
   /// Writes the rows' elements as Int8Kernels::prepared wants them, up to the next multiple of 64 columns.
+  /// nullptr for bytes, which are multiplied as they lie.
   void (*prepare)(const RowSpan& rows, const std::int8_t* levels, const void* const* ahead, std::size_t dim,
                   std::int8_t* out, std::size_t out_stride);
   /// For few queries: dots() of queries in the order of bits (WholeQueries), ahead not nullptr. Of one plane
